@@ -1,0 +1,19 @@
+"""Fused ops for masked autoencoders. Each op's file holds its contract, its checks and its plain definition."""
+
+from maefast.ops._dispatch import backend
+from maefast.ops.attention import attention
+from maefast.ops.embed import gather_tokens, patch_embed
+from maefast.ops.loss import patch_loss
+from maefast.ops.mask import TokenMask, token_mask
+from maefast.ops.restore import restore_tokens
+
+__all__ = [
+    "TokenMask",
+    "attention",
+    "backend",
+    "gather_tokens",
+    "patch_embed",
+    "patch_loss",
+    "restore_tokens",
+    "token_mask",
+]

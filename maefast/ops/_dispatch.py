@@ -1,0 +1,146 @@
+"""Which backend serves an op: `cuda` -> `triton` -> `cpu` -> `reference`, or the one that was asked for.
+
+The automatic choice takes a CUDA C++ kernel only once its tests passed on a real device (`CUDA_EVIDENCE`). A
+backend that was asked for by name, by `maefast.backend(...)` or by MAEFAST_BACKEND is used or raises: it never
+falls back in silence.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from maefast import _native
+from maefast.ops import _registry
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+
+class Evidence(NamedTuple):
+    """Where the tests of a GPU kernel passed."""
+
+    device: str
+    commit: str
+    date: str
+
+
+# op -> evidence that its CUDA C++ kernel passed its tests on a real device. Empty until one has.
+CUDA_EVIDENCE: dict[str, Evidence] = {}
+# op -> evidence for the Triton kernel on a real device; without it the doctor says "interpreter only".
+TRITON_EVIDENCE: dict[str, Evidence] = {}
+
+# Public op -> the raw op whose presence decides. The attention seam is served by torch's SDPA alone for now.
+PUBLIC_OPS = {
+    "token_mask": "token_mask",
+    "patch_embed": "patch_rows",
+    "gather_tokens": "gather_tokens",
+    "restore_tokens": "restore_tokens",
+    "patch_loss": "patch_loss",
+}
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+CPU_OPS = frozenset(op for op in _registry.SCHEMAS if _native.has_cpu_ops and _registry.has_kernel(op, "CPU"))
+CUDA_OPS = frozenset(
+    op for op in _registry.SCHEMAS if _native.has_cuda_ops and _registry.has_kernel(op, "CUDA")
+)
+
+_forced: str | None = None
+
+
+def _check_name(name: str | None, source: str) -> str | None:
+    if name in (None, "", "auto"):
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; choose from {', '.join(BACKENDS)} or 'auto'")
+    return name
+
+
+_forced = _check_name(os.environ.get("MAEFAST_BACKEND"), "MAEFAST_BACKEND")
+
+
+@contextmanager
+def backend(name: str | None):
+    """Force one backend for every maefast op inside the `with` block (process-wide, not per thread).
+
+    Args:
+        name: "cuda", "triton", "cpu", "reference", or "auto"/None for the automatic choice.
+
+    Raises:
+        ValueError: unknown name. An op that the backend cannot serve raises RuntimeError where it is called.
+    """
+    global _forced
+    before, _forced = _forced, _check_name(name, "maefast.backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def unavailable(op: str, name: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why backend `name` cannot serve raw op `op` on such tensors, or None if it can."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        if device_type != "cpu":
+            return f"the C++ kernels take CPU tensors, not {device_type} ones"
+        return None if op in CPU_OPS else _native.why_missing("cpu")
+    if name == "cuda":
+        if device_type != "cuda":
+            return f"CUDA kernels take CUDA tensors, not {device_type} ones"
+        if op in CUDA_OPS:
+            return "CUDA kernels do not serve float64" if dtype is torch.float64 else None
+        return _native.why_missing("cuda") if not CUDA_OPS else "this op has no CUDA C++ kernel"
+    if not HAS_TRITON:
+        return "Triton is not installed (pip install triton)"
+    if dtype is torch.float64:
+        return "the Triton kernels do not serve float64"
+    if device_type == "cuda" or (device_type == "cpu" and INTERPRET):
+        return None
+    return (
+        f"Triton takes CUDA tensors, not {device_type} ones (or set TRITON_INTERPRET=1 to interpret on a CPU)"
+    )
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype | None = None, asked: str | None = None) -> str:
+    """The backend for raw op `op`; `asked` is the caller's own `backend=` argument."""
+    name = _check_name(asked, "backend") or _forced
+    if name is not None:
+        reason = unavailable(op, name, device_type, dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} was asked for, but {op} cannot use it: {reason}")
+        return name
+    if device_type == "cpu":
+        return "cpu" if op in CPU_OPS else "reference"
+    if device_type == "cuda" and dtype is not torch.float64:
+        if op in CUDA_EVIDENCE and op in CUDA_OPS:
+            return "cuda"
+        if HAS_TRITON:
+            return "triton"
+    return "reference"
+
+
+def why(public_op: str, device_type: str) -> tuple[str, str]:
+    """(backend, reason) of the present choice for a public op on "cpu" or "cuda", for `maefast doctor`."""
+    op = PUBLIC_OPS[public_op]
+    if _forced is not None:
+        reason = unavailable(op, _forced, device_type)
+        return _forced, f"forced; {'cannot serve: ' + reason if reason else 'available'}"
+    name = choose(op, device_type)
+    if name == "cpu":
+        return name, "C++ kernel"
+    if name == "cuda":
+        return name, "CUDA C++ kernel, tested on {0.device} at {0.commit} ({0.date})".format(
+            CUDA_EVIDENCE[op]
+        )
+    if name == "triton":
+        seen = TRITON_EVIDENCE.get(op)
+        tested = "tested on {0.device} at {0.commit} ({0.date})".format(seen) if seen else "interpreter only"
+        return name, f"Triton kernel, {tested}; float64 goes to the reference"
+    if device_type == "cpu":
+        return name, f"plain PyTorch: {_native.why_missing('cpu')}"
+    return name, f"plain PyTorch: {unavailable(op, 'triton', device_type)}"

@@ -1,0 +1,197 @@
+"""The index of maefast's raw ops: one schema and one fake for each, shared by every compiled backend.
+
+Each schema is defined in two `torch.library` namespaces:
+
+- ``maefast``: implemented in C++ for the keys CPU (``csrc/cpu``) and CUDA (``csrc/cuda``);
+- ``maefast_triton``: implemented in Python by ``maefast.kernels.<family>`` for CUDA, and for CPU tensors under
+  the Triton interpreter.
+
+Raw ops are private: they trust their input. The public functions in ``maefast.ops`` check it, choose a backend
+and wrap the raw op in an ``autograd.Function`` (outside the op, which costs a third of a registered autograd).
+
+Shorthand of the comments: B samples of N tokens, T visible and M masked rows in all, P prefix tokens a sample,
+D channels, K values a patch.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from maefast import _native
+
+# family -> {op: schema}. The family names the file in every layer: ops/, csrc/cpu/, kernels/, csrc/cuda/.
+FAMILIES: dict[str, dict[str, str]] = {
+    "mask": {
+        "token_mask": "(Tensor scores, Tensor cu_visible, SymInt total_visible, bool by_position)"
+        " -> (Tensor, Tensor, Tensor)",
+    },
+    "embed": {
+        "gather_tokens": "(Tensor x, Tensor index, Tensor cu, SymInt max_count, SymInt prefix, bool keep_prefix)"
+        " -> Tensor",
+        "gather_tokens_backward": "(Tensor grad, Tensor slot, Tensor cu, SymInt prefix, bool keep_prefix,"
+        " bool masked) -> Tensor",
+        "patch_rows": "(Tensor images, Tensor index, SymInt[] patch, ScalarType dtype) -> Tensor",
+        "patch_rows_backward": "(Tensor grad, Tensor slot, SymInt[] image_shape, SymInt[] patch, ScalarType dtype)"
+        " -> Tensor",
+        "place_tokens": "(Tensor y, Tensor visible, Tensor cu_visible, SymInt num_tokens, Tensor? pos,"
+        " Tensor? prefix_tokens) -> Tensor",
+        "place_tokens_backward": "(Tensor grad, Tensor slot, Tensor cu_visible, SymInt prefix, bool need_pos,"
+        " bool need_prefix, ScalarType y_dtype) -> (Tensor, Tensor, Tensor)",
+    },
+    "restore": {
+        "restore_tokens": "(Tensor x, Tensor visible, Tensor masked, Tensor cu_visible, Tensor mask_token,"
+        " Tensor? pos, SymInt prefix, bool visible_first, bool pos_on_masked) -> Tensor",
+        "restore_tokens_backward": "(Tensor grad, Tensor visible, Tensor masked, Tensor slot, Tensor cu_visible,"
+        " SymInt pos_rows, SymInt prefix, bool visible_first, bool pos_on_masked, bool need_mask_token,"
+        " ScalarType x_dtype) -> (Tensor, Tensor, Tensor)",
+    },
+    "loss": {
+        "patch_loss": "(Tensor pred, Tensor images, Tensor index, SymInt[] patch, bool packed, bool channels_first,"
+        " int norm, int kind, float beta) -> (Tensor, Tensor)",
+        "patch_loss_backward": "(Tensor grad, Tensor pred, Tensor images, Tensor index, Tensor slot, Tensor stats,"
+        " SymInt[] patch, bool packed, bool channels_first, int norm, int kind, float beta, bool need_images)"
+        " -> (Tensor, Tensor)",
+    },
+}
+
+SCHEMAS: dict[str, str] = {op: schema for ops in FAMILIES.values() for op, schema in ops.items()}
+FAMILY_OF: dict[str, str] = {op: family for family, ops in FAMILIES.items() for op in ops}
+
+
+# --- fakes: shapes and dtypes only -------------------------------------------------------------------------
+
+
+def _token_mask(scores, cu_visible, total_visible, by_position):
+    count = scores.shape[0] * scores.shape[1]
+    new = lambda n: scores.new_empty((n,), dtype=torch.int32)  # noqa: E731
+    return new(total_visible), new(count - total_visible), new(count)
+
+
+def _gather_tokens(x, index, cu, max_count, prefix, keep_prefix):
+    rows = index.shape[0] + (x.shape[0] * prefix if keep_prefix else 0)
+    return x.new_empty((rows, x.shape[2]))
+
+
+def _gather_tokens_backward(grad, slot, cu, prefix, keep_prefix, masked):
+    batch = cu.shape[0] - 1
+    return grad.new_empty((batch, prefix + slot.shape[0] // batch, grad.shape[1]))
+
+
+def _volume(sizes):
+    count = 1
+    for size in sizes:
+        count = count * size
+    return count
+
+
+def _patch_rows(images, index, patch, dtype):
+    return images.new_empty((index.shape[0], images.shape[1] * _volume(patch)), dtype=dtype)
+
+
+def _patch_rows_backward(grad, slot, image_shape, patch, dtype):
+    return grad.new_empty(tuple(image_shape), dtype=dtype)
+
+
+def _place_tokens(y, visible, cu_visible, num_tokens, pos, prefix_tokens):
+    extra = 0 if prefix_tokens is None else prefix_tokens.shape[0] * (cu_visible.shape[0] - 1)
+    dtype = (pos if pos is not None else prefix_tokens).dtype
+    return y.new_empty((y.shape[0] + extra, y.shape[1]), dtype=dtype)
+
+
+def _place_tokens_backward(grad, slot, cu_visible, prefix, need_pos, need_prefix, y_dtype):
+    batch, width = cu_visible.shape[0] - 1, grad.shape[1]
+    return (
+        grad.new_empty((grad.shape[0] - batch * prefix, width), dtype=y_dtype),
+        grad.new_empty((slot.shape[0] // batch, width) if need_pos else (0,)),
+        grad.new_empty((prefix, width) if need_prefix else (0,)),
+    )
+
+
+def _restore_tokens(x, visible, masked, cu_visible, mask_token, pos, prefix, visible_first, pos_on_masked):
+    batch = cu_visible.shape[0] - 1
+    tokens = (visible.shape[0] + masked.shape[0]) // batch
+    return mask_token.new_empty((batch, prefix + tokens, x.shape[1]))
+
+
+def _restore_tokens_backward(
+    grad,
+    visible,
+    masked,
+    slot,
+    cu_visible,
+    pos_rows,
+    prefix,
+    visible_first,
+    pos_on_masked,
+    need_mask_token,
+    x_dtype,
+):
+    batch, width = cu_visible.shape[0] - 1, grad.shape[2]
+    return (
+        grad.new_empty((visible.shape[0] + batch * prefix, width), dtype=x_dtype),
+        grad.new_empty((width,) if need_mask_token else (0,)),
+        grad.new_empty((pos_rows, width) if not isinstance(pos_rows, int) or pos_rows else (0,)),
+    )
+
+
+def _patch_loss(pred, images, index, patch, packed, channels_first, norm, kind, beta):
+    wide = torch.float64 if torch.float64 in (pred.dtype, images.dtype) else torch.float32
+    groups = images.shape[1] if norm == 2 else 1
+    return (
+        pred.new_empty((index.shape[0],), dtype=wide),
+        pred.new_empty((index.shape[0], groups, 2), dtype=wide),
+    )
+
+
+def _patch_loss_backward(
+    grad, pred, images, index, slot, stats, patch, packed, channels_first, norm, kind, beta, need_images
+):
+    return (
+        pred.new_empty(pred.shape),
+        images.new_empty(images.shape if need_images else (0,)),
+    )
+
+
+# --- registration ------------------------------------------------------------------------------------------
+
+
+def _triton_impl(op: str):
+    """An implementation that imports its kernels at the first call, so that maefast imports without Triton."""
+    kernel = None
+
+    def call(*args):
+        nonlocal kernel
+        if kernel is None:
+            kernel = importlib.import_module(f"maefast.kernels.{FAMILY_OF[op]}").OPS[op]
+        return kernel(*args)
+
+    return call
+
+
+_cpp = torch.library.Library("maefast", "DEF")
+_triton = torch.library.Library("maefast_triton", "DEF")
+for _op, _schema in SCHEMAS.items():
+    for _lib in (_cpp, _triton):
+        _lib.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides))
+        torch.library.register_fake(f"{_lib.ns}::{_op}", globals()[f"_{_op}"], lib=_lib)
+    for _key in ("CPU", "CUDA"):
+        _triton.impl(_op, _triton_impl(_op), _key)
+_native.load()  # the C++ implementations attach to the schemas above
+
+_CPP_OPS = {op: getattr(torch.ops.maefast, op).default for op in SCHEMAS}
+_TRITON_OPS = {op: getattr(torch.ops.maefast_triton, op).default for op in SCHEMAS}
+
+
+def raw(op: str, backend: str):
+    """The raw op that serves `op` on `backend` ("cpu", "cuda" or "triton")."""
+    return _TRITON_OPS[op] if backend == "triton" else _CPP_OPS[op]
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether C++ registered an implementation of `op` for the dispatch key "CPU" or "CUDA"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"maefast::{op}", key)
+
+
+__all__ = ["FAMILIES", "FAMILY_OF", "SCHEMAS", "has_kernel", "raw"]
