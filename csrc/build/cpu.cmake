@@ -1,0 +1,51 @@
+# csrc/cpu/<family>.cpp         host code, compiled once
+# csrc/cpu/<family>_kernel.cpp  loops, compiled once per instruction set; chosen at run time (csrc/cpu/isa.h)
+file(GLOB _kernels CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/csrc/cpu/*_kernel.cpp")
+file(GLOB _host CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/csrc/cpu/*.cpp")
+list(REMOVE_ITEM _host ${_kernels})
+
+set(MAEFAST_KERNEL_FLAGS
+  -O3
+  -Wall -Wextra
+  # Same rounding on every instruction set: a multiply and an add stay two roundings unless the code says fma.
+  -ffp-contract=off
+  # Neither changes a value; both stand in the way of vectorisation.
+  -fno-math-errno -fno-trapping-math
+  # `#pragma omp simd` without an OpenMP runtime.
+  -fopenmp-simd)
+
+set(MAEFAST_ISAS plain)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  list(APPEND MAEFAST_ISAS avx2 avx512)
+endif()
+set(_isa_flags_plain "")
+set(_isa_flags_avx2 -mavx2 -mfma -mf16c)
+set(_isa_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
+
+add_library(_cpu MODULE ${_host})
+set_target_properties(_cpu PROPERTIES PREFIX "" SUFFIX ".so")
+target_include_directories(_cpu PRIVATE "${CMAKE_SOURCE_DIR}/csrc")
+target_compile_options(_cpu PRIVATE -O3 -Wall -Wextra)
+target_link_options(_cpu PRIVATE -Wl,--no-undefined -Wl,--as-needed)
+target_link_libraries(_cpu PRIVATE maefast_torch)
+if("avx512" IN_LIST MAEFAST_ISAS)
+  target_compile_definitions(_cpu PRIVATE MAEFAST_X86=1)
+endif()
+
+foreach(_isa IN LISTS MAEFAST_ISAS)
+  add_library(maefast_kernels_${_isa} OBJECT ${_kernels})
+  target_include_directories(maefast_kernels_${_isa} PRIVATE "${CMAKE_SOURCE_DIR}/csrc")
+  target_compile_options(maefast_kernels_${_isa} PRIVATE ${MAEFAST_KERNEL_FLAGS} ${_isa_flags_${_isa}})
+  target_compile_definitions(maefast_kernels_${_isa} PRIVATE MAEFAST_ISA=${_isa})
+  if("avx512" IN_LIST MAEFAST_ISAS)
+    target_compile_definitions(maefast_kernels_${_isa} PRIVATE MAEFAST_X86=1)
+  endif()
+  target_link_libraries(_cpu PRIVATE $<TARGET_OBJECTS:maefast_kernels_${_isa}>)
+endforeach()
+# The linker keeps one copy of an inline function that several files emit. Were it the AVX-512 copy, an older
+# CPU would die on it, so kernel files may emit none; this fails the build when one does.
+add_custom_command(TARGET _cpu PRE_LINK
+  COMMAND "${CMAKE_COMMAND}" "-DNM=${CMAKE_NM}" "-DOBJECTS=$<JOIN:$<TARGET_OBJECTS:maefast_kernels_plain>,|>"
+    -P "${CMAKE_SOURCE_DIR}/csrc/build/no_shared_inlines.cmake" VERBATIM)
+
+install(TARGETS _cpu LIBRARY DESTINATION maefast)

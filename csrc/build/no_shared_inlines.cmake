@@ -1,0 +1,10 @@
+# Fails when a kernel object defines a weak symbol (an inline function or a template that was not inlined).
+string(REPLACE "|" ";" OBJECTS "${OBJECTS}")
+foreach(_object IN LISTS OBJECTS)
+  execute_process(COMMAND "${NM}" -C "${_object}" OUTPUT_VARIABLE _symbols COMMAND_ERROR_IS_FATAL ANY)
+  string(REGEX MATCHALL "[^\n]* [WVu] [^\n]*" _weak "${_symbols}")
+  if(_weak)
+    list(JOIN _weak "\n" _weak)
+    message(FATAL_ERROR "kernel files must not emit inline functions (see csrc/cpu/isa.h):\n${_object}\n${_weak}")
+  endif()
+endforeach()

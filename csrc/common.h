@@ -1,0 +1,58 @@
+// Host-side helpers shared by the CPU and the CUDA ops. Not for kernel files (csrc/cpu/isa.h says why).
+//
+// Only the LibTorch stable ABI is used (torch/csrc/stable, torch/headeronly), so that one build serves every
+// torch from 2.10 on. Schemas are defined in Python (maefast/ops/_registry.py); C++ only implements them.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+namespace maefast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Uninitialised contiguous tensor on the device of `like`. Straight to the allocator: the dispatcher round
+// trip of torch::stable::empty costs more than many of the kernels at 50 tokens per image.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  constexpr int64_t kMaxDims = 8;
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(dims <= kMaxDims, "maefast::empty: too many dimensions");
+  int64_t strides[kMaxDims];
+  int64_t stride = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    strides[d] = stride;
+    const int64_t size = sizes.begin()[d];
+    stride *= size > 0 ? size : 1;
+  }
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  int32_t layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  (void)layout;
+  const int32_t scalar_type =
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), strides, scalar_type, device_type,
+                                                  device_index, &handle));
+  return Tensor(handle);
+}
+
+// f(begin, end) over [0, rows) on torch's threads; each thread gets at least about 32 KiB of work, below which
+// waking it costs more than it saves. f must not throw.
+template <class F>
+inline void parallel_rows(int64_t rows, int64_t bytes_per_row, const F& f) {
+  constexpr int64_t kGrainBytes = 32 * 1024;
+  const int64_t grain = kGrainBytes / (bytes_per_row > 0 ? bytes_per_row : 1);
+  if (rows > 0) torch::stable::parallel_for(0, rows, grain > 0 ? grain : 1, f);
+}
+
+}  // namespace maefast

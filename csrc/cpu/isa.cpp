@@ -1,0 +1,49 @@
+#include "cpu/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+namespace maefast {
+
+Isa supported_isa() {
+#ifdef MAEFAST_X86
+  // __builtin_cpu_supports also checks that the operating system saves the wide registers.
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512) return Isa::avx512;
+  if (avx2) return Isa::avx2;
+#endif
+  return Isa::plain;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "plain";
+  }
+}
+
+static Isa choose() {
+  const Isa best = supported_isa();
+  const char* asked = std::getenv("MAEFAST_CPU_ISA");
+  if (asked == nullptr) return best;
+  for (Isa isa : {Isa::plain, Isa::avx2, Isa::avx512}) {
+    if (std::strcmp(asked, isa_name(isa)) == 0) return isa < best ? isa : best;
+  }
+  return best;  // unknown names are reported by maefast/_native.py
+}
+
+Isa current_isa() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+}  // namespace maefast
