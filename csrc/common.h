@@ -38,16 +38,15 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
   (void)layout;
-  const int32_t scalar_type =
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const int32_t scalar_type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), strides, scalar_type, device_type,
                                                   device_index, &handle));
   return Tensor(handle);
 }
 
-// f(begin, end) over [0, rows) on torch's threads; each thread gets at least about 32 KiB of work, below which
-// waking it costs more than it saves. f must not throw.
+// f(begin, end) over [0, rows) on torch's threads; each thread gets at least about 32 KiB of work, below
+// which waking it costs more than it saves. f must not throw.
 template <class F>
 inline void parallel_rows(int64_t rows, int64_t bytes_per_row, const F& f) {
   constexpr int64_t kGrainBytes = 32 * 1024;

@@ -13,14 +13,10 @@
 namespace {
 
 std::map<std::string, std::string> build_info() {
-  return {{"version", MAEFAST_VERSION},
-          {"commit", MAEFAST_COMMIT},
-          {"compiler", MAEFAST_COMPILER},
-          {"kernel_flags", MAEFAST_FLAGS},
-          {"cpu_isas", MAEFAST_CPU_ISAS},
-          {"torch", MAEFAST_TORCH_VERSION},
-          {"cuda", MAEFAST_CUDA_VERSION},
-          {"cuda_archs", MAEFAST_CUDA_ARCHS}};
+  return {{"version", MAEFAST_VERSION},   {"commit", MAEFAST_COMMIT},
+          {"compiler", MAEFAST_COMPILER}, {"kernel_flags", MAEFAST_FLAGS},
+          {"cpu_isas", MAEFAST_CPU_ISAS}, {"torch", MAEFAST_TORCH_VERSION},
+          {"cuda", MAEFAST_CUDA_VERSION}, {"cuda_archs", MAEFAST_CUDA_ARCHS}};
 }
 
 std::map<std::string, bool> cpu_features() {
@@ -54,11 +50,14 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and CPU features of maefast's native libraries.";
   m.def("build_info", &build_info, "Compiler, flags, torch and CUDA that the libraries were built with.");
   m.def("cpu_features", &cpu_features, "Instruction set extensions that the CPU and the system support.");
-  m.def("supported_isa", [] { return maefast::isa_name(maefast::supported_isa()); },
-        "Best instruction set the CPU kernels could use here.");
-  m.def("current_isa", [] { return maefast::isa_name(maefast::current_isa()); },
-        "Instruction set the CPU kernels use (MAEFAST_CPU_ISA lowers it).");
-  m.def("hardware_threads", [] { return static_cast<int>(std::thread::hardware_concurrency()); },
-        "Hardware threads of the machine.");
+  m.def(
+      "supported_isa", [] { return maefast::isa_name(maefast::supported_isa()); },
+      "Best instruction set the CPU kernels could use here.");
+  m.def(
+      "current_isa", [] { return maefast::isa_name(maefast::current_isa()); },
+      "Instruction set the CPU kernels use (MAEFAST_CPU_ISA lowers it).");
+  m.def(
+      "hardware_threads", [] { return static_cast<int>(std::thread::hardware_concurrency()); },
+      "Hardware threads of the machine.");
   m.def("usable_cpus", &usable_cpus, "CPUs that this process may run on.");
 }

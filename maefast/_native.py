@@ -38,6 +38,14 @@ def status() -> dict[str, Any]:
     return {**_status, "paths": dict(_status["paths"])}
 
 
+def why_missing(name: str) -> str:
+    """Why an op has no kernel in the library `name` ("cpu" or "cuda"), in a few words."""
+    if _status[name]:
+        return f"this op has no kernel in _{name}.so"
+    reason = _status["cuda_note"] if name == "cuda" else _status["error"]
+    return reason or f"_{name}.so is not loaded"
+
+
 def load() -> None:
     """Load what can be loaded. The schemas of the namespace `maefast` must be defined. Idempotent."""
     global _loaded, has_cpu_ops, has_cuda_ops, C

@@ -67,19 +67,20 @@ def build_editable(
     return _build(skbuild.build_editable, wheel_directory, config_settings, metadata_directory)
 
 
-def _build(
-    hook: Callable[..., str], directory: str, settings: Settings | None, metadata_directory: str | None
-) -> str:
+def _build(hook: Callable[..., str], directory: str, settings: Settings | None, metadata_directory: str | None) -> str:
     settings = dict(settings or {})
-    cuda = os.environ.get("MAEFAST_CUDA") or settings.get("cmake.define.MAEFAST_CUDA", "auto")
-    attempts = [cuda] if cuda in ("on", "off") else [cuda, "off"]
-    for attempt in attempts:
+    cuda = (os.environ.get("MAEFAST_CUDA") or settings.get("cmake.define.MAEFAST_CUDA", "auto")).lower()
+    if cuda not in ("auto", "on", "off"):
+        raise SystemExit(f"maefast: MAEFAST_CUDA={cuda}: choose auto, on or off")
+    required = cuda == "on" or os.environ.get("MAEFAST_REQUIRE_NATIVE") == "1"
+    for attempt in (cuda,) if required or cuda == "off" else (cuda, "off"):
+        os.environ["MAEFAST_CUDA"] = attempt  # read by csrc/build/cuda.cmake
         try:
-            return hook(directory, {**settings, "cmake.define.MAEFAST_CUDA": attempt}, metadata_directory)
+            return hook(directory, settings, metadata_directory)
         except (SystemExit, Exception) as error:  # scikit-build-core exits when CMake or the compiler fails
             reason = f"{type(error).__name__}: {error}"
             print(f"maefast: the native build failed with MAEFAST_CUDA={attempt} ({reason})", file=sys.stderr)
-    if cuda == "on" or os.environ.get("MAEFAST_REQUIRE_NATIVE") == "1":
+    if required:
         raise SystemExit("maefast: the native libraries are required and could not be built (see above)")
     print("maefast: installing without native libraries", file=sys.stderr)
     name = hook(directory, {**settings, "wheel.cmake": "false"}, None)

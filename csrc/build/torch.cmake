@@ -15,5 +15,4 @@ add_library(maefast_torch INTERFACE)
 target_include_directories(maefast_torch SYSTEM INTERFACE "${MAEFAST_TORCH_DIR}/include")
 # Stable ABI of torch 2.10: the result runs on that and every later version.
 target_compile_definitions(maefast_torch INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
-# No RPATH: torch is in the process before these libraries are, and the loader matches by soname.
 target_link_libraries(maefast_torch INTERFACE "${MAEFAST_TORCH_DIR}/lib/libtorch_cpu.so")

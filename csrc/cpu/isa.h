@@ -4,11 +4,11 @@
 // namespace its code goes into: plain, avx2 (AVX2 + FMA + F16C) or avx512 (F, BW, DQ, VL). It defines one
 // table of function pointers; MAEFAST_KERNELS in the family's header declares the copies and the chooser.
 //
-// Rule for kernel files: they may include only <cstddef>, <cstdint>, <immintrin.h> and our own kernel headers,
-// whose functions all live in namespace maefast::MAEFAST_ISA. No C++ standard library: an inline function such
-// as std::min that the compiler emits in the AVX-512 object may be the one copy that the linker keeps, and
-// would then crash an older CPU (csrc/build/no_shared_inlines.cmake checks this). Kernels take [begin, end)
-// ranges; threads are the host code's business.
+// Rule for kernel files: they may include only <cstddef>, <cstdint>, <immintrin.h> and our own kernel
+// headers, whose functions all live in namespace maefast::MAEFAST_ISA. No C++ standard library: an inline
+// function such as std::min that the compiler emits in the AVX-512 object may be the one copy that the linker
+// keeps, and would then crash an older CPU (csrc/build/no_shared_inlines.cmake checks this). Kernels take
+// [begin, end) ranges; threads are the host code's business.
 #pragma once
 
 namespace maefast {
@@ -24,26 +24,28 @@ const char* isa_name(Isa isa);
 }  // namespace maefast
 
 #ifdef MAEFAST_X86
-#define MAEFAST_KERNELS(Table, name)        \
-  namespace plain {                         \
-  extern const Table name;                  \
-  }                                         \
-  namespace avx2 {                          \
-  extern const Table name;                  \
-  }                                         \
-  namespace avx512 {                        \
-  extern const Table name;                  \
-  }                                         \
-  static inline const Table& name##_chosen() { \
-    const Isa isa = current_isa();          \
+#define MAEFAST_KERNELS(Table, name)             \
+  namespace plain {                              \
+  extern const Table name;                       \
+  }                                              \
+  namespace avx2 {                               \
+  extern const Table name;                       \
+  }                                              \
+  namespace avx512 {                             \
+  extern const Table name;                       \
+  }                                              \
+  static inline const Table& name##_chosen() {   \
+    const Isa isa = current_isa();               \
     if (isa == Isa::avx512) return avx512::name; \
-    if (isa == Isa::avx2) return avx2::name; \
-    return plain::name;                     \
+    if (isa == Isa::avx2) return avx2::name;     \
+    return plain::name;                          \
   }
 #else
-#define MAEFAST_KERNELS(Table, name)        \
-  namespace plain {                         \
-  extern const Table name;                  \
-  }                                         \
-  static inline const Table& name##_chosen() { return plain::name; }
+#define MAEFAST_KERNELS(Table, name)           \
+  namespace plain {                            \
+  extern const Table name;                     \
+  }                                            \
+  static inline const Table& name##_chosen() { \
+    return plain::name;                        \
+  }
 #endif
