@@ -1,0 +1,21 @@
+"""Modules that models compose, each usable alone. They hold parameters; the maths is in `maefast.ops`."""
+
+from maefast.nn.block import Attention, Block, Mlp
+from maefast.nn.decoder import Decoder, run_decoder
+from maefast.nn.encoder import Encoder, run_blocks, run_encoder
+from maefast.nn.patch_embed import PatchEmbed
+from maefast.nn.positions import sincos_1d, sincos_2d
+
+__all__ = [
+    "Attention",
+    "Block",
+    "Decoder",
+    "Encoder",
+    "Mlp",
+    "PatchEmbed",
+    "run_blocks",
+    "run_decoder",
+    "run_encoder",
+    "sincos_1d",
+    "sincos_2d",
+]

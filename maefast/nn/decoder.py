@@ -1,0 +1,96 @@
+"""The light transformer decoder of a masked autoencoder: latents of visible tokens to predictions of masked ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from maefast import ops
+from maefast.nn.block import Block
+from maefast.nn.encoder import position_table, run_blocks
+from maefast.nn.init import init_tokens_, init_weights_
+from maefast.ops import TokenMask
+from maefast.ops._checks import one_of
+
+PREDICTIONS = ("masked", "full")
+
+
+def run_decoder(
+    latent: Tensor,
+    plan: TokenMask,
+    *,
+    embed: nn.Module,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    blocks: nn.ModuleList,
+    norm: nn.Module,
+    pred: nn.Module,
+    which: str = "masked",
+    recompute: bool = False,
+) -> Tensor:
+    """Predictions from the latents of a class token and the visible tokens of each sample.
+
+    which="masked": in plan order, [B, masked, K] or packed [M, K] for a ragged plan; "full": in place, [B, N, K].
+
+    For masked tokens only, the last block needs the others as keys and values and nothing after it needs them. In
+    a uniform plan the sequence is therefore laid out with the masked tokens last, so that all of this is slicing.
+    """
+    one_of("pred", which, PREDICTIONS)
+    if which == "masked" and plan.total_masked == 0:
+        raise ValueError("the plan masks no token, so there is no masked token to predict; use pred='full'")
+    tail = which == "masked" and plan.keep is not None
+    order = "visible_first" if tail else "position"
+    x = ops.restore_tokens(embed(latent), plan, mask_token, pos=pos_embed, prefix=1, order=order)
+    if which == "full":
+        return pred(norm(run_blocks(blocks, x, recompute=recompute))[:, 1:])
+    x = run_blocks(blocks[:-1], x, recompute=recompute)
+    x = blocks[-1].forward_tail(x, plan.max_masked) if tail else blocks[-1].forward_masked(x, plan, prefix=1)
+    return pred(norm(x))
+
+
+class Decoder(nn.Module):
+    """MAE's decoder (He et al., 2021): mask tokens at the masked positions, then a few transformer blocks.
+
+    Args:
+        latent_dim: width of the encoder. out_dim: K, values predicted for a patch. grid_size: (rows, columns).
+        embed_dim, depth, num_heads, mlp_ratio: of the transformer; at least one block.
+        positions: "sincos" (frozen) or "learned". norm_eps: of every LayerNorm.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        out_dim: int,
+        grid_size: tuple[int, int],
+        embed_dim: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        positions: str = "sincos",
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"a decoder needs at least one block, got depth {depth}")
+        self.embed = nn.Linear(latent_dim, embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = position_table(positions, embed_dim, grid_size)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.pred = nn.Linear(embed_dim, out_dim)
+        init_tokens_(self.mask_token)
+        init_weights_(self)
+
+    def forward(self, latent: Tensor, plan: TokenMask, which: str = "masked") -> Tensor:
+        """[B, 1 + keep, latent_dim] -> [B, masked, K] or [B, N, K]; packed for a ragged plan (see `run_decoder`)."""
+        return run_decoder(
+            latent,
+            plan,
+            embed=self.embed,
+            mask_token=self.mask_token,
+            pos_embed=self.pos_embed,
+            blocks=self.blocks,
+            norm=self.norm,
+            pred=self.pred,
+            which=which,
+        )

@@ -1,0 +1,109 @@
+"""The ViT encoder of a masked autoencoder: visible tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from maefast.nn.block import Block
+from maefast.nn.init import init_tokens_, init_weights_
+from maefast.nn.patch_embed import PatchEmbed, pair
+from maefast.nn.positions import sincos_2d
+from maefast.ops import TokenMask
+
+
+def position_table(positions: str, width: int, grid: tuple[int, int]) -> nn.Parameter:
+    """[1, 1 + N, width] with the class token's row first: frozen sine-cosine (that row zero), or learned."""
+    if positions == "sincos":
+        return nn.Parameter(sincos_2d(width, grid, prefix=1)[None], requires_grad=False)
+    if positions == "learned":
+        table = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], width))
+        init_tokens_(table)
+        return table
+    raise ValueError(f"positions must be 'sincos' or 'learned', got {positions!r}")
+
+
+def patch_grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of patches."""
+    if any(size % patch for size, patch in zip(img_size, patch_size)):
+        raise ValueError(f"image size {img_size} is not a multiple of the patch size {patch_size}")
+    return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
+
+
+def run_blocks(blocks: Iterable[Block], x: Tensor, cu_seqlens: Tensor | None = None, recompute: bool = False) -> Tensor:
+    """x through all blocks; with `recompute`, activations inside a block are computed again in the backward."""
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(block, x, cu_seqlens, use_reentrant=False)
+        else:
+            x = block(x, cu_seqlens)
+    return x
+
+
+def run_encoder(
+    images: Tensor,
+    plan: TokenMask | None,
+    *,
+    patch_embed: PatchEmbed,
+    cls_token: Tensor,
+    pos_embed: Tensor,
+    blocks: Iterable[Block],
+    norm: nn.Module,
+    recompute: bool = False,
+) -> Tensor:
+    """Latents of the class token and the visible tokens: [B, 1 + keep, D], or packed [B + T, D] for a ragged plan."""
+    cls_pos, pos = pos_embed.split([1, pos_embed.shape[1] - 1], 1)
+    x = patch_embed(images, plan, pos=pos, prefix=cls_token + cls_pos)
+    ragged = plan is not None and plan.keep is None
+    cu_seqlens = None
+    if ragged:  # one class token in front of each sample
+        cu_seqlens = plan.cu_visible + torch.arange(plan.batch + 1, dtype=torch.int32, device=plan.device)
+    return norm(run_blocks(blocks, x, cu_seqlens, recompute))
+
+
+class Encoder(nn.Module):
+    """A ViT without a head that computes visible tokens only (He et al., 2021). Parameter names of timm's ViT.
+
+    Args:
+        img_size, patch_size: int or (height, width). in_chans: any number.
+        embed_dim, depth, num_heads, mlp_ratio: of the transformer.
+        positions: "sincos" (frozen, MAE's) or "learned".
+        norm_eps: of every LayerNorm.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        positions: str = "sincos",
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.grid_size = patch_grid(pair("img_size", img_size), pair("patch_size", patch_size))
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = position_table(positions, embed_dim, self.grid_size)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        init_tokens_(self.cls_token)
+        init_weights_(self.blocks)
+
+    def forward(self, images: Tensor, plan: TokenMask | None = None) -> Tensor:
+        """images [B, C, H, W] -> [B, 1 + keep, D] (packed [B + T, D] for a ragged plan); all tokens without a plan."""
+        return run_encoder(
+            images,
+            plan,
+            patch_embed=self.patch_embed,
+            cls_token=self.cls_token,
+            pos_embed=self.pos_embed,
+            blocks=self.blocks,
+            norm=self.norm,
+        )
