@@ -177,9 +177,7 @@ def block(
     num_tokens = height * width
     count = _keep(num_tokens, ratio, keep, rule)
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= num_tokens:
-        raise ValueError(
-            f"block masking keeps one count in [0, {num_tokens}] for the whole batch, got {count!r}"
-        )
+        raise ValueError(f"block masking keeps one count in [0, {num_tokens}] for the whole batch, got {count!r}")
     if min_area < 1 or not 0 < aspect[0] <= aspect[1]:
         raise ValueError(f"need min_area >= 1 and 0 < aspect[0] <= aspect[1], got {min_area} and {aspect}")
     maps = [

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def tensor(
-    name: str, value: object, *, ndim: int | tuple[int, ...] | None = None, floating: bool = True
-) -> None:
+def tensor(name: str, value: object, *, ndim: int | tuple[int, ...] | None = None, floating: bool = True) -> None:
     """`value` is a strided tensor with an allowed number of dimensions and (if asked) a floating dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -30,9 +28,7 @@ def same_device(**tensors: Tensor | None) -> None:
         if first is None:
             first_name, first = name, value.device
         elif value.device != first:
-            raise ValueError(
-                f"{name} is on {value.device} but {first_name} is on {first}: move them to one device"
-            )
+            raise ValueError(f"{name} is on {value.device} but {first_name} is on {first}: move them to one device")
 
 
 def one_of(name: str, value: object, allowed: tuple) -> None:

@@ -27,6 +27,9 @@ class Evidence(NamedTuple):
     commit: str
     date: str
 
+    def __str__(self) -> str:
+        return f"tested on {self.device} at {self.commit} ({self.date})"
+
 
 # op -> evidence that its CUDA C++ kernel passed its tests on a real device. Empty until one has.
 CUDA_EVIDENCE: dict[str, Evidence] = {}
@@ -45,9 +48,7 @@ PUBLIC_OPS = {
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 CPU_OPS = frozenset(op for op in _registry.SCHEMAS if _native.has_cpu_ops and _registry.has_kernel(op, "CPU"))
-CUDA_OPS = frozenset(
-    op for op in _registry.SCHEMAS if _native.has_cuda_ops and _registry.has_kernel(op, "CUDA")
-)
+CUDA_OPS = frozenset(op for op in _registry.SCHEMAS if _native.has_cuda_ops and _registry.has_kernel(op, "CUDA"))
 
 _forced: str | None = None
 
@@ -88,22 +89,20 @@ def unavailable(op: str, name: str, device_type: str, dtype: torch.dtype | None 
     if name == "cpu":
         if device_type != "cpu":
             return f"the C++ kernels take CPU tensors, not {device_type} ones"
-        return None if op in CPU_OPS else _native.why_missing("cpu")
+        return None if op in CPU_OPS else _native.status()["error"] or "the C++ library lacks this op"
     if name == "cuda":
         if device_type != "cuda":
             return f"CUDA kernels take CUDA tensors, not {device_type} ones"
         if op in CUDA_OPS:
             return "CUDA kernels do not serve float64" if dtype is torch.float64 else None
-        return _native.why_missing("cuda") if not CUDA_OPS else "this op has no CUDA C++ kernel"
+        return _native.status()["cuda_note"] or "this op has no CUDA C++ kernel"
     if not HAS_TRITON:
         return "Triton is not installed (pip install triton)"
     if dtype is torch.float64:
         return "the Triton kernels do not serve float64"
     if device_type == "cuda" or (device_type == "cpu" and INTERPRET):
         return None
-    return (
-        f"Triton takes CUDA tensors, not {device_type} ones (or set TRITON_INTERPRET=1 to interpret on a CPU)"
-    )
+    return f"Triton takes CUDA tensors, not {device_type} ones (or set TRITON_INTERPRET=1 to interpret on a CPU)"
 
 
 def choose(op: str, device_type: str, dtype: torch.dtype | None = None, asked: str | None = None) -> str:
@@ -134,13 +133,10 @@ def why(public_op: str, device_type: str) -> tuple[str, str]:
     if name == "cpu":
         return name, "C++ kernel"
     if name == "cuda":
-        return name, "CUDA C++ kernel, tested on {0.device} at {0.commit} ({0.date})".format(
-            CUDA_EVIDENCE[op]
-        )
+        return name, f"CUDA C++ kernel, {CUDA_EVIDENCE[op]}"
     if name == "triton":
-        seen = TRITON_EVIDENCE.get(op)
-        tested = "tested on {0.device} at {0.commit} ({0.date})".format(seen) if seen else "interpreter only"
+        tested = TRITON_EVIDENCE.get(op, "interpreter only")
         return name, f"Triton kernel, {tested}; float64 goes to the reference"
     if device_type == "cpu":
-        return name, f"plain PyTorch: {_native.why_missing('cpu')}"
+        return name, f"plain PyTorch: {unavailable(op, 'cpu', device_type)}"
     return name, f"plain PyTorch: {unavailable(op, 'triton', device_type)}"

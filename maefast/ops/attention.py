@@ -55,9 +55,7 @@ def attention(
     starts_q = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     starts_k = _starts("cu_seqlens_k", cu_seqlens_k, kv.shape[0]) if cross else starts_q
     if len(starts_q) != len(starts_k):
-        raise ValueError(
-            f"cu_seqlens_q and cu_seqlens_k differ in length: {len(starts_q)} and {len(starts_k)}"
-        )
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k differ in length: {len(starts_q)} and {len(starts_k)}")
     parts = []
     for i in range(len(starts_q) - 1):
         own = q[None, starts_q[i] : starts_q[i + 1]]

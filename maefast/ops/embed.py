@@ -14,7 +14,7 @@ from maefast.ops.mask import TokenMask
 def check_plan(plan: object, **tensors: Tensor | None) -> None:
     """`plan` is a TokenMask on the same device as the tensors."""
     if not isinstance(plan, TokenMask):
-        raise TypeError(f"plan must be a maefast.TokenMask, got {type(plan).__name__}")
+        raise TypeError(f"plan must be a maefast.ops.TokenMask, got {type(plan).__name__}")
     _checks.same_device(**tensors, plan=plan.slot)
 
 
@@ -74,7 +74,7 @@ def gather_tokens(
 
 def gather_tokens_reference(x: Tensor, index: Tensor, cu: Tensor, prefix: int, keep_prefix: bool) -> Tensor:
     """The definition, differentiable: rows [T (+ B*prefix), D]; see `gather_tokens`."""
-    batch, length, width = x.shape
+    length, width = x.shape[1:]
     tokens = x[:, prefix:].reshape(-1, width)[index.long()]
     if not keep_prefix or prefix == 0:
         return tokens
@@ -97,9 +97,7 @@ def interleave_prefix(prefix_tokens: Tensor, tokens: Tensor, index: Tensor, num_
     """Put [B, P, D] prefix rows in front of each sample's packed rows [T, D]: [T + B*P, D]."""
     batch, prefix, width = prefix_tokens.shape
     sample = torch.div(index.long(), num_tokens, rounding_mode="floor")
-    count = torch.zeros(batch, dtype=torch.long, device=index.device).index_add(
-        0, sample, torch.ones_like(sample)
-    )
+    count = torch.zeros(batch, dtype=torch.long, device=index.device).index_add(0, sample, torch.ones_like(sample))
     cu = F.pad(count.cumsum(0), (1, 0))
     out = tokens.new_empty(tokens.shape[0] + batch * prefix, width)
     out = out.index_copy(0, packed_rows(index, num_tokens, prefix), tokens)
@@ -198,9 +196,7 @@ def patch_embed(
     elif images.dtype is weight.dtype:
         dtype = weight.dtype
     else:
-        raise TypeError(
-            f"images are {images.dtype} but weight is {weight.dtype}: convert one, or use autocast"
-        )
+        raise TypeError(f"images are {images.dtype} but weight is {weight.dtype}: convert one, or use autocast")
 
     name = _dispatch.choose("patch_rows", device, torch.promote_types(images.dtype, dtype), backend)
     volume = as_volume(images)
@@ -225,14 +221,12 @@ def _place(y: Tensor, plan: TokenMask, pos: Tensor | None, prefix: Tensor | None
     if name == "reference":
         rows = place_tokens_reference(y, plan.visible, plan.cu_visible, plan.num_tokens, pos, prefix)
     else:
-        rows = _PlaceTokens.apply(
-            y, plan.visible, plan.slot, plan.cu_visible, plan.num_tokens, pos, prefix, name
-        )
+        rows = _PlaceTokens.apply(y, plan.visible, plan.slot, plan.cu_visible, plan.num_tokens, pos, prefix, name)
     return unpack(rows, plan.batch, plan.keep, count)
 
 
 def patch_rows_reference(images: Tensor, index: Tensor, patch: list[int]) -> Tensor:
-    """The definition: rows [R, C*pt*ph*pw] of images [B, C, T, H, W] at flat tokens `index`, in (C, pt, ph, pw) order."""
+    """The definition: rows [R, C*pt*ph*pw] of images [B, C, T, H, W] at tokens `index`, ordered (C, pt, ph, pw)."""
     batch, channels, *sizes = images.shape
     (pt, ph, pw), (gt, gh, gw) = patch, [size // p for size, p in zip(sizes, patch)]
     blocks = images.reshape(batch, channels, gt, pt, gh, ph, gw, pw)

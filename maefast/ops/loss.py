@@ -76,17 +76,13 @@ def patch_loss(
         patch_size = (patch_size,) * 2
     patch, grid = patch_grid(images, tuple(patch_size))
     if (plan.batch, plan.num_tokens) != (images.shape[0], grid[0] * grid[1] * grid[2]):
-        raise ValueError(
-            f"images of shape {tuple(images.shape)} in patches of {patch_size} do not fit {plan}"
-        )
+        raise ValueError(f"images of shape {tuple(images.shape)} in patches of {patch_size} do not fit {plan}")
     pixels = patch[0] * patch[1] * patch[2]
     values = pixels * images.shape[1]
     packed = rows == "masked"
     _check_pred(pred, plan, packed, values)
     if (norm in ("mae", "spark") and values < 2) or (norm == "videomae" and pixels < 2):
-        raise ValueError(
-            f"norm={norm!r} divides by an unbiased variance, which one value a patch does not have"
-        )
+        raise ValueError(f"norm={norm!r} divides by an unbiased variance, which one value a patch does not have")
     if reduction in ("mean", "sample_mean") and plan.total_masked == 0:
         raise ValueError("the plan masks no token, so there is nothing to average the loss over")
 
@@ -106,9 +102,7 @@ def _check_pred(pred: Tensor, plan: TokenMask, packed: bool, values: int) -> Non
         count = None if plan.keep is None else plan.num_tokens - plan.keep
         fits = pred.ndim == 2 and pred.shape[0] == plan.total_masked
         fits = fits or (pred.ndim == 3 and count is not None and tuple(pred.shape[:2]) == (plan.batch, count))
-        want = f"[{plan.total_masked}, {values}]" + (
-            f" or [{plan.batch}, {count}, {values}]" if count else ""
-        )
+        want = f"[{plan.total_masked}, {values}]" + (f" or [{plan.batch}, {count}, {values}]" if count else "")
     else:
         fits = pred.ndim == 3 and tuple(pred.shape[:2]) == (plan.batch, plan.num_tokens)
         want = f"[{plan.batch}, {plan.num_tokens}, {values}]"

@@ -81,9 +81,7 @@ class TokenMask:
 
     def _uniform(self, what: str) -> int:
         if self.keep is None:
-            raise ValueError(
-                f"{what} needs a uniform plan; here the samples keep different numbers of tokens"
-            )
+            raise ValueError(f"{what} needs a uniform plan; here the samples keep different numbers of tokens")
         return self.keep
 
     def _positions(self, flat: Tensor, count: int) -> Tensor:
@@ -129,9 +127,7 @@ class TokenMask:
         _check_size(batch, num_tokens)
         flat = torch.arange(batch * num_tokens, dtype=torch.int32, device=device)
         cu = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_tokens
-        return TokenMask(
-            batch, num_tokens, num_tokens, flat, flat[:0], flat, cu, torch.zeros_like(cu), num_tokens, 0
-        )
+        return TokenMask(batch, num_tokens, num_tokens, flat, flat[:0], flat, cu, torch.zeros_like(cu), num_tokens, 0)
 
     @staticmethod
     def from_bool(masked: Tensor, keep: int | Sequence[int] | None = None, **kwargs) -> TokenMask:
@@ -148,9 +144,7 @@ class TokenMask:
             keep = counts
         else:
             want = torch.as_tensor(keep, device=masked.device).expand_as(counts)
-            _assert_all(
-                counts == want, "from_bool: `keep` does not match the number of False entries in the map"
-            )
+            _assert_all(counts == want, "from_bool: `keep` does not match the number of False entries in the map")
         return token_mask(masked.float(), keep, order="position", **kwargs)
 
     @staticmethod
@@ -170,9 +164,7 @@ class TokenMask:
         _check_size(len(rows), num_tokens)
         counts = [row.shape[0] for row in rows]
         if max(counts) > num_tokens:
-            raise ValueError(
-                f"indices keep {max(counts)} of {num_tokens} tokens: keep must not exceed num_tokens"
-            )
+            raise ValueError(f"indices keep {max(counts)} of {num_tokens} tokens: keep must not exceed num_tokens")
         device = rows[0].device
         flat = torch.cat([row.long() for row in rows])
         sample = torch.repeat_interleave(
@@ -216,22 +208,16 @@ def _assert_all(condition: Tensor, message: str) -> None:
 
 def _check_size(batch: int, num_tokens: int) -> None:
     if batch < 1 or num_tokens < 1:
-        raise ValueError(
-            f"a plan needs at least one sample and one token, got batch {batch}, tokens {num_tokens}"
-        )
+        raise ValueError(f"a plan needs at least one sample and one token, got batch {batch}, tokens {num_tokens}")
     if batch * num_tokens >= 2**31:
-        raise ValueError(
-            f"{batch} x {num_tokens} tokens: flat indices are int32, so B*N must stay below 2**31"
-        )
+        raise ValueError(f"{batch} x {num_tokens} tokens: flat indices are int32, so B*N must stay below 2**31")
 
 
 def _counts(keep: int | Sequence[int] | Tensor, batch: int, num_tokens: int) -> int | list[int]:
     """Host counts; a tensor on a GPU costs one sync here."""
     if isinstance(keep, Tensor):
         if keep.is_floating_point() or keep.dtype is torch.bool or keep.shape not in ((), (batch,)):
-            raise ValueError(
-                f"keep must be an int tensor of shape [{batch}], got {keep.dtype} {tuple(keep.shape)}"
-            )
+            raise ValueError(f"keep must be an int tensor of shape [{batch}], got {keep.dtype} {tuple(keep.shape)}")
         keep = keep.tolist()
     if isinstance(keep, (list, tuple)):
         counts = list(keep)
@@ -241,9 +227,7 @@ def _counts(keep: int | Sequence[int] | Tensor, batch: int, num_tokens: int) -> 
         counts = [keep]
     for count in counts:
         if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
-            raise TypeError(
-                f"keep must be an int, or ints, one a sample; got {count!r} ({type(count).__name__})"
-            )
+            raise TypeError(f"keep must be an int, or ints, one a sample; got {count!r} ({type(count).__name__})")
         if not 0 <= count <= num_tokens:
             raise ValueError(f"keep must lie in [0, {num_tokens}] (the number of tokens), got {count}")
     return counts[0] if min(counts) == max(counts) else counts

@@ -54,9 +54,7 @@ def restore_tokens(
         want = "packed rows [R, D]" if plan.keep is None else f"[{plan.batch}, {prefix} + {plan.keep}, D]"
         raise ValueError(f"x must be {want} for this plan, got {tuple(x.shape)}")
     if x.ndim == 2 and x.shape[0] != rows:
-        raise ValueError(
-            f"x must have {plan.batch} * {prefix} + {plan.total_visible} = {rows} rows, got {x.shape[0]}"
-        )
+        raise ValueError(f"x must have {plan.batch} * {prefix} + {plan.total_visible} = {rows} rows, got {x.shape[0]}")
     mask_token = _checks.vector("mask_token", mask_token, width)
     if pos is not None:
         lengths = (plan.num_tokens,) if pos_on == "masked" else (plan.num_tokens, prefix + plan.num_tokens)
@@ -72,9 +70,7 @@ def restore_tokens(
     name = _dispatch.choose("restore_tokens", x.device.type, dtype, backend)
     if name == "reference":
         return restore_tokens_reference(x, plan.visible, plan.masked, plan.cu_visible, mask_token, pos, *args)
-    return _RestoreTokens.apply(
-        x, plan.visible, plan.masked, plan.slot, plan.cu_visible, mask_token, pos, *args, name
-    )
+    return _RestoreTokens.apply(x, plan.visible, plan.masked, plan.slot, plan.cu_visible, mask_token, pos, *args, name)
 
 
 def restore_tokens_reference(
@@ -122,9 +118,7 @@ def _rank(flat: Tensor, num_tokens: int, count: Tensor, offset: Tensor | int = 0
 
 class _RestoreTokens(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, visible, masked, slot, cu_visible, mask_token, pos, prefix, visible_first, pos_on_masked, name
-    ):
+    def forward(ctx, x, visible, masked, slot, cu_visible, mask_token, pos, prefix, visible_first, pos_on_masked, name):
         ctx.save_for_backward(visible, masked, slot, cu_visible)
         ctx.args = (prefix, visible_first, pos_on_masked)
         ctx.pos_rows = 0 if pos is None else pos.shape[0]
