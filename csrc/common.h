@@ -4,6 +4,7 @@
 // torch from 2.10 on. Schemas are defined in Python (maefast/ops/_registry.py); C++ only implements them.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,30 +19,15 @@ namespace maefast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Uninitialised contiguous tensor on the device of `like`. Straight to the allocator: the dispatcher round
-// trip of torch::stable::empty costs more than many of the kernels at 50 tokens per image.
+// Uninitialised contiguous tensor on the device of `like`. This shim goes through the dispatcher, so it
+// poisons the memory where the user asked torch for that (torch.utils.deterministic), at a third of the cost
+// of torch::stable::empty, which boxes its arguments.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  constexpr int64_t kMaxDims = 8;
-  const int64_t dims = static_cast<int64_t>(sizes.size());
-  STD_TORCH_CHECK(dims <= kMaxDims, "maefast::empty: too many dimensions");
-  int64_t strides[kMaxDims];
-  int64_t stride = 1;
-  for (int64_t d = dims - 1; d >= 0; --d) {
-    strides[d] = stride;
-    const int64_t size = sizes.begin()[d];
-    stride *= size > 0 ? size : 1;
-  }
-  int32_t device_type = 0;
-  int32_t device_index = 0;
-  int32_t layout = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
-  (void)layout;
-  const int32_t scalar_type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  int32_t scalar_type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), strides, scalar_type, device_type,
-                                                  device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(),
+                                                   static_cast<int64_t>(sizes.size()), &scalar_type, nullptr,
+                                                   nullptr, 0, nullptr, &handle));
   return Tensor(handle);
 }
 

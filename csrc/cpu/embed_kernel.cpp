@@ -2,11 +2,18 @@
 
 #include <cstddef>
 
+#include "cpu/patch_vec.h"
+#include "cpu/units_vec.h"
+#include "cpu/vec.h"
+
 namespace maefast::MAEFAST_ISA {
 namespace {
 
-// Copies a row, or zeroes it when there is nothing valid to copy. The builtins reach libc, which has its own
-// choice of instruction set.
+// ---- gather_tokens
+// -------------------------------------------------------------------------------------------------
+
+// Copies a row, or zeroes it when there is nothing to copy. The builtins reach libc, which has its own choice
+// of instruction set.
 void put_row(char* dst, const char* src, int64_t bytes, bool valid) {
   if (valid) {
     __builtin_memcpy(dst, src, static_cast<size_t>(bytes));
@@ -17,28 +24,20 @@ void put_row(char* dst, const char* src, int64_t bytes, bool valid) {
 
 void gather_rows(const GatherArgs& a, int64_t begin, int64_t end) {
   const int64_t kept = a.keep_prefix ? a.prefix : 0;
-  // The sample of the first row by bisection, of the others by stepping.
-  int64_t b = 0;
-  for (int64_t high = a.batch; b + 1 < high;) {
-    const int64_t middle = (b + high) / 2;
-    if (a.cu[middle] + middle * kept <= begin) {
-      b = middle;
-    } else {
-      high = middle;
-    }
-  }
+  const int64_t length = a.prefix + a.tokens;
+  int64_t b = sample_of(a.cu, a.batch, kept, begin);
   for (int64_t r = begin; r < end; ++r) {
     while (b + 1 < a.batch && r >= a.cu[b + 1] + (b + 1) * kept) ++b;
     const int64_t within = r - a.cu[b] - b * kept;
-    int64_t row = -1;  // row of x; a bad index leaves it negative and the output row zero
-    if (within < kept) {
-      if (within >= 0) row = b * (a.prefix + a.tokens) + within;
-    } else {
-      const int64_t t = r - (b + 1) * kept;
-      const int64_t flat = t >= 0 && t < a.packed ? a.index[t] : -1;
-      if (flat >= 0 && flat < a.batch * a.tokens) row = flat + (flat / a.tokens + 1) * a.prefix;
+    int64_t position = within;
+    bool valid = within >= 0;
+    if (within >= kept) {
+      const int64_t n = a.index[r - (b + 1) * kept] - b * a.tokens;
+      position = a.prefix + n;
+      valid = n >= 0 && n < a.tokens;
     }
-    put_row(a.dst + r * a.row_bytes, a.src + row * a.row_bytes, a.row_bytes, row >= 0);
+    if (!valid) fail(a.failed);
+    put_row(a.dst + r * a.row_bytes, a.src + (b * length + position) * a.row_bytes, a.row_bytes, valid);
   }
 }
 
@@ -57,6 +56,7 @@ void scatter_rows(const GatherArgs& a, int64_t begin, int64_t end) {
       const int64_t t = a.masked ? ~slot : slot;
       if (t >= 0) row = t + (b + 1) * kept;
     }
+    if (row >= rows) fail(a.failed);
     put_row(a.dst + r * a.row_bytes, a.src + row * a.row_bytes, a.row_bytes, row >= 0 && row < rows);
     if (++p == length) {
       p = 0;
@@ -65,8 +65,176 @@ void scatter_rows(const GatherArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// ---- patch_rows
+// ----------------------------------------------------------------------------------------------------
+
+// PW is pw where it is known at compile time: a run of pixels is then a few registers; else 0.
+template <int PW, class X, class Y>
+void patch_rows_typed(const PatchRowsArgs& a, int64_t begin, int64_t end) {
+  const Grid g(a.grid);
+  const X* images = static_cast<const X*>(a.src);
+  Y* out = static_cast<Y*>(a.dst) + begin * g.values;
+  for (int64_t r = begin; r < end; ++r, out += g.values) {
+    const int64_t flat = a.index[r];
+    if (flat < 0 || flat >= a.grid.batch * g.tokens) {
+      fail(a.failed);
+      zero_row(out, g.values);
+      continue;
+    }
+    const X* patch = images + g.origin(flat);
+    for_runs(g, [&](int64_t pixel, int64_t k) { convert_row(patch + pixel, out + k, PW ? PW : g.pw); });
+  }
+}
+
+template <class X, class Y>
+void patch_rows_sized(const PatchRowsArgs& a, int64_t begin, int64_t end) {
+  switch (a.grid.pw) {
+    case 16:
+      return patch_rows_typed<16, X, Y>(a, begin, end);
+    case 14:
+      return patch_rows_typed<14, X, Y>(a, begin, end);
+    case 8:
+      return patch_rows_typed<8, X, Y>(a, begin, end);
+    default:
+      return patch_rows_typed<0, X, Y>(a, begin, end);
+  }
+}
+
+void patch_rows(const PatchRowsArgs& a, int64_t begin, int64_t end) {
+  with_type(a.src_type, [&](auto x) {
+    with_type(a.dst_type, [&](auto y) {
+      using X = typename decltype(x)::type;
+      using Y = typename decltype(y)::type;
+      if constexpr (is_same<X, Y> || (is_same<X, float> && sizeof(Y) == 2)) {
+        patch_rows_sized<X, Y>(a, begin, end);
+      } else {
+        patch_rows_typed<0, X, Y>(a, begin, end);
+      }
+    });
+  });
+}
+
+// One unit is a strip of the image that holds a whole row of tokens, so that its lines are written from end
+// to end.
+template <int PW, class X, class Y>
+void patch_rows_backward_typed(const PatchRowsArgs& a, int64_t begin, int64_t end) {
+  const Grid g(a.grid);
+  const X* grad = static_cast<const X*>(a.src);
+  Y* images = static_cast<Y*>(a.dst);
+  const int64_t pw = PW ? PW : g.pw;
+  for (int64_t strip = begin; strip < end; ++strip) {
+    const int32_t* slot = a.index + strip * g.gw;
+    Y* origin = images + g.origin(strip * g.gw);
+    for_runs(g, [&](int64_t pixel, int64_t k) {
+      for (int64_t w = 0; w < g.gw; ++w) {
+        const int64_t t = slot[w];
+        Y* out = origin + pixel + w * pw;
+        if (t >= 0 && t < a.rows) {
+          convert_row(grad + t * g.values + k, out, pw);
+        } else {
+          if (t >= 0) fail(a.failed);
+          zero_row(out, pw);
+        }
+      }
+    });
+  }
+}
+
+void patch_rows_backward(const PatchRowsArgs& a, int64_t begin, int64_t end) {
+  with_type(a.src_type, [&](auto x) {
+    with_type(a.dst_type, [&](auto y) {
+      using X = typename decltype(x)::type;
+      using Y = typename decltype(y)::type;
+      if constexpr (is_same<X, Y> || (sizeof(X) == 2 && is_same<Y, float>)) {
+        if (a.grid.pw == 16) return patch_rows_backward_typed<16, X, Y>(a, begin, end);
+      }
+      patch_rows_backward_typed<0, X, Y>(a, begin, end);
+    });
+  });
+}
+
+// ---- place_tokens
+// --------------------------------------------------------------------------------------------------
+
+template <class X, class Y>
+void place_tokens_typed(const PlaceArgs& a, int64_t begin, int64_t end) {
+  const X* y = static_cast<const X*>(a.y);
+  const Y* pos = static_cast<const Y*>(a.pos);
+  const Y* lead = static_cast<const Y*>(a.lead);
+  const int64_t d = a.width;
+  int64_t b = sample_of(a.cu, a.batch, a.prefix, begin);
+  for (int64_t r = begin; r < end; ++r) {
+    while (b + 1 < a.batch && r >= a.cu[b + 1] + (b + 1) * a.prefix) ++b;
+    const int64_t within = r - a.cu[b] - b * a.prefix;
+    Y* out = static_cast<Y*>(a.out) + r * d;
+    if (within < a.prefix) {
+      if (within >= 0) {
+        convert_row(lead + within * d, out, d);
+      } else {
+        fail(a.failed);
+        zero_row(out, d);
+      }
+      continue;
+    }
+    const int64_t t = r - (b + 1) * a.prefix;
+    if (pos == nullptr) {
+      convert_row(y + t * d, out, d);
+      continue;
+    }
+    const int64_t n = a.visible[t] - b * a.tokens;
+    if (n >= 0 && n < a.tokens) {
+      add_rows(y + t * d, pos + n * d, out, d);
+    } else {
+      fail(a.failed);
+      zero_row(out, d);
+    }
+  }
+}
+
+void place_tokens(const PlaceArgs& a, int64_t begin, int64_t end) {
+  with_widening(a.y_type, a.out_type, [&](auto x, auto y) {
+    place_tokens_typed<typename decltype(x)::type, typename decltype(y)::type>(a, begin, end);
+  });
+}
+
+template <class G, class X>
+void place_tokens_backward_typed(const PlaceBackwardArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<G>;
+  const G* grad = static_cast<const G*>(a.grad);
+  X* grad_y = static_cast<X*>(a.grad_y);
+  const int64_t d = a.width;
+  for (int64_t index = begin; index < end; ++index) {
+    const Unit<A> unit(a.units, index, a.batch, a.prefix, a.tokens, d);
+    for (int64_t b = unit.from; b < unit.to; ++b) {
+      for (int64_t p = unit.first; p < unit.last; ++p) {
+        int64_t row = a.cu[b] + b * a.prefix + p;
+        if (p >= a.prefix) {
+          const int64_t t = a.slot[b * a.tokens + p - a.prefix];
+          if (t < 0) continue;
+          if (t >= a.packed) {
+            fail(a.failed);
+            continue;
+          }
+          row = t + (b + 1) * a.prefix;
+          convert_row(grad + row * d, grad_y + t * d, d);
+        }
+        if (A* sum = unit.at(p)) accumulate_row(sum, grad + row * d, d);
+      }
+    }
+  }
+}
+
+void place_tokens_backward(const PlaceBackwardArgs& a, int64_t begin, int64_t end) {
+  with_widening(a.y_type, a.grad_type, [&](auto x, auto g) {
+    place_tokens_backward_typed<typename decltype(g)::type, typename decltype(x)::type>(a, begin, end);
+  });
+}
+
 }  // namespace
 
-extern const EmbedKernels embed_kernels = {gather_rows, scatter_rows};
+extern const EmbedKernels embed_kernels = {
+    gather_rows,  scatter_rows,          patch_rows, patch_rows_backward,
+    place_tokens, place_tokens_backward, sum_pieces,
+};
 
 }  // namespace maefast::MAEFAST_ISA

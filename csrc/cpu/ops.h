@@ -1,14 +1,52 @@
 // The CPU ops: one declaration for each schema of maefast/ops/_registry.py that csrc/cpu implements.
 #pragma once
 
+#include <optional>
+#include <tuple>
+#include <vector>
+
 #include "common.h"
 
 namespace maefast::cpu {
 
+// mask.cpp
+std::tuple<Tensor, Tensor, Tensor> token_mask(const Tensor& scores, const Tensor& cu_visible,
+                                              int64_t total_visible, bool by_position);
+
 // embed.cpp
-Tensor gather_tokens(const Tensor& x, const Tensor& index, const Tensor& cu, int64_t max_count, int64_t prefix,
-                     bool keep_prefix);
+Tensor gather_tokens(const Tensor& x, const Tensor& index, const Tensor& cu, int64_t max_count,
+                     int64_t prefix, bool keep_prefix);
 Tensor gather_tokens_backward(const Tensor& grad, const Tensor& slot, const Tensor& cu, int64_t prefix,
                               bool keep_prefix, bool masked);
+Tensor patch_rows(const Tensor& images, const Tensor& index, const std::vector<int64_t>& patch,
+                  ScalarType dtype);
+Tensor patch_rows_backward(const Tensor& grad, const Tensor& slot, const std::vector<int64_t>& image_shape,
+                           const std::vector<int64_t>& patch, ScalarType dtype);
+Tensor place_tokens(const Tensor& y, const Tensor& visible, const Tensor& cu_visible, int64_t num_tokens,
+                    const std::optional<Tensor>& pos, const std::optional<Tensor>& prefix_tokens);
+std::tuple<Tensor, Tensor, Tensor> place_tokens_backward(const Tensor& grad, const Tensor& slot,
+                                                         const Tensor& cu_visible, int64_t prefix,
+                                                         bool need_pos, bool need_prefix, ScalarType y_dtype);
+
+// restore.cpp
+Tensor restore_tokens(const Tensor& x, const Tensor& visible, const Tensor& masked, const Tensor& cu_visible,
+                      const Tensor& mask_token, const std::optional<Tensor>& pos, int64_t prefix,
+                      bool visible_first, bool pos_on_masked);
+std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad, const Tensor& visible,
+                                                           const Tensor& masked, const Tensor& slot,
+                                                           const Tensor& cu_visible, int64_t pos_rows,
+                                                           int64_t prefix, bool visible_first,
+                                                           bool pos_on_masked, bool need_mask_token,
+                                                           ScalarType x_dtype);
+
+// loss.cpp
+std::tuple<Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& images, const Tensor& index,
+                                      const std::vector<int64_t>& patch, bool packed, bool channels_first,
+                                      int64_t norm, int64_t kind, double beta);
+std::tuple<Tensor, Tensor> patch_loss_backward(const Tensor& grad, const Tensor& pred, const Tensor& images,
+                                               const Tensor& index, const Tensor& slot, const Tensor& stats,
+                                               const std::vector<int64_t>& patch, bool packed,
+                                               bool channels_first, int64_t norm, int64_t kind, double beta,
+                                               bool need_images);
 
 }  // namespace maefast::cpu

@@ -3,7 +3,19 @@
 
 STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
   using namespace maefast::cpu;
+  // mask
+  m.impl("token_mask", TORCH_BOX(&token_mask));
   // embed
   m.impl("gather_tokens", TORCH_BOX(&gather_tokens));
   m.impl("gather_tokens_backward", TORCH_BOX(&gather_tokens_backward));
+  m.impl("patch_rows", TORCH_BOX(&patch_rows));
+  m.impl("patch_rows_backward", TORCH_BOX(&patch_rows_backward));
+  m.impl("place_tokens", TORCH_BOX(&place_tokens));
+  m.impl("place_tokens_backward", TORCH_BOX(&place_tokens_backward));
+  // restore
+  m.impl("restore_tokens", TORCH_BOX(&restore_tokens));
+  m.impl("restore_tokens_backward", TORCH_BOX(&restore_tokens_backward));
+  // loss
+  m.impl("patch_loss", TORCH_BOX(&patch_loss));
+  m.impl("patch_loss_backward", TORCH_BOX(&patch_loss_backward));
 }

@@ -1,8 +1,10 @@
-// SIMD building blocks of the CPU kernels. A kernel file is compiled once per instruction set, so everything here has
-// internal linkage: a function built for AVX-512 can never be merged with, and called in place of, the plain one.
+// SIMD building blocks of the CPU kernels. A kernel file is compiled once per instruction set, so everything
+// here has internal linkage: a function built for AVX-512 can never be merged with, and called in place of,
+// the plain one.
 //
-// GCC/Clang vector types carry the arithmetic. A register holds kLanes<A> numbers of the arithmetic type A (float or
-// double); `load` and `store` convert from and to the four storage types and round once, to nearest even, as torch does.
+// GCC/Clang vector types carry the arithmetic. A register holds kLanes<A> numbers of the arithmetic type A
+// (float or double); `load` and `store` convert from and to the four storage types and round once, to nearest
+// even, as torch does.
 #pragma once
 
 #include <cstddef>
@@ -112,9 +114,12 @@ MAEFAST_INLINE vec<A> splat(A a) {
   return vec<A>{} + a;
 }
 
-// ---- 16-bit formats ------------------------------------------------------------------------------------------------
+// ---- 16-bit formats
+// ------------------------------------------------------------------------------------------------
 
-MAEFAST_INLINE vec_f32 bf16_to_f32(half_u16 h) { return (vec_f32)(__builtin_convertvector(h, vec_u32) << 16); }
+MAEFAST_INLINE vec_f32 bf16_to_f32(half_u16 h) {
+  return (vec_f32)(__builtin_convertvector(h, vec_u32) << 16);
+}
 
 MAEFAST_INLINE half_u16 f32_to_bf16(vec_f32 x) {
   const vec_u32 u = (vec_u32)x;
@@ -124,17 +129,22 @@ MAEFAST_INLINE half_u16 f32_to_bf16(vec_f32 x) {
 }
 
 #if defined(__AVX512F__)
-MAEFAST_INLINE vec_f32 f16_to_f32(half_u16 h) { return (vec_f32)_mm512_cvtph_ps((__m256i)h); }
+MAEFAST_INLINE vec_f32 f16_to_f32(half_u16 h) {
+  return (vec_f32)_mm512_maskz_cvtph_ps(-1, (__m256i)h);
+}
 MAEFAST_INLINE half_u16 f32_to_f16(vec_f32 x) {
-  return (half_u16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (half_u16)_mm512_maskz_cvtps_ph(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #elif defined(__AVX2__) && defined(__F16C__)
-MAEFAST_INLINE vec_f32 f16_to_f32(half_u16 h) { return (vec_f32)_mm256_cvtph_ps((__m128i)h); }
+MAEFAST_INLINE vec_f32 f16_to_f32(half_u16 h) {
+  return (vec_f32)_mm256_cvtph_ps((__m128i)h);
+}
 MAEFAST_INLINE half_u16 f32_to_f16(vec_f32 x) {
   return (half_u16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #else
-// Branch-free integer forms. Subnormals lean on one float addition that aligns the mantissa (and rounds it, going down).
+// Branch-free integer forms. Subnormals lean on one float addition that aligns the mantissa (and rounds it,
+// going down).
 MAEFAST_INLINE vec_f32 f16_to_f32(half_u16 h) {
   const vec_u32 u = __builtin_convertvector(h, vec_u32);
   const vec_u32 sign = (u & 0x8000u) << 16;
@@ -146,7 +156,8 @@ MAEFAST_INLINE vec_f32 f16_to_f32(half_u16 h) {
   const vec_u32 subnormal = (vec_u32)((vec_f32)(body + (113u << 23)) - magic);
   const vec_u32 is_special = (vec_u32)(exponent == 0x0f800000u);
   const vec_u32 is_subnormal = (vec_u32)(exponent == 0u);
-  const vec_u32 r = (normal & ~is_special & ~is_subnormal) | (special & is_special) | (subnormal & is_subnormal);
+  const vec_u32 r =
+      (normal & ~is_special & ~is_subnormal) | (special & is_special) | (subnormal & is_subnormal);
   return (vec_f32)(r | sign);
 }
 
@@ -159,15 +170,15 @@ MAEFAST_INLINE half_u16 f32_to_f16(vec_f32 x) {
   const vec_u32 normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;  // rebias by -112, round to even
   const vec_u32 is_nan = (vec_u32)((vec_i32)u > (vec_i32{} + 0x7f800000));
   const vec_u32 is_big = (vec_u32)((vec_i32)u >= (vec_i32{} + 0x47800000)) & ~is_nan;  // >= 2^16: infinity
-  const vec_u32 is_small = (vec_u32)((vec_i32)u < (vec_i32{} + 0x38800000));           // < 2^-14: subnormal or zero
+  const vec_u32 is_small = (vec_u32)((vec_i32)u < (vec_i32{} + 0x38800000));  // < 2^-14: subnormal or zero
   const vec_u32 is_normal = ~(is_nan | is_big | is_small);
-  const vec_u32 r =
-      (normal & is_normal) | (subnormal & is_small) | (0x7c00u & is_big) | (0x7e00u & is_nan);
+  const vec_u32 r = (normal & is_normal) | (subnormal & is_small) | (0x7c00u & is_big) | (0x7e00u & is_nan);
   return __builtin_convertvector(r | sign, half_u16);
 }
 #endif
 
-// ---- load and store ------------------------------------------------------------------------------------------------
+// ---- load and store
+// ------------------------------------------------------------------------------------------------
 
 template <class A, class T>
 MAEFAST_INLINE vec<A> load(const T* p) {
@@ -184,7 +195,8 @@ MAEFAST_INLINE vec<A> load(const T* p) {
     if constexpr (is_same<A, double>) {
       uint16_t wide[kLanes<float>] = {};
       __builtin_memcpy(wide, p, n * sizeof(uint16_t));
-      const vec_f32 f = is_same<T, bf16> ? bf16_to_f32(load_raw<half_u16>(wide)) : f16_to_f32(load_raw<half_u16>(wide));
+      const vec_f32 f =
+          is_same<T, bf16> ? bf16_to_f32(load_raw<half_u16>(wide)) : f16_to_f32(load_raw<half_u16>(wide));
       vec_f64 r;
       for (int i = 0; i < n; ++i) r[i] = f[i];
       return r;
@@ -279,7 +291,8 @@ MAEFAST_INLINE A sum_lanes(vec<A> v) {
   return lane[0];
 }
 
-// ---- rows ----------------------------------------------------------------------------------------------------------
+// ---- rows
+// ----------------------------------------------------------------------------------------------------------
 
 // y = x, converted.
 template <class X, class Y>
@@ -315,7 +328,9 @@ MAEFAST_INLINE void accumulate_row(A* __restrict sum, const X* __restrict x, int
 }
 
 // Marks that a plan does not fit its tensors; the host raises once the threads are done.
-MAEFAST_INLINE void fail(int32_t* failed) { __atomic_store_n(failed, 1, __ATOMIC_RELAXED); }
+MAEFAST_INLINE void fail(int32_t* failed) {
+  __atomic_store_n(failed, 1, __ATOMIC_RELAXED);
+}
 
 // Sample whose packed rows hold row r, where sample b's rows start at cu[b] + b * prefix.
 MAEFAST_INLINE int64_t sample_of(const int32_t* cu, int64_t batch, int64_t prefix, int64_t r) {
