@@ -11,6 +11,7 @@ another directory with the libraries; MAEFAST_CPU_ISA (plain, avx2, avx512) lowe
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import warnings
 from pathlib import Path
@@ -93,11 +94,11 @@ def find_library(name: str) -> Path | None:
 
 def build_failure() -> str | None:
     """Why the installation went without native libraries, if it did."""
-    for directory in _directories():
-        note = Path(directory, "_build_failure.txt")
-        if note.exists():
-            return note.read_text().strip()
-    return None
+    try:
+        note = Path(str(importlib.metadata.distribution("maefast").locate_file("maefast/_build_failure.txt")))
+        return note.read_text().strip()
+    except (importlib.metadata.PackageNotFoundError, OSError):
+        return None
 
 
 def _directories() -> list[str]:
@@ -136,8 +137,8 @@ def _report(error: str) -> None:
     message = (
         "maefast runs without (some of) its native kernels: masking, gathering, restoring and the patch loss use "
         f"plain PyTorch instead, which is slower on CPUs but gives the same results. Cause: {cause}. "
-        f"To mend: {cure}. `maefast doctor` tells more. [{error}]"
-    )
+        f"To mend: {cure}. `maefast doctor` tells more."
+    ) + (f" [{error}]" if error != cause else "")
     if os.environ.get("MAEFAST_REQUIRE_NATIVE") == "1":
         raise ImportError(message)
     warnings.warn(message, NativeWarning, stacklevel=3)
