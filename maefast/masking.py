@@ -34,7 +34,7 @@ def keep_count(num_tokens: int, ratio: float, rule: str = "floor") -> int:
     Raises:
         ValueError: ratio not finite or outside [0, 1], or unknown rule.
     """
-    if not (isinstance(ratio, (int, float)) and math.isfinite(ratio) and 0 <= ratio <= 1):
+    if not (isinstance(ratio, (int, float)) and 0 <= ratio <= 1):  # false for NaN and infinity too
         raise ValueError(f"mask ratio must be a finite number in [0, 1], got {ratio!r}")
     if rule == "floor":
         return int(num_tokens * (1 - ratio))
@@ -58,6 +58,8 @@ def _keep(num_tokens: int, ratio: float | Sequence[float] | None, keep, rule: st
 
 def _noise(noise: Tensor | None, shape: tuple[int, ...], generator, device) -> Tensor:
     if noise is None:
+        if generator is None:  # torch.compile cannot trace rand(generator=None) at a dynamic batch size
+            return torch.rand(shape, device=device)
         return torch.rand(shape, generator=generator, device=device)
     if generator is not None:
         raise ValueError("give `noise` or `generator`, not both")

@@ -17,9 +17,17 @@ from typing import Any
 
 from torch import nn
 
+from maefast.models.checkpoint import load_checkpoint, read_state_dict
 from maefast.models.mae import MaskedAutoencoderViT, Reconstruction
 
-__all__ = ["MaskedAutoencoderViT", "Reconstruction", "create", "list_models"]
+__all__ = [
+    "MaskedAutoencoderViT",
+    "Reconstruction",
+    "create",
+    "list_models",
+    "load_checkpoint",
+    "read_state_dict",
+]
 
 _FAMILY = ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "patch_size")
 _PRESETS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {

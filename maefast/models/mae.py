@@ -8,6 +8,7 @@ never embedded, and the last decoder block runs queries, projection, MLP and hea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -182,8 +183,14 @@ class MaskedAutoencoderViT(nn.Module):
         if mask is None:
             if noise is not None:
                 self._check_map("noise", noise, images)
-            ratio = mask_ratio if isinstance(mask_ratio, (int, float)) else list(mask_ratio)
-            return masking.random(batch, self.num_patches, ratio, noise=noise, device=images.device)
+            each = isinstance(mask_ratio, (list, tuple))
+            if each and len(mask_ratio) != batch:
+                raise ValueError(f"mask_ratio has {len(mask_ratio)} values for a batch of {batch}")
+            # index(): torch.compile turns a ratio that changes into a symbol, but a count must stay a number.
+            keep = [index(masking.keep_count(self.num_patches, r)) for r in (mask_ratio if each else [mask_ratio])]
+            return masking.random(
+                batch, self.num_patches, keep=keep if each else keep[0], noise=noise, device=images.device
+            )
         if noise is not None:
             raise ValueError("give `noise` or `mask`, not both")
         if isinstance(mask, TokenMask):

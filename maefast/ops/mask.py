@@ -127,7 +127,8 @@ class TokenMask:
         _check_size(batch, num_tokens)
         flat = torch.arange(batch * num_tokens, dtype=torch.int32, device=device)
         cu = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_tokens
-        return TokenMask(batch, num_tokens, num_tokens, flat, flat[:0], flat, cu, torch.zeros_like(cu), num_tokens, 0)
+        slot = flat.view(-1)  # torch.compile refuses one tensor in two places of an autograd.Function
+        return TokenMask(batch, num_tokens, num_tokens, flat, flat[:0], slot, cu, torch.zeros_like(cu), num_tokens, 0)
 
     @staticmethod
     def from_bool(masked: Tensor, keep: int | Sequence[int] | None = None, **kwargs) -> TokenMask:
