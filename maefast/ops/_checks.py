@@ -55,6 +55,15 @@ def vector(name: str, value: Tensor, width: int) -> Tensor:
     return value.reshape(width)
 
 
+def holds(condition: Tensor, message: str) -> None:
+    """Raise where a value is wrong: at once on a CPU, by a device-side assertion (no sync) on a GPU."""
+    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(condition.all()):
+            raise ValueError(message)
+    else:
+        torch._assert_async(condition.all(), message)
+
+
 def promote(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that PyTorch gives to the sum of the given tensors."""
     dtypes = [t.dtype for t in tensors if t is not None]

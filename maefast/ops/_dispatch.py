@@ -36,7 +36,7 @@ CUDA_EVIDENCE: dict[str, Evidence] = {}
 # op -> evidence for the Triton kernel on a real device; without it the doctor says "interpreter only".
 TRITON_EVIDENCE: dict[str, Evidence] = {}
 
-# Public op -> the raw op whose presence decides. The attention seam is served by torch's SDPA alone for now.
+# Public op -> the raw op whose presence decides. `attention` has a table of its own: `_attention_table`.
 PUBLIC_OPS = {
     "token_mask": "token_mask",
     "patch_embed": "patch_rows",
@@ -53,7 +53,8 @@ CUDA_OPS = frozenset(op for op in _registry.SCHEMAS if _native.has_cuda_ops and 
 _forced: str | None = None
 
 
-def _check_name(name: str | None, source: str) -> str | None:
+def check_name(name: str | None, source: str) -> str | None:
+    """`name`, None for the automatic choice; raises ValueError for an unknown one."""
     if name in (None, "", "auto"):
         return None
     if name not in BACKENDS:
@@ -61,7 +62,12 @@ def _check_name(name: str | None, source: str) -> str | None:
     return name
 
 
-_forced = _check_name(os.environ.get("MAEFAST_BACKEND"), "MAEFAST_BACKEND")
+_forced = check_name(os.environ.get("MAEFAST_BACKEND"), "MAEFAST_BACKEND")
+
+
+def forced() -> str | None:
+    """The backend that `maefast.backend` or MAEFAST_BACKEND forces now, or None."""
+    return _forced
 
 
 @contextmanager
@@ -75,7 +81,7 @@ def backend(name: str | None):
         ValueError: unknown name. An op that the backend cannot serve raises RuntimeError where it is called.
     """
     global _forced
-    before, _forced = _forced, _check_name(name, "maefast.backend")
+    before, _forced = _forced, check_name(name, "maefast.backend")
     try:
         yield
     finally:
@@ -107,7 +113,7 @@ def unavailable(op: str, name: str, device_type: str, dtype: torch.dtype | None 
 
 def choose(op: str, device_type: str, dtype: torch.dtype | None = None, asked: str | None = None) -> str:
     """The backend for raw op `op`; `asked` is the caller's own `backend=` argument."""
-    name = _check_name(asked, "backend") or _forced
+    name = check_name(asked, "backend") or _forced
     if name is not None:
         reason = unavailable(op, name, device_type, dtype)
         if reason is not None:

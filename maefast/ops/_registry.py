@@ -47,6 +47,15 @@ FAMILIES: dict[str, dict[str, str]] = {
         " SymInt pos_rows, SymInt prefix, bool visible_first, bool pos_on_masked, bool need_mask_token,"
         " ScalarType x_dtype) -> (Tensor, Tensor, Tensor)",
     },
+    "attention": {
+        "attention": "(Tensor q, Tensor? kv, Tensor? cu_q, Tensor? cu_k, SymInt batch, SymInt max_q, SymInt max_k,"
+        " float scale, bool causal, Tensor? key_bias, Tensor? marked, bool stats)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        "attention_backward": "(Tensor grad, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_mass, Tensor q,"
+        " Tensor? kv, Tensor out, Tensor lse, Tensor entropy, Tensor mass, Tensor? cu_q, Tensor? cu_k, SymInt batch,"
+        " SymInt max_q, SymInt max_k, float scale, bool causal, Tensor? key_bias, Tensor? marked, bool need_bias)"
+        " -> (Tensor, Tensor, Tensor)",
+    },
     "loss": {
         "patch_loss": "(Tensor pred, Tensor images, Tensor index, SymInt[] patch, bool packed, bool channels_first,"
         " int norm, int kind, float beta) -> (Tensor, Tensor)",
@@ -133,6 +142,42 @@ def _restore_tokens_backward(
         grad.new_empty((visible.shape[0] + batch * prefix, width), dtype=x_dtype),
         grad.new_empty((width,) if need_mask_token else (0,)),
         grad.new_empty((pos_rows, width) if not isinstance(pos_rows, int) or pos_rows else (0,)),
+    )
+
+
+def _attention(q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal, key_bias, marked, stats):
+    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
+    rows, heads, width = q.shape[0], q.shape[-2], q.shape[-1]
+    row = lambda wanted: q.new_empty((rows, heads) if wanted else (0,), dtype=wide)  # noqa: E731
+    return q.new_empty((rows, heads, width)), row(True), row(stats), row(stats and marked is not None)
+
+
+def _attention_backward(
+    grad,
+    grad_lse,
+    grad_entropy,
+    grad_mass,
+    q,
+    kv,
+    out,
+    lse,
+    entropy,
+    mass,
+    cu_q,
+    cu_k,
+    batch,
+    max_q,
+    max_k,
+    scale,
+    causal,
+    key_bias,
+    marked,
+    need_bias,
+):
+    return (
+        q.new_empty(q.shape),
+        q.new_empty((0,) if kv is None else kv.shape),
+        q.new_empty(key_bias.shape if need_bias else (0,), dtype=torch.float32),
     )
 
 

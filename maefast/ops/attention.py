@@ -1,12 +1,28 @@
-"""The one seam through which every model's attention goes. Served by torch's SDPA for now."""
+"""Multi-head attention over short sequences, dense or packed: self-attention from interleaved qkv, cross-attention from
+q and interleaved kv. Which library or kernel serves a call is decided in `_attention_table`.
+"""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import NamedTuple
 
-from maefast.ops import _checks
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from maefast.ops import _attention_table, _checks, _registry
+
+
+class AttentionStats(NamedTuple):
+    """What a query's attention looks like, [..., Sq, H] in float32 (float64 for float64), with gradients.
+
+    lse: log of the sum of exponentials of its scores. entropy: -sum p log p, in nats. mass: share of its attention
+    on marked keys, or None.
+    """
+
+    lse: Tensor
+    entropy: Tensor
+    mass: Tensor | None
 
 
 def attention(
@@ -15,69 +31,226 @@ def attention(
     *,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     scale: float | None = None,
-) -> Tensor:
-    """Multi-head attention ``softmax(q k^T * scale) v`` (Vaswani et al., 2017), dense or packed.
+    causal: bool = False,
+    key_bias: Tensor | None = None,
+    marked: Tensor | None = None,
+    stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, AttentionStats]:
+    """``softmax(q k^T * scale + key_bias) v`` for each head (Vaswani et al., 2017).
 
     Args:
-        q: self-attention: interleaved qkv, [B, S, 3, H, D] or packed [T, 3, H, D];
-            cross-attention: queries, [B, Sq, H, D] or packed [Tq, H, D].
+        q: self-attention: interleaved qkv, [B, S, 3, H, D] or packed [T, 3, H, D]; cross-attention: queries,
+            [B, Sq, H, D] or packed [Tq, H, D] (for example only the masked tokens of a decoder).
         kv: None, or interleaved keys and values, [B, Sk, 2, H, D] or packed [Tk, 2, H, D].
-        cu_seqlens_q: int32 [B+1], where each packed sequence starts; required for packed input.
+        cu_seqlens_q: int32 [B+1], where each packed sequence starts, rising from 0 to T; required for packed input.
         cu_seqlens_k: the same for `kv`; cross-attention only.
+        max_seqlen_q, max_seqlen_k: longest sequence, if known; otherwise read from `cu_seqlens` (on a GPU a sync).
         scale: defaults to 1 / sqrt(D).
+        causal: query i attends to keys 0..i only; self-attention only.
+        key_bias: added to the scores of each key and head, [B, Sk, H] or packed [Tk, H].
+        marked: bool [B, Sk] or packed [Tk]; with `stats`, their share of the attention is returned.
+        stats: also return AttentionStats.
 
     Returns:
-        [B, Sq, H, D] or packed [Tq, H, D], dtype of the input.
+        [B, Sq, H, D] or packed [Tq, H, D] in the input's dtype; with `stats` a pair. A query without keys gets zeros.
+        float16 and bfloat16 are computed in float32 inside. The backward is deterministic.
 
     Raises:
-        TypeError, ValueError: shapes do not fit; packed input without `cu_seqlens`.
-
-    Packed sequences are attended one by one, which reads `cu_seqlens` on the host.
+        TypeError, ValueError: wrong shape, dtype or device; head width not a multiple of 8 or above 128 (backends
+        other than the reference and torch's); packed input without `cu_seqlens`, or one that does not fit.
     """
+    cross = kv is not None
+    _check_heads(q, kv)
+    packed = q.ndim == (3 if cross else 4)
+    causal = bool(causal)
+    if causal and cross:
+        raise ValueError("causal attention is defined for self-attention only")
+    if packed:
+        batch, max_q, max_k = _check_packed(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    else:
+        if cu_seqlens_q is not None or cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens go with packed input; this input has a batch dimension")
+        batch, max_q = q.shape[:2]
+        max_k = kv.shape[1] if cross else max_q
+        if cross and kv.shape[0] != batch:
+            raise ValueError(f"q has {batch} sequences and kv {kv.shape[0]}")
+    keys = (kv if cross else q).shape[: 1 if packed else 2]
+    _check_extras(q, keys, key_bias, marked, stats)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+    call = _attention_table.Call(
+        device=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        max_q=max_q,
+        max_k=max_k,
+        packed=packed,
+        cross=cross,
+        causal=causal,
+        extras=key_bias is not None or stats,
+    )
+    name = _attention_table.choose(call, backend)
+    if name in _attention_table.LIBRARIES:
+        return _attention_table.LIBRARIES[name](q, kv, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, causal)
+    if not packed:  # one view of all rows; equal lengths need no cu_seqlens
+        q, kv, key_bias, marked = (t if t is None else t.flatten(0, 1) for t in (q, kv, key_bias, marked))
+    args = (q, kv, key_bias, marked, cu_seqlens_q, cu_seqlens_k, batch, max_q, max_k, scale, causal, stats)
+    run = attention_reference if name == "reference" else _Attention.apply
+    out, lse, entropy, mass = run(*args, *(() if name == "reference" else (name,)))
+    if not packed:
+        out = out.unflatten(0, (batch, max_q))
+    if not stats:
+        return out
+    found = [lse, entropy, mass] if marked is not None else [lse, entropy]
+    if not packed:
+        found = [t.unflatten(0, (batch, max_q)) for t in found]
+    return out, AttentionStats(*found, *([None] if marked is None else []))
+
+
+def _check_heads(q: Tensor, kv: Tensor | None) -> None:
     cross = kv is not None
     _checks.tensor("q", q, ndim=(3, 4) if cross else (4, 5))
     if not cross and q.shape[-3] != 3:
         raise ValueError(f"self-attention takes interleaved qkv [..., 3, H, D], got {tuple(q.shape)}")
-    if cross:
-        _checks.tensor("kv", kv, ndim=q.ndim + 1)
-        if kv.shape[-3] != 2 or kv.shape[-2:] != q.shape[-2:]:
-            want = f"[..., 2, {q.shape[-2]}, {q.shape[-1]}]"
-            raise ValueError(f"kv must be interleaved {want} to go with q, got {tuple(kv.shape)}")
-        _checks.same_device(q=q, kv=kv)
-    packed = q.ndim == (3 if cross else 4)
-    if not packed:
-        if cu_seqlens_q is not None or cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens go with packed input; this input has a batch dimension")
-        return attention_reference(*_split(q, kv), scale)
-    if cu_seqlens_q is None or (cross and cu_seqlens_k is None):
-        raise ValueError("packed input needs cu_seqlens_q" + (" and cu_seqlens_k" if cross else ""))
-    starts_q = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    starts_k = _starts("cu_seqlens_k", cu_seqlens_k, kv.shape[0]) if cross else starts_q
-    if len(starts_q) != len(starts_k):
-        raise ValueError(f"cu_seqlens_q and cu_seqlens_k differ in length: {len(starts_q)} and {len(starts_k)}")
-    parts = []
-    for i in range(len(starts_q) - 1):
-        own = q[None, starts_q[i] : starts_q[i + 1]]
-        keys = kv[None, starts_k[i] : starts_k[i + 1]] if cross else None
-        parts.append(attention_reference(*_split(own, keys), scale)[0])
-    return torch.cat(parts)
+    if q.shape[-1] < 1 or q.shape[-2] < 1:
+        raise ValueError(f"attention needs at least one head of width one, got shape {tuple(q.shape)}")
+    if not cross:
+        return
+    _checks.tensor("kv", kv, ndim=q.ndim + 1)
+    if kv.shape[-3] != 2 or kv.shape[-2:] != q.shape[-2:]:
+        want = f"[..., 2, {q.shape[-2]}, {q.shape[-1]}]"
+        raise ValueError(f"kv must be interleaved {want} to go with q, got {tuple(kv.shape)}")
+    if kv.dtype is not q.dtype:
+        raise TypeError(f"q is {q.dtype} but kv is {kv.dtype}")
+    _checks.same_device(q=q, kv=kv)
 
 
-def _split(q: Tensor, kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Views q, k, v as [B, S, H, D]."""
-    return q.unbind(-3) if kv is None else (q, *kv.unbind(-3))
+def _check_packed(q, kv, cu_q, cu_k, max_q, max_k) -> tuple[int, int, int]:
+    """(number of sequences, longest query and key sequence) of packed input."""
+    if cu_q is None or (kv is not None and cu_k is None):
+        raise ValueError("packed input needs cu_seqlens_q" + (" and cu_seqlens_k" if kv is not None else ""))
+    if kv is None and cu_k is not None:
+        raise ValueError("self-attention takes cu_seqlens_q alone")
+    max_q = _check_starts("cu_seqlens_q", cu_q, q, max_q)
+    if kv is None:
+        return cu_q.shape[0] - 1, max_q, max_q
+    if cu_q.shape != cu_k.shape:
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k differ in length: {cu_q.shape[0]} and {cu_k.shape[0]}")
+    return cu_q.shape[0] - 1, max_q, _check_starts("cu_seqlens_k", cu_k, kv, max_k)
 
 
-def _starts(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
-    _checks.tensor(name, cu_seqlens, ndim=1, floating=False)
-    starts = cu_seqlens.tolist()
-    if len(starts) < 2 or starts[0] != 0 or starts[-1] != total or sorted(starts) != starts:
-        raise ValueError(f"{name} must rise from 0 to the {total} packed rows, got {starts}")
-    return starts
+def _check_starts(name: str, cu: Tensor, rows: Tensor, longest: int | None) -> int:
+    """`cu` rises from 0 to the number of rows: checked at once on a CPU, by device-side assertion on a GPU."""
+    _checks.tensor(name, cu, ndim=1, floating=False)
+    if cu.dtype is not torch.int32:
+        raise TypeError(f"{name} must be int32, got {cu.dtype}")
+    if cu.shape[0] < 2:
+        raise ValueError(f"{name} must hold at least two starts, got {cu.shape[0]}")
+    _checks.same_device(q=rows, **{name: cu})
+    lengths = cu.diff()
+    total = rows.shape[0]
+    message = f"{name} must rise from 0 to the {total} packed rows" + (
+        "" if longest is None else f" in steps of at most {longest}"
+    )
+    fits = (lengths >= 0).all() & (cu[0] == 0) & (cu[-1] == total)
+    if longest is not None:
+        fits = fits & (lengths <= longest).all()
+    _checks.holds(fits, message)
+    return int(lengths.max()) if longest is None else longest
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """[B, Sq, H, D] from q [B, Sq, H, D], k and v [B, Sk, H, D], by torch's scaled_dot_product_attention."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+def _check_extras(q: Tensor, keys: torch.Size, key_bias: Tensor | None, marked: Tensor | None, stats: bool) -> None:
+    _checks.same_device(q=q, key_bias=key_bias, marked=marked)
+    if key_bias is not None:
+        _checks.tensor("key_bias", key_bias)
+        if tuple(key_bias.shape) != (*keys, q.shape[-2]):
+            raise ValueError(f"key_bias must be {[*keys, q.shape[-2]]} (keys, heads), got {list(key_bias.shape)}")
+    if marked is not None:
+        _checks.tensor("marked", marked, floating=False)
+        if not stats:
+            raise ValueError("marked keys are only used for the statistics: give stats=True")
+        if marked.dtype is not torch.bool or tuple(marked.shape) != tuple(keys):
+            raise ValueError(f"marked must be bool {list(keys)}, got {marked.dtype} {list(marked.shape)}")
+
+
+def attention_reference(
+    q: Tensor,
+    kv: Tensor | None,
+    key_bias: Tensor | None,
+    marked: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    batch: int,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    causal: bool,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The definition on packed rows, differentiable: (out [Tq, H, D], lse, entropy, mass [Tq, H]).
+
+    Sequences are attended one by one; equal lengths (no cu_q) in one batch. 16-bit input is computed in float32.
+    """
+    q, k, v = q.unbind(1) if kv is None else (q, *kv.unbind(1))
+    if cu_q is None:
+        parts = [t if t is None else t.unflatten(0, (batch, -1)) for t in (q, k, v, key_bias, marked)]
+        results = _attend(*parts, scale, causal)
+        return tuple(t.flatten(0, 1) for t in results)
+    own = [q.split(cu_q.diff().tolist())]
+    lengths_k = (cu_q if kv is None else cu_k).diff().tolist()
+    own += [[None] * batch if t is None else t.split(lengths_k) for t in (k, v, key_bias, marked)]
+    results = [_attend(*(t if t is None else t[None] for t in sample), scale, causal) for sample in zip(*own)]
+    return tuple(torch.cat([t[0] for t in column]) for column in zip(*results))
+
+
+def _attend(q, k, v, key_bias, marked, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One batch of equal lengths: q [B, Sq, H, D], k and v [B, Sk, H, D] -> out, lse, entropy, mass."""
+    dtype = q.dtype
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    scores = torch.einsum("bqhd,bkhd->bqhk", q, k) * scale
+    if key_bias is not None:
+        scores = scores + key_bias.to(wide).transpose(1, 2)[:, None]
+    if causal:
+        later = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later[:, None], float("-inf"))
+    lse = scores.logsumexp(-1)
+    log_p = scores - lse[..., None] if k.shape[1] else scores
+    p = log_p.exp()
+    out = torch.einsum("bqhk,bkhd->bqhd", p, v)
+    entropy = -(p * torch.where(p > 0, log_p, 0)).sum(-1)
+    mass = torch.zeros_like(lse) if marked is None else (p * marked[:, None, None]).sum(-1)
+    return out.to(dtype), lse, entropy, mass
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, kv, key_bias, marked, cu_q, cu_k, batch, max_q, max_k, scale, causal, stats, name):
+        q, kv = q.contiguous(), None if kv is None else kv.contiguous()
+        key_bias = None if key_bias is None else key_bias.float().contiguous()
+        marked = None if marked is None else marked.contiguous()
+        ctx.args = (batch, max_q, max_k, scale, causal)
+        ctx.backend = name
+        run = _registry.raw("attention", name)
+        out, lse, entropy, mass = run(q, kv, cu_q, cu_k, *ctx.args, key_bias, marked, stats)
+        ctx.save_for_backward(q, kv, out, lse, entropy, mass, cu_q, cu_k, key_bias, marked)
+        ctx.stats = stats
+        ctx.set_materialize_grads(False)
+        return out, lse, entropy, mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_lse, grad_entropy, grad_mass):
+        q, kv, out, lse, entropy, mass, cu_q, cu_k, key_bias, marked = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grad is None else grad.contiguous()
+        extra = [t if t is None else t.contiguous() for t in (grad_lse, grad_entropy, grad_mass)]
+        need_bias = ctx.needs_input_grad[2]
+        run = _registry.raw("attention_backward", ctx.backend)
+        grad_q, grad_kv, grad_bias = run(
+            grad, *extra, q, kv, out, lse, entropy, mass, cu_q, cu_k, *ctx.args, key_bias, marked, need_bias
+        )
+        return grad_q, None if kv is None else grad_kv, grad_bias if need_bias else None, *(None,) * 10

@@ -145,7 +145,7 @@ class TokenMask:
             keep = counts
         else:
             want = torch.as_tensor(keep, device=masked.device).expand_as(counts)
-            _assert_all(counts == want, "from_bool: `keep` does not match the number of False entries in the map")
+            _checks.holds(counts == want, "from_bool: `keep` does not match the number of False entries in the map")
         return token_mask(masked.float(), keep, order="position", **kwargs)
 
     @staticmethod
@@ -172,10 +172,10 @@ class TokenMask:
             torch.arange(len(rows), device=device), torch.tensor(counts, device=device), output_size=len(flat)
         )
         inside = (flat >= 0) & (flat < num_tokens)
-        _assert_all(inside, f"from_indices: a position lies outside [0, {num_tokens})")
+        _checks.holds(inside, f"from_indices: a position lies outside [0, {num_tokens})")
         flat = torch.where(inside, flat, 0) + sample * num_tokens
         uses = torch.zeros(len(rows) * num_tokens, dtype=torch.int32, device=device)
-        _assert_all(
+        _checks.holds(
             uses.index_add(0, flat, torch.ones_like(flat, dtype=torch.int32)) <= 1,
             "from_indices: a position is repeated",
         )
@@ -194,17 +194,8 @@ class TokenMask:
             raise TypeError(f"ids_restore must be int32 or int64, got {ids_restore.dtype}")
         ranks = torch.arange(ids_restore.shape[1], device=ids_restore.device)
         ordered = ids_restore.sort(1).values
-        _assert_all(ordered == ranks, "from_ids_restore: a row is not a permutation of 0..N-1")
+        _checks.holds(ordered == ranks, "from_ids_restore: a row is not a permutation of 0..N-1")
         return token_mask(ids_restore.float(), keep, order="score", **kwargs)
-
-
-def _assert_all(condition: Tensor, message: str) -> None:
-    """Raise where a value is wrong: at once on a CPU, by a device-side assertion (no sync) on a GPU."""
-    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool(condition.all()):
-            raise ValueError(message)
-    else:
-        torch._assert_async(condition.all(), message)
 
 
 def _check_size(batch: int, num_tokens: int) -> None:

@@ -1,0 +1,131 @@
+"""Who serves an attention call: one table, from measurements (`docs/results.md`), printed by `maefast doctor`.
+
+Ours for the short sequences of masked autoencoders, what torch already has elsewhere. A rule applies where its kernel
+is at hand and takes the call; the first that applies wins.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maefast.ops import _dispatch
+
+KERNELS = ("cuda", "triton", "cpu")  # ours, behind the raw op; "reference" is always there
+
+
+class Call(NamedTuple):
+    """What the choice depends on."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    max_q: int
+    max_k: int
+    packed: bool
+    cross: bool
+    causal: bool
+    extras: bool  # key bias or statistics, which no library serves
+
+
+class Rule(NamedTuple):
+    """Use `backend` up to this many queries and keys."""
+
+    device: str
+    backend: str
+    longest: int | None
+    why: str
+
+
+TABLE = (
+    Rule("cpu", "cpu", None, "C++ kernel: one task for each sequence and head, all of it in cache"),
+    Rule("cpu", "sdpa", None, "torch"),
+    Rule("cuda", "varlen", None, "packed 16-bit sequences: torch's varlen_attn"),
+    Rule("cuda", "sdpa", None, "dense sequences: torch (cuDNN, flash)"),
+    Rule("cuda", "triton", None, "packed float32, key bias and statistics: Triton kernel"),
+)
+
+
+def unavailable(name: str, call: Call) -> str | None:
+    """Why backend or library `name` cannot serve the call, or None."""
+    if name in KERNELS:
+        if call.head_dim % 8 or not 16 <= call.head_dim <= 128:
+            return f"the kernels take head widths 16 to 128 in steps of 8, not {call.head_dim}"
+        if name == "cpu" and call.dtype is torch.float64:
+            return "the C++ attention does not serve float64"
+        return _dispatch.unavailable("attention", name, call.device, call.dtype)
+    if name == "reference":
+        return None
+    if call.extras:
+        return f"{name} has neither key bias by head nor statistics"
+    if name == "varlen":
+        if not call.packed or call.device != "cuda":
+            return "varlen_attn takes packed sequences on CUDA"
+        if call.dtype not in (torch.float16, torch.bfloat16) or call.head_dim % 8:
+            return "varlen_attn takes float16 and bfloat16, head widths in steps of 8"
+        if _varlen_attn() is None:
+            return "this torch has no torch.nn.attention.varlen"
+    return None
+
+
+def choose(call: Call, asked: str | None) -> str:
+    """The backend ("cpu", "triton", "cuda", "reference") or library (a key of LIBRARIES) that serves a call."""
+    name = asked if asked in LIBRARIES else _dispatch.check_name(asked, "backend") or _dispatch.forced()
+    if name is not None:
+        if (reason := unavailable(name, call)) is not None:
+            raise RuntimeError(f"backend {name!r} was asked for, but attention cannot use it: {reason}")
+        return name
+    for rule in TABLE:
+        fits = rule.longest is None or max(call.max_q, call.max_k) <= rule.longest
+        if rule.device == call.device and fits and unavailable(rule.backend, call) is None:
+            return rule.backend
+    return "reference" if call.extras else "sdpa"
+
+
+# --- libraries -----------------------------------------------------------------------------------------------
+
+
+def _sdpa(q, kv, cu_q, cu_k, max_q, max_k, scale: float, causal: bool) -> Tensor:
+    """torch's scaled_dot_product_attention; packed sequences one by one, which reads `cu_seqlens` on the host."""
+    parts = q.unbind(-3) if kv is None else (q, *kv.unbind(-3))
+    if cu_q is None:
+        return _sdpa_dense(*parts, scale, causal)
+    lengths = cu_q.diff().tolist()
+    lengths_k = lengths if kv is None else cu_k.diff().tolist()
+    samples = zip(parts[0].split(lengths), parts[1].split(lengths_k), parts[2].split(lengths_k))
+    return torch.cat([_sdpa_dense(*(t[None] for t in sample), scale, causal)[0] for sample in samples])
+
+
+def _sdpa_dense(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal).transpose(1, 2)
+
+
+def _varlen_attn():
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def _varlen(q, kv, cu_q, cu_k, max_q, max_k, scale: float, causal: bool) -> Tensor:
+    q, k, v = q.unbind(1) if kv is None else (q, *kv.unbind(1))
+    cu_k = cu_q if kv is None else cu_k
+    # The function has no scale in torch 2.10: fold a scale of our own into the queries.
+    own = scale * q.shape[-1] ** 0.5
+    if own != 1.0:
+        q = q * own
+    # Its keyword for causality changed after 2.10 (is_causal, then window_size), so look at what this torch takes.
+    run = _varlen_attn()
+    options = {"is_causal": True} if causal else {}
+    if causal and "is_causal" not in inspect.signature(run).parameters:
+        options = {"window_size": (-1, 0)}
+    return run(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+
+
+LIBRARIES = {"sdpa": _sdpa, "varlen": _varlen}
