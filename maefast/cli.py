@@ -1,0 +1,231 @@
+"""The command line: `maefast pretrain | reconstruct | export | doctor | bench`.
+
+Only what a command needs is imported, when it runs, so that `maefast --help` and `maefast doctor` work without the
+training extra.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .train.options import option
+
+app = typer.Typer(
+    name="maefast",
+    help="Masked autoencoders on fused kernels: pre-train, look at reconstructions, export the encoder.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+class Amp(str, Enum):
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+
+
+class Format(str, Enum):
+    timm = "timm"
+    hf = "hf"
+    hf4 = "hf4"
+    mae = "mae"
+
+
+# Arguments that several commands share.
+Source = Annotated[
+    Path,
+    typer.Argument(help="A run, a checkpoint, .safetensors, or a published .pth.", show_default=False),
+]
+Name = Annotated[
+    str | None,
+    typer.Option(help="Model of a .pth whose shapes do not tell (mae_base, ...).", show_default=False),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"maefast {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def pretrain(
+    ctx: typer.Context,
+    data: Annotated[str, option("data")] = "",
+    model: Annotated[str, option("model")] = "mae_base",
+    model_arg: Annotated[list[str] | None, option("model_arg")] = None,
+    img_size: Annotated[str | None, option("img_size")] = None,
+    patch_size: Annotated[int | None, option("patch_size")] = None,
+    mask_ratio: Annotated[float, option("mask_ratio")] = 0.75,
+    norm_pix: Annotated[bool, option("norm_pix")] = True,
+    init_from: Annotated[str | None, option("init_from")] = None,
+    recompute: Annotated[bool, option("recompute")] = False,
+    epochs: Annotated[float, option("epochs")] = 400.0,
+    steps: Annotated[int | None, option("steps")] = None,
+    batch_size: Annotated[int, option("batch_size")] = 64,
+    accum: Annotated[int, option("accum")] = 1,
+    blr: Annotated[float, option("blr")] = 1.5e-4,
+    lr: Annotated[float | None, option("lr")] = None,
+    min_lr: Annotated[float, option("min_lr")] = 0.0,
+    warmup: Annotated[float, option("warmup")] = 0.05,
+    weight_decay: Annotated[float, option("weight_decay")] = 0.05,
+    clip: Annotated[float | None, option("clip")] = None,
+    crop_scale: Annotated[tuple[float, float], option("crop_scale")] = (0.2, 1.0),
+    flip: Annotated[float, option("flip")] = 0.5,
+    skip_bad: Annotated[bool, option("skip_bad")] = False,
+    workers: Annotated[int | None, option("workers")] = None,
+    cache_mb: Annotated[int, option("cache_mb")] = 512,
+    amp: Annotated[Amp, option("amp")] = Amp.no,
+    device: Annotated[Device, option("device")] = Device.auto,
+    seed: Annotated[int, option("seed")] = 0,
+    output_dir: Annotated[str, option("output_dir")] = "out",
+    config: Annotated[Path | None, option("config")] = None,
+    resume: Annotated[str, option("resume")] = "auto",
+    save_every: Annotated[int, option("save_every")] = 500,
+    keep: Annotated[int, option("keep")] = 3,
+    picture_every: Annotated[int, option("picture_every")] = 1000,
+    picture_rows: Annotated[int, option("picture_rows")] = 6,
+    log_every: Annotated[int, option("log_every")] = 10,
+    tensorboard: Annotated[bool, option("tensorboard")] = True,
+) -> None:
+    """Pre-train a masked autoencoder.
+
+    One GPU or CPU: run it as it is. Several: torchrun --nproc-per-node 8 -m maefast.cli pretrain …, or accelerate
+    launch. Ctrl-C (or SIGTERM) finishes the step and saves; the same command goes on from there.
+
+    Example: maefast pretrain --data photos/ --model mae_small --img-size 96 --patch-size 8 --amp bf16
+    """
+    given = {name: value for name, value in ctx.params.items() if _was_given(ctx, name)}
+
+    def run() -> None:
+        from .train.config import PretrainConfig, load_config, parse_model_args, parse_size
+        from .train.errors import ConfigError
+
+        path = given.pop("config", None)
+        options = load_config(path) if path else {}
+        for winner, loser in (("steps", "epochs"), ("lr", "blr")):
+            if winner in given and loser in given:
+                raise ConfigError(f"give --{winner} or --{loser}, not both")
+            if loser in given:  # or a file's --steps would silently win over the --epochs just typed
+                options[winner] = None
+        pairs = given.pop("model_arg", None)
+        options.update({name: value.value if isinstance(value, Enum) else value for name, value in given.items()})
+        if pairs:
+            options["model_args"] = {**options.get("model_args", {}), **parse_model_args(pairs)}
+        if isinstance(options.get("img_size"), str):
+            options["img_size"] = parse_size(options["img_size"])
+        from .train.loop import pretrain as train
+
+        train(PretrainConfig(**options))
+
+    _run(run)
+
+
+@app.command()
+def reconstruct(
+    checkpoint: Source,
+    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("reconstruction.png"),
+    mask_ratio: Annotated[float, typer.Option(help="Share of the patches that is masked.")] = 0.75,
+    seed: Annotated[int, typer.Option(help="Fixes the masks.")] = 0,
+    norm_pix: Annotated[
+        bool | None,
+        typer.Option(help="How a published .pth was trained; our own checkpoints know.", show_default=False),
+    ] = None,
+    model: Name = None,
+) -> None:
+    """Draw original | masked | reconstruction | pasted for some images."""
+
+    def run() -> None:
+        from .train.export import reconstruct_files
+
+        reconstruct_files(checkpoint, images, output, mask_ratio=mask_ratio, seed=seed, norm_pix=norm_pix, name=model)
+        typer.echo(f"wrote {output}")
+
+    _run(run)
+
+
+@app.command()
+def export(
+    checkpoint: Source,
+    output: Annotated[
+        Path,
+        typer.Argument(help="A .safetensors or .pth file; for hf also a folder, complete.", show_default=False),
+    ],
+    format: Annotated[Format, typer.Option(help="Layout to write.")] = Format.timm,
+    model: Name = None,
+) -> None:
+    """Write the weights in another library's layout.
+
+    timm: the encoder as timm's vit_* name it. hf: the encoder for transformers' ViTModel, 5.x names; hf4: with 4.x
+    names. mae: all weights under the names of facebookresearch/mae.
+    """
+
+    def run() -> None:
+        from .train.export import export_file
+
+        for line in export_file(checkpoint, output, format.value, name=model):
+            typer.echo(line)
+
+    _run(run)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """Show versions, devices, CPU features, and which backend serves each op, and why."""
+    from . import doctor as module
+
+    module.report(as_json=as_json)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def bench(
+    ctx: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="What to run; without it, the list.", show_default=False)] = None,
+) -> None:
+    """List the benchmarks, or run one; further arguments are passed on to it."""
+
+    def run() -> int:
+        from .train.benchmarks import run_benchmark
+
+        return run_benchmark(name, ctx.args, typer.echo)
+
+    raise typer.Exit(_run(run) or 0)
+
+
+def _was_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _run(command: Any) -> Any:
+    """Run a command; an expected failure becomes one message and exit status 1."""
+    from .train.errors import TrainError
+
+    try:
+        return command()
+    except TrainError as error:
+        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""The training layer behind `maefast pretrain | reconstruct | export`. Needs `pip install "maefast[train]"`."""
+
+from .config import PretrainConfig
+from .errors import BadImage, CheckpointError, ConfigError, NonFiniteLoss, TrainError
+
+__all__ = [
+    "BadImage",
+    "CheckpointError",
+    "ConfigError",
+    "NonFiniteLoss",
+    "PretrainConfig",
+    "TrainError",
+    "pretrain",
+]
+
+
+def pretrain(config: PretrainConfig, **kwargs):
+    """Run `maefast pretrain` from Python; see `maefast.train.loop.pretrain`."""
+    from .loop import pretrain as run
+
+    return run(config, **kwargs)

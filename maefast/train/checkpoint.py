@@ -1,0 +1,216 @@
+"""Checkpoints: written atomically, checked when read, the last few kept.
+
+A checkpoint is a folder `step-00000500` with
+
+    model.safetensors       weights, parameter names of the original MAE
+    optimizer.safetensors   AdamW's tensors, "<kind>.<parameter name>"
+    state.json              everything else: step, position in the data, configuration, scaler, sizes of the other files
+
+It is written under a temporary name, flushed to the disk file by file, and renamed as a whole, so a folder with a
+final name is complete. Reading still checks the sizes, because disks fill up and copies get interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .errors import CheckpointError
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_STEP = re.compile(r"step-(\d{8,})$")
+_WRITING, _REMOVING = ".writing-", ".removing-"
+
+
+@dataclass
+class State:
+    """What a run needs besides tensors. `step` steps are done, `position` samples consumed."""
+
+    step: int
+    position: int
+    config: dict
+    model_config: dict
+    scaler: dict | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def save(folder: Path, state: State, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int = 3) -> Path:
+    """Write `folder/step-…` atomically, then remove all but the newest `keep` complete ones. Returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{state.step:08d}"
+    temporary = folder / f"{_WRITING}{final.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, temporary / MODEL, metadata={"format": "pt", "maefast": json.dumps(state.model_config)})
+    save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER, metadata={"format": "pt"})
+    sizes = {name: (temporary / name).stat().st_size for name in (MODEL, OPTIMIZER)}
+    document = {
+        "format": FORMAT,
+        "step": state.step,
+        "position": state.position,
+        "files": sizes,
+        "model_config": state.model_config,
+        "config": state.config,
+        "scaler": state.scaler,
+        "extra": state.extra,
+    }
+    (temporary / STATE).write_text(json.dumps(document, indent=2) + "\n")
+    for name in (MODEL, OPTIMIZER, STATE):
+        fsync(temporary / name)
+    fsync(temporary)
+    if final.exists():  # only a broken one can be there: a run never goes back behind a good one it would rewrite
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    fsync(folder)
+    _prune(folder, state.step, keep)
+    return final
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    # Broken checkpoints do not count as kept, and newer ones (broken, or set there by hand) are not ours to judge.
+    older = [path for found, path in listing(folder) if found <= step]
+    good = [path for path in older if complaint(path) is None]
+    for path in older[: older.index(good[-keep])] if len(good) > keep else []:
+        # First renamed: a kill in mid-removal must not leave half a checkpoint under a final name.
+        doomed = folder / f"{_REMOVING}{path.name}-{os.getpid()}"
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def listing(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every folder with a checkpoint's name, oldest first. Nothing is checked."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.match(path.name)) and path.is_dir()]
+    return sorted(found)
+
+
+def complaint(path: Path) -> str | None:
+    """Why the checkpoint at `path` is not usable, or None when it is complete."""
+    try:
+        document = json.loads((path / STATE).read_text())
+        sizes = document["files"]
+        if document["format"] != FORMAT:
+            return f"format {document['format']}, this version reads {FORMAT}"
+    except FileNotFoundError:
+        return f"{STATE} is missing"
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return f"{STATE} cannot be read ({type(error).__name__}: {error})"
+    for name, size in sizes.items():
+        try:
+            found = (path / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+    return None
+
+
+def latest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint in `folder` (None if there is none) and notes on what was passed over."""
+    notes = []
+    if folder.is_dir():
+        notes += [
+            f"ignoring {path}: half-written when an earlier run was stopped"
+            for path in sorted(folder.iterdir())
+            if path.name.startswith(_WRITING)
+        ]
+    for _, path in reversed(listing(folder)):
+        problem = complaint(path)
+        if problem is None:
+            return path, notes
+        notes.append(f"ignoring {path}: {problem}")
+    return None, notes
+
+
+def clean(folder: Path) -> None:
+    """Remove half-written leftovers of earlier runs. Call only while no other process writes there."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith((_WRITING, _REMOVING)):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside_newer(folder: Path, step: int) -> list[Path]:
+    """Rename checkpoints newer than `step` to "superseded-…" (a run that goes back must not resume from them)."""
+    moved = []
+    for found, path in listing(folder):
+        if found > step:
+            number = sum(1 for _ in folder.glob(f"superseded-*-{path.name}"))
+            target = folder / f"superseded-{number}-{path.name}"
+            os.rename(path, target)
+            moved.append(target)
+    return moved
+
+
+def read_state(path: Path) -> State:
+    """The state of a complete checkpoint; CheckpointError says what is wrong with any other."""
+    problem = complaint(path) if path.is_dir() else "no such folder"
+    if problem:
+        raise CheckpointError(f"{path} is not a usable checkpoint: {problem}")
+    document = json.loads((path / STATE).read_text())
+    names = ("step", "position", "config", "model_config", "scaler", "extra")
+    return State(**{name: document[name] for name in names})
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Copy a checkpoint's tensors into `model` and `optimizer` (both unwrapped, on their final device)."""
+    try:
+        model.load_state_dict(load_weights(path / MODEL), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the model: {error}") from error
+    tensors = load_weights(path / OPTIMIZER)
+    slots: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, name = key.split(".", 1)
+        slots.setdefault(name, {})[kind] = tensor.clone()
+    names = _parameter_names(model, optimizer)
+    wrong = set(slots) ^ set(names) if slots else set()
+    if wrong:
+        raise CheckpointError(f"{path}: optimizer state and model differ in {sorted(wrong)[:5]}")
+    state = {index: slots[name] for index, name in enumerate(names) if name in slots}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimizer's parameters in its own order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{kind}.{names[id(parameter)]}": value.detach().contiguous()
+        for parameter, slots in optimizer.state.items()
+        for kind, value in slots.items()
+        if isinstance(value, torch.Tensor)
+    }

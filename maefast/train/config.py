@@ -1,0 +1,179 @@
+"""The configuration of a pre-training run: one dataclass, checked before anything starts, dumped beside the results."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, need
+
+
+@dataclass
+class PretrainConfig:
+    """Options of `maefast pretrain`, with its defaults. Counts of steps are optimizer steps."""
+
+    data: str = ""
+    output_dir: str = "out"
+    # Model. None leaves the choice to the model's own definition.
+    model: str = "mae_base"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    img_size: int | list[int] | None = None
+    patch_size: int | None = None
+    mask_ratio: float = 0.75
+    norm_pix: bool = True
+    init_from: str | None = None
+    recompute: bool = False
+    # Length and optimisation.
+    epochs: float = 400.0
+    steps: int | None = None
+    batch_size: int = 64
+    accum: int = 1
+    blr: float = 1.5e-4
+    lr: float | None = None
+    min_lr: float = 0.0
+    warmup: float = 0.05
+    weight_decay: float = 0.05
+    clip: float | None = None
+    # Augmentation.
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip: float = 0.5
+    # Machine.
+    amp: str = "no"
+    device: str = "auto"
+    workers: int = field(default_factory=lambda: default_workers())
+    cache_mb: int = 512
+    skip_bad: bool = False
+    seed: int = 0
+    # Output.
+    resume: str = "auto"
+    save_every: int = 500
+    keep: int = 3
+    picture_every: int = 1000
+    picture_rows: int = 6
+    log_every: int = 10
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        self.crop_scale = tuple(self.crop_scale)
+        if isinstance(self.img_size, tuple):
+            self.img_size = list(self.img_size)
+
+    def check(self) -> None:
+        """Raise ConfigError for the first option that makes no sense."""
+
+        def must(good: bool, text: str) -> None:
+            if not good:
+                raise ConfigError(text)
+
+        must(
+            bool(str(self.data)), "--data is missing: give a folder of images, or 'skimage' for the shipped photographs"
+        )
+        for name in ("batch_size", "accum", "save_every", "keep", "log_every"):
+            must(getattr(self, name) >= 1, f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
+        for name in ("workers", "cache_mb", "picture_every", "picture_rows", "weight_decay", "min_lr"):
+            value = getattr(self, name)
+            must(value >= 0 and math.isfinite(value), f"{_flag(name)} must not be negative, and is {value}")
+        must(0 <= self.seed < 2**63, f"--seed must lie in 0 … 2**63-1, not {self.seed}")
+        must(0 < self.mask_ratio < 1, f"--mask-ratio must lie strictly between 0 and 1, not {self.mask_ratio}")
+        must(self.steps is None or self.steps >= 1, f"--steps must be at least 1, not {self.steps}")
+        must(self.epochs > 0 and math.isfinite(self.epochs), f"--epochs must be positive, not {self.epochs}")
+        must(self.blr > 0 and math.isfinite(self.blr), f"--blr must be positive, not {self.blr}")
+        must(self.lr is None or 0 < self.lr < math.inf, f"--lr must be positive, not {self.lr}")
+        must(self.clip is None or 0 < self.clip < math.inf, f"--clip must be positive, not {self.clip}")
+        must(self.warmup >= 0 and math.isfinite(self.warmup), f"--warmup must not be negative, and is {self.warmup}")
+        must(0 <= self.flip <= 1, f"--flip is a probability, not {self.flip}")
+        low, high = self.crop_scale if len(self.crop_scale) == 2 else (0, 0)
+        must(0 < low <= high <= 1, f"--crop-scale needs 0 < low <= high <= 1, not {self.crop_scale}")
+        must(self.amp in ("no", "bf16", "fp16"), f"--amp must be no, bf16 or fp16, not {self.amp!r}")
+        must(self.device in ("auto", "cpu"), f"--device must be auto or cpu, not {self.device!r}")
+        sizes = self.img_size if isinstance(self.img_size, list) else [self.img_size]
+        must(len(sizes) in (1, 2) and all(s is None or s >= 1 for s in sizes), f"--img-size cannot be {self.img_size}")
+        if self.patch_size is not None:
+            must(self.patch_size >= 1, f"--patch-size must be at least 1, not {self.patch_size}")
+            for size in sizes:
+                must(
+                    size is None or size % self.patch_size == 0,
+                    f"--img-size {size} is not a multiple of --patch-size {self.patch_size}",
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def dump(self, path: Path, **more: Any) -> None:
+        """Write the configuration as YAML, which `--config` reads back; `more` is added as a comment for readers."""
+        import yaml
+
+        comment = "".join(f"# {name}: {json.dumps(value)}\n" for name, value in more.items())
+        path.write_text(comment + yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """Read a YAML or JSON file of PretrainConfig's fields; unknown names are an error."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise need("pyyaml", "Reading a configuration file") from error
+    try:
+        document = yaml.safe_load(Path(path).read_text())  # JSON is YAML
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not valid YAML or JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"--config {path}: expected names and values")
+    unknown = sorted(set(document) - {f.name for f in fields(PretrainConfig)})
+    if unknown:
+        raise ConfigError(f"--config {path}: unknown names {', '.join(map(str, unknown))}")
+    return document
+
+
+def parse_model_args(pairs: list[str]) -> dict[str, Any]:
+    """["width=192", "pos=learned"] -> {"width": 192, "pos": "learned"}; values are read as JSON where they can be."""
+    args = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign or not name.isidentifier():
+            raise ConfigError(f"--model-arg wants NAME=VALUE, not {pair!r}")
+        try:
+            args[name] = json.loads(text)
+        except ValueError:
+            args[name] = {"True": True, "False": False, "None": None}.get(text, text)
+    return args
+
+
+def parse_size(text: str) -> int | list[int]:
+    """Read "64" as 64 and "64x128" as [64, 128] (height, width)."""
+    numbers = text.lower().split("x")
+    if not (1 <= len(numbers) <= 2 and all(number.strip().isdigit() for number in numbers)):
+        raise ConfigError(f"--img-size wants N or HEIGHTxWIDTH, not {text!r}")
+    sizes = [int(number) for number in numbers]
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+def default_workers() -> int:
+    """Up to 8 loader processes, with a core left for the step itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores - 1))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# Fields whose change leaves the loss sequence of a resumed run as it was.
+HARMLESS = {
+    "output_dir", "resume", "save_every", "keep", "picture_every", "picture_rows", "log_every", "tensorboard",
+    "workers", "cache_mb", "init_from", "recompute", "skip_bad", "data", "epochs", "steps",
+}  # fmt: skip
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """ "name: old -> new" for every option whose change alters the loss sequence. (The data and the length of the run
+    are compared by what they come to: the list of images and the number of steps.)"""
+    names = [f.name for f in fields(PretrainConfig) if f.name not in HARMLESS]
+    return [f"{name}: {old[name]} -> {new[name]}" for name in names if name in old and old[name] != new[name]]

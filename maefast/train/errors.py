@@ -1,0 +1,43 @@
+"""Errors of the training layer. The command line prints them as one message, without a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class TrainError(RuntimeError):
+    """A run cannot start or go on; the message says why and what to do."""
+
+
+class ConfigError(TrainError, ValueError):
+    """An option, or a combination of options, makes no sense."""
+
+
+class BadImage(TrainError):
+    """An image file cannot be decoded. `path` names it."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(f"cannot read image {path}: {reason} (--skip-bad counts and skips such files)")
+        self.path = Path(path)
+
+
+class CheckpointError(TrainError):
+    """A checkpoint is missing, incomplete or does not fit the model."""
+
+
+class NonFiniteLoss(TrainError):
+    """The loss became NaN or infinite at `step`; `checkpoint` is the last good one (None if none was written)."""
+
+    def __init__(self, step: int, value: float, checkpoint: Path | None, what: str = "loss"):
+        last = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written yet"
+        super().__init__(
+            f"the {what} is {value} at step {step}; training stopped and nothing was saved after it: {last}. "
+            "Usual cures: a lower --blr, --clip 1.0, a longer --warmup, --amp bf16 in place of fp16."
+        )
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+def need(module: str, purpose: str) -> TrainError:
+    """The error for an absent optional package."""
+    return TrainError(f'{purpose} needs the package {module!r}: pip install "maefast[train]"')

@@ -1,0 +1,191 @@
+"""`maefast export` and `maefast reconstruct`: what a trained model is good for afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from .data import MEAN, STD
+from .errors import ConfigError
+from .weights import infer_arguments, make_model, open_weights
+
+Tensors = dict[str, torch.Tensor]
+
+
+def timm_encoder(tensors: Tensors) -> Tensors:
+    """The encoder under the names of timm's VisionTransformer (num_classes=0): the original's names, no decoder."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(("decoder_", "mask_token"))}
+
+
+_HF_TOP = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+_HF_BLOCK = {"norm1": "layernorm_before", "norm2": "layernorm_after", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+_HF4_BLOCK = {**_HF_BLOCK, "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+# (prefix of the blocks, names inside a block, q / k / v, output projection)
+_HF_LAYOUTS = {
+    "hf": ("layers", _HF_BLOCK, "attention.{}_proj", ("q", "k", "v"), "attention.o_proj"),
+    "hf4": (
+        "encoder.layer",
+        _HF4_BLOCK,
+        "attention.attention.{}",
+        ("query", "key", "value"),
+        "attention.output.dense",
+    ),
+}
+
+
+def hf_encoder(tensors: Tensors, layout: str = "hf") -> Tensors:
+    """The encoder under the names of transformers' ViTModel: "hf" for 5.x, "hf4" for 4.x (which 5.x loads too).
+
+    The fused qkv [3 D, D] becomes three matrices [D, D].
+    """
+    blocks, inside, attention, parts, projection = _HF_LAYOUTS[layout]
+    result = {}
+    for name, tensor in timm_encoder(tensors).items():
+        if not name.startswith("blocks."):
+            stem, _, kind = (name, "", "") if name in _HF_TOP else name.rpartition(".")
+            result[f"{_HF_TOP[stem]}.{kind}" if kind else _HF_TOP[stem]] = tensor
+            continue
+        _, index, rest = name.split(".", 2)
+        stem, _, kind = rest.rpartition(".")
+        if stem == "attn.qkv":
+            for part, chunk in zip(parts, tensor.chunk(3), strict=True):
+                result[f"{blocks}.{index}.{attention.format(part)}.{kind}"] = chunk
+        else:
+            result[f"{blocks}.{index}.{projection if stem == 'attn.proj' else inside[stem]}.{kind}"] = tensor
+    return result
+
+
+def hf_config(arguments: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a ViTModel with this encoder. Note the epsilon: HF's default, 1e-12, is not MAE's 1e-6."""
+
+    def scalar(size: int | Sequence[int]) -> int | list[int]:
+        sizes = [size] if isinstance(size, int) else list(size)
+        return sizes[0] if len(set(sizes)) == 1 else sizes
+
+    width = arguments["embed_dim"]
+    return {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": width,
+        "num_hidden_layers": arguments["depth"],
+        "num_attention_heads": arguments["num_heads"],
+        "intermediate_size": int(width * arguments.get("mlp_ratio", 4.0)),
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": arguments.get("norm_eps", 1e-6),
+        "image_size": scalar(arguments["img_size"]),
+        "patch_size": scalar(arguments["patch_size"]),
+        "num_channels": arguments["in_chans"],
+        "qkv_bias": True,
+    }
+
+
+def export_file(path: str | Path, output: str | Path, format: str, name: str | None = None) -> list[str]:
+    """Convert the weights at `path` (see weights.open_weights) and write `output`. Returns lines to show.
+
+    `output` is a .safetensors or .pth file; for hf and hf4 it may be a folder, which then gets model.safetensors,
+    config.json and preprocessor_config.json for `ViTModel.from_pretrained(folder, add_pooling_layer=False)`.
+    """
+    weights, output = open_weights(path), Path(output)
+    folder = format in ("hf", "hf4") and output.suffix not in (".safetensors", ".pth", ".pt")
+    if not folder and output.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ConfigError(f"{output}: give a file name that ends in .safetensors or .pth")
+    metadata = {"format": "pt"}
+    if format == "timm":
+        tensors = timm_encoder(weights.tensors)
+    elif format in _HF_LAYOUTS:
+        tensors = hf_encoder(weights.tensors, format)
+    elif format == "mae":
+        tensors = weights.tensors
+        if weights.config:
+            metadata["maefast"] = json.dumps(weights.config)
+    else:
+        raise ConfigError(f"--format must be timm, hf, hf4 or mae, not {format!r}")
+    target = output / "model.safetensors" if folder else output
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}  # chunks share memory
+    if target.suffix == ".safetensors":
+        _replace(target, lambda temporary: save_file(tensors, temporary, metadata))
+    else:
+        document = {"model": tensors} if format == "mae" else tensors
+        _replace(target, lambda temporary: torch.save(document, temporary))
+    lines = [f"wrote {len(tensors)} tensors from {weights.source} to {target} ({format} names)"]
+    if folder:
+        arguments = infer_arguments(weights, name)
+        _write_json(output / "config.json", hf_config(arguments))
+        if arguments["in_chans"] == 3:
+            _write_json(output / "preprocessor_config.json", _hf_preprocessor(arguments))
+        lines.append(f'load it with ViTModel.from_pretrained("{output}", add_pooling_layer=False)')
+    elif format in _HF_LAYOUTS:
+        lines.append("ViTConfig must have layer_norm_eps=1e-6; name a folder instead of a file to get a config.json")
+    if format != "mae" and not weights.has_decoder:
+        lines.append("the source has no decoder, which this format does not need")
+    return lines
+
+
+def reconstruct_files(
+    path: str | Path,
+    images: Sequence[Path],
+    output: Path,
+    *,
+    mask_ratio: float = 0.75,
+    seed: int = 0,
+    norm_pix: bool | None = None,
+    name: str | None = None,
+) -> None:
+    """Draw the reconstructions of image files (centre crops in the model's size; image i gets mask i of `seed`)."""
+    from . import pictures
+    from .weights import check_mask, image_shape
+
+    model = make_model(open_weights(path), name, norm_pix)
+    check_mask(model, mask_ratio)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model.to(device).eval()
+    channels, *size = image_shape(model)
+    names = [Path(image).name for image in images]
+    examples = pictures.load_examples(images, names, size, channels, model.num_patches, seed)
+    batches = []
+    for start in range(0, len(names), 16):  # bounds memory for long lists
+        part = slice(start, start + 16)
+        chunk = pictures.Examples(examples.images[part], examples.noise[part], names[part])
+        batches.append(pictures.reconstruct(model, chunk, mask_ratio, device))
+    columns = [torch.cat(column) for column in zip(*batches, strict=True)]
+    pictures.save_picture(columns, names, output)
+
+
+def _hf_preprocessor(arguments: dict[str, Any]) -> dict[str, Any]:
+    size = arguments["img_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+    }
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    _replace(path, lambda temporary: temporary.write_text(json.dumps(document, indent=2) + "\n") and None)

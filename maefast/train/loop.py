@@ -1,0 +1,369 @@
+"""`maefast pretrain`: the loop. Thin on purpose: Accelerate places and scales, the model computes, this file counts.
+
+Nothing here keeps state that a checkpoint does not hold: samples, crops, masks and the learning rate are functions
+of the step (see seeds.py and schedule.py), so a resumed run goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import checkpoint, pictures, schedule, seeds
+from .config import PretrainConfig
+from .data import Augment, Batch, Loader, Positions, TrainImages, normalise, normaliser
+from .errors import ConfigError, NonFiniteLoss, need
+from .images import find_images
+from .metrics import MetricsFile, Progress, Row, open_tensorboard, save_loss_curve
+from .resume import choose_checkpoint, compare
+from .signals import StopSignal
+from .weights import build_model, image_shape, load_pretrained
+
+try:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+except ImportError as error:
+    raise need("accelerate", "maefast pretrain") from error
+
+
+@dataclass
+class Result:
+    """What a run came to. `stopped` names the signal that ended it early; `bad` maps unreadable files to reasons."""
+
+    step: int
+    total: int
+    loss: float | None
+    checkpoint: Path | None
+    stopped: str | None
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Pending:
+    """A step whose loss has not been read from the device yet."""
+
+    step: int
+    epoch: float
+    lr: float
+    loss: torch.Tensor
+    grad_norm: torch.Tensor | None
+
+
+class Objective(nn.Module):
+    """uint8 images and noise -> loss. Returning the loss alone keeps Accelerate from casting the prediction."""
+
+    def __init__(self, model: nn.Module, mask_ratio: float, channels: int):
+        super().__init__()
+        self.model, self.mask_ratio = model, mask_ratio
+        mean, std = normaliser(channels)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        images = normalise(images, self.mean, self.std)
+        return self.model(images, mask_ratio=self.mask_ratio, noise=noise, pred="masked")[0]
+
+
+def pretrain(config: PretrainConfig, *, create_model: Callable[..., nn.Module] | None = None) -> Result:
+    """Train a masked autoencoder as `config` says. Everything it leaves is under `config.output_dir`:
+
+        config.yaml, metrics.csv, tensorboard/, pictures/step-*.png, checkpoints/step-*/,
+        and at the end reconstruction.png and loss_curve.png
+
+    `create_model(name, **arguments)` replaces `maefast.models.create`, for a model of your own with its interface.
+
+    Raises:
+        TrainError: bad options, unreadable data, unusable checkpoint, non-finite loss; each says what to do.
+    """
+    config.check()
+    run = Run(config, create_model)
+    try:
+        return run.train()
+    finally:
+        run.close()
+
+
+class Run:
+    def __init__(self, config: PretrainConfig, create_model: Callable[..., nn.Module] | None):
+        self.config, self.out = config, Path(config.output_dir)
+        self.accelerator = make_accelerator(config)
+        self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
+        self.device = self.accelerator.device
+        self.images = find_images(config.data)
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, create_model)
+        self.channels, *self.size = image_shape(self.model)
+        self.batch_images = config.batch_size * config.accum * self.world
+        self.total = config.steps or max(1, -(-int(config.epochs * len(self.images)) // self.batch_images))
+        self.folder = self.out / "checkpoints"
+        self.last: Path | None = None
+        self.done = self.position = 0
+        self.loss: float | None = None
+        self.metrics = self.tensorboard = self.progress = self.loader = None
+        self._pending: list[Pending] = []
+
+    # ---- setting up
+
+    def _prepare(self) -> None:
+        config = self.config
+        path, notes = choose_checkpoint(self.accelerator, config.resume, self.out)
+        if path is None and config.init_from:
+            load_pretrained(self.model, config.init_from, self._say)
+        objective = Objective(self.model, config.mask_ratio, self.channels).to(self.device)
+        self.optimizer = schedule.make_optimizer(self.model, config.weight_decay)
+        self.objective, self.stepper = self.accelerator.prepare(objective, self.optimizer)
+        for note in notes:
+            self._say(note)
+        if path is not None:
+            self._resume(path)
+        peak = config.lr if config.lr is not None else schedule.peak_lr(config.blr, self.batch_images)
+        warmup = schedule.warmup_steps(config.warmup, self.total)
+        if config.min_lr > peak:
+            raise ConfigError(f"--min-lr {config.min_lr} is above the peak learning rate {peak:.3g}")
+        self.lr = schedule.Schedule(peak, self.total, warmup, config.min_lr)
+        patches = self.model.num_patches
+        dataset = TrainImages(
+            self.images,
+            Augment(tuple(self.size), config.crop_scale, flip=config.flip),
+            patches=patches,
+            seed=config.seed,
+            channels=self.channels,
+            skip_bad=config.skip_bad,
+            cache=config.cache_mb * 2**20 // max(1, config.workers),
+        )
+        positions = Positions(
+            len(self.images),
+            config.seed,
+            batch=config.batch_size,
+            rank=self.accelerator.process_index,
+            world=self.world,
+            start=self.position,
+            micro_batches=(self.total - self.done) * config.accum,
+        )
+        self.loader = Loader(dataset, positions, workers=config.workers, pin=self.device.type == "cuda")
+        self.examples = None
+        if self.main and config.picture_rows:
+            self.examples = pictures.pick_examples(
+                self.images, config.picture_rows, self.size, self.channels, patches, config.seed
+            )
+        if self.main:
+            checkpoint.clean(self.folder)
+            self.out.mkdir(parents=True, exist_ok=True)
+            facts = {"peak_lr": peak, "images": len(self.images), "images_per_step": self.batch_images}
+            config.dump(self.out / "config.yaml", steps=self.total, warmup_steps=warmup, **facts)
+            self.metrics = MetricsFile(self.out / "metrics.csv", self.done)
+            if config.tensorboard:
+                self.tensorboard = open_tensorboard(self.out / "tensorboard", self.done)
+        self.progress = Progress(self.total, self.done, self.main)
+        if self.main and config.tensorboard and self.tensorboard is None:
+            self._say('tensorboard is not installed (pip install "maefast[train]"); metrics.csv has the same numbers')
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self._say(
+            f"{config.model}: {trained / 1e6:.2f} M parameters; {len(self.images)} images of {self.images.source}; "
+            f"steps {self.done} to {self.total} of {self.batch_images} images; peak lr {peak:.3g}; "
+            f"{self.world} x {self.device.type}, amp {config.amp}; into {self.out}"
+        )
+
+    def _resume(self, path: Path) -> None:
+        state = checkpoint.read_state(path)
+        for line in compare(state, self.config, self.model.config, self.images, self.total):
+            self._say(line)
+        checkpoint.restore(path, self.model, self.optimizer)
+        if self.accelerator.scaler is not None and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.done, self.position, self.last = state.step, state.position, path
+        if self.main:
+            for old in checkpoint.set_aside_newer(self.folder, state.step):
+                self._say(f"set aside a newer checkpoint as {old}")
+        self._say(f"resuming from {path}, {state.step} steps done")
+
+    # ---- training
+
+    def train(self) -> Result:
+        self._prepare()
+        config = self.config
+        every = 1 if self.device.type == "cpu" else config.log_every  # reading a loss is free on a CPU
+        self.objective.train()
+        self._restart_clock()
+        with StopSignal() as signal:
+            while self.done < self.total and not self._stopping:
+                self._step()
+                end = self.done == self.total
+                save = end or self.done % config.save_every == 0
+                picture = not end and config.picture_every and self.done % config.picture_every == 0
+                alone_told = self.world == 1 and signal.name is not None
+                if save or picture or alone_told or self.done % every == 0:
+                    self._flush(signal.name is not None)
+                else:
+                    self.progress.update(1, None)
+                if save or self._stopping:
+                    self._save()
+                if picture:
+                    self._picture(self.out / "pictures" / f"step-{self.done:08d}.png")
+                if save or picture:
+                    self._restart_clock()
+        early = self._stopping and self.done < self.total
+        return self._finish((signal.name or "a signal to another process") if early else None)
+
+    _stopping = False
+
+    def _step(self) -> None:
+        config, step = self.config, self.done
+        rate = self.lr(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(seeds.torch_seed(config.seed, step, self.accelerator.process_index))
+        total, norm = None, None
+        for _ in range(config.accum):
+            batch: Batch = self.loader.next()
+            images = batch.images.to(self.device, non_blocking=True)
+            noise = batch.noise.to(self.device, non_blocking=True)
+            with self.accelerator.accumulate(self.objective):
+                loss = self.objective(images, noise)
+                self.accelerator.backward(loss)
+                if config.clip is not None and self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
+                self.stepper.step()
+                self.stepper.zero_grad()
+            total = loss.detach() if total is None else total + loss.detach()
+        self.done += 1
+        self.position += self.batch_images
+        epoch = self.position / len(self.images)
+        self._pending.append(Pending(self.done, epoch, rate, total / config.accum, norm))
+
+    def _restart_clock(self) -> None:
+        self._clock, self.loader.waited = time.perf_counter(), 0.0
+
+    def _flush(self, told_to_stop: bool) -> None:
+        """Read the pending losses from the device, stop on a non-finite one, and write them down."""
+        pending = self._pending
+        flag = torch.tensor(float(told_to_stop), device=self.device)
+        values = torch.stack([entry.loss.float() for entry in pending] + [flag])
+        if self.world > 1:
+            values = self.accelerator.reduce(values, "mean")
+        *losses, stop = values.tolist()
+        seconds = time.perf_counter() - self._clock
+        speed = len(pending) * self.batch_images / seconds
+        wait = min(1.0, self.loader.waited / seconds)
+        rows = [
+            Row(entry.step, entry.epoch, loss, entry.lr, _item(entry.grad_norm), speed, wait)
+            for entry, loss in zip(pending, losses, strict=True)
+        ]
+        self._pending.clear()
+        self._restart_clock()
+        broken = next((row for row in rows if not math.isfinite(row.loss)), None)
+        if self.main:
+            self._write([row for row in rows if broken is None or row.step <= broken.step])
+        if broken is not None:
+            raise NonFiniteLoss(broken.step, broken.loss, self.last)
+        self.loss = losses[-1]
+        self.progress.update(self.done - self.progress.at, rows[-1])
+        self._stopping = stop > 0
+
+    def _write(self, rows: list[Row]) -> None:
+        self.metrics.write(rows)
+        if self.tensorboard is not None:
+            for row in rows:
+                for name in ("loss", "lr", "grad_norm", "images_per_s", "data_wait"):
+                    value = getattr(row, name)
+                    if value is not None:
+                        self.tensorboard.add_scalar(f"train/{name}", value, row.step)
+
+    # ---- what is left behind
+
+    def _save(self) -> None:
+        # A finite loss can still have had infinite gradients; such weights must not replace a good checkpoint.
+        norm = torch.nn.utils.get_total_norm(self.model.parameters())
+        if not bool(norm.isfinite()):
+            raise NonFiniteLoss(self.done, float(norm), self.last, what="norm of the weights")
+        if self.main:
+            self.metrics.sync()
+            scaler = self.accelerator.scaler
+            state = checkpoint.State(
+                step=self.done,
+                position=self.position,
+                config=self.config.to_dict(),
+                model_config=self.model.config,
+                scaler=scaler.state_dict() if scaler is not None else None,
+                extra={
+                    "total": self.total,
+                    "images": len(self.images),
+                    "fingerprint": self.images.fingerprint(),
+                    "processes": self.world,
+                    "torch": torch.__version__,
+                },
+            )
+            self.last = checkpoint.save(self.folder, state, self.model, self.optimizer, self.config.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _picture(self, path: Path) -> None:
+        if self.examples is None:
+            return
+        columns = pictures.reconstruct(self.model, self.examples, self.config.mask_ratio, self.device)
+        title = f"{self.config.model}, step {self.done}, {self.config.mask_ratio:.0%} of the patches masked"
+        pictures.save_picture(columns, self.examples.names, path, title)
+        if self.tensorboard is not None:
+            pictures_row = torch.cat([torch.cat(list(column), 1) for column in columns], 2)
+            self.tensorboard.add_image("reconstruction", pictures_row, self.done)
+
+    def _finish(self, stopped: str | None) -> Result:
+        bad = self._gather_bad()
+        if self.main:
+            self.metrics.sync()
+            self._picture(self.out / "reconstruction.png")
+            save_loss_curve(self.out / "metrics.csv", self.out / "loss_curve.png")
+            for path, reason in list(bad.items())[:20]:
+                self._say(f"skipped unreadable image {path}: {reason}")
+            if bad:
+                self._say(f"{len(bad)} unreadable image(s) met and skipped")
+            if stopped:
+                self._say(
+                    f"stopped by {stopped} after step {self.done} of {self.total}; saved {self.last}; "
+                    "the same command with --resume auto goes on from there"
+                )
+            else:
+                self._say(f"finished {self.total} steps; checkpoint {self.last}; pictures and metrics in {self.out}")
+        return Result(self.done, self.total, self.loss, self.last, stopped, bad)
+
+    def _gather_bad(self) -> dict[str, str]:
+        if self.world == 1:
+            return self.loader.bad
+        from accelerate.utils import gather_object
+
+        return dict(gather_object(list(self.loader.bad.items())))
+
+    def _say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.say(text)
+        elif self.main:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        for part in (self.progress, self.metrics, self.tensorboard):
+            if part is not None:
+                part.close()
+
+
+def make_accelerator(config: PretrainConfig) -> Accelerator:
+    """The Accelerator for `config`; a second run in one process may use another precision."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.amp:
+        AcceleratorState._reset_state()
+    cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    if config.amp == "fp16" and cpu:
+        raise ConfigError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or no")
+    return Accelerator(
+        mixed_precision=config.amp,
+        gradient_accumulation_steps=config.accum,
+        cpu=cpu,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+
+
+def _item(value: torch.Tensor | float | None) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,170 @@
+"""Where the numbers of a run go: metrics.csv, TensorBoard, the progress line, the loss curve."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from .checkpoint import fsync
+
+
+@dataclass
+class Row:
+    """One optimizer step. `data_wait` is the share of the step's time spent waiting for the loader."""
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float | None
+    images_per_s: float
+    data_wait: float
+
+    def cells(self) -> list[str]:
+        # repr() of a float reads back as the same float, so two runs can be compared exactly.
+        return ["" if value is None else repr(value) for value in asdict(self).values()]
+
+
+HEADER = [field.name for field in fields(Row)]
+
+
+class MetricsFile:
+    """Appends rows to a CSV. Opening it for a run that starts after step `done` drops the rows beyond `done`:
+    they belong to steps that a killed run had taken after its last checkpoint and that will be taken again."""
+
+    def __init__(self, path: Path, done: int):
+        self.path = path
+        kept = [row for row in read_rows(path) if int(row["step"]) <= done] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(HEADER)
+            writer.writerows([row[name] for name in HEADER] for row in kept)
+        fsync(temporary)
+        os.replace(temporary, path)
+        self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by close())
+        self._writer = csv.writer(self._file)
+
+    def write(self, rows: list[Row]) -> None:
+        self._writer.writerows(row.cells() for row in rows)
+        self._file.flush()
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The complete rows of a metrics CSV as text. A row cut off by a kill, and all after it, are left out."""
+    rows = []
+    text = path.read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    for cells in csv.reader(lines[1:]):
+        if len(cells) != len(HEADER) or not cells[0].isdigit():
+            break
+        rows.append(dict(zip(HEADER, cells, strict=True)))
+    return rows
+
+
+def open_tensorboard(folder: Path, done: int):
+    """A SummaryWriter that hides events beyond step `done`, or None when tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=done + 1)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere (log files) a line now and then, so that logs stay readable."""
+
+    def __init__(self, total: int, done: int, show: bool, seconds: float = 20.0):
+        self.total, self.first, self.seconds = total, done, seconds
+        self.at = done
+        self.show, self._bar = show, None
+        self._began = self._printed = time.monotonic()
+        if show and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def update(self, steps: int, row: Row | None) -> None:
+        """`steps` more are done; `row` is the newest measurement, if there is a new one."""
+        self.at += steps
+        if self._bar is not None:
+            self._bar.update(steps)
+            if row is not None:
+                self._bar.set_postfix_str(_numbers(row), refresh=False)
+        elif self.show and row is not None:
+            now = time.monotonic()
+            if now - self._printed >= self.seconds or row.step in (self.first + 1, self.total):
+                self._printed = now
+                left = (now - self._began) / max(1, row.step - self.first) * (self.total - row.step)
+                print(f"step {row.step}/{self.total}  {_numbers(row)}  left {left:.0f} s", flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        if not self.show:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _numbers(row: Row) -> str:
+    return f"loss {row.loss:.4f}  lr {row.lr:.2e}  {row.images_per_s:.0f} images/s  data wait {row.data_wait:.0%}"
+
+
+def save_loss_curve(metrics: Path, picture: Path) -> None:
+    """Plot the loss of every step and its running mean, and the learning rate, into a PNG."""
+    from .errors import need
+
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise need("matplotlib", "The loss curve") from error
+    rows = read_rows(metrics)
+    if not rows:
+        return
+    steps = [int(row["step"]) for row in rows]
+    losses = [float(row["loss"]) for row in rows]
+    width = max(1, len(rows) // 50)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="#9db8d9", linewidth=0.8, label="each step")
+    if width > 1:
+        sums = [0.0]
+        for loss in losses:
+            sums.append(sums[-1] + loss)
+        mean = [(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width) for i in range(len(losses))]
+        axes.plot(steps, mean, color="#1f4e8c", linewidth=1.8, label=f"mean of {width} steps")
+    low = min(losses)
+    if low > 0 and max(losses) > 20 * low:
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    rate = axes.twinx()
+    rate.plot(
+        steps, [float(row["lr"]) for row in rows], color="#c77", linewidth=1.0, linestyle="--", label="learning rate"
+    )
+    rate.set_ylabel("learning rate")
+    handles = axes.get_lines() + rate.get_lines()
+    axes.legend(handles, [line.get_label() for line in handles], loc="upper right")
+    temporary = picture.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    os.replace(temporary, picture)

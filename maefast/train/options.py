@@ -1,0 +1,77 @@
+"""What `maefast pretrain --help` says about each option. The defaults are those of PretrainConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+HELP = {
+    "Data": {
+        "data": "Folder of images (any nesting), or 'skimage': the photographs inside scikit-image and scikit-learn.",
+        "crop_scale": "Area of the random crop as a share of the image: low high.",
+        "flip": "Probability of a horizontal flip.",
+        "skip_bad": "Count and skip unreadable images instead of stopping.",
+        "workers": "Processes that load images; 0 loads in the main one.",
+        "cache_mb": "Memory for decoded images, all workers together.",
+    },
+    "Model": {
+        "model": "Name of the model: mae_tiny, mae_small, mae_base, mae_large, mae_huge.",
+        "model_arg": "Override an argument of the model, NAME=VALUE; repeatable. Example: depth=6.",
+        "img_size": "Image size: N, or HEIGHTxWIDTH.",
+        "patch_size": "Patch size.",
+        "mask_ratio": "Share of the patches that is masked.",
+        "norm_pix": "Predict patches normalised by their own mean and variance.",
+        "init_from": "Start from these weights: a run, a checkpoint, .safetensors, or a published .pth.",
+        "recompute": "Save memory: compute activations inside blocks again in the backward.",
+    },
+    "Length and optimiser": {
+        "epochs": "Passes over the data.",
+        "steps": "Optimiser steps, instead of --epochs.",
+        "batch_size": "Images per process and micro-batch.",
+        "accum": "Micro-batches accumulated per step.",
+        "blr": "Base learning rate; the peak is blr x batch-size x accum x processes / 256.",
+        "lr": "Peak learning rate itself, instead of --blr.",
+        "min_lr": "Learning rate at the end of the cosine.",
+        "warmup": "Linear warm-up: below 1 a share of the run, else a number of steps.",
+        "weight_decay": "AdamW's decay of matrices (biases and norms have none).",
+        "clip": "Clip the global norm of the gradient to this.",
+    },
+    "Machine": {
+        "amp": "Mixed precision.",
+        "device": "auto takes the GPU if there is one.",
+        "seed": "Fixes weights, order, crops and masks.",
+    },
+    "Output and resuming": {
+        "output_dir": "Where everything goes: checkpoints, metrics.csv, pictures, TensorBoard.",
+        "config": "YAML or JSON of options (such as OUTPUT/config.yaml); options on the command line win.",
+        "resume": "auto: go on from the newest checkpoint in OUTPUT, if any; none: start anew; or a checkpoint.",
+        "save_every": "Steps between checkpoints.",
+        "keep": "How many checkpoints are kept.",
+        "picture_every": "Steps between reconstruction pictures; 0: only at the end.",
+        "picture_rows": "Images in the picture; 0: no picture.",
+        "log_every": "On a GPU, read the losses every so many steps (each one is logged).",
+        "tensorboard": "Write TensorBoard events.",
+    },
+}
+
+# What stands for a default that is no value.
+_SHOWN = {
+    "img_size": "the model's, 224",
+    "patch_size": "the model's",
+    "workers": "up to 8, one core left free",
+    "clip": "no clipping",
+    **dict.fromkeys(("data", "model_arg", "init_from", "steps", "lr", "config"), False),
+}
+_FLAGS = {"output_dir": ("--output-dir", "-o"), "skip_bad": ("--skip-bad",), "recompute": ("--recompute",)}
+
+
+def option(name: str) -> Any:
+    """The typer.Option of one field of PretrainConfig."""
+    panel = next(panel for panel, entries in HELP.items() if name in entries)
+    return typer.Option(
+        *_FLAGS.get(name, ()),
+        help=HELP[panel][name],
+        rich_help_panel=panel,
+        show_default=_SHOWN.get(name, True),
+    )

@@ -1,0 +1,109 @@
+"""Reconstruction pictures: original | masked | reconstruction | pasted, one row per image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import seeds
+from .data import normalise, normaliser
+from .errors import BadImage
+from .images import Image, ImageDraw, ImageFont, ImageSet, centre_crop, open_image, to_uint8
+
+COLUMNS = ("original", "masked", "reconstruction", "pasted")
+_GAP, _HEAD, _CELL = 6, 26, 160
+
+
+@dataclass
+class Examples:
+    """Fixed images with fixed masks. images: uint8 [B, C, H, W]; noise: float32 [B, patches]; names: B captions."""
+
+    images: torch.Tensor
+    noise: torch.Tensor
+    names: list[str]
+
+
+def load_examples(
+    paths: Sequence[Path], names: Sequence[str], size, channels: int, patches: int, seed: int
+) -> Examples:
+    """Centre crops of `paths` in the model's size = (height, width), the i-th with mask i of `seed`."""
+    images = [to_uint8(centre_crop(open_image(path, channels), size)) for path in paths]
+    noise = [seeds.mask_noise(seed, i, patches, seeds.PICTURE) for i in range(len(images))]
+    return Examples(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(noise)), list(names))
+
+
+def pick_examples(images: ImageSet, count: int, size, channels: int, patches: int, seed: int) -> Examples:
+    """Up to `count` examples spread evenly over the images; one that cannot be read gives its place to the next."""
+    count = min(count, len(images))
+    paths, names = [], []
+    for index in np.linspace(0, len(images), count, endpoint=False).astype(int):
+        window = slice(index, index + 20)
+        for path, name in zip(images.paths[window], images.names[window], strict=True):
+            try:
+                open_image(path, channels)
+            except BadImage:
+                continue
+            if path not in paths:
+                paths.append(path)
+                names.append(name)
+                break
+    if not paths:
+        raise BadImage(images.paths[0], "nor can the other images picked for the reconstruction picture")
+    return load_examples(paths, names, size, channels, patches, seed)
+
+
+@torch.no_grad()
+def reconstruct(model, examples: Examples, mask_ratio: float, device) -> list[torch.Tensor]:
+    """The four columns as uint8 [B, C, H, W] on the CPU. `model` is left in the mode it was in."""
+    mean, std = normaliser(examples.images.shape[1], device)
+    images = normalise(examples.images.to(device), mean, std)
+    training = model.training
+    model.eval()
+    try:
+        result = model.reconstruct(images, mask_ratio=mask_ratio, noise=examples.noise.to(device))
+    finally:
+        model.train(training)
+    columns = (result.original, result.masked, result.reconstruction, result.pasted)
+    return [_to_pixels(column, mean, std) for column in columns]
+
+
+def _to_pixels(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    return images.float().mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def save_picture(columns: list[torch.Tensor], names: Sequence[str], path: Path, title: str = "") -> None:
+    """Write a labelled PNG (atomically). Small images are enlarged by a whole factor, pixel for pixel."""
+    rows, _, height, width = columns[0].shape
+    factor = max(1, round(_CELL / max(height, width)))
+    height, width = height * factor, width * factor
+    font, small = ImageFont.load_default(16), ImageFont.load_default(12)
+    top = _HEAD + (20 if title else 0)
+    caption = 18
+    sheet = Image.new(
+        "RGB",
+        (len(columns) * (width + _GAP) + _GAP, top + rows * (height + _GAP + caption)),
+        (255, 255, 255),
+    )
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((_GAP, 4), title, fill=(90, 90, 90), font=small)
+    for c, (column, label) in enumerate(zip(columns, COLUMNS, strict=True)):
+        left = _GAP + c * (width + _GAP)
+        draw.text((left + width / 2, top - 4), label, fill=(0, 0, 0), font=font, anchor="ms")
+        for r in range(rows):
+            pixels = column[r].permute(1, 2, 0).numpy()
+            image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert("RGB")
+            sheet.paste(
+                image.resize((width, height), Image.Resampling.NEAREST), (left, top + r * (height + _GAP + caption))
+            )
+    for r, name in enumerate(names):
+        draw.text((_GAP, top + r * (height + _GAP + caption) + height + 2), name, fill=(90, 90, 90), font=small)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    sheet.save(temporary, format="PNG")
+    os.replace(temporary, path)

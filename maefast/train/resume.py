@@ -1,0 +1,80 @@
+"""Where a run starts from, and whether it still is the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from . import checkpoint
+from .config import PretrainConfig, differences
+from .errors import CheckpointError, ConfigError
+from .images import ImageSet
+
+
+def choose_checkpoint(accelerator: Accelerator, resume: str, out: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `--resume auto|none|PATH` means, and notes for the user.
+
+    The main process looks and tells the others, so that all start from the same one.
+    """
+    answer: list = [None, []]
+    if accelerator.is_main_process:
+        answer = list(_choose(resume, out / "checkpoints"))
+    if accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    return answer[0], answer[1]
+
+
+def _choose(resume: str, folder: Path) -> tuple[Path | None, list[str]]:
+    if resume == "auto":
+        path, notes = checkpoint.latest(folder)
+        if path is None and checkpoint.listing(folder):
+            reasons = "; ".join([f"no checkpoint in {folder} is usable", *notes])
+            raise CheckpointError(f"{reasons}. Another --output-dir starts anew")
+        return path, notes
+    if resume == "none":
+        path, notes = checkpoint.latest(folder)
+        if path is not None:
+            raise ConfigError(
+                f"--resume none, but {folder.parent} holds a run at {path.name}: "
+                "choose another --output-dir, remove that one, or --resume auto"
+            )
+        return None, notes
+    return resolve(Path(resume))
+
+
+def resolve(path: Path) -> tuple[Path, list[str]]:
+    """A checkpoint folder from its own path, or the newest complete one from the path of a run."""
+    if (path / checkpoint.STATE).is_file() or path.name.startswith("step-"):
+        problem = checkpoint.complaint(path) if path.is_dir() else "no such folder"
+        if problem:
+            raise CheckpointError(f"{path} is not a usable checkpoint: {problem}")
+        return path, []
+    for folder in (path / "checkpoints", path):
+        found, notes = checkpoint.latest(folder)
+        if found is not None:
+            return found, notes
+    raise CheckpointError(f"no checkpoint found at {path}")
+
+
+def compare(state: checkpoint.State, config: PretrainConfig, model: dict, images: ImageSet, total: int) -> list[str]:
+    """Warnings about what changed since the checkpoint. A model of another shape is an error."""
+    changed = [f"{k}: {state.model_config.get(k)} -> {model.get(k)}" for k in {**state.model_config, **model}
+               if state.model_config.get(k) != model.get(k)]  # fmt: skip
+    if changed:
+        raise CheckpointError(
+            f"the checkpoint holds another model ({', '.join(changed)}): give the same options, or another --output-dir"
+        )
+    if state.step > total:
+        raise ConfigError(f"the checkpoint has {state.step} steps done, and the run is to have only {total}")
+    lines = differences(state.config, config.to_dict())
+    if (len(images), images.fingerprint()) != (state.extra["images"], state.extra["fingerprint"]):
+        lines.append(f"images: {state.extra['images']} -> {len(images)} (the list of files is another)")
+    if total != state.extra["total"]:
+        lines.append(f"total steps: {state.extra['total']} -> {total} (the learning rate follows the new length)")
+    if not lines:
+        return []
+    return ["resuming with changed settings, so the losses will differ from those of the run as it began:"] + [
+        f"  {line}" for line in lines
+    ]

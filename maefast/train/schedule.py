@@ -1,0 +1,73 @@
+"""AdamW as MAE uses it: parameter groups, the batch-size rule for the learning rate, warm-up and half-cosine.
+
+He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022), table 8.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+BETAS = (0.9, 0.95)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters in two groups: matrices decay, vectors (norms, biases) and scalars do not.
+
+    A parameter decays when it has two or more dimensions and its name does not end in "bias". This is MAE's
+    rule; `cls_token` and `mask_token` ([1, 1, D]) decay there, and do here.
+    """
+    decay, no_decay = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (no_decay if parameter.ndim <= 1 or name.endswith(".bias") else decay).append(parameter)
+    groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW(betas=(.9, .95)) on `parameter_groups`; the learning rate is set before every step.
+
+    The fused update is used on devices that have it: one kernel instead of several passes per parameter.
+    """
+    groups = parameter_groups(model, weight_decay)
+    if not groups:
+        raise ValueError("the model has no trainable parameters")
+    device = groups[0]["params"][0].device.type
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=device in ("cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of step s (0-based) out of `total`:
+
+        s < warmup:  peak * s / warmup
+        else:        low + (peak - low) * (1 + cos(pi * (s - warmup) / (total - warmup))) / 2
+
+    This is MAE's per-iteration schedule, so the very first step of a warm-up has learning rate 0.
+    """
+
+    peak: float
+    total: int
+    warmup: int = 0
+    low: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return self.peak * step / self.warmup
+        done = (step - self.warmup) / max(1, self.total - self.warmup)
+        return self.low + (self.peak - self.low) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+def peak_lr(blr: float, effective_batch: int) -> float:
+    """`blr * effective_batch / 256`, where effective_batch = batch size x accumulation x processes."""
+    return blr * effective_batch / 256
+
+
+def warmup_steps(warmup: float, total: int) -> int:
+    """`warmup` below 1 is a share of the run, from 1 on a number of steps. At most the whole run."""
+    steps = round(warmup * total) if warmup < 1 else int(warmup)
+    return min(steps, total)

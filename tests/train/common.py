@@ -1,0 +1,66 @@
+"""A small set of pictures, a tiny model, and processes that can be killed."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from maefast.train import PretrainConfig
+
+TINY = {
+    "embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2,
+}  # fmt: skip
+
+
+def write_photos(folder: Path, count: int = 10, seed: int = 0) -> Path:
+    """`count` smooth colour pictures of different shapes, in nested folders."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8))
+        path = folder / f"group{i % 3}" / f"image{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small.resize((24 + 3 * i, 40 - 2 * i), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+def tiny_config(data: Path, out: Path, **changes) -> PretrainConfig:
+    options = {
+        "data": str(data), "output_dir": str(out), "model": "mae", "model_args": TINY, "img_size": 16, "patch_size": 4,
+        "steps": 12, "batch_size": 4, "lr": 1e-2, "warmup": 0.25, "workers": 0, "device": "cpu", "save_every": 3,
+        "picture_every": 0, "picture_rows": 0, "tensorboard": False,
+    }  # fmt: skip
+    return PretrainConfig(**{**options, **changes})
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with open(out / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(out: Path) -> list[tuple[str, str, str]]:
+    """(step, loss, lr) of every row, as written: repr of floats, so equality is bit for bit."""
+    return [(row["step"], row["loss"], row["lr"]) for row in rows(out)]
+
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.train.victims"])
+
+
+def run_process(target, *arguments, wait=None) -> int:
+    """Run `target(*arguments)` in a fresh process, forked from one that has only imported things. Returns its exit
+    status. With `wait`, the process is killed by SIGKILL as soon as wait() is true."""
+    process = _context.Process(target=target, args=arguments)
+    process.start()
+    while wait is not None and process.is_alive():
+        if wait():
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.join(60)
+    assert not process.is_alive(), "the process did not end within a minute"
+    return process.exitcode

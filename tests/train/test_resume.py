@@ -1,0 +1,145 @@
+"""Killed at any moment, resumed with the same command: the losses are those of a run that was left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from maefast.train import CheckpointError, ConfigError, checkpoint, pretrain
+from tests.train import victims
+from tests.train.common import losses, rows, run_process, tiny_config
+
+
+@pytest.fixture(scope="module")
+def untouched(photos, tmp_path_factory):
+    """(step, loss, lr) of a run of 12 steps that nobody disturbs."""
+    out = tmp_path_factory.mktemp("untouched")
+    assert run_process(victims.train, tiny_config(photos, out, clip=1.0)) == 0
+    sequence = losses(out)
+    assert len(sequence) == 12
+    assert len({loss for _, loss, _ in sequence}) == 12
+    return sequence
+
+
+@pytest.mark.parametrize(
+    ("moment", "step", "resumes_at"),
+    [
+        ("writing tensors", 3, 0),  # the very first checkpoint
+        ("writing tensors", 6, 3),
+        ("before the rename", 9, 6),
+        ("after the rename", 6, 6),
+        ("removing an old one", 3, 6),  # step 3 is removed when 6 is there and one is kept
+        ("in a step", 8, 6),
+    ],
+)
+def test_killed_and_resumed(moment, step, resumes_at, untouched, photos, tmp_path):
+    config = tiny_config(photos, tmp_path, clip=1.0, keep=1 if "removing" in moment else 3)
+    assert run_process(victims.train_and_die, config, moment, step) == -signal.SIGKILL
+    found, _ = checkpoint.latest(tmp_path / "checkpoints")
+    assert (found is None and resumes_at == 0) or found.name == f"step-{resumes_at:08d}"
+    assert run_process(victims.train, config) == 0
+    text = (tmp_path / "log.txt").read_text()
+    assert ("half-written" in text) == (moment in ("writing tensors", "before the rename"))
+    assert (f"{resumes_at} steps done" in text) == (resumes_at > 0)
+    assert losses(tmp_path) == untouched
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_killed_again_and_again_with_workers(untouched, photos, tmp_path):
+    config = tiny_config(photos, tmp_path, clip=1.0, workers=1, save_every=2)
+    for step in (3, 9):
+        assert run_process(victims.train_and_die, config, "in a step", step) == -signal.SIGKILL
+    assert run_process(victims.train, config) == 0
+    assert losses(tmp_path) == untouched
+
+
+def test_killed_from_outside_at_no_chosen_moment(untouched, photos, tmp_path):
+    """SIGKILL to `python -m maefast.cli pretrain` whenever it has logged a few steps, then the same command again."""
+    config = tiny_config(photos, tmp_path / "out", clip=1.0)
+    path = tmp_path / "config.yaml"
+    config.dump(path)
+    command = [sys.executable, "-m", "maefast.cli", "pretrain", "--config", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "out" / "metrics.csv"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    if process.returncode == 0:
+        pytest.fail("the run was over before it could be killed")
+    process.stdout.close()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "resuming from" in done.stdout
+    assert losses(tmp_path / "out") == untouched
+
+
+def test_sigterm_finishes_the_step_and_saves(untouched, photos, tmp_path):
+    config = tiny_config(photos, tmp_path, clip=1.0, save_every=100)
+    assert run_process(victims.train_and_be_told, config, 5, signal.SIGTERM) == 0
+    assert checkpoint.latest(tmp_path / "checkpoints")[0].name == "step-00000005"
+    assert "stopped by SIGTERM after step 5 of 12" in (tmp_path / "log.txt").read_text()
+    assert losses(tmp_path) == untouched[:5]
+    assert run_process(victims.train_and_be_told, config, 9, signal.SIGINT) == 0
+    assert run_process(victims.train, config) == 0
+    assert losses(tmp_path) == untouched
+
+
+def test_workers_accumulation_and_saving_do_not_change_the_losses(untouched, photos, tmp_path):
+    pretrain(tiny_config(photos, tmp_path / "a", clip=1.0, workers=2, save_every=100, cache_mb=0))
+    assert losses(tmp_path / "a") == untouched
+    # Two micro-batches of 2 are the same samples as one batch of 4; sums are only ordered differently.
+    pretrain(tiny_config(photos, tmp_path / "b", clip=1.0, batch_size=2, accum=2))
+    for (step, one, lr), (step2, two, lr2) in zip(untouched, losses(tmp_path / "b"), strict=True):
+        assert (step, lr) == (step2, lr2)
+        assert float(one) == pytest.approx(float(two), rel=1e-5)
+
+
+def test_finished_run_is_left_alone(photos, tmp_path, capsys):
+    config = tiny_config(photos, tmp_path, steps=3)
+    first = pretrain(config)
+    stamp = first.checkpoint.stat().st_mtime_ns
+    again = pretrain(config)
+    assert (again.step, again.checkpoint) == (3, first.checkpoint)
+    assert first.checkpoint.stat().st_mtime_ns == stamp
+    assert len(rows(tmp_path)) == 3
+
+
+def test_resume_none_does_not_overwrite_a_run(photos, tmp_path):
+    pretrain(tiny_config(photos, tmp_path, steps=3))
+    with pytest.raises(ConfigError, match="holds a run at step-00000003"):
+        pretrain(tiny_config(photos, tmp_path, steps=3, resume="none"))
+
+
+def test_going_back_sets_newer_checkpoints_aside(untouched, photos, tmp_path, capsys):
+    config = tiny_config(photos, tmp_path, clip=1.0, keep=9)
+    pretrain(config)
+    config.resume = str(tmp_path / "checkpoints" / "step-00000006")
+    pretrain(config)
+    assert losses(tmp_path) == untouched
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert [name for name in names if name.startswith("superseded")] == [
+        "superseded-0-step-00000009",
+        "superseded-0-step-00000012",
+    ]
+    assert "step-00000012" in names
+
+
+def test_changed_settings_are_said_and_another_model_is_refused(photos, tmp_path, capsys):
+    pretrain(tiny_config(photos, tmp_path, steps=3))
+    capsys.readouterr()
+    pretrain(tiny_config(photos, tmp_path, steps=6, batch_size=2, weight_decay=0.1))
+    text = capsys.readouterr().out
+    assert "batch_size: 4 -> 2" in text
+    assert "weight_decay: 0.05 -> 0.1" in text
+    assert "total steps: 3 -> 6" in text
+    assert float(rows(tmp_path)[-1]["epoch"]) == pytest.approx((3 * 4 + 3 * 2) / 10)
+    with pytest.raises(CheckpointError, match=r"another model.*depth: 1 -> 2"):
+        pretrain(tiny_config(photos, tmp_path, model_args={**tiny_config(photos, tmp_path).model_args, "depth": 2}))
+    with pytest.raises(ConfigError, match="only 4"):
+        pretrain(tiny_config(photos, tmp_path, steps=4))

@@ -1,0 +1,91 @@
+"""What the processes of the resume tests run: trainings that die at a chosen moment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
+import torch
+import torch._dynamo  # this and matplotlib: imported late by a run, so here once instead of in each process
+
+import maefast.models  # noqa: F401
+from maefast.train import PretrainConfig, checkpoint
+from maefast.train.loop import Run, pretrain
+
+
+def train(config: PretrainConfig) -> None:
+    """Train; what is printed goes to log.txt in the run's folder."""
+    torch.set_num_threads(1)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "w", buffering=1) as file, contextlib.redirect_stdout(file):
+        pretrain(config)
+
+
+def train_and_die(config: PretrainConfig, moment: str, step: int) -> None:
+    """Train, and die by SIGKILL at `moment` of the checkpoint of `step` (or in the middle of that training step)."""
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def at(name: str) -> bool:
+        return f"step-{step:08d}" in str(name)
+
+    if moment == "writing tensors":
+        original = checkpoint.save_file
+
+        def save_file(tensors, path, *rest, **more):
+            original(tensors, path, *rest, **more)
+            if at(path) and path.name == checkpoint.OPTIMIZER:
+                os.truncate(path, path.stat().st_size // 2)
+                die()
+
+        checkpoint.save_file = save_file
+    elif moment == "before the rename":
+        rename = os.rename
+        os.rename = lambda source, target: (
+            die() if at(source) and ".writing-" in str(source) else rename(source, target)
+        )
+    elif moment == "after the rename":
+        checkpoint._prune = lambda folder, found, keep: die() if found == step else None
+    elif moment == "removing an old one":
+        rmtree = shutil.rmtree
+
+        def remove(path, *rest, **more):
+            if ".removing-" in str(path) and at(path):
+                (Path(path) / checkpoint.MODEL).unlink()
+                die()
+            rmtree(path, *rest, **more)
+
+        shutil.rmtree = remove
+    elif moment == "in a step":
+        backward = Run._step
+
+        def step_(self):
+            backward(self)
+            if self.done == step:
+                die()
+
+        Run._step = step_
+    else:
+        raise ValueError(moment)
+    train(config)
+    raise AssertionError(f"still alive: nothing happened at {moment!r} of step {step}")
+
+
+def train_and_be_told(config: PretrainConfig, step: int, number: int) -> None:
+    """Train; the signal arrives in the middle of `step`."""
+    original = Run._step
+
+    def step_(self):
+        if self.done == step - 1:
+            os.kill(os.getpid(), number)
+        original(self)
+
+    Run._step = step_
+    train(config)
