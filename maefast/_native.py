@@ -122,6 +122,7 @@ def _load_library(name: str) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
+    error = error.__cause__ or error  # torch wraps what the loader said
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -1,0 +1,118 @@
+"""`maefast doctor`: complete, honest about this machine, readable and JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import maefast
+from maefast import _native, doctor
+from maefast.ops import _dispatch
+
+
+@pytest.fixture(scope="module")
+def info() -> doctor.Info:
+    return doctor.collect()
+
+
+def text(info: doctor.Info) -> str:
+    from rich.console import Console
+
+    stream = io.StringIO()
+    doctor.render(info, Console(file=stream, width=200))
+    return stream.getvalue()
+
+
+def test_versions_and_devices(info):
+    versions = info["versions"]
+    assert versions["maefast"] == maefast.__version__
+    assert versions["torch"] == torch.__version__
+    assert versions["python"] == platform.python_version()
+    assert versions["CUDA of torch"] == torch.version.cuda
+    assert len(info["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    assert 1 <= info["cpu"]["usable"] <= info["cpu"]["threads"]
+    assert info["cpu"]["torch_threads"] == torch.get_num_threads()
+
+
+def test_every_op_has_a_backend_and_a_reason(info):
+    cpu = {row["op"]: row for row in info["ops"] if row["device"] == "cpu"}
+    assert set(cpu) == set(_dispatch.PUBLIC_OPS)
+    for op, row in cpu.items():
+        assert (row["backend"], row["reason"]) == _dispatch.why(op, "cpu")
+        assert row["reason"]
+
+
+def test_a_forced_backend_shows():
+    with maefast.backend("reference"):
+        rows = doctor.collect()["ops"]
+    assert {row["backend"] for row in rows} == {"reference"}
+    assert all("forced" in row["reason"] for row in rows)
+
+
+def test_table_says_what_the_data_says(info):
+    shown = text(info)
+    for row in info["ops"]:
+        assert row["op"] in shown
+    for expected in (torch.__version__, info["cpu"]["name"], "Versions", "Devices", "Native libraries"):
+        assert expected in shown
+    for warning in info["warnings"]:
+        assert warning in shown.replace("\n", " ")
+
+
+def test_json_round_trips(capsys, info):
+    doctor.report(as_json=True)
+    assert set(json.loads(capsys.readouterr().out)) == set(info)
+
+
+def test_warnings_name_the_trouble_and_the_cure(monkeypatch, info):
+    monkeypatch.setattr(_native, "build_failure", lambda: "no compiler was found")
+    broken = {
+        **info,
+        "native": {"C": False, "cpu": False, "cuda": False, "error": "_cpu.so is not installed", "cuda_note": None},
+        "cpu": {**info["cpu"], "torch_threads": 64, "usable": 2},
+    }
+    found = "\n".join(doctor._warnings(broken))
+    for part in (
+        "_cpu.so is not installed",
+        "no compiler was found",
+        "64 threads on 2 usable CPUs",
+        "OMP_NUM_THREADS=2",
+    ):
+        assert part in found
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "serves"),
+    [
+        ("80-real 90a-real 100-real 100-virtual", 80, True),
+        ("80-real 90a-real 100-real 100-virtual", 89, True),
+        ("80-real 90a-real 100-real 100-virtual", 90, True),
+        ("80-real 90a-real 100-real 100-virtual", 103, True),
+        ("80-real 90a-real 100-real 100-virtual", 120, True),
+        ("80-real 90a-real 100-real 100-virtual", 75, False),
+        ("90a-real", 80, False),
+        ("90a", 100, False),
+        ("80", 90, True),
+        ("", 90, False),
+    ],
+)
+def test_architectures_that_a_build_serves(archs, capability, serves):
+    assert doctor._serves(archs, capability) is serves
+
+
+def test_without_native_libraries_it_still_reports():
+    env = {**os.environ, "MAEFAST_DISABLE_NATIVE": "1"}
+    command = [sys.executable, "-m", "maefast.doctor", "--json"]
+    result = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, check=True, timeout=300)
+    info = json.loads(result.stdout)
+    assert info["native"]["cpu"] is False
+    assert {row["backend"] for row in info["ops"] if row["device"] == "cpu"} == {"reference"}
+    assert any("MAEFAST_DISABLE_NATIVE" in warning for warning in info["warnings"])
+    assert "switched off" in text(info)

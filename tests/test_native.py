@@ -1,0 +1,288 @@
+"""Building, finding and loading the native libraries, and what happens where they are missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import maefast
+from maefast import _native
+
+ROOT = Path(__file__).resolve().parents[1]
+native = pytest.mark.skipif(not _native.has_cpu_ops, reason="installed without native libraries")
+sources = pytest.mark.skipif(not (ROOT / "csrc/build").is_dir(), reason="needs the source tree")
+
+
+def python(code: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter, from a directory where no source tree can be picked up."""
+    full = {k: v for k, v in os.environ.items() if not k.startswith("MAEFAST_")}
+    full.update(env, OMP_NUM_THREADS="1")
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=full, cwd="/", capture_output=True, text=True, check=check, timeout=300)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------
+
+
+@native
+def test_status_and_build_info():
+    status = _native.status()
+    assert (status["C"], status["cpu"], status["error"]) == (True, True, None)
+    info = _native.C.build_info()
+    assert info["version"] == maefast.__version__
+    assert "plain" in info["cpu_isas"].split()
+    assert all(info[key] for key in ("torch", "compiler", "kernel_flags"))
+    assert status["cuda"] == (torch.version.cuda is not None and _native.find_library("cuda") is not None)
+    assert _native.C.hardware_threads() >= _native.C.usable_cpus() >= 1
+
+
+def test_status_is_a_copy():
+    _native.status()["paths"]["cpu"] = "elsewhere"
+    assert _native.status()["paths"].get("cpu") != "elsewhere"
+
+
+GATHER = """
+import torch, maefast
+from maefast import _native
+plan = maefast.masking.random(4, 33, 0.75, generator=torch.Generator().manual_seed(0))
+x = torch.randn(4, 33, 17, generator=torch.Generator().manual_seed(1))
+out = maefast.ops.gather_tokens(x, plan, backend={backend!r})
+loss = maefast.ops.patch_loss(
+    torch.randn(plan.total_masked, 48, generator=torch.Generator().manual_seed(2)),
+    torch.randn(4, 3, 12, 44, generator=torch.Generator().manual_seed(3)), plan, patch_size=4, backend={backend!r})
+print(_native.C and _native.C.current_isa(), float(out.double().sum()).hex(), float(loss).hex())
+"""
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[str]:
+    return python(GATHER.format(backend="reference")).stdout.split()[1:]
+
+
+@native
+@pytest.mark.parametrize("isa", _native.ISAS)
+def test_every_instruction_set_computes_the_same(isa, reference):
+    """MAEFAST_CPU_ISA lowers the choice; one that the CPU lacks gives the best there is."""
+    best = _native.C.supported_isa()
+    used, rows, loss = python(GATHER.format(backend="cpu"), MAEFAST_CPU_ISA=isa).stdout.split()
+    assert used == min(isa, best, key=_native.ISAS.index)
+    assert rows == reference[0]
+    assert float.fromhex(loss) == pytest.approx(float.fromhex(reference[1]), rel=1e-6)
+
+
+@native
+def test_unknown_instruction_set_is_reported():
+    result = python("import maefast; print(maefast._native.C.current_isa())", MAEFAST_CPU_ISA="avx9")
+    assert "MAEFAST_CPU_ISA='avx9' is not one of plain, avx2, avx512" in result.stderr
+    assert result.stdout.strip() == _native.C.supported_isa()
+
+
+# --- missing or broken -------------------------------------------------------------------------------------------
+
+MISSING = GATHER.format(backend=None) + "print(_native.status()['cpu'])"
+
+
+def test_missing_library_warns_once_and_the_reference_serves(tmp_path, reference):
+    result = python(MISSING, MAEFAST_NATIVE_DIR=str(tmp_path))
+    assert result.stderr.count("NativeWarning: maefast runs without") == 1
+    for part in ("slower", "_cpu.so is not installed", "To mend: reinstall maefast"):
+        assert part in result.stderr
+    *_, rows, loss, loaded = result.stdout.split()
+    assert loaded == "False"
+    assert [rows, loss] == reference
+
+
+def test_broken_library_warns(tmp_path):
+    (tmp_path / "_cpu.so").write_bytes(b"not a library" * 100)
+    result = python(MISSING, MAEFAST_NATIVE_DIR=str(tmp_path))
+    assert result.stderr.count("NativeWarning") == 1
+    assert "invalid ELF header" in result.stderr
+
+
+@native
+def test_library_of_another_torch_names_both_versions(tmp_path):
+    """A torch upgrade shows as an undefined symbol; the message says which torch the build was for."""
+    code = (
+        "import torch, importlib; torch.__version__ = '2.99.0'\nimport maefast; print(maefast._native.status()['cpu'])"
+    )
+    (tmp_path / "_cpu.so").write_bytes(b"not a library")
+    result = python(code, MAEFAST_NATIVE_DIR=str(tmp_path))
+    assert f"built with torch {_native.C.build_info()['torch']}, and this is torch 2.99.0" in result.stderr
+    assert "--no-build-isolation" in result.stderr
+
+
+def test_required_native_fails_the_import(tmp_path):
+    result = python(MISSING, check=False, MAEFAST_NATIVE_DIR=str(tmp_path), MAEFAST_REQUIRE_NATIVE="1")
+    assert result.returncode != 0
+    assert "ImportError: maefast runs without" in result.stderr
+
+
+def test_disabled_native_is_silent():
+    result = python(MISSING, MAEFAST_DISABLE_NATIVE="1")
+    assert "Warning" not in result.stderr
+    assert result.stdout.split()[-1] == "False"
+
+
+def test_forced_backend_does_not_fall_back():
+    result = python(GATHER.format(backend="cpu"), check=False, MAEFAST_DISABLE_NATIVE="1")
+    assert result.returncode != 0
+    assert "MAEFAST_DISABLE_NATIVE" in result.stderr
+
+
+# --- the build backend ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    pytest.importorskip("scikit_build_core")
+    monkeypatch.syspath_prepend(str(ROOT / "csrc/build"))
+    monkeypatch.chdir(ROOT)
+    import maefast_backend
+
+    yield maefast_backend
+    for name in ("maefast_backend", "torch_location"):
+        sys.modules.pop(name, None)
+
+
+def fake_torch(directory: Path, version: str, cuda: str | None = None) -> Path:
+    package = directory / "torch"
+    header = package / "include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    (package / "__init__.py").write_text("raise RuntimeError('looking for torch must not import it')")
+    (package / "version.py").write_text(f"__version__ = '{version}'\ncuda: str | None = {cuda!r}\n")
+    return package
+
+
+@sources
+def test_installed_torch_is_found_and_not_asked_for(backend):
+    found = backend.find_torch()
+    assert found.directory == Path(torch.__file__).parent
+    assert found.version == torch.__version__
+    assert found.cuda == torch.version.cuda
+    for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+        assert not [r for r in hook() if r.startswith("torch")]
+
+
+@sources
+@pytest.mark.parametrize(
+    ("version", "wanted"),
+    [(None, True), ("2.9.1", True), ("1.13.1", True), ("2.10.0+cpu", False), ("2.13.0a0+git12", False), ("3.0", False)],
+)
+def test_torch_is_asked_for_only_where_it_is_missing(backend, monkeypatch, tmp_path, version, wanted):
+    if version is not None:
+        fake_torch(tmp_path, version)
+    monkeypatch.setattr("torch_location.search_paths", lambda: [str(tmp_path)])
+    for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+        assert ("torch>=2.10" in hook()) is wanted
+
+
+@sources
+def test_torch_is_found_behind_build_isolation(backend, monkeypatch, tmp_path):
+    """Isolation takes the target out of sys.path; the interpreter's own paths or VIRTUAL_ENV still name it."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if "site-packages" not in path])
+    assert backend.find_torch().directory == Path(torch.__file__).parent
+
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    other = fake_torch(tmp_path / "lib" / name / "site-packages", "2.11.0", "13.0")
+    monkeypatch.setattr("torch_location.sysconfig.get_path", lambda name: str(tmp_path / "empty"))
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path))
+    assert backend.find_torch() == (other, "2.11.0", "13.0")
+
+    monkeypatch.setenv("MAEFAST_TORCH_DIR", str(fake_torch(tmp_path / "chosen", "2.12.0")))
+    assert backend.find_torch().version == "2.12.0"
+
+
+@sources
+def test_namespace_directory_called_torch_is_no_torch(backend, tmp_path):
+    (tmp_path / "torch").mkdir()
+    assert backend.find_torch([str(tmp_path)]) is None
+
+
+class Hook:
+    """A build that fails until `works(cuda, settings)`; keeps what it was asked."""
+
+    def __init__(self, works):
+        self.works, self.calls = works, []
+
+    def __call__(self, directory, settings, metadata_directory):
+        cuda = os.environ["MAEFAST_CUDA"]
+        self.calls.append((cuda, settings.get("wheel.cmake")))
+        if not self.works(cuda, settings):
+            raise SystemExit(1)
+        with zipfile.ZipFile(Path(directory, "x.whl"), "w") as archive:
+            archive.writestr("maefast/__init__.py", "")
+            archive.writestr("maefast-0.dist-info/RECORD", "maefast/__init__.py,,\nmaefast-0.dist-info/RECORD,,\n")
+        return "x.whl"
+
+
+def run_build(backend, monkeypatch, tmp_path, works, **env):
+    for name in ("MAEFAST_CUDA", "MAEFAST_REQUIRE_NATIVE"):
+        monkeypatch.delenv(name, raising=False)
+        if name in env:
+            monkeypatch.setenv(name, env[name])
+    monkeypatch.setitem(os.environ, "MAEFAST_CUDA", env.get("MAEFAST_CUDA", ""))  # restored afterwards
+    hook = Hook(works)
+    return hook, lambda: backend._build(hook, str(tmp_path), None, None)
+
+
+@sources
+def test_failing_cuda_falls_back_to_the_cpu(backend, monkeypatch, tmp_path):
+    hook, build = run_build(backend, monkeypatch, tmp_path, lambda cuda, settings: cuda == "off")
+    build()
+    assert hook.calls == [("auto", None), ("off", None)]
+    assert backend.FAILURE_NOTE not in zipfile.ZipFile(tmp_path / "x.whl").namelist()
+
+
+@sources
+def test_failing_compiler_falls_back_to_python_and_says_so_in_the_wheel(backend, monkeypatch, tmp_path):
+    hook, build = run_build(backend, monkeypatch, tmp_path, lambda cuda, settings: "wheel.cmake" in settings)
+    build()
+    assert hook.calls == [("auto", None), ("off", None), ("off", "false")]
+    with zipfile.ZipFile(tmp_path / "x.whl") as wheel:
+        assert b"the C++ build failed" in wheel.read(backend.FAILURE_NOTE)
+        assert wheel.read("maefast-0.dist-info/RECORD").startswith(backend.FAILURE_NOTE.encode() + b",sha256=")
+
+
+@sources
+@pytest.mark.parametrize(
+    "env", [{"MAEFAST_REQUIRE_NATIVE": "1"}, {"MAEFAST_CUDA": "on"}], ids=lambda env: next(iter(env))
+)
+def test_required_native_fails_the_build(backend, monkeypatch, tmp_path, env):
+    hook, build = run_build(backend, monkeypatch, tmp_path, lambda cuda, settings: cuda == "off", **env)
+    with pytest.raises(SystemExit, match="required"):
+        build()
+    assert len(hook.calls) == 1
+
+
+@sources
+def test_misspelt_cuda_choice_is_refused(backend, monkeypatch, tmp_path):
+    hook, build = run_build(backend, monkeypatch, tmp_path, lambda cuda, settings: True, MAEFAST_CUDA="yes")
+    with pytest.raises(SystemExit, match="choose auto, on or off"):
+        build()
+    assert not hook.calls
+
+
+@sources
+@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("cmake") is None, reason="needs g++ and cmake")
+def test_kernel_objects_share_no_inline_code(tmp_path):
+    """The check behind the rule of csrc/cpu/isa.h: it passes a file of static code and refuses an inline function."""
+    check = ["cmake", f"-DNM={shutil.which('nm')}"]
+    for name, code, passes in (
+        ("good", "static int twice(int x) { return 2 * x; } int f(int x) { return twice(x); }", True),
+        ("bad", "inline int twice(int x) { return 2 * x; } int (*f)(int) = twice;", False),
+    ):
+        source, target = tmp_path / f"{name}.cpp", tmp_path / f"{name}.o"
+        source.write_text(code)
+        subprocess.run(["g++", "-O2", "-c", source, "-o", target], check=True)
+        script = ["-P", str(ROOT / "csrc/build/no_shared_inlines.cmake")]
+        result = subprocess.run([*check, f"-DOBJECTS={target}", *script], capture_output=True, text=True)
+        assert (result.returncode == 0) is passes, result.stderr
+        assert passes or "must not emit inline functions" in result.stderr
