@@ -3,6 +3,7 @@
 from maefast.ops._dispatch import backend
 from maefast.ops.attention import attention
 from maefast.ops.embed import gather_tokens, patch_embed
+from maefast.ops.linear import linear
 from maefast.ops.loss import patch_loss
 from maefast.ops.mask import TokenMask, token_mask
 from maefast.ops.restore import restore_tokens
@@ -12,6 +13,7 @@ __all__ = [
     "attention",
     "backend",
     "gather_tokens",
+    "linear",
     "patch_embed",
     "patch_loss",
     "restore_tokens",

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from maefast.ops import _checks, _dispatch, _registry
+from maefast.ops.linear import linear
 from maefast.ops.mask import TokenMask
 
 
@@ -204,7 +205,7 @@ def patch_embed(
         rows = patch_rows_reference(volume, plan.visible, patch).to(dtype)
     else:
         rows = _PatchRows.apply(volume, plan.visible, plan.slot, patch, dtype, name)
-    y = F.linear(rows, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
+    y = linear(rows, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
     return _place(y, plan, pos, prefix, name)
 
 

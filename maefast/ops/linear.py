@@ -1,0 +1,152 @@
+"""Linear layers on the faster of two libraries.
+
+torch sends float32 products on a CPU to MKL, which takes a slow path on processors of other makers; oneDNN, which the
+same torch carries for other uses, does not. Which one wins is measured once on each machine and kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LIBRARIES = ("torch", "onednn")
+MARGIN = 1.25  # oneDNN must win by this much: a near tie must not be decided by noise
+MIN_WORK = 2**20  # multiply-adds below which the overhead of a call decides, and torch's is lower
+
+_choice: tuple[str, str] | None = None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias``, as `torch.nn.functional.linear`; equal to it up to float32 rounding.
+
+    Args:
+        x: [..., K]. weight: [N, K]. bias: [N] or None.
+
+    Returns:
+        [..., N]. float32 on a CPU runs on the library that `library` names, forward and both gradients; everything
+        else is `F.linear` itself.
+    """
+    if (
+        x.device.type != "cpu"
+        or x.dtype is not torch.float32
+        or weight.dtype is not torch.float32
+        or x.numel() * weight.shape[0] < MIN_WORK
+        or torch.is_autocast_enabled("cpu")
+        or library()[0] == "torch"
+    ):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition."""
+    return F.linear(x, weight, bias)
+
+
+@torch.compiler.assume_constant_result
+def library() -> tuple[str, str]:
+    """("torch" or "onednn", why) for large float32 products on this CPU.
+
+    MAEFAST_LINEAR=torch|onednn decides; otherwise a measurement of about 0.1 s at the first use, kept for later runs
+    (so that a resumed run rounds as the first one did) under XDG_CACHE_HOME or ~/.cache.
+    """
+    global _choice
+    if _choice is None:
+        _choice = _decide()
+    return _choice
+
+
+def _decide() -> tuple[str, str]:
+    asked = os.environ.get("MAEFAST_LINEAR", "auto")
+    if asked not in (*LIBRARIES, "auto"):
+        raise ValueError(f"MAEFAST_LINEAR must be torch, onednn or auto, got {asked!r}")
+    if not _has_onednn():
+        if asked == "onednn":
+            raise RuntimeError("MAEFAST_LINEAR=onednn, but this torch has no mkldnn::_linear_pointwise")
+        return "torch", "this torch has no private oneDNN linear"
+    if asked != "auto":
+        return asked, "MAEFAST_LINEAR"
+    path = _cache_file()
+    try:
+        kept = json.loads(path.read_text())
+        if kept["library"] in LIBRARIES:
+            return kept["library"], f"{kept['why']} (kept in {path})"
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    ratio = _measure()
+    name = "onednn" if ratio >= MARGIN else "torch"
+    why = f"oneDNN ran a float32 product {ratio:.2f}x as fast as torch's default"
+    _keep(path, {"library": name, "why": why})
+    return name, why
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _cache_file() -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cpu = "".join(c if c.isalnum() else "-" for c in _cpu_name())
+    return root / "maefast" / f"linear-{cpu}-torch-{torch.__version__}-threads-{torch.get_num_threads()}.json"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _keep(path: Path, record: dict) -> None:
+    """Write atomically; a cache that cannot be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(record, file)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+
+
+@torch.no_grad()
+def _measure(rows: int = 784, width: int = 768, rounds: int = 5) -> float:
+    """Time of torch's product over oneDNN's, minima of interleaved runs."""
+    x, weight = torch.full((rows, width), 0.5), torch.full((4 * width, width), 0.25)
+    best = dict.fromkeys(LIBRARIES, float("inf"))
+    for _ in range(rounds + 1):
+        for name, run in (("torch", F.linear), ("onednn", _product)):
+            start = time.perf_counter()
+            run(x, weight)
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best["torch"] / best["onednn"]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = _product(rows, weight.t()).view(x.shape) if need_x else None
+        grad_weight = _product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if need_weight else None
+        return grad_x, grad_weight, rows.sum(0) if need_bias else None
