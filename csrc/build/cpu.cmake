@@ -41,11 +41,12 @@ foreach(_isa IN LISTS MAEFAST_ISAS)
     target_compile_definitions(maefast_kernels_${_isa} PRIVATE MAEFAST_X86=1)
   endif()
   target_link_libraries(_cpu PRIVATE $<TARGET_OBJECTS:maefast_kernels_${_isa}>)
+  list(APPEND _kernel_objects $<TARGET_OBJECTS:maefast_kernels_${_isa}>)
 endforeach()
 # The linker keeps one copy of an inline function that several files emit. Were it the AVX-512 copy, an older
 # CPU would die on it, so kernel files may emit none; this fails the build when one does.
 add_custom_command(TARGET _cpu PRE_LINK
-  COMMAND "${CMAKE_COMMAND}" "-DNM=${CMAKE_NM}" "-DOBJECTS=$<JOIN:$<TARGET_OBJECTS:maefast_kernels_plain>,|>"
+  COMMAND "${CMAKE_COMMAND}" "-DNM=${CMAKE_NM}" "-DOBJECTS=$<JOIN:${_kernel_objects},|>"
     -P "${CMAKE_SOURCE_DIR}/csrc/build/no_shared_inlines.cmake" VERBATIM)
 
 install(TARGETS _cpu LIBRARY DESTINATION maefast)
