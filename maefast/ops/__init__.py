@@ -3,15 +3,19 @@
 from maefast.ops._dispatch import backend
 from maefast.ops.attention import attention
 from maefast.ops.embed import gather_tokens, patch_embed
+from maefast.ops.gelu import bias_gelu
 from maefast.ops.linear import linear
 from maefast.ops.loss import patch_loss
 from maefast.ops.mask import TokenMask, token_mask
+from maefast.ops.norm import add_norm
 from maefast.ops.restore import restore_tokens
 
 __all__ = [
     "TokenMask",
+    "add_norm",
     "attention",
     "backend",
+    "bias_gelu",
     "gather_tokens",
     "linear",
     "patch_embed",

@@ -42,6 +42,8 @@ PUBLIC_OPS = {
     "patch_embed": "patch_rows",
     "gather_tokens": "gather_tokens",
     "restore_tokens": "restore_tokens",
+    "add_norm": "add_norm",
+    "bias_gelu": "bias_gelu",
     "patch_loss": "patch_loss",
 }
 

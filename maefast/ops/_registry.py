@@ -47,6 +47,16 @@ FAMILIES: dict[str, dict[str, str]] = {
         " SymInt pos_rows, SymInt prefix, bool visible_first, bool pos_on_masked, bool need_mask_token,"
         " ScalarType x_dtype) -> (Tensor, Tensor, Tensor)",
     },
+    "norm": {
+        "add_norm": "(Tensor x, Tensor? delta, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        "add_norm_backward": "(Tensor grad_y, Tensor? grad_residual, Tensor residual, Tensor mean, Tensor rstd,"
+        " Tensor weight, bool need_weight) -> (Tensor, Tensor, Tensor)",
+    },
+    "gelu": {
+        "bias_gelu": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
+        "bias_gelu_backward": "(Tensor grad, Tensor x, Tensor? bias, bool tanh, bool need_bias) -> (Tensor, Tensor)",
+    },
     "attention": {
         "attention": "(Tensor q, Tensor? kv, Tensor? cu_q, Tensor? cu_k, SymInt batch, SymInt max_q, SymInt max_k,"
         " float scale, bool causal, Tensor? key_bias, Tensor? marked, bool stats)"
@@ -143,6 +153,24 @@ def _restore_tokens_backward(
         grad.new_empty((width,) if need_mask_token else (0,)),
         grad.new_empty((pos_rows, width) if not isinstance(pos_rows, int) or pos_rows else (0,)),
     )
+
+
+def _add_norm(x, delta, weight, bias, eps, dtype):
+    statistic = lambda: x.new_empty(x.shape[:1], dtype=weight.dtype)  # noqa: E731
+    return x.new_empty((0,) if delta is None else x.shape), x.new_empty(x.shape, dtype=dtype), statistic(), statistic()
+
+
+def _add_norm_backward(grad_y, grad_residual, residual, mean, rstd, weight, need_weight):
+    table = lambda: weight.new_empty(weight.shape if need_weight else (0,))  # noqa: E731
+    return residual.new_empty(residual.shape), table(), table()
+
+
+def _bias_gelu(x, bias, tanh):
+    return x.new_empty(x.shape)
+
+
+def _bias_gelu_backward(grad, x, bias, tanh, need_bias):
+    return x.new_empty(x.shape), x.new_empty(x.shape[1:] if need_bias else (0,))
 
 
 def _attention(q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal, key_bias, marked, stats):

@@ -1,0 +1,60 @@
+"""Bias and GELU in one pass: `bias_gelu`, between the two linear layers of an MLP."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from maefast.ops import _checks, _dispatch, _registry
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none", *, backend: str | None = None) -> Tensor:
+    """``GELU(x + bias)`` (Hendrycks and Gimpel, 2016); the backward also sums the gradient of the bias.
+
+    Args:
+        x: [..., D]. bias: [D] or None. approximate: "none" (erf, as in ViT and MAE) or "tanh".
+
+    Returns:
+        Like x. 16-bit input is computed in float32 and rounded once. The gradient of the bias is deterministic.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
+    """
+    _checks.tensor("x", x)
+    _checks.one_of("approximate", approximate, ("none", "tanh"))
+    _checks.same_device(x=x, bias=bias)
+    if bias is not None:
+        bias = _checks.vector("bias", bias, x.shape[-1]).to(x.dtype)
+    name = _dispatch.choose("bias_gelu", x.device.type, x.dtype, backend)
+    if name == "reference":
+        return bias_gelu_reference(x, bias, approximate == "tanh")
+    rows = x.reshape(-1, x.shape[-1])
+    return _BiasGelu.apply(rows, bias, approximate == "tanh", name).view(x.shape)
+
+
+def bias_gelu_reference(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    """The definition, differentiable."""
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    shifted = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
+    return F.gelu(shifted, approximate="tanh" if tanh else "none").to(x.dtype)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, tanh, name):
+        x = x.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        ctx.save_for_backward(x, bias)
+        ctx.tanh, ctx.backend = tanh, name
+        return _registry.raw("bias_gelu", name)(x, bias, tanh)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, bias = ctx.saved_tensors
+        need_bias = bias is not None and ctx.needs_input_grad[1]
+        run = _registry.raw("bias_gelu_backward", ctx.backend)
+        grad_x, grad_bias = run(grad.contiguous(), x, bias, ctx.tanh, need_bias)
+        return grad_x, grad_bias if need_bias else None, None, None

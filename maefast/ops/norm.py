@@ -1,0 +1,109 @@
+"""Residual add and LayerNorm in one pass: `add_norm`, the seam between the two halves of a transformer block."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from maefast.ops import _checks, _dispatch, _registry
+
+
+def add_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``r = x + delta`` and ``y = LayerNorm(r) * weight + bias`` (Ba et al., 2016), each written once.
+
+    Args:
+        x: residual stream, [..., D]. delta: what is added to it, same shape, or None for the norm alone.
+        weight, bias: [D].
+        dtype: of y; by default the autocast dtype where autocast is on (y feeds a matrix product, which would cast it
+            anyway), else that of r.
+
+    Returns:
+        (r, y): r in the promoted dtype of x and delta (x itself if delta is None). Statistics are computed in float32
+        (float64 for float64). Gradients of weight and bias are deterministic.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
+    """
+    _checks.tensor("x", x)
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    weight = _checks.vector("weight", weight, x.shape[-1])
+    bias = _checks.vector("bias", bias, x.shape[-1])
+    _checks.same_device(x=x, delta=delta, weight=weight, bias=bias)
+    stream = x.dtype
+    if delta is not None:
+        _checks.tensor("delta", delta)
+        if delta.shape != x.shape:
+            raise ValueError(f"delta must have the shape of x, {tuple(x.shape)}, got {tuple(delta.shape)}")
+        stream = _checks.promote(x, delta)
+        x = x.to(stream)
+        if delta.dtype is not stream and not (stream is torch.float32 and delta.dtype.itemsize == 2):
+            delta = delta.to(stream)
+    if dtype is None:
+        autocast = torch.is_autocast_enabled(x.device.type) and stream is not torch.float64
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else stream
+    wide = torch.float64 if stream is torch.float64 else torch.float32
+    weight, bias = weight.to(wide), bias.to(wide)
+
+    name = _dispatch.choose("add_norm", x.device.type, stream, backend)
+    if name == "reference":
+        return add_norm_reference(x, delta, weight, bias, eps, dtype)
+    shape = x.shape
+    rows = None if delta is None else delta.reshape(-1, shape[-1])
+    residual, y = _AddNorm.apply(x.reshape(-1, shape[-1]), rows, weight, bias, eps, dtype, name)
+    return x if delta is None else residual.view(shape), y.view(shape)
+
+
+def add_norm_reference(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The definition, differentiable; weight and bias in float32 (float64)."""
+    residual = x if delta is None else x + delta
+    y = F.layer_norm(residual.to(weight.dtype), weight.shape, weight, bias, eps)
+    return residual, y.to(dtype)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, delta, weight, bias, eps, dtype, name):
+        x = x.contiguous()
+        run = _registry.raw("add_norm", name)
+        delta = None if delta is None else delta.contiguous()
+        residual, y, mean, rstd = run(x, delta, weight.contiguous(), bias.contiguous(), eps, dtype)
+        ctx.save_for_backward(x if delta is None else residual, mean, rstd, weight)
+        ctx.delta_dtype = None if delta is None else delta.dtype
+        ctx.backend = name
+        ctx.set_materialize_grads(False)
+        return residual, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_residual, grad_y):
+        residual, mean, rstd, weight = ctx.saved_tensors
+        if ctx.delta_dtype is None:
+            grad_residual = None  # the residual output is a stand-in there
+        if grad_y is None:
+            grad_delta = None if ctx.delta_dtype is None or grad_residual is None else grad_residual.to(ctx.delta_dtype)
+            return grad_residual, grad_delta, *(None,) * 5
+        run = _registry.raw("add_norm_backward", ctx.backend)
+        grad_residual = None if grad_residual is None else grad_residual.contiguous()
+        grad_x, grad_weight, grad_bias = run(
+            grad_y.contiguous(), grad_residual, residual, mean, rstd, weight, ctx.needs_input_grad[2]
+        )
+        grad_delta = None if ctx.delta_dtype is None else grad_x.to(ctx.delta_dtype)
+        if not ctx.needs_input_grad[2]:
+            grad_weight = grad_bias = None
+        return grad_x, grad_delta, grad_weight, grad_bias, *(None,) * 3
