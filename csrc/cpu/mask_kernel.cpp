@@ -13,6 +13,25 @@ constexpr K kNan = K(~(uint64_t(1) << (8 * sizeof(K) - 1)));
 template <class A, class K>
 using vec_key = either<is_same<K, int64_t>, vec_i64, vec_i32>;
 
+template <class V, class K, int L>
+MAEFAST_INLINE V load_keys(const K* p, Full<L>) {
+  return load_raw<V>(p);
+}
+template <class V, class K>
+MAEFAST_INLINE V load_keys(const K* p, int n) {
+  K wide[sizeof(V) / sizeof(K)] = {};
+  __builtin_memcpy(wide, p, size_t(n) * sizeof(K));
+  return load_raw<V>(wide);
+}
+template <class V, class K, int L>
+MAEFAST_INLINE void store_keys(K* p, V v, Full<L>) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+template <class V, class K>
+MAEFAST_INLINE void store_keys(K* p, V v, int n) {
+  __builtin_memcpy(p, &v, size_t(n) * sizeof(K));
+}
+
 template <class T, class A, class K>
 void make_keys(const T* scores, K* keys, int64_t n) {
   using V = vec_key<A, K>;
@@ -21,33 +40,81 @@ void make_keys(const T* scores, K* keys, int64_t n) {
     const V bits = (V)(x + A(0));  // -0 + 0 = +0
     const V ordered = bits ^ ((bits >> (8 * int(sizeof(K)) - 1)) & kNan<K>);
     const V nan = (V)(x != x);
-    const V key = (ordered & ~nan) | (nan & kNan<K>);
-    K lane[kLanes<A>];
-    __builtin_memcpy(lane, &key, sizeof key);
-    if constexpr (is_same<decltype(lanes), int>) {
-      __builtin_memcpy(keys + i, lane, size_t(lanes) * sizeof(K));
-    } else {
-      __builtin_memcpy(keys + i, lane, sizeof lane);
-    }
+    store_keys(keys + i, (ordered & ~nan) | (nan & kNan<K>), lanes);
   });
 }
+
+// Back from a key, or a vector of them, to the score.
+template <class A, class V>
+MAEFAST_INLINE auto score_of(V key) {
+  if constexpr (sizeof(V) == sizeof(A)) {
+    const V bits = key ^ ((key >> (8 * int(sizeof(V)) - 1)) & kNan<V>);
+    A x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+  } else if constexpr (sizeof(A) == 4) {
+    return (vec<A>)(key ^ ((key >> 31) & kNan<int32_t>));
+  } else {
+    return (vec<A>)(key ^ ((key >> 63) & kNan<int64_t>));
+  }
+}
+
+template <class A>
+constexpr A kHuge = is_same<A, double> ? A(1e300) : A(1e37);
 
 // ---- order by score: a stable sort
 // ---------------------------------------------------------------------------------
 
-// Sorts token ids by key. Both arrays have room for n; the result lies in ids.
-template <class K>
-void insertion_sort(K* keys, int32_t* ids, int64_t n) {
+// Drops each score into one of `buckets` equal intervals of [lowest, highest], in order, and mends the order
+// inside the buckets by insertion: linear for noise. False (and nothing done) where the scores are not finite
+// or pile up.
+template <class A, class K>
+bool bucket_sort(const K* keys, K* sorted, int32_t* ids, K* place, uint32_t* counts, int64_t buckets,
+                 int64_t n) {
+  using V = vec_key<A, K>;
+  K low = keys[0], high = keys[0];
+  for (int64_t i = 1; i < n; ++i) {
+    low = keys[i] < low ? keys[i] : low;
+    high = keys[i] > high ? keys[i] : high;
+  }
+  const A lowest = score_of<A>(low);
+  const A scale = A(buckets - 1) / (score_of<A>(high) - lowest);
+  if (!(scale > 0 && scale < kHuge<A>)) return false;  // also where a score is NaN or all are equal
+
+  // Rounding never reverses the order of two scores, so the buckets are in order.
+  for_lanes<A>(n, [&](int64_t i, auto lanes) {
+    const V at = __builtin_convertvector((score_of<A>(load_keys<V>(keys + i, lanes)) - lowest) * scale, V);
+    store_keys(place + i, at, lanes);
+  });
+  __builtin_memset(counts, 0, size_t(buckets) * sizeof(uint32_t));
+  for (int64_t i = 0; i < n; ++i) ++counts[place[i]];
+  uint32_t sum = 0;
+  uint64_t pairs = 0;
+  for (int64_t i = 0; i < buckets; ++i) {
+    const uint32_t count = counts[i];
+    counts[i] = sum;
+    sum += count;
+    pairs += uint64_t(count) * count;
+  }
+  if (pairs > 8 * uint64_t(n)) return false;
   for (int64_t i = 0; i < n; ++i) {
-    const K key = keys[i];
+    const uint32_t to = counts[place[i]]++;
+    sorted[to] = keys[i];
+    ids[to] = int32_t(i);
+  }
+  for (int64_t i = 1; i < n; ++i) {
+    const K key = sorted[i];
+    if (sorted[i - 1] <= key) continue;
+    const int32_t id = ids[i];
     int64_t j = i;
-    for (; j > 0 && keys[j - 1] > key; --j) {
-      keys[j] = keys[j - 1];
+    for (; j > 0 && sorted[j - 1] > key; --j) {
+      sorted[j] = sorted[j - 1];
       ids[j] = ids[j - 1];
     }
-    keys[j] = key;
-    ids[j] = int32_t(i);
+    sorted[j] = key;
+    ids[j] = id;
   }
+  return true;
 }
 
 // Least significant digit first; returns whichever of ids and ids2 holds the result.
@@ -94,22 +161,27 @@ int32_t* radix_sort(K* keys, K* keys2, int32_t* ids, int32_t* ids2, uint32_t* co
 
 constexpr int kSmallBits = 8;
 constexpr int kLargeBits = 11;
-constexpr int64_t kInsertionMax = 24;
 constexpr int64_t kSmallMax = 1536;  // below this the 2048 buckets of the large digit cost more than a pass
+constexpr int64_t kBucketMax =
+    4096;  // beyond this the arrays leave the L1 cache, and fewer passes gain nothing
 
-template <class K, class U>
+int64_t bucket_count(int64_t n) {
+  int64_t buckets = 16;
+  while (buckets < n) buckets *= 2;
+  return buckets;
+}
+
+template <class A, class K, class U>
 void by_score(const MaskArgs& a, int64_t b, K* keys, char* room) {
   const int64_t n = a.tokens;
   K* keys2 = reinterpret_cast<K*>(room);
-  int32_t* ids = reinterpret_cast<int32_t*>(keys2 + n);
+  K* place = keys2 + n;
+  int32_t* ids = reinterpret_cast<int32_t*>(place + n);
   int32_t* ids2 = ids + n;
   uint32_t* counts = reinterpret_cast<uint32_t*>(ids2 + n);
-  if (n <= kInsertionMax) {
-    insertion_sort(keys, ids, n);
-  } else if (n <= kSmallMax) {
-    ids = radix_sort<kSmallBits, K, U>(keys, keys2, ids, ids2, counts, n);
-  } else {
-    ids = radix_sort<kLargeBits, K, U>(keys, keys2, ids, ids2, counts, n);
+  if (n > kBucketMax || !bucket_sort<A>(keys, keys2, ids, place, counts, bucket_count(n), n)) {
+    ids = n <= kSmallMax ? radix_sort<kSmallBits, K, U>(keys, keys2, ids, ids2, counts, n)
+                         : radix_sort<kLargeBits, K, U>(keys, keys2, ids, ids2, counts, n);
   }
   const int32_t flat = int32_t(b * n);
   const int32_t start = a.cu[b];
@@ -211,7 +283,7 @@ void token_mask_typed(const MaskArgs& a, void* workspace, int64_t begin, int64_t
     if (a.by_position) {
       by_position<A, K, U>(a, b, keys, room);
     } else {
-      by_score<K, U>(a, b, keys, room);
+      by_score<A, K, U>(a, b, keys, room);
     }
   }
 }
@@ -231,8 +303,9 @@ int64_t workspace(const MaskArgs& a) {
   const int64_t key = a.type == DType::f64 ? 8 : 4;
   if (a.by_position) return a.tokens * key + 2 * (a.tokens + 1) * 4;
   const int64_t bits = a.tokens <= kSmallMax ? kSmallBits : kLargeBits;
-  const int64_t counts = a.tokens <= kInsertionMax ? 0 : (8 * key + bits - 1) / bits << bits;
-  return 2 * a.tokens * (key + 4) + counts * 4;
+  const int64_t digits = (8 * key + bits - 1) / bits << bits;
+  const int64_t buckets = bucket_count(a.tokens);
+  return a.tokens * (3 * key + 2 * 4) + (digits > buckets ? digits : buckets) * 4;
 }
 
 }  // namespace
