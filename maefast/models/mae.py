@@ -298,6 +298,8 @@ class MaskedAutoencoderViT(nn.Module):
     def _check_map(self, name: str, value: Tensor, images: Tensor) -> None:
         """noise or mask: [B, N] beside the images."""
         tensor(name, value, floating=name == "noise")
+        if name == "mask" and value.dtype is not torch.bool:
+            raise TypeError(f"mask must be a bool tensor (True = removed) or a TokenMask, got {value.dtype}")
         want = (images.shape[0], self.num_patches)
         if tuple(value.shape) != want:
             raise ValueError(f"{name} must have shape {list(want)}, got {list(value.shape)}")

@@ -41,7 +41,7 @@ def table(name: str, value: Tensor, rows: tuple[int, ...], width: int) -> Tensor
     tensor(name, value)
     if value.ndim > 2 and all(size == 1 for size in value.shape[:-2]):
         value = value.reshape(value.shape[-2:])
-    if value.ndim != 2 or value.shape[0] not in rows or value.shape[1] != width:
+    if value.ndim != 2 or all(value.shape[0] != r for r in rows) or value.shape[1] != width:
         want = " or ".join(f"[{r}, {width}]" for r in rows)
         raise ValueError(f"{name} must have shape {want} (or with a leading 1), got {tuple(value.shape)}")
     return value

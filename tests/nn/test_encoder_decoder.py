@@ -1,0 +1,72 @@
+"""Patch embedding, encoder and decoder used alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from maefast import masking
+from maefast.nn import Decoder, Encoder, PatchEmbed
+
+
+def test_patch_embed_is_the_convolution():
+    torch.manual_seed(0)
+    embed = PatchEmbed((4, 6), 2, 12).double()
+    assert {k: tuple(v.shape) for k, v in embed.state_dict().items()} == {
+        "proj.weight": (12, 2, 4, 6),
+        "proj.bias": (12,),
+    }
+    images = torch.randn(3, 2, 8, 18, dtype=torch.float64)
+    want = embed.proj(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(embed(images), want, rtol=0, atol=1e-12)
+    plan = masking.random(3, 6, 0.5)
+    picked = want.gather(1, plan.ids_keep[..., None].expand(-1, -1, 12))
+    torch.testing.assert_close(embed(images, plan), picked, rtol=0, atol=1e-12)
+
+
+def test_initial_weights_are_mae_s():
+    """Xavier-uniform from the layer's own fans (of the patch as a linear map), zero biases, tokens of std 0.02."""
+    torch.manual_seed(0)
+    encoder = Encoder(32, 8, 3, 128, 1, 2)
+    for weight in (
+        encoder.patch_embed.proj.weight,
+        encoder.blocks[0].attn.qkv.weight,
+        encoder.blocks[0].mlp.fc2.weight,
+    ):
+        bound = (6 / (weight.shape[0] + weight[0].numel())) ** 0.5
+        assert 0.97 * bound < weight.abs().max().item() <= bound
+    assert encoder.blocks[0].mlp.fc1.bias.abs().max() == 0
+    assert 0.015 < encoder.cls_token.std().item() < 0.025
+    decoder = Decoder(128, 10, (4, 4), 64, 1, 2, positions="learned")
+    assert 0.014 < decoder.mask_token.std().item() < 0.026
+    assert 0.018 < decoder.pos_embed.std().item() < 0.022
+    assert decoder.pos_embed.requires_grad
+    assert not encoder.pos_embed.requires_grad
+    bound = (6 / 192) ** 0.5
+    assert 0.97 * bound < decoder.embed.weight.abs().max().item() <= bound
+
+
+@pytest.mark.parametrize("ratio", [0.5, [0.25, 0.75, 0.5]])
+def test_decoder_masked_is_a_part_of_full(ratio):
+    torch.manual_seed(0)
+    encoder, decoder = Encoder(32, 8, 3, 16, 1, 2).double(), Decoder(16, 10, (4, 4), 8, 2, 2).double()
+    plan = masking.random(3, 16, ratio)
+    latent = encoder(torch.randn(3, 3, 32, 32, dtype=torch.float64), plan)
+    assert latent.shape == ((3, 9, 16) if ratio == 0.5 else (3 + 4 + 8 + 12, 16))
+    full = decoder(latent, plan, "full")
+    assert full.shape == (3, 16, 10)
+    masked = decoder(latent, plan)
+    want = full.reshape(48, 10)[plan.masked.long()]
+    torch.testing.assert_close(masked.reshape(-1, 10), want, rtol=0, atol=1e-12)
+
+
+def test_decoder_refuses():
+    decoder = Decoder(16, 10, (4, 4), 8, 1, 2)
+    plan = masking.random(2, 16, 0.0)
+    with pytest.raises(ValueError, match="masks no token"):
+        decoder(torch.randn(2, 17, 16), plan)
+    assert decoder(torch.randn(2, 17, 16), plan, "full").shape == (2, 16, 10)
+    with pytest.raises(ValueError, match="pred must be one of"):
+        decoder(torch.randn(2, 17, 16), plan, "some")
+    with pytest.raises(ValueError, match="at least one block"):
+        Decoder(16, 10, (4, 4), 8, 0, 2)
