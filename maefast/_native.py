@@ -130,8 +130,8 @@ def _report(error: str) -> None:
     built = C.build_info()["torch"] if C is not None else None
     if note := build_failure():
         cause, cure = note, "install a C++17 compiler and reinstall maefast"
-    elif built is not None and built != torch.__version__:
-        cause = f"they were built with torch {built}, and this is torch {torch.__version__}"
+    elif "undefined symbol" in error and built != torch.__version__:
+        cause = f"the libraries were built with torch {built}, and this is torch {torch.__version__}"
         cure = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps` of maefast"
     else:
         cause, cure = error, "reinstall maefast (`pip install -v` shows the build)"

@@ -139,6 +139,14 @@ def _driver() -> str | None:
     return output.split("\n")[0].strip() or None
 
 
+def _driver_cuda() -> int | None:
+    """Newest CUDA major version that the driver supports."""
+    try:
+        return torch._C._cuda_getDriverVersion() // 1000
+    except (AttributeError, RuntimeError):
+        return None
+
+
 def _cpu() -> Info:
     native = _native.C
     usable = native.usable_cpus() if native else len(os.sched_getaffinity(0))
@@ -217,6 +225,12 @@ def _warnings(info: Info) -> list[str]:
         for gpu in info["gpus"]:
             if not _serves(build.get("cuda_archs", ""), int(gpu["capability"])):
                 found.append(f"_cuda.so has no code for {gpu['name']} (sm_{gpu['capability']}): set MAEFAST_CUDA_ARCHS")
+    supported = _driver_cuda() if info["gpus"] and native["cuda"] else None
+    if supported is not None and int(build["cuda"].split(".")[0]) > supported:
+        found.append(
+            f"_cuda.so was compiled with CUDA {build['cuda']}, and the driver supports CUDA {supported}: "
+            "update the driver, or rebuild with an nvcc of that version"
+        )
     if cpu["torch_threads"] > cpu["usable"]:
         found.append(
             f"torch runs {cpu['torch_threads']} threads on {cpu['usable']} usable CPUs; they take turns: "

@@ -88,6 +88,23 @@ def test_warnings_name_the_trouble_and_the_cure(monkeypatch, info):
         assert part in found
 
 
+def test_warnings_about_a_gpu(monkeypatch, info):
+    gpu = {"name": "GPU of the test", "capability": "75", "memory_gib": 1.0, "multiprocessors": 1}
+    monkeypatch.setattr(doctor, "_driver_cuda", lambda: 12)
+    machine = {
+        **info,
+        "gpus": [gpu],
+        "native": {**info["native"], "cuda": True},
+        "build": {"cuda": "13.0.88", "cuda_archs": "80-real 100-virtual"},
+        "versions": {**info["versions"], "triton": None},
+    }
+    found = "\n".join(doctor._warnings(machine))
+    for part in ("no code for GPU of the test (sm_75)", "the driver supports CUDA 12", "Triton is not installed"):
+        assert part in found
+    monkeypatch.setattr(doctor, "_driver_cuda", lambda: 13)
+    assert "the driver supports" not in "\n".join(doctor._warnings(machine))
+
+
 @pytest.mark.parametrize(
     ("archs", "capability", "serves"),
     [

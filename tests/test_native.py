@@ -107,14 +107,17 @@ def test_broken_library_warns(tmp_path):
 
 
 @native
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_library_of_another_torch_names_both_versions(tmp_path):
-    """A torch upgrade shows as an undefined symbol; the message says which torch the build was for."""
-    code = (
-        "import torch, importlib; torch.__version__ = '2.99.0'\nimport maefast; print(maefast._native.status()['cpu'])"
-    )
-    (tmp_path / "_cpu.so").write_bytes(b"not a library")
+    """A change of torch that breaks the build shows as an undefined symbol."""
+    source = tmp_path / "needs.cpp"
+    source.write_text("extern int symbol_of_another_torch; int* address = &symbol_of_another_torch;")
+    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", tmp_path / "_cpu.so"], check=True)
+    code = "import torch; torch.__version__ = '2.99.0'; import maefast; print(maefast._native.status()['cpu'])"
     result = python(code, MAEFAST_NATIVE_DIR=str(tmp_path))
+    assert result.stdout.strip() == "False"
     assert f"built with torch {_native.C.build_info()['torch']}, and this is torch 2.99.0" in result.stderr
+    assert "undefined symbol: symbol_of_another_torch" in result.stderr
     assert "--no-build-isolation" in result.stderr
 
 
