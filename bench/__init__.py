@@ -1,0 +1,1 @@
+"""Benchmarks of maefast: token ops (`bench.micro`), one training step (`bench.step`), and the report of both."""

@@ -1,0 +1,85 @@
+"""python -m bench.micro: time the token ops, print ratios, write JSON."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from bench import environment, results, timing
+from bench.micro import suite, tables
+from bench.micro.shapes import DTYPES, PRESETS
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("bench.micro: no CUDA device here", file=sys.stderr)
+        return 3
+    preset = "quick" if args.quick else args.preset
+    peers = tuple(args.peers or (suite.PEERS if preset == "full" else suite.PEERS[:3]))
+    if args.no_compile:
+        peers = tuple(p for p in peers if not p.startswith("compile"))
+    rounds = args.rounds or {"toy": 3, "quick": 9}.get(preset, 21)
+    dtypes = [DTYPES[name] for name in args.dtype or DTYPES]
+    doc = measure(args.device, preset, args.family or suite.FAMILIES, dtypes, peers, rounds, args.budget)
+    tables.show(doc)
+    if args.json:
+        print(f"written: {results.write(args.json, doc)}")
+    return results.WRONG if any("WRONG RESULT" in r.get("error", "") for r in doc["records"]) else 0
+
+
+def measure(
+    device: str,
+    preset: str,
+    families=suite.FAMILIES,
+    dtypes=(torch.float32, torch.bfloat16),
+    peers: tuple[str, ...] = suite.PEERS[:3],
+    rounds: int = 9,
+    budget: float | None = None,
+) -> dict:
+    """Run the suite; returns the document of `bench.results`.
+
+    budget: seconds after which no further case is started; the cases left out are counted in the settings.
+    """
+    start = time.monotonic()
+    bandwidth = timing.copy_bandwidth(device)
+    records: list[dict] = []
+    skipped = 0
+    for case in suite.cases(families, PRESETS[preset][device], list(dtypes), device):
+        if budget is not None and time.monotonic() - start > budget:
+            skipped += 1
+            continue
+        new, _ = suite.run(case, peers, rounds, bandwidth)
+        records += new
+        print(tables.line(case, new), file=sys.stderr, flush=True)
+    settings = {
+        "preset": preset,
+        "rounds": rounds,
+        "copy_gb_s": bandwidth / 1e9,
+        "cases_left_out": skipped,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    return results.document("micro", environment.describe(device), settings, list(peers), records)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m bench.micro", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="full")
+    parser.add_argument("--quick", action="store_true", help="the same as --preset quick: under a minute")
+    parser.add_argument("--family", nargs="+", choices=suite.FAMILIES)
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES))
+    parser.add_argument("--peers", nargs="+", choices=suite.PEERS, help="`eager` is always run as the check")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--budget", type=float, help="seconds after which no further case starts")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

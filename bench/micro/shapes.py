@@ -1,0 +1,65 @@
+"""The shapes that are measured, those of published models."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from math import prod
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One masked step: B samples of N patches, of which `keep` stay visible.
+
+    size: (H, W) or (T, H, W); patch likewise. width: of the encoder. decoder_width: of the decoder.
+    prefix: class tokens. norm: of the loss target.
+    """
+
+    name: str
+    batch: int
+    size: tuple[int, ...]
+    patch: tuple[int, ...]
+    keep: int
+    width: int
+    decoder_width: int
+    channels: int = 3
+    prefix: int = 1
+    norm: str = "mae"
+
+    @property
+    def tokens(self) -> int:
+        return prod(size // patch for size, patch in zip(self.size, self.patch, strict=True))
+
+    @property
+    def masked(self) -> int:
+        return self.tokens - self.keep
+
+    @property
+    def values(self) -> int:
+        """K: the values of a patch."""
+        return self.channels * prod(self.patch)
+
+    def json(self) -> dict:
+        return {**asdict(self), "tokens": self.tokens, "values": self.values}
+
+    def __str__(self) -> str:
+        return f"{self.name}-b{self.batch}"
+
+
+VIT_B = Shape("vit_b", 16, (224, 224), (16, 16), keep=49, width=768, decoder_width=512)
+VIDEOMAE_B = Shape(
+    "videomae_b", 8, (16, 224, 224), (2, 16, 16), 160, width=768, decoder_width=384, prefix=0, norm="videomae"
+)
+TOY = Shape("toy", 2, (32, 32), (8, 8), keep=4, width=32, decoder_width=16)
+
+# preset -> device -> shapes. A GPU needs a larger batch to be filled.
+PRESETS: dict[str, dict[str, list[Shape]]] = {
+    "toy": {"cpu": [TOY], "cuda": [TOY]},
+    "quick": {"cpu": [VIT_B], "cuda": [replace(VIT_B, batch=64), replace(VIT_B, batch=256)]},
+    "full": {
+        "cpu": [VIT_B, replace(VIT_B, batch=64), VIDEOMAE_B],
+        "cuda": [replace(VIT_B, batch=b) for b in (16, 64, 256)] + [replace(VIDEOMAE_B, batch=32)],
+    },
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

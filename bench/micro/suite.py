@@ -1,0 +1,258 @@
+"""Runs one op at one shape in all its variants, side by side. The ops stand in bench_<family>.py."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import environment, timing
+from bench.micro.shapes import Shape
+from maefast.ops import _dispatch
+
+FAMILIES = ("mask", "embed", "restore", "loss")
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+# The peers. `eager` is what published code does; `tuned` the best eager PyTorch we could write for the same result.
+PEERS = ("eager", "tuned", "compile", "compile_tuned")
+# ||out - eager|| / ||eager||; bfloat16 rounds at 2^-9 and the two sides may round in a different order.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+FORWARD, BOTH = "forward", "forward+backward"
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public op, the eager PyTorch it replaces, and the fewest bytes it must move.
+
+    make: random inputs of a shape. leaves: names of the inputs that need gradients (none: forward only).
+    eager, tuned: inputs -> output. ours: (inputs, backend) -> output. view: makes both sides' outputs comparable.
+    traffic: (shape, bytes of an element) -> (forward, backward) bytes, each input read and each output written
+    once; None where a matrix product dominates. raw: the raw ops that a backend must have.
+    """
+
+    name: str
+    raw: tuple[str, ...]
+    make: Callable[[Shape, torch.dtype, torch.Generator], Inputs]
+    eager: Callable[[Inputs], Any]
+    tuned: Callable[[Inputs], Any]
+    ours: Callable[[Inputs, str], Any]
+    leaves: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    traffic: Callable[[Shape, int], tuple[int, int]] | None = None
+    view: Callable[[Any], tuple[Tensor, ...]] = field(default=lambda out: (out,))
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return (FORWARD, BOTH) if self.leaves else (FORWARD,)
+
+
+@dataclass(frozen=True)
+class Case:
+    op: Op
+    shape: Shape
+    dtype: torch.dtype
+    direction: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.op.name}-{self.shape}-{str(self.dtype)[6:]}-{self.direction}"
+
+
+def ops(family: str) -> list[Op]:
+    return importlib.import_module(f"bench.micro.bench_{family}").OPS
+
+
+def cases(families, shapes: list[Shape], dtypes: list[torch.dtype], device: str) -> Iterator[Case]:
+    for family in families:
+        for op in ops(family):
+            for shape in shapes:
+                for dtype in (d for d in dtypes if d in op.dtypes):
+                    for direction in op.directions:
+                        yield Case(op, shape, dtype, direction, device)
+
+
+def variants(case: Case, peers: tuple[str, ...]) -> dict[str, str | None]:
+    """Variant -> why it cannot run, or None."""
+    names: dict[str, str | None] = dict.fromkeys(peers)
+    for backend in BACKENDS:
+        reasons = (_dispatch.unavailable(raw, backend, case.device, case.dtype) for raw in case.op.raw)
+        reason = next((r for r in reasons if r is not None), None)
+        if backend == "triton" and case.device == "cpu":
+            reason = "Triton serves CPU tensors through its interpreter only"
+        names[f"maefast-{backend}"] = reason
+    return names
+
+
+def default_variant(case: Case) -> str:
+    """The maefast variant that a user gets without asking for a backend."""
+    return "maefast-" + _dispatch.choose(case.op.raw[0], case.device, case.dtype)
+
+
+# --- one variant as a call ---------------------------------------------------------------------------------
+
+
+def _function(op: Op, variant: str) -> Callable[[Inputs], Any]:
+    if variant.startswith("maefast-"):
+        backend = variant.removeprefix("maefast-")
+        return lambda inputs: op.ours(inputs, backend)
+    plain = op.tuned if variant.endswith("tuned") else op.eager
+    return _compiled(plain) if variant.startswith("compile") else plain
+
+
+@cache
+def _compiled(function):
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def leaves(op: Op, inputs: Inputs) -> list[Tensor]:
+    """The inputs that need gradients; one that a shape lacks (a class token, say) is None and has none."""
+    return [inputs[name] for name in op.leaves if inputs[name] is not None]
+
+
+def _call(case: Case, variant: str, sets: list[Inputs], grads: list[Any]) -> timing.Call:
+    function = _function(case.op, variant)
+
+    if case.direction == FORWARD:
+
+        def forward(i: int):
+            with torch.no_grad():
+                return function(sets[i])
+
+        return forward
+
+    def both(i: int):
+        inputs = sets[i]
+        out = function(inputs)
+        return out, torch.autograd.grad(out, leaves(case.op, inputs), grads[i])
+
+    return both
+
+
+def _check(case: Case, ours: Any, eager: Any) -> str | None:
+    """What differs between the two results, or None."""
+    if case.direction == BOTH:
+        (ours, ours_grads), (eager, eager_grads) = ours, eager
+        names = (f"grad {i} of {', '.join(case.op.leaves)}" for i in range(len(eager_grads)))
+        pairs = [("output", ours, eager), *zip(names, ours_grads, eager_grads, strict=True)]
+    else:
+        pairs = [("output", a, b) for a, b in zip(case.op.view(ours), case.op.view(eager), strict=True)]
+    for what, a, b in pairs:
+        if a.shape != b.shape:
+            return f"{what}: shape {tuple(a.shape)} instead of {tuple(b.shape)}"
+        if not a.is_floating_point():
+            if not torch.equal(a.long(), b.long()):
+                return f"{what}: indices differ"
+            continue
+        error = (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)
+        if not error < TOLERANCE[case.dtype]:
+            return f"{what}: relative error {float(error):.1e}"
+    return None
+
+
+# --- running -----------------------------------------------------------------------------------------------
+
+
+def _tensors(inputs: Inputs) -> Iterator[Tensor]:
+    for value in inputs.values():
+        for item in vars(value).values() if hasattr(value, "__dataclass_fields__") else (value,):
+            if isinstance(item, Tensor):
+                yield item
+
+
+def _input_sets(case: Case) -> list[Inputs]:
+    """As many random input sets as it takes to fill the last cache twice (2 to 16)."""
+    generator = torch.Generator(case.device).manual_seed(0)
+    sets = [case.op.make(case.shape, case.dtype, generator)]
+    size = sum(t.numel() * t.element_size() for t in _tensors(sets[0]))
+    count = min(16, max(2, -(-2 * environment.cache_bytes(case.device) // max(size, 1))))
+    sets += [case.op.make(case.shape, case.dtype, generator) for _ in range(count - 1)]
+    for inputs in sets:
+        for name in case.op.leaves:
+            if inputs[name] is not None:
+                inputs[name].requires_grad_(True)
+    return sets
+
+
+def run(
+    case: Case, peers: tuple[str, ...], rounds: int, bandwidth: float | None = None, only: set[str] | None = None
+) -> tuple[list[dict], dict[str, list[float]]]:
+    """Time every variant that runs here. Returns (records, samples of each variant).
+
+    A variant whose result differs from the eager one gets no time, only an error. `bandwidth`: of a copy on this
+    device, for the share that each variant reaches.
+    """
+    sets = _input_sets(case)
+    eager = _call(case, "eager", sets, [None] * len(sets))
+    grads: list[Any] = [None] * len(sets)
+    if case.direction == BOTH:
+        outputs = [case.op.eager(inputs) for inputs in sets]
+        grads = [torch.randn_like(out) for out in outputs]
+        del outputs
+        eager = _call(case, "eager", sets, grads)
+    expected = eager(0)
+
+    errors: dict[str, str] = {}
+    samplers: dict[str, timing.HostSampler | timing.GraphSampler] = {}
+    for name, reason in variants(case, peers).items():
+        if only is not None and name not in only:
+            continue
+        if reason is not None:
+            errors[name] = reason
+            continue
+        call = _call(case, name, sets, grads)
+        try:
+            if problem := _check(case, call(0), expected):
+                errors[name] = f"WRONG RESULT, not timed: {problem}"
+                continue
+            samplers[name] = timing.sampler(call, len(sets), case.device)
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+    del expected
+    samples = timing.interleave(samplers, rounds)
+    return _records(case, samplers, samples, errors, bandwidth), samples
+
+
+def _records(case: Case, samplers, samples, errors, bandwidth) -> list[dict]:
+    base = {
+        "op": case.op.name,
+        "shape": case.shape.json(),
+        "dtype": str(case.dtype)[6:],
+        "direction": case.direction,
+    }
+    moved = None
+    if case.op.traffic is not None:
+        forward, backward = case.op.traffic(case.shape, case.dtype.itemsize)
+        moved = forward + (backward if case.direction == BOTH else 0)
+    records = [{**base, "variant": name, "error": reason} for name, reason in errors.items()]
+    for name, seconds in samples.items():
+        low, high = timing.quartiles(seconds)
+        median = statistics.median(seconds)
+        record = {
+            **base,
+            "variant": name,
+            "median_s": median,
+            "low_s": low,
+            "high_s": high,
+            "rounds": len(seconds),
+            "calls_a_round": samplers[name].inner * (samplers[name].sets if case.device == "cuda" else 1),
+            "input_sets": samplers[name].sets,
+            "min_bytes": moved,
+        }
+        if moved is not None:
+            record["gb_s"] = moved / median / 1e9
+            record["copy_share"] = moved / median / bandwidth if bandwidth else None
+        if samplers[name].note:
+            record["note"] = samplers[name].note
+        if name.startswith("maefast-"):
+            record["default"] = name == default_variant(case)
+            peers = [peer for peer in samples if peer in PEERS]
+            record["ratios"] = {peer: timing.ratio(samples[peer], seconds) for peer in peers}
+        records.append(record)
+    return records

@@ -1,0 +1,116 @@
+"""Results as tables, ratios first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+HEADINGS = {
+    "eager": "vs eager",
+    "tuned": "vs tuned eager",
+    "compile": "vs compiled eager",
+    "compile_tuned": "vs compiled tuned",
+}
+
+
+def rows(doc: dict, only_default: bool = False) -> Iterable[dict]:
+    """One row for each maefast variant that was timed, with the times of its peers beside it."""
+    times: dict[tuple, dict[str, float]] = {}
+    for record in doc["records"]:
+        times.setdefault(key(record), {})[record["variant"]] = record.get("median_s")
+    for record in doc["records"]:
+        if "error" in record or not record["variant"].startswith("maefast-"):
+            continue
+        if only_default and not record["default"]:
+            continue
+        yield {**record, "times": times[key(record)]}
+
+
+def key(record: dict) -> tuple:
+    shape = record["shape"]
+    return record["op"], shape["name"], shape["batch"], record["dtype"], record["direction"]
+
+
+def failures(doc: dict) -> list[str]:
+    """What gave no time, once for each variant and reason, wrong results first."""
+    found: dict[str, list[str]] = {}
+    for record in doc["records"]:
+        if "error" in record:
+            name = f"{record['op']} {record['dtype']} {record['direction']}"
+            found.setdefault(f"{record['variant']}: {record['error']}", []).append(name)
+    lines = []
+    for reason, cases in sorted(found.items(), key=lambda item: "WRONG" not in item[0]):
+        where = ", ".join(dict.fromkeys(cases)) if "WRONG" in reason else f"{len(cases)} cases"
+        lines.append(f"{reason} ({where})")
+    return lines
+
+
+def milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    value = seconds * 1e3
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+
+
+def times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def line(case, records: list[dict]) -> str:
+    """Progress of one case."""
+    parts = []
+    for record in records:
+        if "error" in record:
+            continue
+        ratio = record.get("ratios", {}).get("eager")
+        parts.append(
+            f"{record['variant']} {milliseconds(record['median_s'])} ms" + (f" ({ratio:.2f}x)" if ratio else "")
+        )
+    return f"{case}: " + ", ".join(parts)
+
+
+def show(doc: dict) -> None:
+    """Print the table of a micro run."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    env, settings = doc["environment"], doc["settings"]
+    gpu = env["kind"] == "cuda"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    peers = [peer for peer in HEADINGS if peer in doc["peers"]]
+    for peer in peers:
+        table.add_column(HEADINGS[peer], justify="right", style="bold" if peer == "eager" else None)
+    for name in ("op", "pass", "dtype", "shape", "backend"):
+        table.add_column(name)
+    for name in ("ms", "eager ms", "GB/s", "of copy"):
+        table.add_column(name, justify="right")
+    for row in rows(doc):
+        if row["variant"] == "maefast-reference" and not gpu and not row["default"]:
+            continue
+        backend = row["variant"].removeprefix("maefast-")
+        share, rate = row.get("copy_share"), row.get("gb_s")
+        table.add_row(
+            *(times(row["ratios"].get(peer)) for peer in peers),
+            row["op"],
+            "fwd" if row["direction"] == "forward" else "fwd+bwd",
+            row["dtype"],
+            f"{row['shape']['name']} b{row['shape']['batch']}",
+            backend + (" *" if row["default"] else ""),
+            milliseconds(row["median_s"]),
+            milliseconds(row["times"].get("eager")),
+            "-" if rate is None else f"{rate:.0f}",
+            "-" if share is None else f"{share:.0%}",
+        )
+    console = Console(width=None if Console().is_terminal else 150)
+    dirty = ", uncommitted changes" if env["dirty"] else ""
+    console.print(
+        f"{env['device']}, {env['cpu_threads']} threads, torch {env['torch']}, maefast {env['commit']}{dirty}. "
+        f"Ratio: how many times longer the peer takes. Medians of {settings['rounds']} rounds; copy "
+        f"{settings['copy_gb_s']:.0f} GB/s; * = chosen automatically.",
+        highlight=False,
+    )
+    console.print(table)
+    for text in failures(doc):
+        console.print("not timed: " + text, highlight=False, markup=False)
+    if settings["cases_left_out"]:
+        console.print(f"{settings['cases_left_out']} cases left out: the time budget was spent")

@@ -1,0 +1,80 @@
+"""The same masked autoencoder from different hands, on the same weights: peer name -> loss(images, noise)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bench.peers.plain_mae import PlainMAE
+from maefast import models
+from maefast.models.convert import mae_to_hf
+
+# The first is what the ratios are about; the others are what users have.
+PEERS = ("maefast", "plain", "hf", "plain_compiled", "maefast_compiled")
+NAMES = {
+    "maefast": "maefast",
+    "plain": "plain eager MAE",
+    "hf": "HF ViTMAE",
+    "plain_compiled": "plain MAE, torch.compile",
+    "maefast_compiled": "maefast, torch.compile",
+}
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def build(peer: str, config: dict, mask_ratio: float, device: str) -> tuple[nn.Module, Loss]:
+    """The module (for its parameters) and its loss. `config` is that of a maefast model.
+
+    Raises:
+        ImportError: transformers is missing (peer "hf"). ValueError: unknown peer.
+    """
+    torch.manual_seed(0)  # every process draws the same weights
+    state = PlainMAE.from_config(config).state_dict()
+    base = peer.removesuffix("_compiled")
+    if base == "hf":
+        return _hf(config, state, mask_ratio, device)
+    if base == "plain":
+        model: nn.Module = PlainMAE.from_config(config)
+    elif base == "maefast":
+        model = models.create(**config)
+    else:
+        raise ValueError(f"unknown peer {peer!r}; choose from {', '.join(PEERS)}")
+    model.load_state_dict(state, strict=True)
+    model.to(device).train()
+    call = torch.compile(model, dynamic=False) if peer.endswith("_compiled") else model
+    return model, lambda images, noise: call(images, mask_ratio, noise)[0]
+
+
+def _hf(config: dict, state: dict[str, Tensor], mask_ratio: float, device: str) -> tuple[nn.Module, Loss]:
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    (height, width), (patch, patch_width) = config["img_size"], config["patch_size"]
+    if height != width or patch != patch_width:
+        raise ValueError("HF's ViTMAE takes square images and patches only")
+    hf = ViTMAEConfig(
+        image_size=height,
+        patch_size=patch,
+        num_channels=config["in_chans"],
+        hidden_size=config["embed_dim"],
+        num_hidden_layers=config["depth"],
+        num_attention_heads=config["num_heads"],
+        intermediate_size=int(config["embed_dim"] * config["mlp_ratio"]),
+        decoder_hidden_size=config["decoder_embed_dim"],
+        decoder_num_hidden_layers=config["decoder_depth"],
+        decoder_num_attention_heads=config["decoder_num_heads"],
+        decoder_intermediate_size=int(config["decoder_embed_dim"] * config["mlp_ratio"]),
+        mask_ratio=mask_ratio,
+        norm_pix_loss=config["norm_pix_loss"],
+        layer_norm_eps=config["norm_eps"],
+        attn_implementation="sdpa",
+    )
+    model = ViTMAEForPreTraining(hf)
+    layout = "4" if any(".encoder.layer." in key for key in model.state_dict()) else "5"
+    model.load_state_dict(mae_to_hf(state, layout), strict=True)
+    for name, parameter in model.named_parameters():
+        # HF's own tables are frozen; so are the original's.
+        if name.endswith(("position_embeddings", "decoder_pos_embed")):
+            parameter.requires_grad_(config["positions"] == "learned")
+    model.to(device).train()
+    return model, lambda images, noise: model(pixel_values=images, noise=noise).loss

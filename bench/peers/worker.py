@@ -1,0 +1,137 @@
+"""One peer in a process of its own, so that its peak memory is its own. `bench.step` talks to it in JSON lines.
+
+    -> {"do": "build", ...}             <- {"loss": ..., "grad_norm": ..., "parameters": ...}
+    -> {"do": "run", "steps": 2}        <- {"seconds": [...], "loss": ...}
+    -> {"do": "memory"}                 <- {"peak_bytes": ...}
+An exception comes back as {"error": "..."}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from bench.peers import models
+
+MASK_RATIO = 0.75
+BATCHES = 2
+
+
+class Worker:
+    def build(self, peer: str, config: dict, batch: int, dtype: str, device: str) -> dict:
+        self.device, self.bf16 = device, dtype == "bfloat16"
+        if peer == "hf":
+            import transformers  # noqa: F401  before the baseline: a library in memory is not a step's memory
+        self.baseline = resident_bytes()
+        self.model, self.loss = models.build(peer, config, MASK_RATIO, device)
+        generator = torch.Generator().manual_seed(1)
+        channels, (height, width) = config["in_chans"], config["img_size"]
+        tokens = (height // config["patch_size"][0]) * (width // config["patch_size"][1])
+        self.data = []
+        for _ in range(BATCHES):
+            images = torch.randn(batch, channels, height, width, generator=generator)
+            noise = torch.rand(batch, tokens, generator=generator)
+            self.data.append((images.to(device), noise.to(device)))
+        self.done = 0
+
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+        reset_peak(device)
+        loss = self._backward()
+        norm = torch.stack([p.grad.double().norm() for p in parameters if p.grad is not None]).norm()
+        count = sum(p.numel() for p in parameters)
+        return {"loss": loss.item(), "grad_norm": norm.item(), "parameters": count}
+
+    def run(self, steps: int) -> dict:
+        """One step that is not counted (another process was here just now), then `steps` steps."""
+        self._step()
+        self._wait()
+        seconds = []
+        start = time.perf_counter()
+        for _ in range(steps):
+            loss = self._step()
+            if self.device == "cpu":
+                seconds.append(time.perf_counter() - start)
+                start = time.perf_counter()
+        if self.device != "cpu":  # a wait after every step would add a gap to each
+            self._wait()
+            seconds = [(time.perf_counter() - start) / steps]
+        return {"seconds": seconds, "loss": loss.item()}
+
+    def memory(self) -> dict:
+        if self.device == "cuda":
+            return {"peak_bytes": torch.cuda.max_memory_allocated(), "baseline_bytes": 0}
+        return {"peak_bytes": max(peak_bytes() - self.baseline, 1), "baseline_bytes": self.baseline}
+
+    def _step(self) -> torch.Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def _backward(self) -> torch.Tensor:
+        images, noise = self.data[self.done % BATCHES]
+        self.done += 1
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            loss = self.loss(images, noise)
+        loss.backward()
+        return loss
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def _status(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def resident_bytes() -> int:
+    return _status("VmRSS") or 0
+
+
+def peak_bytes() -> int:
+    # ru_maxrss starts from the parent's peak where a process was forked; VmHWM is this process's own.
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        # Where that is forbidden the peak also covers the building of the model, of every peer alike.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def main() -> None:
+    # Whatever a library prints must not mix with the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    worker = Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = getattr(worker, request.pop("do"))(**request)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+        answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()
