@@ -126,6 +126,14 @@ inline Units cut_units(int64_t batch, int64_t length) {
   return u;
 }
 
+// Units of consecutive rows for sums over all rows; depends on the sizes alone, as cut_units.
+inline int64_t row_units(int64_t rows) {
+  constexpr int64_t kRows = 32;
+  constexpr int64_t kUnits = 64;
+  const int64_t units = (rows + kRows - 1) / kRows;
+  return units < 1 ? 1 : units > kUnits ? kUnits : units;
+}
+
 // Where the sums of `rows` rows of width `width` over the pieces go: into `out` itself where there is nothing
 // left to add or to convert, else into a buffer that finish() sums into `out`.
 class Sums {

@@ -39,6 +39,19 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad, c
                                                            bool pos_on_masked, bool need_mask_token,
                                                            ScalarType x_dtype);
 
+// norm.cpp
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm(const Tensor& x, const std::optional<Tensor>& delta,
+                                                    const Tensor& weight, const Tensor& bias, double eps,
+                                                    ScalarType dtype);
+std::tuple<Tensor, Tensor> add_norm_backward(const Tensor& grad_y, const std::optional<Tensor>& grad_residual,
+                                             const Tensor& residual, const Tensor& mean, const Tensor& rstd,
+                                             const Tensor& weight, bool need_weight);
+
+// gelu.cpp
+Tensor bias_gelu(const Tensor& x, const std::optional<Tensor>& bias, bool tanh);
+std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x,
+                                              const std::optional<Tensor>& bias, bool tanh, bool need_bias);
+
 // loss.cpp
 std::tuple<Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& images, const Tensor& index,
                                       const std::vector<int64_t>& patch, bool packed, bool channels_first,

@@ -15,6 +15,12 @@ STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
   // restore
   m.impl("restore_tokens", TORCH_BOX(&restore_tokens));
   m.impl("restore_tokens_backward", TORCH_BOX(&restore_tokens_backward));
+  // norm
+  m.impl("add_norm", TORCH_BOX(&add_norm));
+  m.impl("add_norm_backward", TORCH_BOX(&add_norm_backward));
+  // gelu
+  m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
+  m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
   // loss
   m.impl("patch_loss", TORCH_BOX(&patch_loss));
   m.impl("patch_loss_backward", TORCH_BOX(&patch_loss_backward));

@@ -53,8 +53,10 @@ def add_norm(
         if delta.dtype is not stream and not (stream is torch.float32 and delta.dtype.itemsize == 2):
             delta = delta.to(stream)
     if dtype is None:
-        autocast = torch.is_autocast_enabled(x.device.type) and stream is not torch.float64
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else stream
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast and stream is torch.float32 else stream
+    elif dtype is not stream and not (stream is torch.float32 and dtype in (torch.float16, torch.bfloat16)):
+        raise TypeError(f"y may have the dtype of the stream, {stream}, or 16 bits beside float32; not {dtype}")
     wide = torch.float64 if stream is torch.float64 else torch.float32
     weight, bias = weight.to(wide), bias.to(wide)
 
@@ -100,10 +102,9 @@ class _AddNorm(torch.autograd.Function):
             return grad_residual, grad_delta, *(None,) * 5
         run = _registry.raw("add_norm_backward", ctx.backend)
         grad_residual = None if grad_residual is None else grad_residual.contiguous()
-        grad_x, grad_weight, grad_bias = run(
+        grad_x, grad_tables = run(
             grad_y.contiguous(), grad_residual, residual, mean, rstd, weight, ctx.needs_input_grad[2]
         )
         grad_delta = None if ctx.delta_dtype is None else grad_x.to(ctx.delta_dtype)
-        if not ctx.needs_input_grad[2]:
-            grad_weight = grad_bias = None
+        grad_weight, grad_bias = grad_tables.unbind() if ctx.needs_input_grad[2] else (None, None)
         return grad_x, grad_delta, grad_weight, grad_bias, *(None,) * 3

@@ -101,6 +101,7 @@ BAD = [
     (lambda: ops.add_norm(X, None, W, W, float("nan")), ValueError, "eps must be positive"),
     (lambda: ops.add_norm(X.int(), None, W, W), TypeError, "float32"),
     (lambda: ops.add_norm(X, X.to("meta"), W, W), ValueError, "one device"),
+    (lambda: ops.add_norm(X, None, W, W, dtype=torch.float64), TypeError, "16 bits beside float32"),
     (lambda: ops.add_norm(X[..., :0], None, W[:0], W[:0]), ValueError, "at least one channel"),
 ]
 

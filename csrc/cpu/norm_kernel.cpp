@@ -1,0 +1,117 @@
+#include "cpu/norm_kernel.h"
+
+#include "cpu/units_vec.h"
+#include "cpu/vec.h"
+
+namespace maefast::MAEFAST_ISA {
+namespace {
+
+// residual = x + delta, rounded to the stream's type; returns the sum of the rounded row.
+template <class A, class X, class D>
+MAEFAST_INLINE A add_and_sum(const X* x, const D* delta, X* residual, int64_t d) {
+  vec<A> sum{};
+  for_lanes<A>(d, [&](int64_t i, auto lanes) {
+    vec<A> v = load<A>(x + i, lanes);
+    if (delta) {
+      v += load<A>(delta + i, lanes);
+      store<A>(residual + i, v, lanes);
+      if constexpr (!is_same<A, X>) v = load<A>(residual + i, lanes);
+    }
+    sum += keep_lanes<A>(v, lanes);
+  });
+  return sum_lanes<A>(sum);
+}
+
+template <class X, class D, class Y>
+void add_norm_typed(const AddNormArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<X>;
+  const int64_t d = a.width;
+  const A* weight = static_cast<const A*>(a.weight);
+  const A* bias = static_cast<const A*>(a.bias);
+  for (int64_t r = begin; r < end; ++r) {
+    const X* x = static_cast<const X*>(a.x) + r * d;
+    const D* delta = a.delta ? static_cast<const D*>(a.delta) + r * d : nullptr;
+    X* residual = a.delta ? static_cast<X*>(a.residual) + r * d : nullptr;
+    Y* y = static_cast<Y*>(a.y) + r * d;
+    const A mean = add_and_sum<A>(x, delta, residual, d) / A(d);
+    const X* row = delta ? residual : x;  // now in the first-level cache
+    vec<A> squares{};
+    for_lanes<A>(d, [&](int64_t i, auto lanes) {
+      const vec<A> c = keep_lanes<A>(load<A>(row + i, lanes) - mean, lanes);
+      squares += c * c;
+    });
+    const A variance = sum_lanes<A>(squares) / A(d);
+    const A rstd = A(1) / A(__builtin_sqrt(double(variance) + a.eps));
+    for_lanes<A>(d, [&](int64_t i, auto lanes) {
+      const vec<A> normed = (load<A>(row + i, lanes) - mean) * rstd;
+      store<A>(y + i, normed * load<A>(weight + i, lanes) + load<A>(bias + i, lanes), lanes);
+    });
+    static_cast<A*>(a.mean)[r] = mean;
+    static_cast<A*>(a.rstd)[r] = rstd;
+  }
+}
+
+void add_norm(const AddNormArgs& a, int64_t begin, int64_t end) {
+  with_widening(a.y_type, a.x_type, [&](auto y, auto x) {
+    using X = typename decltype(x)::type;
+    using Y = typename decltype(y)::type;
+    if constexpr (is_same<X, float>) {
+      if (a.delta_type == DType::bf16) return add_norm_typed<X, bf16, Y>(a, begin, end);
+      if (a.delta_type == DType::f16) return add_norm_typed<X, f16, Y>(a, begin, end);
+    }
+    add_norm_typed<X, X, Y>(a, begin, end);
+  });
+}
+
+// With n the normalised row and w = grad_y * weight: grad_x = rstd * (w - mean(w) - n * mean(w * n)).
+template <class X, class Y>
+void add_norm_backward_typed(const AddNormBackwardArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<X>;
+  const int64_t d = a.width;
+  const A* weight = static_cast<const A*>(a.weight);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    A* sums = a.sums ? static_cast<A*>(a.sums) + unit * 2 * d : nullptr;
+    if (sums) zero_row(sums, 2 * d);
+    for (int64_t r = a.rows * unit / a.units; r < a.rows * (unit + 1) / a.units; ++r) {
+      const Y* grad_y = static_cast<const Y*>(a.grad_y) + r * d;
+      const X* row = static_cast<const X*>(a.residual) + r * d;
+      const X* passed = a.grad_residual ? static_cast<const X*>(a.grad_residual) + r * d : nullptr;
+      X* grad_x = static_cast<X*>(a.grad_x) + r * d;
+      const A mean = static_cast<const A*>(a.mean)[r];
+      const A rstd = static_cast<const A*>(a.rstd)[r];
+      vec<A> total{}, product{};
+      for_lanes<A>(d, [&](int64_t i, auto lanes) {
+        const vec<A> g = load<A>(grad_y + i, lanes);  // zero in missing lanes, and so are w and w * n
+        const vec<A> n = (load<A>(row + i, lanes) - mean) * rstd;
+        const vec<A> w = g * load<A>(weight + i, lanes);
+        total += w;
+        product += w * n;
+        if (sums) {
+          store<A>(sums + i, load<A>(sums + i, lanes) + g * n, lanes);
+          store<A>(sums + d + i, load<A>(sums + d + i, lanes) + g, lanes);
+        }
+      });
+      const A mean_w = sum_lanes<A>(total) / A(d);
+      const A mean_wn = sum_lanes<A>(product) / A(d);
+      for_lanes<A>(d, [&](int64_t i, auto lanes) {
+        const vec<A> n = (load<A>(row + i, lanes) - mean) * rstd;
+        const vec<A> w = load<A>(grad_y + i, lanes) * load<A>(weight + i, lanes);
+        vec<A> g = (w - mean_w - n * mean_wn) * rstd;
+        if (passed) g += load<A>(passed + i, lanes);
+        store<A>(grad_x + i, g, lanes);
+      });
+    }
+  }
+}
+
+void add_norm_backward(const AddNormBackwardArgs& a, int64_t begin, int64_t end) {
+  with_widening(a.y_type, a.x_type, [&](auto y, auto x) {
+    add_norm_backward_typed<typename decltype(x)::type, typename decltype(y)::type>(a, begin, end);
+  });
+}
+
+}  // namespace
+
+extern const NormKernels norm_kernels = {add_norm, add_norm_backward, sum_pieces};
+
+}  // namespace maefast::MAEFAST_ISA
