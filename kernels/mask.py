@@ -111,13 +111,11 @@ def token_mask_position_kernel(
     limit = threshold.to(tl.int32)
 
     # Of the keys equal to the k-th, the first by index are taken. Two counters travel in one prefix sum.
-    less = (inside & (key < limit)).to(tl.int32)
-    equal = (inside & (key == limit)).to(tl.int32)
-    both = less + (equal << 16)
+    both = tl.where(inside & (key <= limit), tl.where(key < limit, 1, 1 << 16), 0)
+    ties = count - tl.sum(both & 0xFFFF, axis=0)
     before = tl.cumsum(both, axis=0) - both
-    ties = count - tl.sum(less, axis=0)
     ties_before = before >> 16
-    is_visible = (less != 0) | ((equal != 0) & (ties_before < ties))
+    is_visible = (both == 1) | ((both > 1) & (ties_before < ties))
     rank = (before & 0xFFFF) + tl.minimum(ties_before, ties)
 
     t = first + rank

@@ -9,6 +9,7 @@ kernel does not compile or a variant of a common shape spills.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -46,7 +47,6 @@ class Result(NamedTuple):
     shared: int
     load: int
     store: int
-    seconds: float
     error: str
 
 
@@ -58,28 +58,28 @@ def ints(count: int) -> torch.Tensor:
     return meta(count, dtype=torch.int32)
 
 
-def mask_cases():
+def mask_cases(full: bool):
     from maefast.kernels.mask import token_mask
 
-    for name, dtype in DTYPES.items():
-        for batch, tokens in ((256, 196), (64, 50), (64, 784), (32, 1568), (8, 4096), (8, 8192)):
+    sizes = {"f32": (196, 8192), "bf16": (196, 1568)}
+    if full:
+        sizes = dict.fromkeys(DTYPES, (50, 196, 784, 1568, 4096, 8192))
+        yield "f32 N=16384 score (large)", token_mask, (meta(2, 16384), ints(3), 8192, False)
+    for name, lengths in sizes.items():
+        for tokens in lengths:
             for by_position in (False, True):
                 order = "position" if by_position else "score"
-                args = meta(batch, tokens, dtype=dtype), ints(batch + 1), batch * tokens // 4, by_position
+                args = meta(8, tokens, dtype=DTYPES[name]), ints(9), 2 * tokens, by_position
                 yield f"{name} N={tokens} {order}", token_mask, args
-    yield "f32 N=16384 score (large)", token_mask, (meta(2, 16384), ints(3), 8192, False)
 
 
-def embed_cases():
+def embed_cases(full: bool):
     from maefast.kernels import embed
 
-    for name, dtype in DTYPES.items():
-        for batch, tokens, width, prefix in (
-            (256, 196, 768, 1),
-            (64, 196, 192, 0),
-            (32, 100, 70, 3),
-            (256, 256, 1280, 1),
-        ):
+    shapes = [(256, 196, 768, 1), (32, 100, 70, 3)]  # the usual width, and one that no vector access fits
+    shapes += [(64, 196, 192, 0), (256, 256, 1280, 1)] if full else []
+    for name, dtype in (DTYPES if full else {"bf16": torch.bfloat16}).items():
+        for batch, tokens, width, prefix in shapes:
             rows, kept, cu = batch * tokens, batch * (tokens // 4), ints(batch + 1)
             label = f"{name} N={tokens} D={width} P={prefix}"
             x = meta(batch, prefix + tokens, width, dtype=dtype)
@@ -90,82 +90,108 @@ def embed_cases():
             pos, lead = meta(tokens, width), meta(prefix, width) if prefix else None
             yield f"{label} -> f32", embed.place_tokens, (y, ints(kept), cu, tokens, pos, lead)
             yield label, embed.place_tokens_backward, (wide, ints(rows), cu, prefix, True, prefix > 0, dtype)
-            yield f"{label} no sums", embed.place_tokens_backward, (wide, ints(rows), cu, prefix, False, False, dtype)
-        for shape, patch in (
-            ((256, 3, 1, 224, 224), (1, 16, 16)),
-            ((128, 3, 1, 224, 224), (1, 14, 14)),
-            ((32, 3, 16, 224, 224), (2, 16, 16)),
-            ((64, 1, 1, 1024, 128), (1, 16, 16)),
-            ((64, 3, 1, 64, 64), (1, 8, 8)),
-        ):
-            tokens = shape[2] // patch[0] * (shape[3] // patch[1]) * (shape[4] // patch[2])
-            values = shape[1] * patch[0] * patch[1] * patch[2]
+            if full:
+                args = wide, ints(rows), cu, prefix, False, False, dtype
+                yield f"{label} no sums", embed.place_tokens_backward, args
+        images = [((256, 3, 1, 224, 224), (1, 16, 16)), ((128, 3, 1, 224, 224), (1, 14, 14))]
+        if full:
+            images += [
+                ((32, 3, 16, 224, 224), (2, 16, 16)),
+                ((64, 1, 1, 1024, 128), (1, 16, 16)),
+                ((64, 3, 1, 64, 64), (1, 8, 8)),
+            ]
+        for shape, patch in images:
+            tokens = math.prod(shape[2:]) // math.prod(patch)
             kept = shape[0] * (tokens // 4)
             label = f"f32 -> {name} C={shape[1]} p={patch}"
             yield label, embed.patch_rows, (meta(*shape), ints(kept), patch, dtype)
-            grad = meta(kept, values, dtype=dtype)
+            grad = meta(kept, shape[1] * math.prod(patch), dtype=dtype)
             yield label, embed.patch_rows_backward, (grad, ints(shape[0] * tokens), shape, patch, torch.float32)
 
 
-def restore_cases():
+def restore_cases(full: bool):
     from maefast.kernels import restore
 
-    for name, dtype in DTYPES.items():
-        for batch, tokens, width, prefix in ((256, 196, 512, 1), (64, 1568, 384, 0), (32, 100, 70, 3)):
+    shapes = [(256, 196, 512, 1), *([(64, 1568, 384, 0), (32, 100, 70, 3)] if full else [])]
+    for name, dtype in (DTYPES if full else {"f32": torch.float32, "bf16": torch.bfloat16}).items():
+        for batch, tokens, width, prefix in shapes:
             kept, cu, token = batch * (tokens // 4), ints(batch + 1), meta(width, dtype=dtype)
             lists = ints(kept), ints(batch * tokens - kept)
             x, pos = meta(kept + batch * prefix, width, dtype=dtype), meta(prefix + tokens, width, dtype=dtype)
             grad = meta(batch, prefix + tokens, width, dtype=dtype)
+            sums = [(prefix + tokens, False, True), (0, False, True)]
+            sums += [(tokens, True, True), (0, False, False)] if full else []
             for first in (False, True):
                 label = f"{name} N={tokens} D={width} P={prefix}{' visible first' if first else ''}"
                 yield label, restore.restore_tokens, (x, *lists, cu, token, pos, prefix, first, False)
                 plan = (*lists, ints(batch * tokens), cu)
-                for rows, on_masked, need in (
-                    (prefix + tokens, False, True),
-                    (0, False, True),
-                    (tokens, True, True),
-                    (0, False, False),
-                ):
-                    sums = f" pos rows {rows}{' masked' if on_masked else ''}{', mask token' if need else ''}"
+                for rows, on_masked, need in sums:
+                    text = f"{label} pos rows {rows}{' masked' if on_masked else ''}{', mask token' if need else ''}"
                     args = (grad, *plan, rows, prefix, first, on_masked, need, dtype)
-                    yield label + sums, restore.restore_tokens_backward, args
+                    yield text, restore.restore_tokens_backward, args
 
 
-def loss_cases():
+def loss_cases(full: bool):
     from maefast.kernels import loss
 
-    shapes = (
-        ("16x16x3", (256, 3, 1, 224, 224), (1, 16, 16), (0, 1, 2, 3)),
-        ("14x14x3", (128, 3, 1, 224, 224), (1, 14, 14), (1,)),
-        ("2x16x16x3", (32, 3, 16, 224, 224), (2, 16, 16), (1, 2)),
-        ("8x8x3", (64, 3, 1, 64, 64), (1, 8, 8), (1,)),
-        ("4x4x1", (64, 1, 1, 32, 32), (1, 4, 4), (1,)),
-        ("32x32x3", (64, 3, 1, 224, 224), (1, 32, 32), (1, 2)),
-        ("4x32x32x2", (2, 2, 4, 224, 224), (4, 32, 32), (1,)),
-        ("4x64x64x2 (large)", (1, 2, 4, 256, 256), (4, 64, 64), (1,)),
-    )
+    shapes = [
+        ("16x16x3", (256, 3, 1, 224, 224), (1, 16, 16), (0, 1, 2, 3) if full else (1,)),
+        ("2x16x16x3", (32, 3, 16, 224, 224), (2, 16, 16), (1, 2) if full else (2,)),
+    ]
+    if full:
+        shapes += [
+            ("14x14x3", (128, 3, 1, 224, 224), (1, 14, 14), (1,)),
+            ("8x8x3", (64, 3, 1, 64, 64), (1, 8, 8), (1,)),
+            ("4x4x1", (64, 1, 1, 32, 32), (1, 4, 4), (1,)),
+            ("32x32x3", (64, 3, 1, 224, 224), (1, 32, 32), (1, 2)),
+            ("4x32x32x2", (2, 2, 4, 224, 224), (4, 32, 32), (1,)),
+            ("4x64x64x2 (large)", (1, 2, 4, 256, 256), (4, 64, 64), (1,)),
+        ]
+    layouts = ((True, False, 0), (False, True, 1)) if full else ((True, False, 0),)
     for label, shape, patch, norms in shapes:
-        tokens = shape[2] // patch[0] * (shape[3] // patch[1]) * (shape[4] // patch[2])
-        values = shape[1] * patch[0] * patch[1] * patch[2]
+        tokens, values = math.prod(shape[2:]) // math.prod(patch), shape[1] * math.prod(patch)
         count = shape[0] * (tokens - tokens // 4)
-        for name, dtype in DTYPES.items():
+        images = meta(*shape)
+        for name, dtype in (DTYPES if full else {"bf16": torch.bfloat16}).items():
             for norm in norms:
-                for packed, first, kind in ((True, False, 0), (False, True, 1)):
-                    images = meta(*shape)
+                for packed, first, kind in layouts:
                     pred = meta(count if packed else shape[0] * tokens, values, dtype=dtype)
                     args = (patch, packed, first, norm, kind, 1.0)
                     text = f"{name} {label} norm {norm} {'cpp' if first else 'ppc'}"
                     yield text, loss.patch_loss, (pred, images, ints(count), *args)
                     stats = meta(count, shape[1] if norm == 2 else 1, 2)
-                    index = ints(count), ints(shape[0] * tokens)
-                    back = (meta(count), pred, images, *index, stats, *args)
+                    lists = ints(count), ints(shape[0] * tokens)
+                    back = (meta(count), pred, images, *lists, stats, *args)
                     for images_too in (False, True):
                         more = text + (" grad images" if images_too else "")
                         yield more, loss.patch_loss_backward, (*back, images_too)
 
 
-def record() -> list[Launch]:
-    """Every distinct launch of all cases."""
+def wide_cases(full: bool):
+    """Sizes at which row or segment numbers, or offsets in one image, pass 2^31."""
+    from maefast.kernels import embed, loss, restore
+
+    batch, tokens, width = 2**21, 1023, 16
+    cu, lists = ints(batch + 1), (ints(batch), ints(batch * 1022))
+    packed, token = meta(4 * batch, width), meta(width)
+    yield "wide", embed.gather_tokens_backward, (packed, ints(batch * tokens), cu, 3, True, False)
+    yield "wide", restore.restore_tokens, (packed, *lists, cu, token, None, 3, False, False)
+    video, patch = (8, 3, 1024, 1024, 1024), (2, 16, 16)
+    tokens = 512 * 64 * 64
+    grad, slot = meta(8 * tokens, 1536), ints(8 * tokens)
+    yield "wide", embed.patch_rows_backward, (meta(8, 1536), slot, (8, 16, 1024, 1024, 1024), (2, 16, 2), torch.float32)
+    yield "wide", embed.patch_rows, (meta(8, 16, 1024, 1024, 1024), ints(2**29), (2, 16, 2), torch.float32)
+    args = patch, True, False, 1, 0, 1.0
+    yield "wide", loss.patch_loss, (grad, meta(*video), slot, *args)
+    stats = meta(8 * tokens, 1, 2)
+    yield "wide", loss.patch_loss_backward, (slot.float(), grad, meta(*video), slot, slot, stats, *args, True)
+
+
+CASES = (mask_cases, embed_cases, restore_cases, loss_cases, wide_cases)
+
+
+def record(full: bool) -> list[Launch]:
+    """Every distinct launch of the cases."""
     from triton.runtime.jit import JITFunction
 
     seen: dict[str, Launch] = {}
@@ -197,8 +223,8 @@ def record() -> list[Launch]:
 
     original, JITFunction.run = JITFunction.run, run
     try:
-        for cases in (mask_cases, embed_cases, restore_cases, loss_cases):
-            for label, op, args in cases():  # noqa: B007 (run reads it)
+        for cases in CASES:
+            for label, op, args in cases(full):  # noqa: B007 (run reads it)
                 op(*args)
     finally:
         JITFunction.run = original
@@ -213,27 +239,16 @@ def compile_one(job: tuple[Launch, int]) -> Result:
     from triton.compiler import ASTSource
 
     launch, target = job
-    start = time.perf_counter()
     try:
         function = getattr(importlib.import_module(launch.module), launch.kernel)
         source = ASTSource(function, launch.signature, launch.constants, launch.attributes)
         kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=launch.options)
     except Exception as error:
-        return Result(launch, target, 0, 0, 0, 0, 0, time.perf_counter() - start, f"{type(error).__name__}: {error}")
-    seconds = time.perf_counter() - start
+        return Result(launch, target, 0, 0, 0, 0, 0, f"{type(error).__name__}: {error}")
     registers, stack, static = resources(kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
-    return Result(
-        launch,
-        target,
-        registers,
-        stack,
-        static + kernel.metadata.shared,
-        widest(ptx, "ld"),
-        widest(ptx, "st"),
-        seconds,
-        "",
-    )
+    shared = static + kernel.metadata.shared
+    return Result(launch, target, registers, stack, shared, widest(ptx, "ld"), widest(ptx, "st"), "")
 
 
 def resources(cubin: bytes) -> tuple[int, int, int]:
@@ -265,10 +280,10 @@ def widest(ptx: str, kind: str) -> int:
     return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
 
 
-def run_all(targets=TARGETS, jobs: int = 2) -> list[Result]:
-    work = [(launch, target) for launch in record() for target in targets]
+def run_all(full: bool = False, targets=TARGETS, jobs: int = 2) -> list[Result]:
+    work = [(launch, target) for launch in record(full) for target in targets]
     with ProcessPoolExecutor(jobs) as pool:
-        return list(pool.map(compile_one, work, chunksize=4))
+        return list(pool.map(compile_one, work, chunksize=2))
 
 
 def problem(result: Result) -> str:
@@ -286,9 +301,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS)
+    parser.add_argument("--full", action="store_true", help="every dtype, size and flag; ten minutes on two cores")
     args = parser.parse_args()
     start = time.perf_counter()
-    results = run_all(args.targets, args.jobs)
+    results = run_all(args.full, args.targets, args.jobs)
     print(f"{'kernel':28} {'sm':>4} {'warps':>5} {'regs':>4} {'stack':>5} {'shared':>6} {'load':>4} {'store':>5}  case")
     for r in results:
         warps = r.launch.options["num_warps"]

@@ -136,6 +136,13 @@ def test_place_tokens_mixed_and_tiles(device, dtype):
     check_place(3, 67, [67, 0, 20], 192, 0, 0, True, device, dtype, dtype)
 
 
+def test_numbers_beyond_32_bits(device, dtype, monkeypatch):
+    # The 64-bit variants, at small sizes: what they guard against needs more memory than a test should take.
+    monkeypatch.setattr(embed, "INT32", 0)
+    check_gather(3, 67, [67, 0, 20], 48, 3, 0, device, dtype)
+    check_patch_rows(2, 3, (2, 3, 2), (2, 4, 6), 1, device, dtype, dtype)
+
+
 def test_refuses_float64(device):
     x = torch.zeros(1, 4, 8, dtype=torch.float64, device=device)
     index, cu = (torch.tensor(v, dtype=torch.int32, device=device) for v in ([0, 1], [0, 2]))

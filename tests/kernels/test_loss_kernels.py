@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maefast.kernels import loss
 from maefast.kernels.loss import MAX_PATCH, patch_loss, patch_loss_backward
 from maefast.ops.loss import patch_loss_reference
 from tests.kernels.support import assert_close, property_test, random_plan, random_tensor
@@ -98,6 +99,12 @@ def test_constant_patches_stay_finite(device, norm):
     torch.testing.assert_close(each, (pred**2).mean(1), rtol=1e-5, atol=0)
     grads = patch_loss_backward(torch.ones_like(each), pred, images, plan.masked, plan.slot, stats, *args, True)
     assert all(bool(g.isfinite().all()) for g in grads)
+
+
+def test_numbers_beyond_32_bits(device, dtype, monkeypatch):
+    # The 64-bit variant, at a small size: what it guards against needs more memory than a test should take.
+    monkeypatch.setattr(loss, "INT32", 0)
+    check(2, 3, (1, 2, 2), (2, 4, 6), [1, 2], 6, True, False, 1, 0, device, dtype)
 
 
 def test_refuses_what_it_cannot_hold(device):

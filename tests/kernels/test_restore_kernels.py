@@ -102,6 +102,13 @@ def test_all_and_none_visible(device, dtype):
         check(2, 9, 0, 24, 0, 0, "tokens", visible_first, device, dtype, dtype)
 
 
+def test_numbers_beyond_32_bits(device, dtype, monkeypatch):
+    # The 64-bit variant, at a small size: what it guards against needs more memory than a test should take.
+    monkeypatch.setattr(restore, "INT32", 0)
+    for visible_first in (False, True):
+        check(3, 67, [67, 0, 20], 48, 3, 0, "all", visible_first, device, dtype, dtype)
+
+
 def test_refuses_float64(device):
     ints = lambda *v: torch.tensor(v, dtype=torch.int32, device=device)  # noqa: E731
     x = torch.zeros(1, 8, dtype=torch.float64, device=device)
