@@ -52,6 +52,20 @@ Tensor bias_gelu(const Tensor& x, const std::optional<Tensor>& bias, bool tanh);
 std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x,
                                               const std::optional<Tensor>& bias, bool tanh, bool need_bias);
 
+// attention.cpp
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q, const std::optional<Tensor>& kv,
+                                                     const std::optional<Tensor>& cu_q,
+                                                     const std::optional<Tensor>& cu_k, int64_t batch,
+                                                     int64_t max_q, int64_t max_k, double scale, bool causal,
+                                                     const std::optional<Tensor>& key_bias,
+                                                     const std::optional<Tensor>& marked, bool stats);
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad, const std::optional<Tensor>& grad_lse, const std::optional<Tensor>& grad_entropy,
+    const std::optional<Tensor>& grad_mass, const Tensor& q, const std::optional<Tensor>& kv, const Tensor& out,
+    const Tensor& lse, const Tensor& entropy, const Tensor& mass, const std::optional<Tensor>& cu_q,
+    const std::optional<Tensor>& cu_k, int64_t batch, int64_t max_q, int64_t max_k, double scale, bool causal,
+    const std::optional<Tensor>& key_bias, const std::optional<Tensor>& marked, bool need_bias);
+
 // loss.cpp
 std::tuple<Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& images, const Tensor& index,
                                       const std::vector<int64_t>& patch, bool packed, bool channels_first,

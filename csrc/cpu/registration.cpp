@@ -21,6 +21,9 @@ STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
   // gelu
   m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
   m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
+  // attention
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
   // loss
   m.impl("patch_loss", TORCH_BOX(&patch_loss));
   m.impl("patch_loss_backward", TORCH_BOX(&patch_loss_backward));

@@ -1,0 +1,243 @@
+// Vector arithmetic and repacking of rows for the attention kernels; internal linkage, as vec.h.
+//
+// Operands of the matrix products are 32-bit words.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace maefast::MAEFAST_ISA {
+namespace {
+
+constexpr int64_t kLane = kLanes<float>;
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kInfinity = __builtin_inff();
+
+MAEFAST_INLINE int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
+MAEFAST_INLINE int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+// Unlike vec.h's splat this compiles to a broadcast alone: 0 + a is not a where a is -0.
+MAEFAST_INLINE vec_f32 all(float a) {
+#if defined(__AVX512F__)
+  return (vec_f32)_mm512_set1_ps(a);
+#elif defined(__AVX2__)
+  return (vec_f32)_mm256_set1_ps(a);
+#else
+  return vec_f32{a, a, a, a};
+#endif
+}
+
+MAEFAST_INLINE vec_f32 fma(vec_f32 a, vec_f32 b, vec_f32 c) {
+#if defined(__AVX512F__)
+  return (vec_f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (vec_f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The larger; b where one of them is NaN.
+MAEFAST_INLINE vec_f32 larger(vec_f32 a, vec_f32 b) {
+#if defined(__AVX512F__)
+  return (vec_f32)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vec_f32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// 2^t for t <= 127, within 1.5 units in the last place; 0 below -126, as no subnormal is worth its time.
+MAEFAST_INLINE vec_f32 exp2(vec_f32 t) {
+#if defined(__AVX512F__)
+  const vec_f32 n = (vec_f32)_mm512_maskz_roundscale_ps(-1, (__m512)t, 8);  // to the nearest integer
+#else
+  const vec_f32 shift = all(12582912.f);  // 1.5 * 2^23: the integer lands in the low bits
+  const vec_f32 shifted = t + shift;
+  const vec_f32 n = shifted - shift;
+#endif
+  const vec_f32 r = t - n;
+  vec_f32 p = all(1.5345812e-4f);  // minimax polynomial of 2^r on [-1/2, 1/2], relative error 1.9e-9
+  p = fma(p, r, all(1.3399931e-3f));
+  p = fma(p, r, all(9.6184890e-3f));
+  p = fma(p, r, all(5.5503288e-2f));
+  p = fma(p, r, all(2.4022647e-1f));
+  p = fma(p, r, all(6.9314721e-1f));
+  p = fma(p, r, all(1.f));
+#if defined(__AVX512F__)
+  const __mmask16 keep = _mm512_cmp_ps_mask((__m512)t, (__m512)all(-126.f), _CMP_NLT_UQ);
+  return (vec_f32)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)n);
+#else
+  const vec_f32 power = (vec_f32)(((vec_u32)shifted << 23) + (127u << 23));
+  return (vec_f32)((vec_u32)(p * power) & ~(vec_u32)(t < -126.f));
+#endif
+}
+
+// Natural logarithm, of normal numbers, 0 and NaN.
+MAEFAST_INLINE vec_f32 log(vec_f32 x) {
+  const vec_i32 bits = (vec_i32)x;
+  const vec_i32 e = (bits - 0x3f3504f3) >> 23;  // x = m * 2^e with m in [sqrt(1/2), sqrt(2))
+  const vec_f32 f = (vec_f32)(bits - (e << 23)) - 1.f;
+  const vec_f32 s = f / (f + 2.f);  // log(1 + f) = 2 artanh(s)
+  const vec_f32 z = s * s;
+  vec_f32 p = fma(all(2.f / 9), z, all(2.f / 7));
+  p = fma(p, z, all(2.f / 5));
+  p = fma(p, z, all(2.f / 3));
+  p = fma(p * z, s, s + s);
+  const vec_f32 r = fma(__builtin_convertvector(e, vec_f32), all(kLn2), p);
+  return x > 0.f ? r : (x == 0.f ? all(-kInfinity) : x);
+}
+
+// ---- rows ----
+
+// The first n < kLane elements of a row; the other lanes are zero.
+template <class T>
+MAEFAST_INLINE vec_f32 load_some(const T* p, int64_t n) {
+#if defined(__AVX512BW__)
+  const __mmask16 mask = __mmask16((1u << n) - 1);
+  if constexpr (sizeof(T) == 4) {
+    return (vec_f32)_mm512_maskz_loadu_ps(mask, p);
+  } else {
+    const half_u16 h = (half_u16)_mm256_maskz_loadu_epi16(mask, p);
+    return is_same<T, bf16> ? bf16_to_f32(h) : f16_to_f32(h);
+  }
+#else
+  return load<float>(p, int(n));
+#endif
+}
+
+template <class T>
+MAEFAST_INLINE void store_some(T* p, vec_f32 v, int64_t n) {
+#if defined(__AVX512BW__)
+  const __mmask16 mask = __mmask16((1u << n) - 1);
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  } else {
+    const half_u16 h = is_same<T, bf16> ? f32_to_bf16(v) : f32_to_f16(v);
+    _mm256_mask_storeu_epi16(p, mask, (__m256i)h);
+  }
+#else
+  store<float>(p, v, int(n));
+#endif
+}
+
+// out = x * factor, n elements, converted.
+template <class T>
+MAEFAST_INLINE void scale_row(const float* x, float factor, T* out, int64_t n) {
+  const vec_f32 f = all(factor);
+  int64_t i = 0;
+  for (; i + kLane <= n; i += kLane) store<float>(out + i, load<float>(x + i) * f);
+  if (i < n) store_some(out + i, load<float>(x + i) * f, n - i);
+}
+
+// dst[i] = row i of src in float32, padded with zeros to a multiple of kLane.
+template <class T>
+MAEFAST_INLINE void widen_rows(const T* src, int64_t stride, int64_t rows, int64_t width, float* dst) {
+  for (int64_t r = 0; r < rows; ++r, src += stride) {
+    int64_t i = 0;
+    for (; i + kLane <= width; i += kLane, dst += kLane) store<float>(dst, load<float>(src + i));
+    if (i < width) {
+      store<float>(dst, load_some(src + i, width - i));
+      dst += kLane;
+    }
+  }
+}
+
+#if defined(__AVX512F__)
+MAEFAST_INLINE void transpose(vec_f32 (&x)[16]) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_maskz_unpacklo_ps(-1, (__m512)x[i], (__m512)x[i + 1]);
+    a[i + 1] = _mm512_maskz_unpackhi_ps(-1, (__m512)x[i], (__m512)x[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // b[i + c]: lane 4g + r is x[i + r][4g + c]
+    b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even_low = _mm512_maskz_shuffle_f32x4(-1, b[c], b[4 + c], 0x88);
+    const __m512 odd_low = _mm512_maskz_shuffle_f32x4(-1, b[c], b[4 + c], 0xdd);
+    const __m512 even_high = _mm512_maskz_shuffle_f32x4(-1, b[8 + c], b[12 + c], 0x88);
+    const __m512 odd_high = _mm512_maskz_shuffle_f32x4(-1, b[8 + c], b[12 + c], 0xdd);
+    x[c] = (vec_f32)_mm512_maskz_shuffle_f32x4(-1, even_low, even_high, 0x88);
+    x[4 + c] = (vec_f32)_mm512_maskz_shuffle_f32x4(-1, odd_low, odd_high, 0x88);
+    x[8 + c] = (vec_f32)_mm512_maskz_shuffle_f32x4(-1, even_low, even_high, 0xdd);
+    x[12 + c] = (vec_f32)_mm512_maskz_shuffle_f32x4(-1, odd_low, odd_high, 0xdd);
+  }
+}
+#elif defined(__AVX2__)
+MAEFAST_INLINE void transpose(vec_f32 (&x)[8]) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps((__m256)x[i], (__m256)x[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps((__m256)x[i], (__m256)x[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    x[c] = (vec_f32)_mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+    x[4 + c] = (vec_f32)_mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+  }
+}
+#else
+MAEFAST_INLINE void transpose(vec_f32 (&x)[4]) {
+  const vec_f32 a = {x[0][0], x[1][0], x[2][0], x[3][0]}, b = {x[0][1], x[1][1], x[2][1], x[3][1]};
+  const vec_f32 c = {x[0][2], x[1][2], x[2][2], x[3][2]}, d = {x[0][3], x[1][3], x[2][3], x[3][3]};
+  x[0] = a;
+  x[1] = b;
+  x[2] = c;
+  x[3] = d;
+}
+#endif
+
+// dst[w * ld + i] = element w of row i of src in float32; lanes beyond the last row, up to a multiple of
+// kLane, are zero.
+template <class T>
+MAEFAST_INLINE void transpose_rows(const T* src, int64_t stride, int64_t rows, int64_t width, float* dst,
+                                   int64_t ld) {
+  for (int64_t r = 0; r < rows; r += kLane) {
+    const int64_t here = least(kLane, rows - r);
+    for (int64_t w = 0; w < width; w += kLane) {
+      const int64_t words = least(kLane, width - w);
+      const T* corner = src + r * stride + w;
+      vec_f32 x[kLane];
+      if (here == kLane && words == kLane) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLane; ++i) x[i] = load<float>(corner + i * stride);
+      } else {
+        const int64_t last = here - 1;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLane; ++i) {  // rows beyond the last one repeat it, then are dropped
+          const T* row = corner + (i < here ? i : last) * stride;
+          x[i] = words == kLane ? load<float>(row) : load_some(row, words);
+          x[i] = i < here ? x[i] : vec_f32{};
+        }
+      }
+      transpose(x);
+      float* to = dst + w * ld + r;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLane; ++i)
+        if (i < words) store<float>(to + i * ld, x[i]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace maefast::MAEFAST_ISA
