@@ -1,4 +1,4 @@
-"""The configuration of a pre-training run: one dataclass, checked before anything starts, dumped beside the results."""
+"""The configuration of a pre-training run: one dataclass, checked before anything starts, dumped beside results."""
 
 from __future__ import annotations
 
@@ -58,9 +58,10 @@ class PretrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        self.data, self.output_dir, self.resume = str(self.data), str(self.output_dir), str(self.resume)
         self.crop_scale = tuple(self.crop_scale)
-        if isinstance(self.img_size, tuple):
-            self.img_size = list(self.img_size)
+        if isinstance(self.img_size, (tuple, list)):
+            self.img_size = self.img_size[0] if len(self.img_size) == 1 else list(self.img_size)
 
     def check(self) -> None:
         """Raise ConfigError for the first option that makes no sense."""
@@ -69,9 +70,12 @@ class PretrainConfig:
             if not good:
                 raise ConfigError(text)
 
-        must(
-            bool(str(self.data)), "--data is missing: give a folder of images, or 'skimage' for the shipped photographs"
-        )
+        for entry in fields(self):
+            value, (wanted, *optional) = getattr(self, entry.name), str(entry.type).split(" | ")
+            if wanted in _TYPES and len(optional) < 2 and not (optional and value is None):
+                kinds = (int, float) if wanted == "float" else (_TYPES[wanted],)
+                must(type(value) in kinds, f"{_flag(entry.name)} must be {wanted}, not {value!r}")
+        must(bool(self.data), "--data is missing: give a folder of images, or 'skimage' for the shipped photographs")
         for name in ("batch_size", "accum", "save_every", "keep", "log_every"):
             must(getattr(self, name) >= 1, f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in ("workers", "cache_mb", "picture_every", "picture_rows", "weight_decay", "min_lr"):
@@ -91,7 +95,10 @@ class PretrainConfig:
         must(self.amp in ("no", "bf16", "fp16"), f"--amp must be no, bf16 or fp16, not {self.amp!r}")
         must(self.device in ("auto", "cpu"), f"--device must be auto or cpu, not {self.device!r}")
         sizes = self.img_size if isinstance(self.img_size, list) else [self.img_size]
-        must(len(sizes) in (1, 2) and all(s is None or s >= 1 for s in sizes), f"--img-size cannot be {self.img_size}")
+        must(
+            len(sizes) <= 2 and len(sizes) > 0 and all(s is None or s >= 1 for s in sizes),
+            f"--img-size cannot be {self.img_size}",
+        )
         if self.patch_size is not None:
             must(self.patch_size >= 1, f"--patch-size must be at least 1, not {self.patch_size}")
             for size in sizes:
@@ -133,7 +140,7 @@ def load_config(path: str | Path) -> dict[str, Any]:
 
 
 def parse_model_args(pairs: list[str]) -> dict[str, Any]:
-    """["width=192", "pos=learned"] -> {"width": 192, "pos": "learned"}; values are read as JSON where they can be."""
+    """Read ["depth=4", "positions=learned"] as {"depth": 4, "positions": "learned"}: JSON where it is, else text."""
     args = {}
     for pair in pairs:
         name, sign, text = pair.partition("=")
@@ -161,6 +168,9 @@ def default_workers() -> int:
     return max(0, min(8, cores - 1))
 
 
+_TYPES = {"int": int, "float": float, "bool": bool, "str": str}
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -173,7 +183,7 @@ HARMLESS = {
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """ "name: old -> new" for every option whose change alters the loss sequence. (The data and the length of the run
-    are compared by what they come to: the list of images and the number of steps.)"""
+    """Lines "name: old -> new" for every option whose change alters the loss sequence. (The data and the length of the
+    run are compared by what they come to: the list of images and the number of steps.)"""
     names = [f.name for f in fields(PretrainConfig) if f.name not in HARMLESS]
     return [f"{name}: {old[name]} -> {new[name]}" for name in names if name in old and old[name] != new[name]]

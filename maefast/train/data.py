@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ class Augment:
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         box = self.box(image.width, image.height, rng)
         size = (self.size[1], self.size[0])
-        image = image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=REDUCING_GAP)
+        # Cut first: with resize(box=...) the filter would also see pixels outside of the box.
+        image = image.crop(box).resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.flip else image
 
 
@@ -174,7 +176,7 @@ class Loader:
         self.dataset = dataset
         self.bad: dict[str, str] = {}
         self.waited = 0.0
-        self._loader = DataLoader(
+        loader = DataLoader(
             dataset,
             batch_sampler=positions,
             num_workers=workers,
@@ -182,13 +184,14 @@ class Loader:
             pin_memory=pin,
             worker_init_fn=_worker_init,
             prefetch_factor=4 if workers else None,
+            # Under "forkserver" (the default from Python 3.14 on) workers would outlive a killed run: torch's watchdog
+            # in them looks at their parent, which then is the server, and the server lives as long as they do.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
-        self._iterator = None
+        self._iterator = iter(loader)  # starts the workers
 
     def next(self) -> Batch:
         began = time.perf_counter()
-        if self._iterator is None:
-            self._iterator = iter(self._loader)
         batch = next(self._iterator)
         self.waited += time.perf_counter() - began
         self.bad.update(batch.bad)

@@ -11,59 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from maefast.models.convert import encoder_state, mae_to_hf
+
 from .data import MEAN, STD
 from .errors import ConfigError
 from .weights import infer_arguments, make_model, open_weights
 
-Tensors = dict[str, torch.Tensor]
-
-
-def timm_encoder(tensors: Tensors) -> Tensors:
-    """The encoder under the names of timm's VisionTransformer (num_classes=0): the original's names, no decoder."""
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(("decoder_", "mask_token"))}
-
-
-_HF_TOP = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-}
-_HF_BLOCK = {"norm1": "layernorm_before", "norm2": "layernorm_after", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-_HF4_BLOCK = {**_HF_BLOCK, "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
-# (prefix of the blocks, names inside a block, q / k / v, output projection)
-_HF_LAYOUTS = {
-    "hf": ("layers", _HF_BLOCK, "attention.{}_proj", ("q", "k", "v"), "attention.o_proj"),
-    "hf4": (
-        "encoder.layer",
-        _HF4_BLOCK,
-        "attention.attention.{}",
-        ("query", "key", "value"),
-        "attention.output.dense",
-    ),
-}
-
-
-def hf_encoder(tensors: Tensors, layout: str = "hf") -> Tensors:
-    """The encoder under the names of transformers' ViTModel: "hf" for 5.x, "hf4" for 4.x (which 5.x loads too).
-
-    The fused qkv [3 D, D] becomes three matrices [D, D].
-    """
-    blocks, inside, attention, parts, projection = _HF_LAYOUTS[layout]
-    result = {}
-    for name, tensor in timm_encoder(tensors).items():
-        if not name.startswith("blocks."):
-            stem, _, kind = (name, "", "") if name in _HF_TOP else name.rpartition(".")
-            result[f"{_HF_TOP[stem]}.{kind}" if kind else _HF_TOP[stem]] = tensor
-            continue
-        _, index, rest = name.split(".", 2)
-        stem, _, kind = rest.rpartition(".")
-        if stem == "attn.qkv":
-            for part, chunk in zip(parts, tensor.chunk(3), strict=True):
-                result[f"{blocks}.{index}.{attention.format(part)}.{kind}"] = chunk
-        else:
-            result[f"{blocks}.{index}.{projection if stem == 'attn.proj' else inside[stem]}.{kind}"] = tensor
-    return result
+_HF_LAYOUTS = {"hf": "5", "hf4": "4"}  # major versions of transformers; 5 reads the names of 4 too
 
 
 def hf_config(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -104,9 +58,9 @@ def export_file(path: str | Path, output: str | Path, format: str, name: str | N
         raise ConfigError(f"{output}: give a file name that ends in .safetensors or .pth")
     metadata = {"format": "pt"}
     if format == "timm":
-        tensors = timm_encoder(weights.tensors)
+        tensors = encoder_state(weights.tensors)  # timm's ViT has the original's names
     elif format in _HF_LAYOUTS:
-        tensors = hf_encoder(weights.tensors, format)
+        tensors = mae_to_hf(encoder_state(weights.tensors), _HF_LAYOUTS[format], prefix="")
     elif format == "mae":
         tensors = weights.tensors
         if weights.config:

@@ -144,9 +144,9 @@ def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The largest centred box of the shape of `size` = (height, width), resized to it (bicubic)."""
     height, width = size
     scale = min(image.width / width, image.height / height)
-    box_w, box_h = width * scale, height * scale
-    left, top = (image.width - box_w) / 2, (image.height - box_h) / 2
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + box_w, top + box_h))
+    w, h = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (image.width - w) // 2, (image.height - h) // 2
+    return image.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def to_uint8(image: Image.Image) -> np.ndarray:

@@ -1,4 +1,8 @@
-"""Reconstruction pictures: original | masked | reconstruction | pasted, one row per image."""
+"""Reconstruction pictures: original | masked | reconstruction | pasted, one row per image.
+
+The third column shows the masked patches only, the complement of the second: no loss ever scores a visible patch, so
+what a masked autoencoder predicts there is noise.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +72,8 @@ def reconstruct(model, examples: Examples, mask_ratio: float, device) -> list[to
         result = model.reconstruct(images, mask_ratio=mask_ratio, noise=examples.noise.to(device))
     finally:
         model.train(training)
-    columns = (result.original, result.masked, result.reconstruction, result.pasted)
+    rebuilt = result.reconstruction.where(result.mask.bool(), torch.zeros_like(result.reconstruction))
+    columns = (result.original, result.masked, rebuilt, result.pasted)
     return [_to_pixels(column, mean, std) for column in columns]
 
 

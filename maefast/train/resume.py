@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from typing import TYPE_CHECKING
 
 from . import checkpoint
 from .config import PretrainConfig, differences
 from .errors import CheckpointError, ConfigError
 from .images import ImageSet
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def choose_checkpoint(accelerator: Accelerator, resume: str, out: Path) -> tuple[Path | None, list[str]]:
@@ -22,6 +23,8 @@ def choose_checkpoint(accelerator: Accelerator, resume: str, out: Path) -> tuple
     if accelerator.is_main_process:
         answer = list(_choose(resume, out / "checkpoints"))
     if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
         broadcast_object_list(answer)
     return answer[0], answer[1]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
+
+from maefast.models.checkpoint import read_state_dict
 
 from . import checkpoint
 from .config import PretrainConfig
@@ -23,10 +24,7 @@ def build_model(config: PretrainConfig, create: Callable[..., nn.Module] | None 
     """The model a configuration asks for, freshly initialised from torch's global generator."""
     arguments = {"norm_pix_loss": config.norm_pix, **config.model_args}
     if config.img_size is not None:
-        size = config.img_size
-        arguments["img_size"] = tuple(size) if isinstance(size, list) and len(size) == 2 else size
-        if isinstance(size, list) and len(size) == 1:
-            arguments["img_size"] = size[0]
+        arguments["img_size"] = config.img_size
     if config.patch_size is not None:
         arguments["patch_size"] = config.patch_size
     model = create_model(config.model, arguments, create)
@@ -78,8 +76,8 @@ class Weights:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Read weights from a run's folder (its newest checkpoint), a checkpoint folder, a .safetensors file, or a PyTorch
-    file as facebookresearch/mae publishes them ({"model": ...}; unpickled with weights_only=True).
+    """Read weights from a run's folder (its newest checkpoint), a checkpoint folder, or any file that
+    `maefast.models.checkpoint.read_state_dict` reads: .safetensors, facebookresearch/mae's .pth, HF's ViT and ViTMAE.
 
     Raises:
         CheckpointError: no such file, or not weights of a masked autoencoder.
@@ -88,39 +86,22 @@ def open_weights(path: str | Path) -> Weights:
     if path.is_dir():
         from .resume import resolve
 
-        path = resolve(path)[0] / checkpoint.MODEL
+        foreign = (path / checkpoint.MODEL).is_file() and not (path / checkpoint.STATE).is_file()  # an HF folder
+        path = (path if foreign else resolve(path)[0]) / checkpoint.MODEL
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     config = None
-    if path.suffix == ".safetensors":
-        try:
+    try:
+        tensors = read_state_dict(path)
+        if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 config = json.loads((file.metadata() or {}).get("maefast", "null"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        tensors = checkpoint.load_weights(path)
-    else:
-        tensors = _read_pickle(path)
-    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    except Exception as error:  # UnpicklingError, RuntimeError (zip), SafetensorError, EOFError, KeyError, ...
+        raise CheckpointError(f"{path} cannot be read as weights: {error}") from error
     missing = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"} - set(tensors)
     if missing:
         raise CheckpointError(f"{path} does not hold a masked autoencoder: {', '.join(sorted(missing))} missing in it")
     return Weights(tensors, config, path)
-
-
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        # Training checkpoints of facebookresearch/mae also hold their options as an argparse.Namespace, a plain record.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            document = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # UnpicklingError, RuntimeError (zip), EOFError, ...
-        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(document, dict) and isinstance(document.get(key), dict):
-            document = document[key]
-    if not isinstance(document, dict) or not all(isinstance(value, torch.Tensor) for value in document.values()):
-        raise CheckpointError(f'{path}: expected a state dict, or one under "model"')
-    return document
 
 
 # Attention heads by width: they leave no trace in the shapes. The encoders are the published sizes.

@@ -6,6 +6,7 @@ import csv
 import multiprocessing
 import os
 import signal
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +65,20 @@ def run_process(target, *arguments, wait=None) -> int:
     process.join(60)
     assert not process.is_alive(), "the process did not end within a minute"
     return process.exitcode
+
+
+def run_together(target, world: int, *arguments, told_rank: int | None = None, told_at: int | None = None) -> list[int]:
+    """Run target(rank, world, port, *arguments) in `world` processes at once; their exit statuses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        extra = (told_at,) if rank == told_rank else ()
+        processes.append(_context.Process(target=target, args=(rank, world, port, *arguments, *extra)))
+        processes[-1].start()
+    for process in processes:
+        process.join(90)
+        if process.is_alive():
+            process.kill()
+    return [process.exitcode for process in processes]

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -52,10 +54,26 @@ def test_killed_and_resumed(moment, step, resumes_at, untouched, photos, tmp_pat
 
 def test_killed_again_and_again_with_workers(untouched, photos, tmp_path):
     config = tiny_config(photos, tmp_path, clip=1.0, workers=1, save_every=2)
-    for step in (3, 9):
-        assert run_process(victims.train_and_die, config, "in a step", step) == -signal.SIGKILL
+    assert run_process(victims.train_and_die, replace(config, workers=0), "in a step", 3) == -signal.SIGKILL
+    assert run_process(victims.train_and_die, config, "in a step", 9) == -signal.SIGKILL
+    workers = [int(pid) for pid in (tmp_path / "children.txt").read_text().split()]
+    assert len(workers) == (1 if sys.platform == "linux" else 0)
+    assert gone_within(30, workers), "a loader worker outlived its killed run"
     assert run_process(victims.train, config) == 0
     assert losses(tmp_path) == untouched
+
+
+def gone_within(seconds, pids):
+    """Whether the processes end (or are zombies that nobody reaps) within so many seconds."""
+
+    def alive(pid):
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    end = time.monotonic() + seconds
+    while any(alive(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not any(alive(pid) for pid in pids)
 
 
 def test_killed_from_outside_at_no_chosen_moment(untouched, photos, tmp_path):

@@ -31,6 +31,8 @@ def train_and_die(config: PretrainConfig, moment: str, step: int) -> None:
     """Train, and die by SIGKILL at `moment` of the checkpoint of `step` (or in the middle of that training step)."""
 
     def die(*_, **__):
+        children = Path(f"/proc/self/task/{os.getpid()}/children")  # loader workers, which must not outlive us
+        Path(config.output_dir, "children.txt").write_text(children.read_text() if children.exists() else "")
         os.kill(os.getpid(), signal.SIGKILL)
 
     def at(name: str) -> bool:
@@ -89,3 +91,16 @@ def train_and_be_told(config: PretrainConfig, step: int, number: int) -> None:
 
     Run._step = step_
     train(config)
+
+
+def train_as(rank: int, world: int, port: int, config: PretrainConfig, told_at: int | None = None) -> None:
+    """One of `world` gloo processes, with the environment that torchrun would give it. `told_at`: SIGTERM then."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    torch.set_num_threads(1)
+    log = Path(config.output_dir).parent / f"rank{rank}.txt"
+    with open(log, "w", buffering=1) as file, contextlib.redirect_stdout(file):
+        if told_at is None:
+            pretrain(config)
+        else:
+            train_and_be_told(config, told_at, signal.SIGTERM)

@@ -1,0 +1,181 @@
+"""The command line: help, options into a configuration, one-line errors, the commands end to end."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import maefast
+from maefast import cli
+from maefast.train import PretrainConfig, loop
+from maefast.train.config import default_workers
+from maefast.train.options import HELP
+from tests.train.common import TINY, rows, write_photos
+
+MODEL = [f"--model-arg={name}={value}" for name, value in TINY.items()]
+SMALL = ["--model", "mae", *MODEL, "--img-size", "16", "--patch-size", "4", "--workers", "0", "--device", "cpu"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(photos, run) of `maefast pretrain`."""
+    photos = write_photos(tmp_path_factory.mktemp("photos"))
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = run("pretrain", "--data", photos, *SMALL, "--steps", 3, "--batch-size", 4, "-o", out, "--save-every", 2)
+    assert result.exit_code == 0, result.output
+    return photos, out
+
+
+def test_help_and_version():
+    assert run("--version").output.strip() == f"maefast {maefast.__version__}"
+    text = run("--help").output
+    for command in ("pretrain", "reconstruct", "export", "doctor", "bench"):
+        assert command in text
+
+
+def test_every_option_has_help_and_the_default_of_the_configuration():
+    import inspect
+
+    parameters = inspect.signature(cli.pretrain).parameters
+    options = {name for panel in HELP.values() for name in panel}
+    assert options == set(parameters) - {"ctx"}
+    fields = PretrainConfig.__dataclass_fields__
+    assert options - {"config", "model_arg"} == set(fields) - {"model_args"}
+    plain = PretrainConfig()
+    for name, parameter in parameters.items():
+        if name in fields and name != "workers":
+            default = getattr(parameter.default, "value", parameter.default)
+            assert default == getattr(plain, name), name
+    assert plain.workers == default_workers()
+
+
+def test_options_reach_the_configuration(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(loop, "pretrain", seen.append)
+    (tmp_path / "base.yaml").write_text("data: photos\nbatch_size: 8\nsteps: 100\nlr: 0.1\nmodel_args: {depth: 2}\n")
+    result = run(
+        "pretrain", "--config", tmp_path / "base.yaml", "--batch-size", 16, "--epochs", 5, "--model-arg", "mlp_ratio=2",
+        "--img-size", "32x64", "--no-norm-pix", "--amp", "bf16", "--crop-scale", 0.5, 0.9, "--blr", 1e-3, "--skip-bad",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert seen == [
+        PretrainConfig(
+            data="photos", batch_size=16, epochs=5.0, steps=None, lr=None, blr=1e-3, img_size=[32, 64], norm_pix=False,
+            amp="bf16", crop_scale=(0.5, 0.9), skip_bad=True, model_args={"depth": 2, "mlp_ratio": 2},
+        )
+    ]  # fmt: skip
+
+
+def test_pretrain_leaves_a_run_and_resumes(trained):
+    _, out = trained
+    assert len(rows(out)) == 3
+    result = run("pretrain", "--config", out / "config.yaml", "--steps", 5)
+    assert result.exit_code == 0, result.output
+    assert "resuming from" in result.output
+    assert len(rows(out)) == 5
+
+
+def test_reconstruct_and_export(trained, tmp_path):
+    photos, out = trained
+    images = sorted(photos.rglob("*.png"))[:2]
+    result = run("reconstruct", out, *images, "-o", tmp_path / "picture.png", "--mask-ratio", 0.5, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+    for name, format in (("a.safetensors", "timm"), ("folder", "hf"), ("b.safetensors", "hf4"), ("c.pth", "mae")):
+        result = run("export", out, tmp_path / name, "--format", format)
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain"], "--data is missing"),
+        (["pretrain", "--data", "/nowhere"], "no such folder"),
+        (["pretrain", "--data", "x", "--steps", 3, "--epochs", 2], "give --steps or --epochs, not both"),
+        (["pretrain", "--data", "x", "--lr", 3, "--blr", 2], "give --lr or --blr, not both"),
+        (["pretrain", "--data", "x", "--img-size", "big"], "--img-size wants"),
+        (["pretrain", "--data", "x", "--model-arg", "depth"], "NAME=VALUE"),
+        (["pretrain", "--config", "/nowhere.yaml"], "No such file"),
+        (["reconstruct", "/nowhere", "a.png"], "no such checkpoint"),
+        (["export", "/nowhere", "a.safetensors"], "no such checkpoint"),
+        (["bench", "nothing"], "no benchmark 'nothing'"),
+    ],
+)
+def test_errors_are_one_message_without_a_traceback(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_an_unreadable_image_for_reconstruct(trained, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"broken")
+    result = run("reconstruct", trained[1], tmp_path / "bad.png")
+    assert result.exit_code == 1
+    assert "bad.png" in result.output
+
+
+def test_wrong_usage_is_status_2():
+    assert run("pretrain", "--no-such-option").exit_code == 2
+    assert run("pretrain", "--amp", "fp8").exit_code == 2
+    assert run("export", "x", "y", "--format", "onnx").exit_code == 2
+
+
+@pytest.mark.parametrize("package", ["accelerate", "PIL"])
+def test_missing_extras_are_named(package, monkeypatch, tmp_path):
+    for name in list(sys.modules):
+        if name.startswith("maefast.train."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    result = run("pretrain", "--data", tmp_path)
+    assert result.exit_code == 1, result.output
+    assert "maefast[train]" in result.output
+    assert run("--help").exit_code == 0
+
+
+def test_doctor():
+    result = run("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["versions"]["maefast"] == maefast.__version__
+    assert run("doctor").exit_code == 0
+
+
+def test_bench_lists_and_runs(tmp_path, monkeypatch):
+    from maefast.train import benchmarks
+
+    folder = tmp_path / "bench"
+    (folder / "micro").mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "helper.py").write_text('"""No benchmark."""\n')
+    (folder / "step.py").write_text(
+        '"""One step of every peer."""\nimport sys\n\n\ndef main():\n    sys.exit(len(sys.argv) - 1)\n\n\n'
+        'if __name__ == "__main__":\n    main()\n'
+    )
+    (folder / "micro" / "bench_mask.py").write_text('"""The mask op."""\n')
+    monkeypatch.setattr(benchmarks, "bench_folder", lambda: folder)
+    text = run("bench").output
+    assert "step" in text
+    assert "One step of every peer." in text
+    assert "micro/mask" in text
+    assert "helper" not in text
+    assert run("bench", "step", "--preset", "demo").exit_code == 2  # its own exit status: two arguments arrived
+    assert run("bench", "nothing").exit_code == 1
+
+
+def test_bench_outside_a_checkout(monkeypatch, tmp_path):
+    from maefast.train import benchmarks
+
+    monkeypatch.setattr(benchmarks, "__file__", str(tmp_path / "site" / "maefast" / "train" / "benchmarks.py"))
+    monkeypatch.chdir(tmp_path)
+    result = run("bench")
+    assert result.exit_code == 1
+    assert "checkout" in result.output

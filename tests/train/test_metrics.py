@@ -1,0 +1,119 @@
+"""metrics.csv, TensorBoard, the progress lines, the loss curve."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maefast.train import metrics, pretrain
+from maefast.train.metrics import HEADER, MetricsFile, Progress, Row, read_rows, save_loss_curve
+from tests.train.common import rows, tiny_config
+
+
+def row(step, loss=0.1):
+    return Row(step, step / 3, loss, 1e-3, None, 100.0, 0.25)
+
+
+def test_rows_beyond_the_resumed_step_are_dropped(tmp_path):
+    path = tmp_path / "metrics.csv"
+    first = MetricsFile(path, 0)
+    first.write([row(step) for step in range(1, 6)])
+    first.close()
+    with open(path, "a") as file:
+        file.write("6,2.0,0.")  # a kill in the middle of a row
+    second = MetricsFile(path, 3)
+    second.write([row(4, 0.5)])
+    second.close()
+    found = read_rows(path)
+    assert [(r["step"], r["loss"]) for r in found] == [("1", "0.1"), ("2", "0.1"), ("3", "0.1"), ("4", "0.5")]
+    assert path.read_text().splitlines()[0] == ",".join(HEADER)
+    assert not path.with_suffix(".tmp").exists()
+
+
+def test_floats_read_back_exactly(tmp_path):
+    values = [float(np.float32(x)) for x in (1 / 3, 1e-12, 123456.789)]
+    file = MetricsFile(tmp_path / "m.csv", 0)
+    file.write([row(i, value) for i, value in enumerate(values, 1)])
+    file.close()
+    assert [float(r["loss"]) for r in read_rows(tmp_path / "m.csv")] == values
+
+
+def test_a_fresh_run_replaces_rows_of_one_killed_before_its_first_checkpoint(tmp_path):
+    path = tmp_path / "metrics.csv"
+    file = MetricsFile(path, 0)
+    file.write([row(1), row(2)])
+    file.close()
+    MetricsFile(path, 0).close()
+    assert read_rows(path) == []
+
+
+def test_tensorboard_has_every_step_once_after_a_resume(photos, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pretrain(tiny_config(photos, tmp_path, steps=5, save_every=3, tensorboard=True, clip=1.0))
+    pretrain(tiny_config(photos, tmp_path, steps=9, save_every=3, tensorboard=True, clip=1.0, picture_rows=2))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = events.Scalars("train/loss")
+    assert [event.step for event in scalars] == list(range(1, 10))
+    assert [event.value for event in scalars] == pytest.approx([float(r["loss"]) for r in rows(tmp_path)])
+    assert {"train/lr", "train/grad_norm", "train/images_per_s", "train/data_wait"} <= set(events.Tags()["scalars"])
+    assert events.Images("reconstruction")[-1].step == 9
+
+
+def test_without_tensorboard_the_run_says_so_and_goes_on(photos, tmp_path, monkeypatch, capsys):
+    import maefast.train.loop as loop
+
+    monkeypatch.setattr(loop, "open_tensorboard", lambda folder, done: None)
+    assert pretrain(tiny_config(photos, tmp_path, steps=1, tensorboard=True)).step == 1
+    assert "tensorboard is not installed" in capsys.readouterr().out
+
+
+def test_progress_lines_name_the_numbers(capsys):
+    progress = Progress(total=100, done=10, show=True, seconds=0.0)
+    progress.update(1, row(11))
+    progress.update(1, None)
+    progress.say("a message")
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert "step 11/100  loss 0.1000  lr 1.00e-03  100 images/s  data wait 25%" in lines[0]
+    assert lines[1:] == ["a message"]
+    Progress(total=1, done=0, show=False).say("not the main process")
+    assert capsys.readouterr().out == ""
+
+
+def test_gradient_norm_is_logged_when_clipping(photos, tmp_path):
+    pretrain(tiny_config(photos, tmp_path / "a", steps=2, clip=0.5))
+    pretrain(tiny_config(photos, tmp_path / "b", steps=2))
+    assert all(float(r["grad_norm"]) > 0 for r in rows(tmp_path / "a"))
+    assert all(r["grad_norm"] == "" for r in rows(tmp_path / "b"))
+
+
+def test_loss_curve_is_drawn_from_the_csv(tmp_path):
+    file = MetricsFile(tmp_path / "m.csv", 0)
+    save_loss_curve(tmp_path / "m.csv", tmp_path / "curve.png")
+    assert not (tmp_path / "curve.png").exists()  # nothing to draw yet
+    file.write([row(step, 2.0 / step) for step in range(1, 200)])
+    file.close()
+    save_loss_curve(tmp_path / "m.csv", tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert (pixels == [0x1F, 0x4E, 0x8C]).all(1).sum() > 100  # the mean curve's colour
+
+
+def test_a_wait_is_measured(photos, tmp_path, monkeypatch):
+    """A loader that sleeps shows up as waiting; the share is that of the whole step."""
+    import time
+
+    from maefast.train.data import TrainImages
+
+    original = TrainImages.__getitem__
+
+    def slow(self, where):
+        time.sleep(0.05)
+        return original(self, where)
+
+    monkeypatch.setattr(TrainImages, "__getitem__", slow)
+    pretrain(tiny_config(photos, tmp_path, steps=3))
+    assert all(float(r["data_wait"]) > 0.5 for r in rows(tmp_path))
+    assert metrics.HEADER[-1] == "data_wait"

@@ -1,0 +1,70 @@
+"""Reconstruction pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maefast.models import create
+from maefast.train import BadImage, pictures
+from maefast.train.images import find_images
+from tests.train.common import TINY, write_photos
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    return create("mae", img_size=16, patch_size=4, **TINY)
+
+
+def cells(path, count):
+    """The 4 x count pictures cut out of a sheet without a title, shrunk back to 16 x 16."""
+    sheet = np.asarray(Image.open(path)).astype(int)
+    size = 160
+    return [
+        [sheet[26 + r * (size + 24) :, 6 + c * (size + 6) :][:size, :size][5::10, 5::10] for c in range(4)]
+        for r in range(count)
+    ]
+
+
+def test_columns_hold_what_their_labels_say(photos, tmp_path):
+    model = tiny_model().train()
+    examples = pictures.pick_examples(find_images(photos), 3, (16, 16), 3, 16, seed=0)
+    columns = pictures.reconstruct(model, examples, 0.75, "cpu")
+    assert model.training
+    pictures.save_picture(columns, examples.names, tmp_path / "deep" / "sheet.png")
+    originals = examples.images.permute(0, 2, 3, 1).numpy().astype(int)
+    for row, original, noise in zip(cells(tmp_path / "deep" / "sheet.png", 3), originals, examples.noise, strict=True):
+        hidden = (noise.argsort().argsort() >= 4).view(4, 4).repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()
+        shown, masked, rebuilt, pasted = row
+        assert np.abs(shown - original).max() <= 1
+        assert np.abs(masked - original)[~hidden].max() <= 1
+        assert np.abs(masked[hidden] - np.array([124, 116, 104])).max() <= 1  # the mean colour
+        assert np.abs(pasted - original)[~hidden].max() <= 1
+        assert np.array_equal(pasted[hidden], rebuilt[hidden])
+        assert np.abs(rebuilt[~hidden] - np.array([124, 116, 104])).max() <= 1
+        assert np.abs(rebuilt - original)[hidden].mean() > 5  # an untrained model
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["sheet.png"]
+
+
+def test_examples_are_fixed_and_spread(photos):
+    images = find_images(photos)
+    one, two = (pictures.pick_examples(images, 5, (16, 16), 3, 16, seed=3) for _ in range(2))
+    assert one.names == two.names == [images.names[i] for i in (0, 2, 4, 6, 8)]
+    assert torch.equal(one.images, two.images)
+    assert torch.equal(one.noise, two.noise)
+    assert len(np.unique(one.noise.numpy())) == one.noise.numel()
+    assert pictures.pick_examples(images, 99, (16, 16), 3, 16, seed=3).names == list(images.names)
+
+
+def test_unreadable_examples_are_replaced(tmp_path):
+    folder = write_photos(tmp_path / "photos", count=4)
+    images = find_images(folder)
+    images.paths[0].write_bytes(b"broken")
+    names = pictures.pick_examples(images, 2, (16, 16), 3, 16, seed=0).names
+    assert names == [images.names[1], images.names[2]]
+    for path in images.paths:
+        path.write_bytes(b"broken")
+    with pytest.raises(BadImage, match=r"image00\.png"):
+        pictures.pick_examples(images, 2, (16, 16), 3, 16, seed=0)
