@@ -202,8 +202,11 @@ class MaskedAutoencoderViT(nn.Module):
         self._check_map("mask", mask, images)
         return TokenMask.from_bool(mask)
 
-    def encode_visible(self, images: Tensor, plan: TokenMask | None = None) -> Tensor:
-        """Latents after the final norm: [B, 1 + keep, D], class token first; packed [B + T, D] for a ragged plan."""
+    def encode_visible(self, images: Tensor, plan: TokenMask | None = None, features: bool = False) -> Tensor:
+        """Latents after the final norm: [B, 1 + keep, D], class token first; packed [B + T, D] for a ragged plan.
+
+        Under autocast they come in its dtype; as `features`, in that of the residual stream.
+        """
         return run_encoder(
             images,
             plan,
@@ -213,6 +216,7 @@ class MaskedAutoencoderViT(nn.Module):
             blocks=self.blocks,
             norm=self.norm,
             recompute=self.recompute and self.training,
+            features=features,
         )
 
     def decode(self, latent: Tensor, plan: TokenMask, pred: str = "masked") -> Tensor:
@@ -235,7 +239,7 @@ class MaskedAutoencoderViT(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Features of whole images, nothing masked: [B, C, H, W] -> [B, 1 + N, D] after the final norm."""
         self._check_images(images)
-        return self.encode_visible(images)
+        return self.encode_visible(images, features=True)
 
     @torch.no_grad()
     def reconstruct(

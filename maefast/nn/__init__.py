@@ -1,8 +1,9 @@
 """Modules that models compose, each usable alone. They hold parameters; the maths is in `maefast.ops`."""
 
-from maefast.nn.block import Attention, Block, Mlp
+from maefast.nn.block import Attention, Block, Mlp, Packing
 from maefast.nn.decoder import Decoder, run_decoder
-from maefast.nn.encoder import Encoder, run_blocks, run_encoder
+from maefast.nn.encoder import Encoder, run_blocks, run_encoder, run_norm
+from maefast.nn.layers import LayerNorm, Linear
 from maefast.nn.patch_embed import PatchEmbed
 from maefast.nn.positions import sincos_1d, sincos_2d
 
@@ -11,11 +12,15 @@ __all__ = [
     "Block",
     "Decoder",
     "Encoder",
+    "LayerNorm",
+    "Linear",
     "Mlp",
+    "Packing",
     "PatchEmbed",
     "run_blocks",
     "run_decoder",
     "run_encoder",
+    "run_norm",
     "sincos_1d",
     "sincos_2d",
 ]

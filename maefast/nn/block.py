@@ -1,16 +1,34 @@
 """The pre-norm transformer block of ViT, with parameter names of timm and MAE, and ways to run a part of it.
 
-Tokens come as [B, S, D], or packed [T, D] with `cu_seqlens` int32 [B+1]. Attention goes through the one seam,
-`maefast.ops.attention`.
+Tokens come as [B, S, D], or packed [T, D] with `Packing`. Attention goes through the one seam, `maefast.ops.attention`.
+
+Blocks hand on a pending sum: (x, delta) stands for x + delta, which the next norm adds in the pass that it makes
+anyway. `Block.forward` hides this unless asked for it.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from maefast import ops
+from maefast.nn.layers import LayerNorm, Linear
 from maefast.ops import TokenMask
+
+
+class Packing(NamedTuple):
+    """Where packed sequences start, int32 [B+1], and the longest one, known on the host (no sync)."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @staticmethod
+    def of(plan: TokenMask, prefix: int = 0) -> Packing:
+        """Of the visible tokens, each sample behind its prefix tokens."""
+        starts = torch.arange(plan.batch + 1, dtype=torch.int32, device=plan.device) * prefix
+        return Packing(plan.cu_visible + starts, plan.max_visible + prefix)
 
 
 class Attention(nn.Module):
@@ -21,26 +39,23 @@ class Attention(nn.Module):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"width {dim} must be a multiple of the number of heads, got {num_heads}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
-    def attend(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Attention without the output projection: [..., D] -> [..., D]."""
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """[B, S, D] -> [B, S, D], or packed [T, D] -> [T, D]."""
+        cu_seqlens, longest = packing or (None, None)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        return ops.attention(qkv, cu_seqlens_q=cu_seqlens).flatten(-2)
+        return self.proj(ops.attention(qkv, cu_seqlens_q=cu_seqlens, max_seqlen_q=longest).flatten(-2))
 
-    def attend_tail(self, x: Tensor, count: int) -> Tensor:
-        """The same for queries of the last `count` tokens only, keys and values of all: [B, S, D] -> [B, count, D]."""
+    def project(self, queries: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q [..., H, D/H] of some tokens and kv [..., 2, H, D/H] of all, from one qkv weight."""
         dim = x.shape[-1]
         # split, not two slices: its backward writes the gradient of the weight once.
         weight_q, weight_kv = self.qkv.weight.split([dim, 2 * dim])
         bias_q, bias_kv = self.qkv.bias.split([dim, 2 * dim])
-        q = F.linear(x[:, -count:], weight_q, bias_q).unflatten(-1, (self.num_heads, -1))
-        kv = F.linear(x, weight_kv, bias_kv).unflatten(-1, (2, self.num_heads, -1))
-        return ops.attention(q, kv).flatten(-2)
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self.proj(self.attend(x, cu_seqlens))
+        q = ops.linear(queries, weight_q, bias_q).unflatten(-1, (self.num_heads, -1))
+        return q, ops.linear(x, weight_kv, bias_kv).unflatten(-1, (2, self.num_heads, -1))
 
 
 class Mlp(nn.Module):
@@ -48,11 +63,11 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(ops.bias_gelu(self.fc1(x, bias=False), self.fc1.bias))
 
 
 class Block(nn.Module):
@@ -64,38 +79,68 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm1 = LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """[B, S, D] -> [B, S, D], or packed [T, D] -> [T, D] with `cu_seqlens`."""
-        x = x + self.attn(self.norm1(x), cu_seqlens)
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self, x: Tensor, packing: Packing | None = None, delta: Tensor | None = None, pending: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, S, D] -> [B, S, D], or packed [T, D] -> [T, D].
 
-    def forward_tail(self, x: Tensor, count: int) -> Tensor:
-        """The last `count` tokens of ``forward(x)``, computing no more than they need: [B, S, D] -> [B, count, D].
+        The input is x + delta if `delta` is given; with `pending` the result is a pair whose sum is the output.
+        """
+        x, y = self._enter(x, delta)
+        x, y = self.norm2(x, self.attn(y, packing))
+        return self._leave(x, self.mlp(y), pending)
+
+    def forward_tail(
+        self, x: Tensor, count: int, delta: Tensor | None = None, pending: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The last `count` tokens of the output, computing no more than they need: [B, S, D] -> [B, count, D].
 
         The other tokens give keys and values only; their queries, output projection and MLP are left out.
         """
         if not 1 <= count <= x.shape[1]:
             raise ValueError(f"count must lie in [1, {x.shape[1]}] (the number of tokens), got {count}")
         if count == x.shape[1]:
-            return self(x)
-        tail = x[:, -count:] + self.attn.proj(self.attn.attend_tail(self.norm1(x), count))
-        return tail + self.mlp(self.norm2(tail))
+            return self(x, delta=delta, pending=pending)
+        x, y = self._enter(x, delta)
+        q, kv = self.attn.project(y[:, -count:], y)
+        x, y = self.norm2(x[:, -count:], self.attn.proj(ops.attention(q, kv).flatten(-2)))
+        return self._leave(x, self.mlp(y), pending)
 
-    def forward_masked(self, x: Tensor, plan: TokenMask, prefix: int = 0) -> Tensor:
-        """The masked tokens of ``forward(x)``, packed, for samples that mask different numbers of tokens.
+    def forward_masked(
+        self, x: Tensor, plan: TokenMask, prefix: int = 0, delta: Tensor | None = None, pending: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The masked tokens of the output, packed, for samples that mask different numbers of tokens.
 
-        [B, prefix + N, D] in place -> [M, D] in plan order. Attention runs on whole samples, which keeps it dense;
-        output projection and MLP run for masked tokens only.
+        [B, prefix + N, D] in place -> [M, D] in plan order. As in `forward_tail`, the other tokens give keys and
+        values only.
         """
 
-        def take(y: Tensor) -> Tensor:
-            rows = ops.gather_tokens(y, plan, "masked", prefix=prefix, keep_prefix=False)
-            return rows.reshape(-1, y.shape[-1])
+        def take(tokens: Tensor) -> Tensor:
+            rows = ops.gather_tokens(tokens, plan, "masked", prefix=prefix, keep_prefix=False)
+            return rows.reshape(-1, tokens.shape[-1])
 
-        rows = take(x) + self.attn.proj(take(self.attn.attend(self.norm1(x))))
-        return rows + self.mlp(self.norm2(rows))
+        x, y = self._enter(x, delta)
+        q, kv = self.attn.project(take(y), y.flatten(0, 1))
+        length = x.shape[1]
+        out = ops.attention(
+            q,
+            kv,
+            cu_seqlens_q=plan.cu_masked,
+            cu_seqlens_k=torch.arange(plan.batch + 1, dtype=torch.int32, device=plan.device) * length,
+            max_seqlen_q=plan.max_masked,
+            max_seqlen_k=length,
+        )
+        x, y = self.norm2(take(x), self.attn.proj(out.flatten(-2)))
+        return self._leave(x, self.mlp(y), pending)
+
+    def _enter(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + delta, its norm)."""
+        return (x, self.norm1(x)) if delta is None else self.norm1(x, delta)
+
+    def _leave(self, x: Tensor, delta: Tensor, pending: bool) -> Tensor | tuple[Tensor, Tensor]:
+        return (x, delta) if pending else x + delta

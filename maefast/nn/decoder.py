@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from maefast import ops
 from maefast.nn.block import Block
-from maefast.nn.encoder import position_table, run_blocks
+from maefast.nn.encoder import position_table, run_blocks, run_norm
 from maefast.nn.init import init_tokens_, init_weights_
+from maefast.nn.layers import LayerNorm, Linear
 from maefast.ops import TokenMask
 from maefast.ops._checks import one_of
 
@@ -23,7 +24,7 @@ def run_decoder(
     mask_token: Tensor,
     pos_embed: Tensor,
     blocks: nn.ModuleList,
-    norm: nn.Module,
+    norm: LayerNorm,
     pred: nn.Module,
     which: str = "masked",
     recompute: bool = False,
@@ -42,10 +43,13 @@ def run_decoder(
     order = "visible_first" if tail else "position"
     x = ops.restore_tokens(embed(latent), plan, mask_token, pos=pos_embed, prefix=1, order=order)
     if which == "full":
-        return pred(norm(run_blocks(blocks, x, recompute=recompute))[:, 1:])
-    x = run_blocks(blocks[:-1], x, recompute=recompute)
-    x = blocks[-1].forward_tail(x, plan.max_masked) if tail else blocks[-1].forward_masked(x, plan, prefix=1)
-    return pred(norm(x))
+        return pred(run_norm(norm, *run_blocks(blocks, x, recompute=recompute))[:, 1:])
+    x, delta = run_blocks(blocks[:-1], x, recompute=recompute)
+    if tail:
+        x, delta = blocks[-1].forward_tail(x, plan.max_masked, delta, pending=True)
+    else:
+        x, delta = blocks[-1].forward_masked(x, plan, 1, delta, pending=True)
+    return pred(run_norm(norm, x, delta))
 
 
 class Decoder(nn.Module):
@@ -72,12 +76,12 @@ class Decoder(nn.Module):
         super().__init__()
         if depth < 1:
             raise ValueError(f"a decoder needs at least one block, got depth {depth}")
-        self.embed = nn.Linear(latent_dim, embed_dim)
+        self.embed = Linear(latent_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = position_table(positions, embed_dim, grid_size)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        self.pred = nn.Linear(embed_dim, out_dim)
+        self.norm = LayerNorm(embed_dim, eps=norm_eps)
+        self.pred = Linear(embed_dim, out_dim)
         init_tokens_(self.mask_token)
         init_weights_(self)
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from maefast.nn.block import Block
+from maefast.nn.block import Block, Packing
 from maefast.nn.init import init_tokens_, init_weights_
+from maefast.nn.layers import LayerNorm
 from maefast.nn.patch_embed import PatchEmbed, pair
 from maefast.nn.positions import sincos_2d
 from maefast.ops import TokenMask
@@ -33,14 +34,27 @@ def patch_grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[
     return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
 
 
-def run_blocks(blocks: Iterable[Block], x: Tensor, cu_seqlens: Tensor | None = None, recompute: bool = False) -> Tensor:
-    """x through all blocks; with `recompute`, activations inside a block are computed again in the backward."""
+def run_blocks(
+    blocks: Iterable[Block], x: Tensor, packing: Packing | None = None, recompute: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """x through all blocks, as a pending sum (x, delta); see `maefast.nn.block`.
+
+    With `recompute`, activations inside a block are computed again in the backward.
+    """
+    delta = None
     for block in blocks:
+        pending = not block._forward_hooks  # a hook shall see the block's whole output
         if recompute and torch.is_grad_enabled():
-            x = checkpoint(block, x, cu_seqlens, use_reentrant=False)
+            x = checkpoint(block, x, packing, delta, pending, use_reentrant=False)
         else:
-            x = block(x, cu_seqlens)
-    return x
+            x = block(x, packing, delta, pending)
+        x, delta = x if pending else (x, None)
+    return x, delta
+
+
+def run_norm(norm: LayerNorm, x: Tensor, delta: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """norm(x + delta)."""
+    return norm(x, dtype=dtype) if delta is None else norm(x, delta, dtype)[1]
 
 
 def run_encoder(
@@ -51,17 +65,20 @@ def run_encoder(
     cls_token: Tensor,
     pos_embed: Tensor,
     blocks: Iterable[Block],
-    norm: nn.Module,
+    norm: LayerNorm,
     recompute: bool = False,
+    features: bool = False,
 ) -> Tensor:
-    """Latents of the class token and the visible tokens: [B, 1 + keep, D], or packed [B + T, D] for a ragged plan."""
+    """Latents of the class token and the visible tokens: [B, 1 + keep, D], or packed [B + T, D] for a ragged plan.
+
+    Under autocast they come in its dtype, for the matrix product that follows; as `features`, in that of the residual
+    stream.
+    """
     cls_pos, pos = pos_embed.split([1, pos_embed.shape[1] - 1], 1)
     x = patch_embed(images, plan, pos=pos, prefix=cls_token + cls_pos)
-    ragged = plan is not None and plan.keep is None
-    cu_seqlens = None
-    if ragged:  # one class token in front of each sample
-        cu_seqlens = plan.cu_visible + torch.arange(plan.batch + 1, dtype=torch.int32, device=plan.device)
-    return norm(run_blocks(blocks, x, cu_seqlens, recompute))
+    packing = Packing.of(plan, prefix=1) if plan is not None and plan.keep is None else None
+    x, delta = run_blocks(blocks, x, packing, recompute)
+    return run_norm(norm, x, delta, x.dtype if features else None)
 
 
 class Encoder(nn.Module):
@@ -92,7 +109,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = position_table(positions, embed_dim, self.grid_size)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.norm = LayerNorm(embed_dim, eps=norm_eps)
         init_tokens_(self.cls_token)
         init_weights_(self.blocks)
 
@@ -106,4 +123,5 @@ class Encoder(nn.Module):
             pos_embed=self.pos_embed,
             blocks=self.blocks,
             norm=self.norm,
+            features=True,
         )

@@ -10,7 +10,7 @@ from torch import nn
 
 from bench.peers.plain_mae import TransformerBlock
 from maefast import masking
-from maefast.nn import Block
+from maefast.nn import Block, Packing
 
 
 @pytest.fixture
@@ -76,9 +76,9 @@ def test_masked(block, keep):
 def test_packed_equals_each_alone(block):
     starts = [0, 3, 4, 9]
     x = torch.randn(9, 16, dtype=torch.float64)
-    cu = torch.tensor(starts, dtype=torch.int32)
+    packing = Packing(torch.tensor(starts, dtype=torch.int32), 5)
     want = run(block, lambda y: torch.cat([block(y[None, a:b])[0] for a, b in itertools.pairwise(starts)]), x)
-    assert_same(run(block, lambda y: block(y, cu), x), want)
+    assert_same(run(block, lambda y: block(y, packing), x), want)
 
 
 def test_heads_must_divide():
