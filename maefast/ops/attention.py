@@ -247,7 +247,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad, grad_lse, grad_entropy, grad_mass):
         q, kv, out, lse, entropy, mass, cu_q, cu_k, key_bias, marked = ctx.saved_tensors
         grad = torch.zeros_like(out) if grad is None else grad.contiguous()
-        extra = [t if t is None else t.contiguous() for t in (grad_lse, grad_entropy, grad_mass)]
+        # Statistics that were not asked for are empty; torch.compile hands their gradients on as zeros all the same.
+        given = (ctx.stats, ctx.stats, ctx.stats and marked is not None)
+        extra = [
+            t.contiguous() if use and t is not None else None
+            for use, t in zip(given, (grad_lse, grad_entropy, grad_mass))
+        ]
         need_bias = ctx.needs_input_grad[2]
         run = _registry.raw("attention_backward", ctx.backend)
         grad_q, grad_kv, grad_bias = run(
