@@ -28,9 +28,11 @@ bench: $(STAMP)
 	$(PY) -m bench.micro
 
 lint: $(STAMP)
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(ENV)/bin/clang-format --dry-run -Werror $(CPP)
+	@status=0; \
+	$(PY) -m ruff check . || status=1; \
+	$(PY) -m ruff format --check . || status=1; \
+	$(ENV)/bin/clang-format --dry-run -Werror $(CPP) || status=1; \
+	exit $$status
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
