@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import maefast
+from maefast.ops import _dispatch
 from tests.models.common import backends, gradients, inputs, largest_error, plain_twin, small
 
 CASES = {
@@ -45,12 +46,19 @@ def test_loss_prediction_and_gradients(case, pred, backend):
     assert error < 1e-10, name
 
 
-def test_float32():
+@pytest.mark.parametrize(
+    ("backend", "device"), [("reference", "cpu"), ("cpu", "cpu"), pytest.param("auto", "cuda", marks=pytest.mark.gpu)]
+)
+def test_float32(backend, device):
     """With every kernel that serves float32, attention included: float32 rounding of the float64 result."""
+    if backend == "cpu" and not {"attention", "token_mask"} <= _dispatch.CPU_OPS:
+        pytest.skip("the C++ kernels are not built")
     model, exact = small(torch.float32, norm_pix_loss=True), small(torch.float64, norm_pix_loss=True)
     images, noise = inputs(model)
-    loss, _, mask = model(images, 0.75, noise)
-    loss.backward()
+    with maefast.backend(backend):
+        loss, _, mask = model.to(device)(images.to(device), 0.75, noise.to(device))
+        loss.backward()
+    model, mask = model.cpu(), mask.cpu()
     want, _, want_mask = plain_twin(exact)(images.double(), 0.75, noise)
     assert loss.dtype is torch.float32
     assert loss.item() == pytest.approx(want.item(), rel=1e-6)
@@ -164,3 +172,15 @@ def test_only_the_needed_work_is_done():
     model(images, [0.75, 0.5, 0.25], noise)
     assert rows["keys"] == tokens
     assert rows["mlp"] == rows["head"] == 12 + 8 + 4
+
+
+def test_two_runs_agree_bit_for_bit():
+    model = small(torch.float32, positions="learned")
+    images, noise = inputs(model)
+    runs = []
+    for _ in range(2):
+        model.zero_grad()
+        loss = model(images, 0.75, noise)[0]
+        loss.backward()
+        runs.append([loss.detach(), *(g.clone() for g in gradients(model).values())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))

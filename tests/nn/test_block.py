@@ -45,6 +45,16 @@ def test_whole_against_plain(block):
     assert_same(run(block, block, x), run(plain, plain, x))
 
 
+def test_pending_sums(block):
+    """(x, delta) in and out stand for x + delta."""
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    want = run(block, block, x)
+    assert_same(run(block, lambda y: sum(block(y, pending=True)), x), want)
+    assert_same(run(block, lambda y: block(0.25 * y, delta=0.75 * y), x), want)
+    tail = run(block, lambda y: block(y)[:, -3:], x)
+    assert_same(run(block, lambda y: sum(block.forward_tail(0.25 * y, 3, 0.75 * y, pending=True)), x), tail)
+
+
 def test_epsilon_matters(block):
     assert block.norm1.eps == block.norm2.eps == 1e-6
     x = torch.randn(1, 3, 16, dtype=torch.float64) * 1e-3

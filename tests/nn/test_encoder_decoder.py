@@ -60,6 +60,28 @@ def test_decoder_masked_is_a_part_of_full(ratio):
     torch.testing.assert_close(masked.reshape(-1, 10), want, rtol=0, atol=1e-12)
 
 
+def test_hook_on_a_block_sees_its_output():
+    """Blocks hand on pending sums, but not past a hook."""
+    torch.manual_seed(0)
+    encoder = Encoder(32, 8, 3, 16, 3, 2).double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    want = encoder(images)
+    seen = []
+    encoder.blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.testing.assert_close(encoder(images), want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(encoder.norm(encoder.blocks[2](seen[0])), want, rtol=0, atol=1e-12)
+
+
+def test_latents_under_autocast():
+    """For the next product in bfloat16; as features with the precision of the residual stream."""
+    torch.manual_seed(0)
+    encoder = Encoder(32, 8, 3, 16, 1, 2)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder(images).dtype is torch.float32
+    assert encoder.bfloat16()(images.bfloat16()).dtype is torch.bfloat16
+
+
 def test_decoder_refuses():
     decoder = Decoder(16, 10, (4, 4), 8, 1, 2)
     plan = masking.random(2, 16, 0.0)
