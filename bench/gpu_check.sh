@@ -138,15 +138,22 @@ build() {
   (cd "$ROOT" && tar cf - --exclude=__pycache__ --exclude=bench/results pyproject.toml tests bench kernels csrc) | tar xf - -C "$STAGE"
   mkdir -p "$STAGE/bench/results"
   cd "$STAGE"
+  # An editable install of maefast goes before every path; within the stage it must not.
+  cat >sitecustomize.py <<'PY'
+import sys
+
+sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]
+PY
   "$PYTHON" - <<'PY'
 from pathlib import Path
 
 import torch
 
 import maefast.kernels
+import maefast.ops  # loads the libraries
 from maefast import _native
 
-import maefast.ops  # loads the libraries
+assert Path(maefast.__file__).parent == Path("maefast").resolve(), f"another maefast is in the way: {maefast.__file__}"
 status = _native.status()
 print("libraries:", status)
 assert status["C"] and status["cpu"], status["error"]
@@ -156,7 +163,6 @@ PY
 }
 export BUILD STAGE ROOT PYTHON ARCH
 build_script="$(declare -f build); GENERATOR=(${GENERATOR[*]-}); build"
-# Without this, an editable install elsewhere could serve an older maefast than the tree's.
 export MAEFAST_REQUIRE_NATIVE=1 PYTHONPATH="$STAGE" PYTHONUNBUFFERED=1
 MAEFAST_COMMIT="${MAEFAST_COMMIT:-$(git -C "$ROOT" rev-parse --short=12 HEAD 2>/dev/null)}" && export MAEFAST_COMMIT
 

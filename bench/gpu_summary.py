@@ -59,10 +59,11 @@ def lines(out: Path) -> list[str]:
                     continue
                 share = row.get("copy_share")
                 found.append(
-                    f"{tables.times(row['ratios'].get('eager')):>8} eager {tables.times(row['ratios'].get('tuned')):>8} tuned"
-                    f" {'-' if share is None else f'{share:.0%}':>5} of copy  {row['op']} "
-                    f"{'fwd' if row['direction'] == 'forward' else 'fwd+bwd'} {row['dtype']} "
-                    f"b{row['shape']['batch']} {row['variant'].removeprefix('maefast-')}"
+                    f"{tables.times(row['ratios'].get('eager')):>8} eager"
+                    f" {tables.times(row['ratios'].get('tuned')):>8} tuned"
+                    f" {'-' if share is None else f'{share:.0%}':>5} of copy  {row['op']}"
+                    f" {'fwd' if row['direction'] == 'forward' else 'fwd+bwd'} {row['dtype']}"
+                    f" b{row['shape']['batch']} {row['variant'].removeprefix('maefast-')}"
                     f"{' *' if row['default'] else ''}"
                 )
             found.append(

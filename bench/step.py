@@ -246,7 +246,7 @@ def show(doc: dict) -> None:
     console.print(table)
     for r in records:
         if "error" in r:
-            console.print(f"{NAMES[r['peer']]} not timed: {r['error']}", highlight=False, markup=False)
+            console.print(f"{NAMES.get(r['peer'], r['peer'])} not timed: {r['error']}", highlight=False, markup=False)
 
 
 def main(argv: list[str] | None = None) -> int:

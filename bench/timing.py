@@ -88,8 +88,8 @@ class GraphSampler:
         return self._run(self.inner) / (self.inner * self.sets)
 
 
-def sampler(call: Call, sets: int, device: str) -> HostSampler | GraphSampler:
-    return GraphSampler(call, sets) if device == "cuda" else HostSampler(call, sets)
+def sampler(call: Call, sets: int, device: str, warmup: float = 0.05) -> HostSampler | GraphSampler:
+    return GraphSampler(call, sets) if device == "cuda" else HostSampler(call, sets, warmup=warmup)
 
 
 def interleave(samplers: dict[str, Callable[[], float]], rounds: int, seed: int = 0) -> dict[str, list[float]]:

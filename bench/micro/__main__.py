@@ -53,7 +53,10 @@ def measure(
         if budget is not None and time.monotonic() - start > budget:
             skipped += 1
             continue
-        new, _ = suite.run(case, peers, rounds, bandwidth)
+        try:
+            new, _ = suite.run(case, peers, rounds, bandwidth)
+        except Exception as error:  # what was measured so far must not be lost
+            new = [{**suite.describe(case), "variant": "all", "error": f"{type(error).__name__}: {error}"[:200]}]
         records += new
         print(tables.line(case, new), file=sys.stderr, flush=True)
     settings = {

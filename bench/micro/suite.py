@@ -17,7 +17,7 @@ from bench.micro.shapes import Shape
 from maefast.ops import _dispatch
 
 FAMILIES = ("mask", "embed", "restore", "loss")
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # The peers. `eager` is what published code does; `tuned` the best eager PyTorch we could write for the same result.
 PEERS = ("eager", "tuned", "compile", "compile_tuned")
 # ||out - eager|| / ||eager||; bfloat16 rounds at 2^-9 and the two sides may round in a different order.
@@ -81,11 +81,9 @@ def cases(families, shapes: list[Shape], dtypes: list[torch.dtype], device: str)
 def variants(case: Case, peers: tuple[str, ...]) -> dict[str, str | None]:
     """Variant -> why it cannot run, or None."""
     names: dict[str, str | None] = dict.fromkeys(peers)
-    for backend in BACKENDS:
+    for backend in BACKENDS[case.device]:
         reasons = (_dispatch.unavailable(raw, backend, case.device, case.dtype) for raw in case.op.raw)
         reason = next((r for r in reasons if r is not None), None)
-        if backend == "triton" and case.device == "cpu":
-            reason = "Triton serves CPU tensors through its interpreter only"
         names[f"maefast-{backend}"] = reason
     return names
 
@@ -181,28 +179,22 @@ def _input_sets(case: Case) -> list[Inputs]:
 
 
 def run(
-    case: Case, peers: tuple[str, ...], rounds: int, bandwidth: float | None = None, only: set[str] | None = None
+    case: Case, peers: tuple[str, ...], rounds: int, bandwidth: float | None = None, warmup: float = 0.05
 ) -> tuple[list[dict], dict[str, list[float]]]:
     """Time every variant that runs here. Returns (records, samples of each variant).
 
     A variant whose result differs from the eager one gets no time, only an error. `bandwidth`: of a copy on this
-    device, for the share that each variant reaches.
+    device, for the share that each variant reaches. warmup: seconds before the first sample, on a CPU.
     """
     sets = _input_sets(case)
-    eager = _call(case, "eager", sets, [None] * len(sets))
     grads: list[Any] = [None] * len(sets)
     if case.direction == BOTH:
-        outputs = [case.op.eager(inputs) for inputs in sets]
-        grads = [torch.randn_like(out) for out in outputs]
-        del outputs
-        eager = _call(case, "eager", sets, grads)
-    expected = eager(0)
+        grads = [torch.randn_like(case.op.eager(inputs)) for inputs in sets]
+    expected = _call(case, "eager", sets, grads)(0)
 
     errors: dict[str, str] = {}
     samplers: dict[str, timing.HostSampler | timing.GraphSampler] = {}
     for name, reason in variants(case, peers).items():
-        if only is not None and name not in only:
-            continue
         if reason is not None:
             errors[name] = reason
             continue
@@ -211,7 +203,7 @@ def run(
             if problem := _check(case, call(0), expected):
                 errors[name] = f"WRONG RESULT, not timed: {problem}"
                 continue
-            samplers[name] = timing.sampler(call, len(sets), case.device)
+            samplers[name] = timing.sampler(call, len(sets), case.device, warmup)
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
     del expected
@@ -219,13 +211,18 @@ def run(
     return _records(case, samplers, samples, errors, bandwidth), samples
 
 
-def _records(case: Case, samplers, samples, errors, bandwidth) -> list[dict]:
-    base = {
+def describe(case: Case) -> dict:
+    """The fields of a record that say what was run."""
+    return {
         "op": case.op.name,
         "shape": case.shape.json(),
         "dtype": str(case.dtype)[6:],
         "direction": case.direction,
     }
+
+
+def _records(case: Case, samplers, samples, errors, bandwidth) -> list[dict]:
+    base = describe(case)
     moved = None
     if case.op.traffic is not None:
         forward, backward = case.op.traffic(case.shape, case.dtype.itemsize)

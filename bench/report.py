@@ -1,0 +1,183 @@
+"""Turns bench/results/*.json into the tables of docs/results.md, so that no figure is typed by hand."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench import results
+from bench.environment import ROOT
+from bench.micro import tables
+from bench.peers.models import NAMES
+
+PAGE = ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- begin: written by python -m bench.report -->", "<!-- end -->"
+# The aims that figures are held against.
+AIM_CPU, AIM_GPU, AIM_STEP = 2.0, 0.85, 1.15
+
+
+def load(folder: Path) -> list[dict]:
+    """The newest result of each kind, device, preset and dtype."""
+    newest: dict[tuple, dict] = {}
+    for path in sorted(folder.glob("*.json")):
+        doc = results.read(path)
+        first, env = doc["records"][0], doc["environment"]
+        step = (first["preset"], first["shape"]["batch"], first["dtype"]) if doc["kind"] == "step" else ()
+        where = (doc["kind"], env["kind"], env["device"], env["cpu_threads"] if env["kind"] == "cpu" else None, *step)
+        doc["file"] = path.name
+        if where not in newest or env["date"] >= newest[where]["environment"]["date"]:
+            newest[where] = doc
+    return list(newest.values())
+
+
+def render(docs: list[dict]) -> str:
+    """The generated part of the page."""
+    parts = []
+    for kind, name in (("cpu", "CPU"), ("cuda", "GPU")):
+        parts.append(f"## {name}\n")
+        found = [doc for doc in docs if doc["environment"]["kind"] == kind]
+        if not found:
+            parts.append(f"{name} figures are not measured yet.\n")
+            continue
+        for what, title, section in (("step", "One training step", step), ("micro", "Token ops", micro)):
+            parts.append(f"### {title}\n")
+            mine = [doc for doc in found if doc["kind"] == what]
+            parts += [section(doc) for doc in mine] or ["Not measured yet.\n"]
+    return "\n".join(parts)
+
+
+def machine(doc: dict) -> str:
+    """Everything a figure must name."""
+    env = doc["environment"]
+    changes = {True: ", with uncommitted changes", False: "", None: ", state of the tree unknown"}[env["dirty"]]
+    words = [env["device"]]
+    if env["kind"] == "cuda":
+        words.append(f"CUDA {env.get('cuda')}, driver {env.get('driver')}")
+    else:
+        words.append(f"{env['cpu_threads']} threads, kernels {env.get('isa')}")
+    words.append(f"torch {env['torch']}, triton {env['triton']}")
+    if doc["kind"] == "step":
+        words.append(f"transformers {env.get('transformers')}")
+    words.append(f"maefast {env['maefast']} at {env['commit']}{changes}")
+    words.append(env["date"])
+    return "; ".join(words) + f" (`bench/results/{doc['file']}`)."
+
+
+def markdown(headings: list[str], rows: list[list[str]], left: int) -> str:
+    """A table whose first columns are figures (right), the `left` columns after them words."""
+    figures = len(headings) - left
+    rule = ["---:"] * figures + ["---"] * left
+    return "\n".join("| " + " | ".join(row) + " |" for row in (headings, rule, *rows)) + "\n"
+
+
+def step(doc: dict) -> str:
+    records = doc["records"]
+    first = records[0]
+    timed = sorted((r for r in records if "error" not in r), key=lambda r: r["ratio"])
+    rows = []
+    for r in timed:
+        ours = r["peer"] == "maefast"
+        rows.append(
+            [
+                "1" if ours else f"{r['ratio']:.2f}x",
+                "1" if ours else f"{r['memory_ratio']:.2f}x",
+                f"{r['step_s'] * 1e3:.1f}",
+                f"{r['low_s'] * 1e3:.1f}-{r['high_s'] * 1e3:.1f}",
+                f"{r['images_per_s']:.1f}",
+                f"{r['peak_bytes'] / 2**20:.0f}",
+                f"{r['first_loss']:.6f}",
+                NAMES[r["peer"]],
+            ]
+        )
+    size = "x".join(map(str, first["shape"]["img_size"]))
+    patch = "x".join(map(str, first["shape"]["patch_size"]))
+    autocast = " autocast" if first["dtype"] != "float32" else ""
+    text = f"**{first['preset']}**: {size} images, patch {patch}, batch {first['shape']['batch']}, "
+    text += f"{first['dtype']}{autocast}. "
+    text += f"Medians of {timed[0]['rounds']} rounds of {doc['settings']['steps_a_round']} steps.\n\n"
+    heads = ["time vs maefast", "memory vs maefast", "step ms", "quartiles", "images/s", "peak MB", "first loss"]
+    text += markdown([*heads, "model"], rows, 1)
+    for r in records:
+        if "error" in r:
+            text += f"\nNot timed: {NAMES[r['peer']]} ({r['error']}).\n"
+    plain = next((r for r in timed if r["peer"] == "plain"), None)
+    if plain and first["preset"] == "vit_b" and plain["ratio"] < AIM_STEP:
+        text += f"\nShort of the aim of {AIM_STEP}x over the plain eager step.\n"
+    return text + "\n" + machine(doc) + "\n"
+
+
+def micro(doc: dict) -> str:
+    gpu = doc["environment"]["kind"] == "cuda"
+    peers = [peer for peer in tables.HEADINGS if peer in doc["peers"]]
+    heads = [tables.HEADINGS[peer] for peer in peers] + ["ms", "eager ms", "GB/s", "of copy"]
+    rows, short = [], []
+    for row in tables.rows(doc, only_default=not gpu):
+        if gpu and row["variant"] == "maefast-reference":
+            continue
+        share, rate = row.get("copy_share"), row.get("gb_s")
+        way = "forward" if row["direction"] == "forward" else "forward + backward"
+        shape = f"{row['shape']['name']} b{row['shape']['batch']}"
+        backend = row["variant"].removeprefix("maefast-") + (" (default)" if gpu and row["default"] else "")
+        rows.append(
+            [
+                *(tables.times(row["ratios"].get(peer)) for peer in peers),
+                tables.milliseconds(row["median_s"]),
+                tables.milliseconds(row["times"].get("eager")),
+                "-" if rate is None else f"{rate:.0f}",
+                "-" if share is None else f"{share:.0%}",
+                row["op"],
+                way,
+                row["dtype"],
+                shape,
+                backend,
+            ]
+        )
+        ratio = row["ratios"].get("eager")
+        if gpu and share is not None and share < AIM_GPU and row["default"]:
+            short.append(f"{row['op']} {way} {row['dtype']} {shape} ({share:.0%})")
+        elif not gpu and ratio is not None and ratio < AIM_CPU:
+            short.append(f"{row['op']} {way} {row['dtype']} {shape} ({ratio:.2f}x)")
+    settings = doc["settings"]
+    text = f"Medians of {settings['rounds']} rounds. A copy on this machine moves {settings['copy_gb_s']:.0f} GB/s, "
+    text += "bytes read plus bytes written.\n\n" + markdown(
+        [*heads, "op", "pass", "dtype", "shape", "backend"], rows, 5
+    )
+    aim = f"{AIM_GPU:.0%} of copy bandwidth" if gpu else f"{AIM_CPU:.0f}x over eager"
+    text += f"\nShort of the aim of {aim}: {'; '.join(short) if short else 'none'}.\n"
+    if settings["cases_left_out"]:
+        text += f"\n{settings['cases_left_out']} cases were left out for time.\n"
+    for line in tables.failures(doc):
+        text += f"\nNot timed: {line}.\n"
+    return text + "\n" + machine(doc) + "\n"
+
+
+def write(page: Path, docs: list[dict], check: bool = False) -> bool:
+    """Replace what stands between the markers; returns whether the page was up to date already."""
+    text = page.read_text()
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}")
+    new = f"{head}{BEGIN}\n\n{render(docs)}\n{END}{tail}"
+    if new != text and not check:
+        page.write_text(new)
+    return new == text
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m bench.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say (by exit status 1) if the page is out of date")
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    args = parser.parse_args(argv)
+    fresh = write(args.page, load(args.results), args.check)
+    if args.check and not fresh:
+        print(f"{args.page} does not show {args.results}: run python -m bench.report", file=sys.stderr)
+        return 1
+    print(f"{args.page}: " + ("up to date" if fresh else "written"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The page shows what the JSON holds, and bad JSON is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+pytest.importorskip("rich")
+
+from bench import report, results
+from tests.bench.common import micro_document, step_document
+
+
+def test_the_committed_page_is_up_to_date():
+    assert report.main(["--check"]) == 0, "run python -m bench.report"
+
+
+def test_tables(tmp_path):
+    results.write(tmp_path / "micro.json", micro_document())
+    results.write(tmp_path / "step.json", step_document())
+    text = report.render(report.load(tmp_path))
+    assert "| 3.00x |" in text
+    assert "| 1.50x |" in text
+    assert "GPU figures are not measured yet" in text
+    assert "Test CPU" in text
+    assert "0123456789ab" in text
+    assert "no compiler" in text
+    assert "Short of the aim of 2x over eager: none." in text
+    assert "Short of the aim of 1.15x" not in text
+
+
+def test_shortfalls_are_named():
+    doc = {**micro_document(ratio=1.5), "file": "x.json"}
+    assert "gather_tokens forward float32 vit_b b16 (1.50x)" in report.micro(doc)
+    doc = {**step_document(ratio=1.1), "file": "x.json"}
+    assert "Short of the aim of 1.15x" in report.step(doc)
+
+
+def test_newest_result_wins(tmp_path):
+    old, new = micro_document(ratio=3.0), micro_document(ratio=4.0)
+    new["environment"] = {**new["environment"], "date": "2026-02-02 00:00 UTC"}
+    results.write(tmp_path / "a.json", new)
+    results.write(tmp_path / "b.json", old)
+    docs = report.load(tmp_path)
+    assert [doc["file"] for doc in docs] == ["a.json"]
+
+
+def test_page_is_replaced_between_the_markers(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    docs = [{**micro_document(), "file": "x.json"}]
+    assert not report.write(page, docs, check=True)
+    assert "old" in page.read_text()
+    assert not report.write(page, docs)
+    assert report.write(page, docs)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="lacks the lines"):
+        report.write(page, docs)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "match"),
+    [
+        (("schema",), 99, "schema"),
+        (("kind",), "other", "kind"),
+        (("environment",), {}, "environment lacks"),
+        (("records",), [], "no records"),
+        (("records", 0, "median_s"), float("nan"), "median_s"),
+        (("records", 0, "median_s"), -1.0, "median_s"),
+        (("records", 0, "low_s"), "fast", "low_s"),
+    ],
+)
+def test_bad_documents_are_refused(path, value, match, tmp_path):
+    doc = copy.deepcopy(micro_document())
+    target = doc
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    with pytest.raises(ValueError, match=match):
+        results.validate(doc)
+    with pytest.raises(ValueError, match=match):
+        results.write(tmp_path / "x.json", doc)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x\.json"):
+        results.read(tmp_path / "x.json")
