@@ -10,13 +10,12 @@ namespace maefast::MAEFAST_ISA {
 namespace {
 
 // ---- gather_tokens
-// -------------------------------------------------------------------------------------------------
 
-// Copies a row, or zeroes it when there is nothing to copy. The builtins reach libc, which has its own choice
-// of instruction set.
-void put_row(char* dst, const char* src, int64_t bytes, bool valid) {
-  if (valid) {
-    __builtin_memcpy(dst, src, static_cast<size_t>(bytes));
+// Copies row `row` of src, or writes zeros where it is negative. The builtins reach libc, which has its own
+// choice of instruction set.
+void put_row(char* dst, const char* src, int64_t row, int64_t bytes) {
+  if (row >= 0) {
+    __builtin_memcpy(dst, src + row * bytes, static_cast<size_t>(bytes));
   } else {
     __builtin_memset(dst, 0, static_cast<size_t>(bytes));
   }
@@ -29,15 +28,13 @@ void gather_rows(const GatherArgs& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     while (b + 1 < a.batch && r >= a.cu[b + 1] + (b + 1) * kept) ++b;
     const int64_t within = r - a.cu[b] - b * kept;
-    int64_t position = within;
-    bool valid = within >= 0;
+    int64_t row = b * length + within;
     if (within >= kept) {
       const int64_t n = a.index[r - (b + 1) * kept] - b * a.tokens;
-      position = a.prefix + n;
-      valid = n >= 0 && n < a.tokens;
+      row = n >= 0 && n < a.tokens ? b * length + a.prefix + n : -1;
+      if (row < 0) fail(a.failed);
     }
-    if (!valid) fail(a.failed);
-    put_row(a.dst + r * a.row_bytes, a.src + (b * length + position) * a.row_bytes, a.row_bytes, valid);
+    put_row(a.dst + r * a.row_bytes, a.src, row, a.row_bytes);
   }
 }
 
@@ -56,8 +53,11 @@ void scatter_rows(const GatherArgs& a, int64_t begin, int64_t end) {
       const int64_t t = a.masked ? ~slot : slot;
       if (t >= 0) row = t + (b + 1) * kept;
     }
-    if (row >= rows) fail(a.failed);
-    put_row(a.dst + r * a.row_bytes, a.src + row * a.row_bytes, a.row_bytes, row >= 0 && row < rows);
+    if (row >= rows) {
+      fail(a.failed);
+      row = -1;
+    }
+    put_row(a.dst + r * a.row_bytes, a.src, row, a.row_bytes);
     if (++p == length) {
       p = 0;
       ++b;
@@ -66,7 +66,6 @@ void scatter_rows(const GatherArgs& a, int64_t begin, int64_t end) {
 }
 
 // ---- patch_rows
-// ----------------------------------------------------------------------------------------------------
 
 // PW is pw where it is known at compile time: a run of pixels is then a few registers; else 0.
 template <int PW, class X, class Y>
@@ -154,7 +153,6 @@ void patch_rows_backward(const PatchRowsArgs& a, int64_t begin, int64_t end) {
 }
 
 // ---- place_tokens
-// --------------------------------------------------------------------------------------------------
 
 template <class X, class Y>
 void place_tokens_typed(const PlaceArgs& a, int64_t begin, int64_t end) {
@@ -168,12 +166,7 @@ void place_tokens_typed(const PlaceArgs& a, int64_t begin, int64_t end) {
     const int64_t within = r - a.cu[b] - b * a.prefix;
     Y* out = static_cast<Y*>(a.out) + r * d;
     if (within < a.prefix) {
-      if (within >= 0) {
-        convert_row(lead + within * d, out, d);
-      } else {
-        fail(a.failed);
-        zero_row(out, d);
-      }
+      convert_row(lead + within * d, out, d);
       continue;
     }
     const int64_t t = r - (b + 1) * a.prefix;

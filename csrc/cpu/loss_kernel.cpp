@@ -20,7 +20,6 @@ MAEFAST_INLINE double square_root(double x) {
 }
 
 // ---- sums over a row
-// -----------------------------------------------------------------------------------------------
 
 // Sum of f(i, lanes) over the vectors of a row, in four independent chains.
 template <class A, class F>
@@ -36,7 +35,6 @@ MAEFAST_INLINE A sum_row(int64_t n, const F& f) {
 }
 
 // ---- the target
-// ----------------------------------------------------------------------------------------------------
 
 template <class X, class A>
 void load_patch(const Grid& g, const X* patch, A* target) {
@@ -101,7 +99,6 @@ void deinterleave(const A* __restrict x, A* __restrict y, int64_t channels, int6
 }
 
 // ---- the distance
-// --------------------------------------------------------------------------------------------------
 
 template <class A>
 MAEFAST_INLINE vec<A> select(decltype(vec<A>{} < vec<A>{}) condition, vec<A> yes, vec<A> no) {
@@ -148,7 +145,6 @@ void distance_backward(const P* pred, const A* target, int64_t n, Distance kind,
 }
 
 // ---- through the normalisation
-// -------------------------------------------------------------------------------------
 
 // With y = (t - mean) / denominator, r = 1 / denominator, n values and m = n - 1 (m = n for the biased
 // variance):
@@ -178,7 +174,6 @@ void normalise_backward(A* g, const A* y, int64_t n, Norm norm, A scale) {
 }
 
 // ---- rows
-// ----------------------------------------------------------------------------------------------------------
 
 // Working memory: `planar` [K] holds (C, S), `mixed` [K] holds (S, C) where the prediction wants it, `grad`
 // [K].

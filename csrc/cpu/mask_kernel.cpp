@@ -63,7 +63,6 @@ template <class A>
 constexpr A kHuge = is_same<A, double> ? A(1e300) : A(1e37);
 
 // ---- order by score: a stable sort
-// ---------------------------------------------------------------------------------
 
 // Drops each score into one of `buckets` equal intervals of [lowest, highest], in order, and mends the order
 // inside the buckets by insertion: linear for noise. False (and nothing done) where the scores are not finite
@@ -200,7 +199,6 @@ void by_score(const MaskArgs& a, int64_t b, K* keys, char* room) {
 }
 
 // ---- order by position: only a threshold
-// ---------------------------------------------------------------------------
 
 template <class A, class K>
 int64_t count_up_to(const K* keys, int64_t n, K limit) {
@@ -267,12 +265,11 @@ void by_position(const MaskArgs& a, int64_t b, const K* keys, char* room) {
     v += is_visible;
     m += !is_visible;
   }
-  __builtin_memcpy(a.visible + start, visible, size_t(count) * sizeof(int32_t));
-  __builtin_memcpy(a.masked + start_masked, masked, size_t(n - count) * sizeof(int32_t));
+  if (count > 0) __builtin_memcpy(a.visible + start, visible, size_t(count) * sizeof(int32_t));
+  if (count < n) __builtin_memcpy(a.masked + start_masked, masked, size_t(n - count) * sizeof(int32_t));
 }
 
 // ---- entry
-// ---------------------------------------------------------------------------------------------------------
 
 template <class T, class A, class K, class U>
 void token_mask_typed(const MaskArgs& a, void* workspace, int64_t begin, int64_t end) {

@@ -61,10 +61,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q, const std:
                                                      const std::optional<Tensor>& marked, bool stats);
 std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad, const std::optional<Tensor>& grad_lse, const std::optional<Tensor>& grad_entropy,
-    const std::optional<Tensor>& grad_mass, const Tensor& q, const std::optional<Tensor>& kv, const Tensor& out,
-    const Tensor& lse, const Tensor& entropy, const Tensor& mass, const std::optional<Tensor>& cu_q,
-    const std::optional<Tensor>& cu_k, int64_t batch, int64_t max_q, int64_t max_k, double scale, bool causal,
-    const std::optional<Tensor>& key_bias, const std::optional<Tensor>& marked, bool need_bias);
+    const std::optional<Tensor>& grad_mass, const Tensor& q, const std::optional<Tensor>& kv,
+    const Tensor& out, const Tensor& lse, const Tensor& entropy, const Tensor& mass,
+    const std::optional<Tensor>& cu_q, const std::optional<Tensor>& cu_k, int64_t batch, int64_t max_q,
+    int64_t max_k, double scale, bool causal, const std::optional<Tensor>& key_bias,
+    const std::optional<Tensor>& marked, bool need_bias);
 
 // loss.cpp
 std::tuple<Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& images, const Tensor& index,

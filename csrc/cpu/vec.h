@@ -115,7 +115,6 @@ MAEFAST_INLINE vec<A> splat(A a) {
 }
 
 // ---- 16-bit formats
-// ------------------------------------------------------------------------------------------------
 
 MAEFAST_INLINE vec_f32 bf16_to_f32(half_u16 h) {
   return (vec_f32)(__builtin_convertvector(h, vec_u32) << 16);
@@ -178,7 +177,6 @@ MAEFAST_INLINE half_u16 f32_to_f16(vec_f32 x) {
 #endif
 
 // ---- load and store
-// ------------------------------------------------------------------------------------------------
 
 template <class A, class T>
 MAEFAST_INLINE vec<A> load(const T* p) {
@@ -292,7 +290,6 @@ MAEFAST_INLINE A sum_lanes(vec<A> v) {
 }
 
 // ---- rows
-// ----------------------------------------------------------------------------------------------------------
 
 // y = x, converted.
 template <class X, class Y>

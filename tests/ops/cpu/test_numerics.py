@@ -93,7 +93,7 @@ def test_token_mask(plan, data):
             identical(out, ref, f"{name} in {dtype}, {kind}")
 
 
-@pytest.mark.parametrize("tokens", [1536, 1537, 4096, 4097, 8192, 20000])
+@pytest.mark.parametrize("tokens", [1536, 1537, 4096, 4097, 8192])
 @pytest.mark.parametrize("kind", ["uniform", "ties"])
 @pytest.mark.parametrize("by_position", [False, True])
 def test_token_mask_long_rows(tokens, kind, by_position):
