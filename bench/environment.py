@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # A change outside these cannot move a figure.
-_CODE = ("maefast", "csrc", "kernels", "bench", "CMakeLists.txt", "pyproject.toml", ":!bench/results")
+CODE = ("maefast", "csrc", "kernels", "bench", "CMakeLists.txt", "pyproject.toml", ":!bench/results")
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -47,6 +47,13 @@ def describe(device: str) -> dict[str, Any]:
         info["capability"] = f"{properties.major}.{properties.minor}"
         info["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return info
+
+
+def exact_float32() -> None:
+    """No TF32: by default torch lets cuDNN's convolutions use it but not matrix products, which would compare a
+    convolution in 10 bits with a product in 23."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def version(package: str) -> str | None:
@@ -87,11 +94,14 @@ def cache_bytes(device: str) -> int:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """(commit, whether the code differs from it). MAEFAST_COMMIT names it where the tree came without .git."""
+    """(commit, whether the code differs from it). A tree without .git, or a copy of one, is told by MAEFAST_COMMIT
+    and MAEFAST_DIRTY (0 or 1)."""
+    if commit := os.environ.get("MAEFAST_COMMIT"):
+        return commit, {"0": False, "1": True}.get(os.environ.get("MAEFAST_DIRTY", ""))
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     if commit is None:
-        return os.environ.get("MAEFAST_COMMIT"), None
-    return commit, bool(_output("git", "status", "--porcelain", "--", *_CODE))
+        return None, None
+    return commit, bool(_output("git", "status", "--porcelain", "--", *CODE))
 
 
 def _output(*command: str) -> str | None:

@@ -6,7 +6,7 @@
 #   bench/gpu_check.sh --dry-run     check what is needed, print the plan, do nothing
 #   bench/gpu_check.sh --build-only  build only, GPU or not (--arch 90a names the card's architecture)
 #
-# Environment: OUT, PYTHON (python3), MAEFAST_COMMIT (where the tree came without .git), MAEFAST_CHECK_SECONDS (540).
+# Environment: OUT, PYTHON (python3), MAEFAST_COMMIT and MAEFAST_DIRTY (for a tree without .git), MAEFAST_CHECK_SECONDS (540).
 # Exit status: 0 correctness held; 1 it did not (build, tests or a compared result failed); 2 something needed is
 # missing; 3 no GPU. Trouble of a benchmark alone is reported and does not change the status.
 set -uo pipefail
@@ -164,7 +164,11 @@ PY
 export BUILD STAGE ROOT PYTHON ARCH
 build_script="$(declare -f build); GENERATOR=(${GENERATOR[*]-}); build"
 export MAEFAST_REQUIRE_NATIVE=1 PYTHONPATH="$STAGE" PYTHONUNBUFFERED=1
-MAEFAST_COMMIT="${MAEFAST_COMMIT:-$(git -C "$ROOT" rev-parse --short=12 HEAD 2>/dev/null)}" && export MAEFAST_COMMIT
+if [[ -z ${MAEFAST_COMMIT:-} ]] && MAEFAST_COMMIT="$(git -C "$ROOT" rev-parse --short=12 HEAD 2>/dev/null)"; then
+  MAEFAST_DIRTY=0
+  [[ -z $(git -C "$ROOT" status --porcelain -- maefast csrc kernels bench CMakeLists.txt ':!bench/results') ]] || MAEFAST_DIRTY=1
+fi
+export MAEFAST_COMMIT="${MAEFAST_COMMIT:-}" MAEFAST_DIRTY="${MAEFAST_DIRTY:-}"
 
 TAIL=12 part build bash -c "$build_script"
 if [[ $MODE == build || ${STATUS[build]} != 0 ]]; then

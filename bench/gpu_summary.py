@@ -78,7 +78,7 @@ def lines(out: Path) -> list[str]:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
+def summarise(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.gpu_summary", description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("parts", nargs="+", help="NAME=STATUS:SECONDS")
@@ -104,4 +104,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(summarise())

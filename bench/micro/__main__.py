@@ -45,6 +45,7 @@ def measure(
 
     budget: seconds after which no further case is started; the cases left out are counted in the settings.
     """
+    environment.exact_float32()
     start = time.monotonic()
     bandwidth = timing.copy_bandwidth(device)
     records: list[dict] = []

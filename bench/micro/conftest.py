@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import environment
 from bench.micro import suite
 from bench.micro.shapes import DTYPES, PRESETS
 
@@ -76,6 +77,7 @@ def report(which, benchmark, request):
             benchmark.skipped = True
             pytest.skip("no CUDA device here")
         if _last.get("case") != case:
+            environment.exact_float32()
             _last.update(case=case, result=suite.run(case, tuple(option.peers), option.rounds))
         records, samples = _last["result"]
         record = next(r for r in records if r["variant"] == variant)

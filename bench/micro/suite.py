@@ -6,7 +6,6 @@ import importlib
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -101,12 +100,7 @@ def _function(op: Op, variant: str) -> Callable[[Inputs], Any]:
         backend = variant.removeprefix("maefast-")
         return lambda inputs: op.ours(inputs, backend)
     plain = op.tuned if variant.endswith("tuned") else op.eager
-    return _compiled(plain) if variant.startswith("compile") else plain
-
-
-@cache
-def _compiled(function):
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(plain, fullgraph=True, dynamic=False) if variant.startswith("compile") else plain
 
 
 def leaves(op: Op, inputs: Inputs) -> list[Tensor]:
@@ -186,6 +180,8 @@ def run(
     A variant whose result differs from the eager one gets no time, only an error. `bandwidth`: of a copy on this
     device, for the share that each variant reaches. warmup: seconds before the first sample, on a CPU.
     """
+    if any(peer.startswith("compile") for peer in peers):
+        torch._dynamo.reset()  # shapes are static, and one function compiles for a limited number of them
     sets = _input_sets(case)
     grads: list[Any] = [None] * len(sets)
     if case.direction == BOTH:

@@ -81,7 +81,7 @@ def show(doc: dict) -> None:
     for peer in peers:
         table.add_column(HEADINGS[peer], justify="right", style="bold" if peer == "eager" else None)
     for name in ("op", "pass", "dtype", "shape", "backend"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("ms", "eager ms", "GB/s", "of copy"):
         table.add_column(name, justify="right")
     for row in rows(doc):
@@ -101,7 +101,7 @@ def show(doc: dict) -> None:
             "-" if rate is None else f"{rate:.0f}",
             "-" if share is None else f"{share:.0%}",
         )
-    console = Console(width=None if Console().is_terminal else 150)
+    console = Console(width=None if Console().is_terminal else 170)
     dirty = ", uncommitted changes" if env["dirty"] else ""
     console.print(
         f"{env['device']}, {env['cpu_threads']} threads, torch {env['torch']}, maefast {env['commit']}{dirty}. "

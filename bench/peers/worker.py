@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from bench.environment import exact_float32
 from bench.peers import models
 
 MASK_RATIO = 0.75
@@ -27,6 +28,7 @@ BATCHES = 2
 class Worker:
     def build(self, peer: str, config: dict, batch: int, dtype: str, device: str) -> dict:
         self.device, self.bf16 = device, dtype == "bfloat16"
+        exact_float32()
         if peer == "hf":
             import transformers  # noqa: F401  before the baseline: a library in memory is not a step's memory
         self.baseline = resident_bytes()

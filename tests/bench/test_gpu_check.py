@@ -89,11 +89,11 @@ def test_summary(tmp_path, capsys):
     )
     results.write(tmp_path / "micro_cuda.json", micro_document(kind="cuda"))
     parts = ["build=0:30", "tests=0:100", "micro=0:40", "step=1:5"]
-    assert gpu_summary.main([str(tmp_path), *parts]) == 0
+    assert gpu_summary.summarise([str(tmp_path), *parts]) == 0
     out = capsys.readouterr().out
     assert "3.00x eager" in out
     assert "tests: 5 run" in out
     assert "does not count" in out
     assert out.strip().endswith("CORRECTNESS HELD")
     assert (tmp_path / "gpu_check.json").exists()
-    assert gpu_summary.main([str(tmp_path), "build=0:30", "tests=1:100"]) == 1
+    assert gpu_summary.summarise([str(tmp_path), "build=0:30", "tests=1:100"]) == 1
