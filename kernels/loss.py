@@ -253,8 +253,8 @@ def patch_loss_backward(
     Reads what the forward read, writes grad_pred (and grad_images) once; unscored rows and patches are zero.
     """
     check_dtypes("patch_loss_backward", grad, pred, images)
-    grad_pred = torch.empty_like(pred)
-    grad_images = torch.empty_like(images) if need_images else images.new_empty(0)
+    grad_pred = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    grad_images = torch.empty(images.shape if need_images else (0,), dtype=images.dtype, device=pred.device)
     every = bool(need_images or not packed)
     count = slot.shape[0] if every else index.shape[0]
     flags = {"PACKED": bool(packed), "CHANNELS_FIRST": bool(channels_first), "NEED_IMAGES": bool(need_images)}

@@ -177,9 +177,9 @@ def restore_tokens_backward(
     row_blocks = ceil_div(length, tile)
     places = row_blocks * ceil_div(width, block)
     splits, each = batch_splits(batch, places, pos_rows > 0)
-    empty = torch.empty(0, dtype=torch.float32, device=device)
-    pos_parts = empty.new_empty((splits, pos_rows, width)) if pos_rows else empty
-    mask_parts = empty.new_empty((splits * row_blocks, width)) if need_mask_token else empty
+    part = {"dtype": torch.float32, "device": device}
+    pos_parts = torch.empty((splits, pos_rows, width) if pos_rows else (0,), **part)
+    mask_parts = torch.empty((splits * row_blocks, width) if need_mask_token else (0,), **part)
     pos_prefix = pos_rows - tokens if pos_rows else 0
     args = grad, slot, cu_visible, grad_x, pos_parts, mask_parts, batch, each, tokens, prefix, pos_prefix, width
     flags = {
