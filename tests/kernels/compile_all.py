@@ -167,6 +167,36 @@ def loss_cases(full: bool):
                         yield more, loss.patch_loss_backward, (*back, images_too)
 
 
+def norm_cases(full: bool):
+    from maefast.kernels import norm
+
+    f32 = torch.float32
+    streams = [(f32, torch.bfloat16), (f32, f32), *([(torch.bfloat16,) * 2, (torch.float16,) * 2] if full else [])]
+    for width in (192, 512, 768, 1024, 1280) if full else (768,):
+        x_rows, table = 12800, meta(width)
+        for stream, low in streams:
+            x, y = meta(x_rows, width, dtype=stream), meta(x_rows, width, dtype=low)
+            label = f"D={width} {stream} {low}".replace("torch.", "")
+            for delta in (None, y):
+                text = f"{label}{' delta' if delta is not None else ''}"
+                yield text, norm.add_norm, (x, delta, table, table, 1e-6, low)
+                row = meta(x_rows)
+                passed = None if delta is None else x
+                yield text, norm.add_norm_backward, (y, passed, x, row, row, table, True)
+
+
+def gelu_cases(full: bool):
+    from maefast.kernels import gelu
+
+    for name, dtype in (DTYPES if full else {"bf16": torch.bfloat16}).items():
+        for width in (768, 2048, 3072) if full else (3072,):
+            x, bias = meta(12800, width, dtype=dtype), meta(width, dtype=dtype)
+            for tanh in (False, True):
+                text = f"{name} D={width}{' tanh' if tanh else ''}"
+                yield text, gelu.bias_gelu, (x, bias, tanh)
+                yield text, gelu.bias_gelu_backward, (x, x, bias, tanh, True)
+
+
 def wide_cases(full: bool):
     """Sizes at which row or segment numbers, or offsets in one image, pass 2^31."""
     from maefast.kernels import embed, loss, restore
@@ -187,7 +217,7 @@ def wide_cases(full: bool):
     yield "wide", loss.patch_loss_backward, (slot.float(), grad, meta(*video), slot, slot, stats, *args, True)
 
 
-CASES = (mask_cases, embed_cases, restore_cases, loss_cases, wide_cases)
+CASES = (mask_cases, embed_cases, restore_cases, loss_cases, norm_cases, gelu_cases, wide_cases)
 
 
 def record(full: bool) -> list[Launch]:

@@ -1,0 +1,121 @@
+"""Triton kernels of the gelu family: bias + GELU in one pass, and back with the gradient of the bias."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import OPTIONS, ceil_div, check_dtypes, guard, power, sum_parts
+
+TILE = {"num_warps": 4, **OPTIONS}
+
+
+@triton.jit
+def gelu_parts(x, TANH: tl.constexpr):
+    """(GELU(x) / x, its derivative) in float32: the erf form, or the tanh form as x * sigmoid(2u)."""
+    if TANH:
+        square = x * x
+        u2 = x * (1.5957691216057308 + 0.07135481282989505 * square)
+        gate = tl.sigmoid(u2)
+        slope = gate + x * gate * (1.0 - gate) * (1.5957691216057308 + 0.21406443848968514 * square)
+    else:
+        gate = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        slope = gate + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return gate, slope
+
+
+@triton.jit
+def bias_gelu_fwd_kernel(
+    x, bias, out, rows, width, HAS_BIAS: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    blocks = tl.cdiv(width, BLOCK)
+    pid = tl.program_id(0)
+    row = (pid // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (col < width)[None, :]
+    at = row[:, None] * width + col[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
+    gate, _ = gelu_parts(value, TANH)
+    tl.store(out + at, (value * gate).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def bias_gelu_bwd_kernel(
+    grad, x, bias, grad_x, parts, rows, per_program, width,
+    HAS_BIAS: tl.constexpr, NEED_BIAS: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of columns over `per_program` rows; the column sums stay in registers until the end."""
+    blocks = tl.cdiv(width, BLOCK)
+    pid = tl.program_id(0)
+    program = (pid // blocks).to(tl.int64)
+    col = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    shift = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        shift = tl.load(bias + col, mask=col < width, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    last = tl.minimum((program + 1) * per_program, rows)
+    for start in range(program * per_program, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < last)[:, None] & (col < width)[None, :]
+        at = row[:, None] * width + col[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
+        _, slope = gelu_parts(value, TANH)
+        out = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * slope
+        tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
+        if NEED_BIAS:
+            total += tl.sum(out, axis=0)
+    if NEED_BIAS:
+        tl.store(parts + program * width + col, total, mask=col < width)
+
+
+def _tile(width: int) -> tuple[int, int]:
+    """(rows, columns) of a tile of 2048 elements, 16 a thread."""
+    block = min(power(width), 512)
+    return max(1, 2048 // block), block
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    """x [R, D] -> GELU(x + bias). Reads and writes each element once."""
+    check_dtypes("bias_gelu", x, bias)
+    out = torch.empty_like(x)
+    rows, width = x.shape
+    if out.numel():
+        tile, block = _tile(width)
+        grid = (ceil_div(rows, tile) * ceil_div(width, block),)
+        flags = {"HAS_BIAS": bias is not None, "TANH": bool(tanh)}
+        with guard(x):
+            bias_gelu_fwd_kernel[grid](x, bias, out, rows, width, **flags, ROWS=tile, BLOCK=block, **TILE)
+    return out
+
+
+def bias_gelu_backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """-> grad_x [R, D] and the gradient of the bias [D] (or [0]), both in x's dtype."""
+    check_dtypes("bias_gelu_backward", grad, x, bias)
+    grad_x = torch.empty_like(x)
+    rows, width = x.shape
+    grad_bias = x.new_empty((width if need_bias else 0,))
+    if not grad_x.numel():
+        return grad_x, grad_bias.zero_()
+    tile, block = _tile(width)
+    blocks = ceil_div(width, block)
+    # About 1024 programs in all; each leaves one partial sum of its columns.
+    each = ceil_div(ceil_div(rows, max(1, 1024 // blocks)), tile) * tile
+    programs = ceil_div(rows, each)
+    parts = torch.empty((programs, width) if need_bias else (0,), dtype=torch.float32, device=x.device)
+    flags = {"HAS_BIAS": bias is not None, "NEED_BIAS": bool(need_bias), "TANH": bool(tanh)}
+    with guard(x):
+        bias_gelu_bwd_kernel[(programs * blocks,)](
+            grad, x, bias, grad_x, parts, rows, each, width, **flags, ROWS=tile, BLOCK=block, **TILE
+        )
+        if need_bias:
+            sum_parts(parts, grad_bias)
+    return grad_x, grad_bias
+
+
+OPS = {"bias_gelu": bias_gelu, "bias_gelu_backward": bias_gelu_backward}
