@@ -198,13 +198,17 @@ def _gpus() -> list[Info]:
 
 
 def _ops(has_gpu: bool) -> list[Info]:
-    from maefast.ops import _dispatch
+    from maefast.ops import _attention_table, _dispatch, linear_library
 
     rows = []
     for device in ("cpu", "cuda") if has_gpu else ("cpu",):
         for op in _dispatch.PUBLIC_OPS:
             backend, reason = _dispatch.why(op, device)
             rows.append({"op": op, "device": device, "backend": backend, "reason": reason})
+        for backend, reason in _attention_table.why(device):
+            rows.append({"op": "attention", "device": device, "backend": backend, "reason": reason})
+    library, reason = linear_library()
+    rows.append({"op": "linear", "device": "cpu", "backend": library, "reason": f"float32: {reason}"})
     return rows
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import maefast
-from maefast import _native, doctor
-from maefast.ops import _dispatch
+from maefast import _native, doctor, ops
+from maefast.ops import _attention_table, _dispatch
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,22 @@ def test_versions_and_devices(info):
 
 def test_every_op_has_a_backend_and_a_reason(info):
     cpu = {row["op"]: row for row in info["ops"] if row["device"] == "cpu"}
-    assert set(cpu) == set(_dispatch.PUBLIC_OPS)
-    for op, row in cpu.items():
-        assert (row["backend"], row["reason"]) == _dispatch.why(op, "cpu")
-        assert row["reason"]
+    assert set(cpu) == {*_dispatch.PUBLIC_OPS, "attention", "linear"}
+    for op in _dispatch.PUBLIC_OPS:
+        assert (cpu[op]["backend"], cpu[op]["reason"]) == _dispatch.why(op, "cpu")
+    assert all(row["reason"] for row in info["ops"])
+
+
+def test_attention_and_linear_show_their_tables(info):
+    shown = [(row["backend"], row["reason"]) for row in info["ops"] if row["op"] == "attention"]
+    assert shown[: len(_attention_table.why("cpu"))] == _attention_table.why("cpu")
+    assert [row["backend"] for row in info["ops"] if row["op"] == "linear"] == [ops.linear_library()[0]]
 
 
 def test_a_forced_backend_shows():
     with maefast.backend("reference"):
         rows = doctor.collect()["ops"]
+    rows = [row for row in rows if row["op"] != "linear"]  # has libraries of its own, and a variable to force one
     assert {row["backend"] for row in rows} == {"reference"}
     assert all("forced" in row["reason"] for row in rows)
 

@@ -4,7 +4,7 @@ from maefast.ops._dispatch import backend
 from maefast.ops.attention import attention
 from maefast.ops.embed import gather_tokens, patch_embed
 from maefast.ops.gelu import bias_gelu
-from maefast.ops.linear import linear
+from maefast.ops.linear import linear, linear_library
 from maefast.ops.loss import patch_loss
 from maefast.ops.mask import TokenMask, token_mask
 from maefast.ops.norm import add_norm
@@ -18,6 +18,7 @@ __all__ = [
     "bias_gelu",
     "gather_tokens",
     "linear",
+    "linear_library",
     "patch_embed",
     "patch_loss",
     "restore_tokens",

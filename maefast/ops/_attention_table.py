@@ -86,6 +86,21 @@ def choose(call: Call, asked: str | None) -> str:
     return "reference" if call.extras else "sdpa"
 
 
+def why(device: str) -> list[tuple[str, str]]:
+    """(backend, reason) for the rules of the table that can apply on "cpu" or "cuda", in order, for `maefast doctor`."""
+    if (name := _dispatch.forced()) is not None:
+        return [(name, "forced")]
+    rows = []
+    for rule in TABLE:
+        if rule.device != device:
+            continue
+        if rule.backend in KERNELS and _dispatch.unavailable("attention", rule.backend, device) is not None:
+            continue
+        limit = "" if rule.longest is None else f", up to {rule.longest} queries and keys"
+        rows.append((rule.backend, rule.why + limit))
+    return rows
+
+
 # --- libraries -----------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x: [..., K]. weight: [N, K]. bias: [N] or None.
 
     Returns:
-        [..., N]. float32 on a CPU runs on the library that `library` names, forward and both gradients; everything
+        [..., N]. float32 on a CPU runs on the library that `linear_library` names, forward and both gradients; everything
         else is `F.linear` itself.
     """
     if (
@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or weight.dtype is not torch.float32
         or x.numel() * weight.shape[0] < MIN_WORK
         or torch.is_autocast_enabled("cpu")
-        or library()[0] == "torch"
+        or linear_library()[0] == "torch"
     ):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
@@ -53,7 +53,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 @torch.compiler.assume_constant_result
-def library() -> tuple[str, str]:
+def linear_library() -> tuple[str, str]:
     """("torch" or "onednn", why) for large float32 products on this CPU.
 
     MAEFAST_LINEAR=torch|onednn decides; otherwise a measurement of about 0.1 s at the first use, kept for later runs
