@@ -108,8 +108,10 @@ fi
 
 # --- doing it ----------------------------------------------------------------------------------------------
 
+LOG="$OUT/gpu_check.log"
+: >"$LOG"
 declare -A STATUS=() TOOK=()
-# part NAME COMMAND...: run under the part's budget and what is left of the whole, log to $OUT/NAME.log.
+# part NAME COMMAND...: run under the part's budget and what is left of the whole; everything it says goes to $LOG.
 part() {
   local name=$1 limit=${SECONDS_FOR[$1]} left=$((TOTAL - SECONDS)) start=$SECONDS
   shift
@@ -119,8 +121,8 @@ part() {
     echo "== $name: skipped, the time is spent"
     return 1
   fi
-  say "$name (at most $limit s)"
-  timeout -k 10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" | tail -n "${TAIL:-40}"
+  say "$name (at most $limit s)" | tee -a "$LOG"
+  timeout -k 10 "$limit" "$@" 2>&1 | tee -a "$LOG" | tail -n "${TAIL:-40}"
   STATUS[$name]=${PIPESTATUS[0]} TOOK[$name]=$((SECONDS - start))
   [[ ${STATUS[$name]} == 124 || ${STATUS[$name]} == 137 ]] && STATUS[$name]=timeout
   echo "== $name: status ${STATUS[$name]}, ${TOOK[$name]} s"
@@ -173,11 +175,11 @@ export MAEFAST_COMMIT="${MAEFAST_COMMIT:-}" MAEFAST_DIRTY="${MAEFAST_DIRTY:-}"
 TAIL=12 part build bash -c "$build_script"
 if [[ $MODE == build || ${STATUS[build]} != 0 ]]; then
   [[ ${STATUS[build]} == 0 ]] && echo "gpu_check: the build works; nothing was run" && exit 0
-  echo "gpu_check: the build failed; see $OUT/build.log" >&2
+  echo "gpu_check: the build failed; see $LOG" >&2
   exit 1
 fi
 cd "$STAGE" || exit 1
-"$PYTHON" -m maefast.cli doctor --json >"$OUT/doctor.json" 2>"$OUT/doctor.log" || echo "maefast doctor failed; see $OUT/doctor.log"
+"$PYTHON" -m maefast.cli doctor --json >"$OUT/doctor.json" 2>>"$LOG" || echo "maefast doctor failed; see $LOG"
 TAIL=30 part tests "${TESTS[@]}"
 part micro "${MICRO[@]}"
 part step "${STEP[@]}"

@@ -41,7 +41,7 @@ def verdict(parts: dict[str, str], tests: dict[str, int]) -> tuple[list[str], li
         if status == str(results.WRONG):
             wrong.append(f"bench.{name} found a result that differs from the peer's")
         elif status != "0":
-            trouble.append(f"bench.{name}: {status if not status.isdigit() else 'status ' + status}, see {name}.log")
+            trouble.append(f"bench.{name}: {status if not status.isdigit() else 'status ' + status}, see gpu_check.log")
     return wrong, trouble
 
 
