@@ -137,6 +137,8 @@ def test_without_native_libraries_it_still_reports():
     result = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, check=True, timeout=300)
     info = json.loads(result.stdout)
     assert info["native"]["cpu"] is False
-    assert {row["backend"] for row in info["ops"] if row["device"] == "cpu"} == {"reference"}
+    served = {row["op"]: row["backend"] for row in info["ops"] if row["device"] == "cpu"}
+    assert {served[op] for op in _dispatch.PUBLIC_OPS} == {"reference"}
+    assert served["attention"] == "sdpa"
     assert any("MAEFAST_DISABLE_NATIVE" in warning for warning in info["warnings"])
     assert "switched off" in text(info)

@@ -87,7 +87,7 @@ def choose(call: Call, asked: str | None) -> str:
 
 
 def why(device: str) -> list[tuple[str, str]]:
-    """(backend, reason) for the rules of the table that can apply on "cpu" or "cuda", in order, for `maefast doctor`."""
+    """(backend, reason) of the rules that can apply on "cpu" or "cuda", in order, for `maefast doctor`."""
     if (name := _dispatch.forced()) is not None:
         return [(name, "forced")]
     rows = []

@@ -32,8 +32,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x: [..., K]. weight: [N, K]. bias: [N] or None.
 
     Returns:
-        [..., N]. float32 on a CPU runs on the library that `linear_library` names, forward and both gradients; everything
-        else is `F.linear` itself.
+        [..., N]. float32 on a CPU runs on the library that `linear_library` names, forward and both gradients;
+        everything else is `F.linear` itself.
     """
     if (
         x.device.type != "cpu"
