@@ -22,7 +22,5 @@ target_compile_definitions(_C PRIVATE
   "MAEFAST_TORCH_VERSION=\"${MAEFAST_TORCH_VERSION}\""
   "MAEFAST_CUDA_VERSION=\"${MAEFAST_CUDA_COMPILER_VERSION}\""
   "MAEFAST_CUDA_ARCHS=\"${_archs}\"")
-if("avx512" IN_LIST MAEFAST_ISAS)
-  target_compile_definitions(_C PRIVATE MAEFAST_X86=1)
-endif()
+target_compile_definitions(_C PRIVATE ${MAEFAST_ISA_DEFINITIONS})
 install(TARGETS _C LIBRARY DESTINATION maefast)

@@ -174,9 +174,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q, const std:
       256;  // long sequences are cut, so that a few of them still keep every thread busy
   args.chunks = (max_q + kChunk - 1) / kChunk;
   args.chunk = kChunk;
-  const AttentionKernels& kernels = attention_kernels_chosen();
+  const AttentionKernels& kernels = attention_kernels_chosen_with_bf16();
   run_tasks(args, batch * args.heads * args.chunks, 2 * product_flops(args, queries),
-            kernels.forward_scratch(args), kernels.forward);
+            kernels.scratch_floats(args), kernels.forward);
   return {out, lse, entropy, mass};
 }
 
@@ -218,8 +218,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   args.grad_k = kv ? static_cast<char*>(grad_kv.mutable_data_ptr()) : base + inner;
   args.grad_v = static_cast<char*>(args.grad_k) + inner;
   args.grad_bias = optional_out(grad_bias);
-  const AttentionKernels& kernels = attention_kernels_chosen();
-  run_tasks(args, batch * heads, 5 * product_flops(args, queries), kernels.backward_scratch(args),
+  const AttentionBackwardKernels& kernels = attention_backward_kernels_chosen_with_bf16();
+  run_tasks(args, batch * heads, 5 * product_flops(args, queries), kernels.scratch_floats(args),
             kernels.backward);
   return {grad_q, grad_kv, grad_bias};
 }

@@ -49,15 +49,19 @@ struct AttentionBackwardArgs : Sequences {
   float* grad_bias;  // [Tk, H] or null
 };
 
+// A task is a sequence and head, the heads of one sequence in a row; in the forward also a chunk of its
+// queries. `scratch` belongs to the task, is aligned to 64 bytes and holds the floats that scratch_floats
+// asks for.
 struct AttentionKernels {
-  // A task is a sequence and head, heads of one sequence in a row; forward also a chunk of queries.
-  // `scratch` is the task's own, 64-byte aligned, of the floats that *_scratch asks for.
-  int64_t (*forward_scratch)(const AttentionArgs& args);
+  int64_t (*scratch_floats)(const AttentionArgs& args);
   void (*forward)(const AttentionArgs& args, int64_t task, float* scratch);
-  int64_t (*backward_scratch)(const AttentionBackwardArgs& args);
+};
+struct AttentionBackwardKernels {
+  int64_t (*scratch_floats)(const AttentionBackwardArgs& args);
   void (*backward)(const AttentionBackwardArgs& args, int64_t task, float* scratch);
 };
 
-MAEFAST_KERNELS(AttentionKernels, attention_kernels)
+MAEFAST_KERNELS_WITH_BF16(AttentionKernels, attention_kernels)
+MAEFAST_KERNELS_WITH_BF16(AttentionBackwardKernels, attention_backward_kernels)
 
 }  // namespace maefast

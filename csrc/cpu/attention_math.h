@@ -126,6 +126,16 @@ MAEFAST_INLINE void store_some(T* p, vec_f32 v, int64_t n) {
 #endif
 }
 
+// Sum of a[i] * b[i] over n elements.
+template <class T>
+MAEFAST_INLINE float dot_rows(const T* a, const T* b, int64_t n) {
+  vec_f32 sum{};
+  int64_t i = 0;
+  for (; i + kLane <= n; i += kLane) sum = fma(load<float>(a + i), load<float>(b + i), sum);
+  if (i < n) sum = fma(load_some(a + i, n - i), load_some(b + i, n - i), sum);
+  return sum_lanes<float>(sum);
+}
+
 // out = x * factor, n elements, converted.
 template <class T>
 MAEFAST_INLINE void scale_row(const float* x, float factor, T* out, int64_t n) {
@@ -238,6 +248,59 @@ MAEFAST_INLINE void transpose_rows(const T* src, int64_t stride, int64_t rows, i
     }
   }
 }
+
+// ---- pairs of bfloat16 ----
+// A word holds two neighbours along the depth of a product, the first in the low half.
+
+// dst[r / 2 * padded + i] = elements i of rows r and r + 1, zero where there is none.
+MAEFAST_INLINE void pair_rows(const bf16* src, int64_t stride, int64_t rows, int64_t width, float* dst) {
+  const auto join = [](half_u16 low, half_u16 high) {
+    const vec_u32 word =
+        __builtin_convertvector(low, vec_u32) | (__builtin_convertvector(high, vec_u32) << 16);
+    return (vec_f32)word;
+  };
+  for (int64_t r = 0; r < rows; r += 2, src += 2 * stride) {
+    const bool two = r + 1 < rows;
+    const bf16* next = two ? src + stride : src;
+    int64_t i = 0;
+    for (; i + kLane <= width; i += kLane, dst += kLane) {
+      const half_u16 high = load_raw<half_u16>(next + i);
+      store<float>(dst, join(load_raw<half_u16>(src + i), two ? high : half_u16{}));
+    }
+    if (i < width) {
+      const auto some = [&](const bf16* p) {
+        return __builtin_convertvector((vec_u32)load_some(p + i, width - i) >> 16, half_u16);
+      };
+      store<float>(dst, join(some(src), two ? some(next) : half_u16{}));
+      dst += kLane;
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+
+// sum + the dot product of the two pairs in each lane, products and sums in float32.
+MAEFAST_INLINE vec_f32 dot(vec_f32 sum, vec_f32 a, vec_f32 b) {
+  return (vec_f32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+// Rounds a and b; the first half of the result is a, the second b.
+MAEFAST_INLINE __m512i round_both(vec_f32 a, vec_f32 b) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+}
+MAEFAST_INLINE void store_rows(bf16* a, bf16* b, __m512i both) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(a), _mm512_maskz_extracti64x4_epi64(-1, both, 0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(b), _mm512_maskz_extracti64x4_epi64(-1, both, 1));
+}
+MAEFAST_INLINE void store_pairs(float* p, __m512i both) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                         22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, both));
+}
+#else
+constexpr bool kHasPairs = false;
+#endif
 
 }  // namespace
 }  // namespace maefast::MAEFAST_ISA

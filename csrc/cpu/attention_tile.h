@@ -12,6 +12,13 @@ struct Fma {
   static MAEFAST_INLINE vec_f32 step(vec_f32 sum, vec_f32 a, vec_f32 b) { return fma(a, b, sum); }
 };
 
+#if defined(__AVX512BF16__)
+// The same for pairs of bfloat16.
+struct Dot {
+  static MAEFAST_INLINE vec_f32 step(vec_f32 sum, vec_f32 a, vec_f32 b) { return dot(sum, a, b); }
+};
+#endif
+
 // Left operand: word (row i, depth k) at p[i * row + k * depth], broadcast. Right: vectors at p[k * row +
 // lane].
 struct Left {
@@ -22,6 +29,13 @@ struct Right {
   const float* p;
   int64_t row;
 };
+
+// Memory of another type, at any address.
+MAEFAST_INLINE float word(const float* p) {
+  float x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
 
 using TileFunction = void (*)(Left a, Right b, int64_t depth, float* c, int64_t c_row, bool add);
 
@@ -50,7 +64,7 @@ void tile(Left a, Right b, int64_t depth, float* c, int64_t c_row, bool add) {
     for (int v = 0; v < C; ++v) vb[v] = load<float>(pb + v * kLane);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const vec_f32 va = all(pa[r * a.row]);
+      const vec_f32 va = all(word(pa + r * a.row));
 #pragma GCC unroll 4
       for (int v = 0; v < C; ++v) sum[r][v] = Step::step(sum[r][v], va, vb[v]);
     }

@@ -14,6 +14,9 @@ Isa supported_isa() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef MAEFAST_X86_BF16
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512bf16;
+#endif
   if (avx2 && avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
@@ -22,6 +25,8 @@ Isa supported_isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::avx512bf16:
+      return "avx512bf16";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -35,7 +40,7 @@ static Isa choose() {
   const Isa best = supported_isa();
   const char* asked = std::getenv("MAEFAST_CPU_ISA");
   if (asked == nullptr) return best;
-  for (Isa isa : {Isa::plain, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::plain, Isa::avx2, Isa::avx512, Isa::avx512bf16}) {
     if (std::strcmp(asked, isa_name(isa)) == 0) return isa < best ? isa : best;
   }
   return best;  // unknown names are reported by maefast/_native.py

@@ -3,6 +3,7 @@
 // Each csrc/cpu/<family>_kernel.cpp is compiled once per instruction set, with MAEFAST_ISA defined as the
 // namespace its code goes into: plain, avx2 (AVX2 + FMA + F16C) or avx512 (F, BW, DQ, VL). It defines one
 // table of function pointers; MAEFAST_KERNELS in the family's header declares the copies and the chooser.
+// The attention has a fourth copy, avx512bf16 (avx512 + bfloat16 products): MAEFAST_KERNELS_WITH_BF16.
 //
 // Rule for kernel files: they may include only <cstddef>, <cstdint>, <immintrin.h> and our own kernel
 // headers, whose functions all live in namespace maefast::MAEFAST_ISA. No C++ standard library: an inline
@@ -13,7 +14,7 @@
 
 namespace maefast {
 
-enum class Isa { plain = 0, avx2 = 1, avx512 = 2 };
+enum class Isa { plain = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 
 // What the CPU and the operating system support, whatever was asked for.
 Isa supported_isa();
@@ -36,7 +37,7 @@ const char* isa_name(Isa isa);
   }                                              \
   static inline const Table& name##_chosen() {   \
     const Isa isa = current_isa();               \
-    if (isa == Isa::avx512) return avx512::name; \
+    if (isa >= Isa::avx512) return avx512::name; \
     if (isa == Isa::avx2) return avx2::name;     \
     return plain::name;                          \
   }
@@ -47,5 +48,23 @@ const char* isa_name(Isa isa);
   }                                            \
   static inline const Table& name##_chosen() { \
     return plain::name;                        \
+  }
+#endif
+
+#ifdef MAEFAST_X86_BF16
+#define MAEFAST_KERNELS_WITH_BF16(Table, name)                     \
+  MAEFAST_KERNELS(Table, name)                                     \
+  namespace avx512bf16 {                                           \
+  extern const Table name;                                         \
+  }                                                                \
+  static inline const Table& name##_chosen_with_bf16() {           \
+    if (current_isa() == Isa::avx512bf16) return avx512bf16::name; \
+    return name##_chosen();                                        \
+  }
+#else
+#define MAEFAST_KERNELS_WITH_BF16(Table, name)           \
+  MAEFAST_KERNELS(Table, name)                           \
+  static inline const Table& name##_chosen_with_bf16() { \
+    return name##_chosen();                              \
   }
 #endif

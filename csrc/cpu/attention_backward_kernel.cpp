@@ -1,0 +1,231 @@
+// Backward: scores and probabilities are computed again from lse. Keys in the outer loop, so that their
+// gradients stay in the cache; those of the queries are summed in scratch memory, block after block. One task
+// owns a sequence and head: every sum has one order, and every element is written once.
+#include "cpu/attention_format.h"
+
+namespace maefast::MAEFAST_ISA {
+namespace {
+
+struct Space {
+  float *queries, *grads;  // columns of q and of the gradient, for a block of queries
+  float *p, *ds;           // a row for each key
+  float *p_rows, *ds_rows,
+      *ds_pairs;            // the same as bfloat16: neighbours are queries in *_rows, keys in ds_pairs
+  float *q, *grad, *k, *v;  // rows
+  float *grad_q, *grad_k, *grad_v;
+  float* bias;
+  float *lse, *constant, *entropy, *mass;  // of each query
+  int64_t size;
+
+  MAEFAST_INLINE Space(const AttentionBackwardArgs& a, float* scratch) {
+    const int64_t keys = block_size(a.max_k, kMostKeys, 1) + 1;
+    const int64_t padded = round_up(a.width, kLane);
+    const int64_t pairs = kHasPairs && a.type == DType::bf16 ? keys * kQueries / 2 : 0;
+    const int64_t all_queries = round_up(a.max_q, kLane);
+    Cutter cut{scratch};
+    queries = cut(a.width * kQueries);
+    grads = cut(a.width * kQueries);
+    p = cut(keys * kQueries);
+    ds = cut(keys * kQueries);
+    p_rows = cut(pairs);
+    ds_rows = cut(pairs);
+    ds_pairs = cut(pairs);
+    q = cut(kQueries * padded);
+    grad = cut(kQueries * padded);
+    k = cut(keys * padded);
+    v = cut(keys * padded);
+    grad_q = cut(all_queries * padded);
+    grad_k = cut(keys * padded);
+    grad_v = cut(keys * padded);
+    bias = cut(keys);
+    lse = cut(all_queries);
+    constant = cut(all_queries);
+    entropy = cut(all_queries);
+    mass = cut(all_queries);
+    size = cut.at - scratch;
+  }
+};
+
+// dS = P * (dP + c - g_entropy * logP + g_mass * marked) with
+// c = -delta + g_lse - g_entropy * entropy - g_mass * mass and delta = sum of P dP.
+// `constant` is c, without delta where a block holds all keys and finds delta itself, as that is cheaper.
+
+template <class T>
+MAEFAST_INLINE void read_rows(const AttentionBackwardArgs& a, const Head<T>& head, const Space& space,
+                              bool with_delta) {
+  const int64_t end = round_up(head.nq, kLane);
+  for (int64_t i = 0; i < end; ++i) {
+    if (i >= head.nq) {  // P = 0 in the lanes beyond the last query
+      space.lse[i] = kInfinity;
+      space.constant[i] = space.entropy[i] = space.mass[i] = 0;
+      continue;
+    }
+    const int64_t row = (head.q0 + i) * a.heads + head.h;
+    const float lse = a.lse[row];
+    space.lse[i] = lse == -kInfinity ? kInfinity : lse * kLog2E;  // no keys: P = 0
+    float c = a.grad_lse ? a.grad_lse[row] : 0;
+    if (a.grad_entropy) {
+      space.entropy[i] = a.grad_entropy[row];
+      c -= a.grad_entropy[row] * a.entropy[row];
+    }
+    if (a.grad_mass) {
+      space.mass[i] = a.grad_mass[row];
+      c -= a.grad_mass[row] * a.mass[row];
+    }
+    if (with_delta) {
+      const int64_t start = (head.q0 + i) * a.out_row + head.offset;
+      c -= dot_rows(static_cast<const T*>(a.out) + start, static_cast<const T*>(a.grad) + start, a.width);
+    }
+    space.constant[i] = c;
+  }
+}
+
+// From the products of a vector of queries, p = q k and ds = dP, to P and dS.
+template <class Format>
+MAEFAST_INLINE void gradient_column(const AttentionBackwardArgs& a, const Space& space, int64_t first_query,
+                                    int64_t ld, int64_t keys, int64_t lane, const Scores& scores,
+                                    const uint8_t* marked, bool with_delta) {
+  float* p = space.p + lane;
+  float* ds = space.ds + lane;
+  const vec_f32 lse = load<float>(space.lse + first_query + lane);
+  vec_f32 delta{}, sum{};
+  const auto probability = [&](int64_t j, vec_f32 t) {
+    const vec_f32 e = exp2(t);
+    store<float>(p + j * ld, e);
+    sum = sum + e;
+    delta = fma(e, load<float>(ds + j * ld), delta);
+    return e;
+  };
+  if (a.grad_entropy || a.grad_mass) {
+    const vec_f32 g_entropy = a.grad_entropy ? load<float>(space.entropy + first_query + lane) : vec_f32{};
+    const vec_f32 g_mass = a.grad_mass ? load<float>(space.mass + first_query + lane) : vec_f32{};
+    for (int64_t j = 0; j < keys; ++j) {
+      const vec_f32 t = scores.of(load<float>(p + j * ld), j, lane) - lse;
+      const vec_f32 e = probability(j, t);
+      vec_f32 more = e == 0.f ? vec_f32{} : g_entropy * t * -kLn2;
+      if (marked && marked[j]) more = more + g_mass;
+      store<float>(ds + j * ld, load<float>(ds + j * ld) + more);
+    }
+  } else if (!scores.plain()) {
+    for (int64_t j = 0; j < keys; ++j) probability(j, scores.of(load<float>(p + j * ld), j, lane) - lse);
+  } else {
+    const vec_f32 f = all(scores.factor);
+    for (int64_t j = 0; j < keys; ++j) probability(j, fma(load<float>(p + j * ld), f, -lse));
+  }
+  vec_f32 c = load<float>(space.constant + first_query + lane);
+  // The sum of P is 1 but for the rounding of lse; with it a row of dS sums to zero as closely as it can.
+  if (!with_delta) c = c - delta / larger(all(1e-30f), sum);
+  const auto gradient = [&](int64_t j) { return load<float>(p + j * ld) * (load<float>(ds + j * ld) + c); };
+  if (Format::kPair == 1 || a.grad_bias)
+    for (int64_t j = 0; j < keys; ++j) store<float>(ds + j * ld, gradient(j));
+#if defined(__AVX512BF16__)
+  if constexpr (Format::kPair == 2) {
+    bf16* p_rows = reinterpret_cast<bf16*>(space.p_rows) + lane;
+    bf16* ds_rows = reinterpret_cast<bf16*>(space.ds_rows) + lane;
+    for (int64_t j = 0; j < keys; j += 2) {  // a row beyond the last is zero
+      const bool two = j + 1 < keys;
+      const vec_f32 first = a.grad_bias ? load<float>(ds + j * ld) : gradient(j);
+      vec_f32 second{}, next{};
+      if (two) {
+        second = a.grad_bias ? load<float>(ds + (j + 1) * ld) : gradient(j + 1);
+        next = load<float>(p + (j + 1) * ld);
+      }
+      const __m512i both = round_both(first, second);
+      store_rows(p_rows + j * ld, p_rows + (j + 1) * ld, round_both(load<float>(p + j * ld), next));
+      store_rows(ds_rows + j * ld, ds_rows + (j + 1) * ld, both);
+      store_pairs(space.ds_pairs + lane + j / 2 * ld, both);
+    }
+  }
+#endif
+}
+
+template <class Format>
+void backward_task(const AttentionBackwardArgs& a, int64_t task, float* scratch) {
+  using T = typename Format::Element;
+  using Step = typename Format::Step;
+  const Head<T> head(a, task / a.heads, task % a.heads);
+  const Space space(a, scratch);
+  const int64_t width = a.width, padded = round_up(width, kLane), vectors = padded / kLane;
+  const int64_t block = block_size(head.nq, kQueries, kLane);
+  const int64_t key_block = block_size(head.nk, kMostKeys, 1);
+  const bool with_delta = key_block < head.nk;
+  read_rows(a, head, space, with_delta);
+  if (head.nk == 0) zero_row(space.grad_q, head.nq * padded);
+  T* grad_q = static_cast<T*>(a.grad_q) + head.q0 * a.q_row + head.offset;
+  T* grad_k = static_cast<T*>(a.grad_k) + head.k0 * a.k_row + head.offset;
+  T* grad_v = static_cast<T*>(a.grad_v) + head.k0 * a.k_row + head.offset;
+  for (int64_t j0 = 0; j0 < head.nk; j0 += key_block) {
+    const int64_t keys = least(key_block, head.nk - j0);
+    const T* k_rows = head.k + j0 * a.k_row;
+    const T* v_rows = head.v + j0 * a.k_row;
+    const Right k = Format::right(k_rows, a.k_row, keys, width, space.k);
+    const Right wide_v = Format::kPair == 1 ? Format::right(v_rows, a.k_row, keys, width, space.v) : Right{};
+    const Left k_words = Format::left(k_rows, a.k_row, k);
+    const Left v_words = Format::left(v_rows, a.k_row, wide_v);
+    const uint8_t* marked = a.marked ? a.marked + head.k0 + j0 : nullptr;
+    zero_row(space.bias, a.grad_bias ? keys : 0);
+    // With `causal`, queries before these keys do not see them; a block more costs little.
+    const int64_t start = a.causal ? j0 / (block > 0 ? block : 1) * block : 0;
+    if (start >= head.nq) {
+      zero_row(space.grad_k, keys * padded);
+      zero_row(space.grad_v, keys * padded);
+    }
+    for (int64_t i0 = start; i0 < head.nq; i0 += block) {
+      const int64_t n = least(block, head.nq - i0);
+      const int64_t ld = round_up(n, kLane);
+      const T* q_rows = head.q + i0 * a.q_row;
+      const T* grad_rows = static_cast<const T*>(a.grad) + (head.q0 + i0) * a.out_row + head.offset;
+      Format::columns(q_rows, a.q_row, n, width, space.queries, ld);
+      Format::columns(grad_rows, a.out_row, n, width, space.grads, ld);
+      const Right q = Format::right(q_rows, a.q_row, n, width, space.q);
+      const Right grad = Format::right(grad_rows, a.out_row, n, width, space.grad);
+      multiply<Step>(keys, ld / kLane, words<Format>(width), k_words, {space.queries, ld}, space.p, ld,
+                     false);
+      multiply<Step>(keys, ld / kLane, words<Format>(width), v_words, {space.grads, ld}, space.ds, ld, false);
+      const Scores scores(a, head.k0 + j0, head.h, j0, i0);
+      for (int64_t lane = 0; lane < ld; lane += kLane)
+        gradient_column<Format>(a, space, i0, ld, keys, lane, scores, marked, with_delta);
+      if (a.grad_bias)
+        for (int64_t j = 0; j < keys; ++j) {
+          vec_f32 sum = load<float>(space.ds + j * ld);
+          for (int64_t i = kLane; i < ld; i += kLane) sum = sum + load<float>(space.ds + j * ld + i);
+          space.bias[j] += sum_lanes<float>(sum);
+        }
+      const bool pair = Format::kPair == 2;
+      const Left p{pair ? space.p_rows : space.p, ld / Format::kPair, 1};
+      const Left ds{pair ? space.ds_rows : space.ds, ld / Format::kPair, 1};
+      const Left ds_columns{pair ? space.ds_pairs : space.ds, 1, ld};
+      multiply<Step>(keys, vectors, words<Format>(n), p, grad, space.grad_v, padded, i0 > start);
+      multiply<Step>(keys, vectors, words<Format>(n), ds, q, space.grad_k, padded, i0 > start);
+      multiply<Step>(n, vectors, words<Format>(keys), ds_columns, k, space.grad_q + i0 * padded, padded,
+                     j0 > 0);
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      scale_row(space.grad_k + j * padded, a.scale, grad_k + (j0 + j) * a.k_row, width);
+      scale_row(space.grad_v + j * padded, 1, grad_v + (j0 + j) * a.k_row, width);
+      if (a.grad_bias) a.grad_bias[(head.k0 + j0 + j) * a.heads + head.h] = space.bias[j];
+    }
+  }
+  for (int64_t i = 0; i < head.nq; ++i)
+    scale_row(space.grad_q + i * padded, a.scale, grad_q + i * a.q_row, width);
+}
+
+void backward(const AttentionBackwardArgs& a, int64_t task, float* scratch) {
+  if (a.type == DType::f32) return backward_task<Wide<float>>(a, task, scratch);
+  if (a.type == DType::f16) return backward_task<Wide<f16>>(a, task, scratch);
+#if defined(__AVX512BF16__)
+  backward_task<Pairs>(a, task, scratch);
+#else
+  backward_task<Wide<bf16>>(a, task, scratch);
+#endif
+}
+
+int64_t scratch_floats(const AttentionBackwardArgs& a) {
+  return Space(a, nullptr).size;
+}
+
+}  // namespace
+
+extern const AttentionBackwardKernels attention_backward_kernels = {scratch_floats, backward};
+
+}  // namespace maefast::MAEFAST_ISA
