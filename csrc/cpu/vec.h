@@ -280,13 +280,33 @@ MAEFAST_INLINE vec<A> keep_lanes(vec<A> v, Full<L>) {
   return v;
 }
 
-template <class A>
+// Lane i ^ w of a register for each lane i, as a constant.
+template <class I, int L, int w>
+struct Swap {
+  I from[L];
+  constexpr Swap() : from{} {
+    for (int i = 0; i < L; ++i) from[i] = i ^ w;
+  }
+};
+template <class I, int L, int w>
+constexpr Swap<I, L, w> kSwap{};
+
+// Halves are added to each other, then quarters, and so on; in registers, because a round through memory
+// costs more than a pass over a short row.
+template <class A, int w = kLanes<A> / 2>
 MAEFAST_INLINE A sum_lanes(vec<A> v) {
-  A lane[kLanes<A>];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int w = kLanes<A> / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; ++i) lane[i] += lane[i + w];
-  return lane[0];
+  if constexpr (w == 0) {
+    return v[0];
+  } else {
+#if defined(__GNUC__) && !defined(__clang__)
+    using I = either<is_same<A, double>, int64_t, int32_t>;
+    using V = either<is_same<A, double>, vec_i64, vec_i32>;
+    v += __builtin_shuffle(v, load_raw<V>(kSwap<I, kLanes<A>, w>.from));
+#else
+    for (int i = 0; i < w; ++i) v[i] += v[i + w];
+#endif
+    return sum_lanes<A, w / 2>(v);
+  }
 }
 
 // ---- rows
