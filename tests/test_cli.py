@@ -160,12 +160,12 @@ def test_bench_lists_and_runs(tmp_path, monkeypatch):
         '"""One step of every peer."""\nimport sys\n\n\ndef main():\n    sys.exit(len(sys.argv) - 1)\n\n\n'
         'if __name__ == "__main__":\n    main()\n'
     )
-    (folder / "micro" / "bench_mask.py").write_text('"""The mask op."""\n')
+    (folder / "micro" / "__main__.py").write_text('"""Every op."""\n')
     monkeypatch.setattr(benchmarks, "bench_folder", lambda: folder)
     text = run("bench").output
     assert "step" in text
     assert "One step of every peer." in text
-    assert "micro/mask" in text
+    assert "Every op." in text
     assert "helper" not in text
     assert run("bench", "step", "--preset", "demo").exit_code == 2  # its own exit status: two arguments arrived
     assert run("bench", "nothing").exit_code == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,11 +23,10 @@ def bench_folder() -> Path:
 
 
 def find_benchmarks(folder: Path) -> dict[str, Path]:
-    """{name: file}: modules that run by themselves (they define `main`), and microbenchmarks as micro/<family>."""
-    found = {path.stem: path for path in sorted(folder.glob("*.py")) if "main" in _functions(path)}
-    for path in sorted(folder.glob("micro/bench_*.py")):
-        found[f"micro/{path.stem.removeprefix('bench_')}"] = path
-    return found
+    """{name: file} of what `python -m bench.NAME` runs: modules with a `main`, and packages with a __main__.py."""
+    found = {path.stem: path for path in folder.glob("*.py") if "main" in _functions(path)}
+    found.update({path.parent.name: path for path in folder.glob("*/__main__.py")})
+    return dict(sorted(found.items()))
 
 
 def run_benchmark(name: str | None, arguments: list[str], say: Callable[[str], None]) -> int:
@@ -38,18 +36,11 @@ def run_benchmark(name: str | None, arguments: list[str], say: Callable[[str], N
     if name is None:
         say(f"Benchmarks in {folder}; run one with: maefast bench NAME [its options]\n")
         for key, path in found.items():
-            say(f"  {key:<18} {_summary(path)}")
-        say("  micro              all microbenchmarks (pytest-benchmark)")
+            say(f"  {key:<12} {_summary(path)}")
         return 0
-    if name == "micro" or (name.startswith("micro/") and name in found):
-        target = folder / "micro" if name == "micro" else found[name]
-        files = sorted(str(path) for path in target.glob("bench_*.py")) if target.is_dir() else [str(target)]
-        command = [sys.executable, "-m", "pytest", "--benchmark-only", *files, *arguments]
-    elif name in found:
-        command = [sys.executable, "-m", f"bench.{name}", *arguments]
-    else:
-        raise TrainError(f"no benchmark {name!r}; there are: micro, {', '.join(found)}")
-    return subprocess.run(command, cwd=folder.parent, env=os.environ).returncode
+    if name not in found:
+        raise TrainError(f"no benchmark {name!r}; there are: {', '.join(found)}")
+    return subprocess.run([sys.executable, "-m", f"bench.{name}", *arguments], cwd=folder.parent).returncode
 
 
 def _tree(path: Path) -> ast.Module:

@@ -102,7 +102,7 @@ class TrainImages(Dataset):
     def _decode(self, index: int) -> Image.Image:
         image = self._cache.get(index)
         if image is None:
-            image = open_image(self.images.paths[index], self.channels)
+            image = open_image(self.images.path(index), self.channels)
             size = image.width * image.height * (4 if image.mode == "RGB" else 1)  # PIL keeps RGB in 32 bits
             # Fill up, never evict: with a fresh permutation each epoch any evicting cache would only churn.
             if self._cached + size <= self.cache_bytes:

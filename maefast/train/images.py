@@ -46,18 +46,26 @@ SHIPPED = {
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Image files in a fixed order. `names` are what messages and pictures show."""
+    """Image files in a fixed order, relative to `root` or absolute; plain strings, for there may be millions."""
 
     source: str
-    paths: tuple[Path, ...]
-    names: tuple[str, ...]
+    root: str
+    files: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
+
+    def path(self, index: int) -> Path:
+        return Path(self.root, self.files[index])
+
+    def name(self, index: int) -> str:
+        """What messages and pictures show."""
+        return os.path.basename(self.files[index]) if os.path.isabs(self.files[index]) else self.files[index]
 
     def fingerprint(self) -> str:
         """A short hash of the names in order, so that a resumed run notices a changed folder."""
-        return hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape")).hexdigest()[:16]
+        names = "\n".join(self.name(index) for index in range(len(self)))
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def find_images(data: str | Path) -> ImageSet:
@@ -67,25 +75,27 @@ def find_images(data: str | Path) -> ImageSet:
     and folders are left out, links are followed), so the order is the same on every machine.
     """
     if str(data) == "skimage" and not Path("skimage").is_dir():
-        paths = shipped_photographs()
-        return ImageSet("skimage", tuple(paths), tuple(path.name for path in paths))
+        return ImageSet("skimage", "", tuple(str(path) for path in shipped_photographs()))
     root = Path(data).expanduser()
     if not root.exists():
         raise ConfigError(f"--data {data}: no such folder (give a folder of images, or 'skimage')")
     if not root.is_dir():
         raise ConfigError(f"--data {data}: is a file; give the folder that holds the images")
-    names = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [
-            Path(folder, name).relative_to(root).as_posix()
-            for name in files
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
-    if not names:
+    files: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above would be followed for ever
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = os.path.relpath(folder, root).replace(os.sep, "/")
+        prefix = "" if inside == "." else f"{inside}/"
+        files += [prefix + name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    if not files:
         raise ConfigError(f"--data {data}: no images found in it (looked at any depth for {' '.join(EXTENSIONS)})")
-    names.sort()
-    return ImageSet(str(root), tuple(root / name for name in names), tuple(names))
+    return ImageSet(str(root), str(root), tuple(sorted(files)))
 
 
 def shipped_photographs() -> list[Path]:

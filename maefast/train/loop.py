@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from . import checkpoint, pictures, schedule, seeds
 from .config import PretrainConfig
 from .data import Augment, Batch, Loader, Positions, TrainImages, normalise, normaliser
-from .errors import ConfigError, NonFiniteLoss, need
+from .errors import CheckpointError, ConfigError, NonFiniteLoss, need
 from .images import find_images
 from .metrics import MetricsFile, Progress, Row, open_tensorboard, save_loss_curve
 from .resume import choose_checkpoint, compare
@@ -28,6 +29,7 @@ from .weights import build_model, image_shape, load_pretrained
 try:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
+    from accelerate.utils import GradientAccumulationPlugin
 except ImportError as error:
     raise need("accelerate", "maefast pretrain") from error
 
@@ -299,7 +301,12 @@ class Run:
                     "torch": torch.__version__,
                 },
             )
-            self.last = checkpoint.save(self.folder, state, self.model, self.optimizer, self.config.keep)
+            try:
+                self.last = checkpoint.save(self.folder, state, self.model, self.optimizer, self.config.keep)
+            except (OSError, SafetensorError) as error:  # disk full, no permission
+                raise CheckpointError(
+                    f"the checkpoint of step {self.done} cannot be written: {error}. The last good one is {self.last}"
+                ) from error
         self.accelerator.wait_for_everyone()
 
     def _picture(self, path: Path) -> None:
@@ -359,7 +366,8 @@ def make_accelerator(config: PretrainConfig) -> Accelerator:
         raise ConfigError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or no")
     return Accelerator(
         mixed_precision=config.amp,
-        gradient_accumulation_steps=config.accum,
+        # The plugin, not the plain number, which an environment variable of `accelerate launch` could override.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accum, sync_with_dataloader=False),
         cpu=cpu,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )

@@ -43,21 +43,19 @@ def load_examples(
 
 def pick_examples(images: ImageSet, count: int, size, channels: int, patches: int, seed: int) -> Examples:
     """Up to `count` examples spread evenly over the images; one that cannot be read gives its place to the next."""
-    count = min(count, len(images))
-    paths, names = [], []
-    for index in np.linspace(0, len(images), count, endpoint=False).astype(int):
-        window = slice(index, index + 20)
-        for path, name in zip(images.paths[window], images.names[window], strict=True):
+    picked: list[int] = []
+    for first in np.linspace(0, len(images), min(count, len(images)), endpoint=False).astype(int):
+        for index in range(first, min(first + 20, len(images))):
             try:
-                open_image(path, channels)
+                open_image(images.path(index), channels)
             except BadImage:
                 continue
-            if path not in paths:
-                paths.append(path)
-                names.append(name)
+            if index not in picked:
+                picked.append(index)
                 break
-    if not paths:
-        raise BadImage(images.paths[0], "nor can the other images picked for the reconstruction picture")
+    if not picked:
+        raise BadImage(images.path(0), "nor can the other images picked for the reconstruction picture")
+    paths, names = [images.path(i) for i in picked], [images.name(i) for i in picked]
     return load_examples(paths, names, size, channels, patches, seed)
 
 

@@ -105,6 +105,20 @@ def test_infinite_gradients_behind_a_finite_loss_are_not_saved(photos, tmp_path,
     assert checkpoint.latest(tmp_path / "checkpoints")[0].name == "step-00000003"
 
 
+def test_a_full_disk_leaves_the_last_checkpoint(photos, tmp_path, monkeypatch):
+    original = checkpoint.save_file
+
+    def save_file(tensors, path, *rest, **more):
+        if "step-00000006" in str(path):
+            raise OSError(28, "No space left on device")
+        original(tensors, path, *rest, **more)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(TrainError, match=r"step 6 cannot be written.*No space left.*step-00000003"):
+        pretrain(tiny_config(photos, tmp_path))
+    assert checkpoint.latest(tmp_path / "checkpoints")[0].name == "step-00000003"
+
+
 def test_non_finite_before_any_checkpoint(photos, tmp_path):
     with pytest.raises(NonFiniteLoss, match="no checkpoint had been written yet"):
         pretrain(tiny_config(photos, tmp_path, steps=40, lr=1e30, warmup=0, save_every=100, norm_pix=False))

@@ -51,20 +51,20 @@ def test_columns_hold_what_their_labels_say(photos, tmp_path):
 def test_examples_are_fixed_and_spread(photos):
     images = find_images(photos)
     one, two = (pictures.pick_examples(images, 5, (16, 16), 3, 16, seed=3) for _ in range(2))
-    assert one.names == two.names == [images.names[i] for i in (0, 2, 4, 6, 8)]
+    assert one.names == two.names == [images.files[i] for i in (0, 2, 4, 6, 8)]
     assert torch.equal(one.images, two.images)
     assert torch.equal(one.noise, two.noise)
     assert len(np.unique(one.noise.numpy())) == one.noise.numel()
-    assert pictures.pick_examples(images, 99, (16, 16), 3, 16, seed=3).names == list(images.names)
+    assert pictures.pick_examples(images, 99, (16, 16), 3, 16, seed=3).names == list(images.files)
 
 
 def test_unreadable_examples_are_replaced(tmp_path):
     folder = write_photos(tmp_path / "photos", count=4)
     images = find_images(folder)
-    images.paths[0].write_bytes(b"broken")
+    images.path(0).write_bytes(b"broken")
     names = pictures.pick_examples(images, 2, (16, 16), 3, 16, seed=0).names
-    assert names == [images.names[1], images.names[2]]
-    for path in images.paths:
+    assert names == [images.files[1], images.files[2]]
+    for path in map(images.path, range(4)):
         path.write_bytes(b"broken")
     with pytest.raises(BadImage, match=r"image00\.png"):
         pictures.pick_examples(images, 2, (16, 16), 3, 16, seed=0)

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from maefast.train import CheckpointError, ConfigError, checkpoint, pretrain
+from maefast.train import CheckpointError, ConfigError, checkpoint, loop, pretrain
 from tests.train import victims
 from tests.train.common import losses, rows, run_process, tiny_config
 
@@ -161,3 +162,36 @@ def test_changed_settings_are_said_and_another_model_is_refused(photos, tmp_path
         pretrain(tiny_config(photos, tmp_path, model_args={**tiny_config(photos, tmp_path).model_args, "depth": 2}))
     with pytest.raises(ConfigError, match="only 4"):
         pretrain(tiny_config(photos, tmp_path, steps=4))
+
+
+def test_the_loss_scaler_of_fp16_goes_on(photos, tmp_path, monkeypatch):
+    """With a loss scaler that grows every second step. (Real fp16 needs a GPU; the scaler runs on a CPU too.)"""
+    make = loop.make_accelerator
+
+    def with_scaler(config):
+        accelerator = make(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+        return accelerator
+
+    monkeypatch.setattr(loop, "make_accelerator", with_scaler)
+    whole = tiny_config(photos, tmp_path / "whole", steps=6, save_every=3, clip=1.0, warmup=0)
+    parts = replace(whole, output_dir=str(tmp_path / "parts"))
+    pretrain(whole)
+    original = loop.Run._step
+
+    def step(self):
+        if self.done == 5:
+            raise KeyboardInterrupt
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(parts)
+    pretrain(parts)
+    scalers = [
+        checkpoint.read_state(tmp_path / name / "checkpoints" / "step-00000006").scaler for name in ("whole", "parts")
+    ]
+    assert scalers[0] == scalers[1]
+    assert scalers[0]["scale"] == 64.0 * 2**3
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
