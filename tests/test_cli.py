@@ -1,11 +1,17 @@
 """The command line: help, options into a configuration, one-line errors, the commands end to end."""
 
+# ruff: noqa: E402 (skipped before the imports that need the extra)
+
 from __future__ import annotations
 
 import json
 import sys
 
 import pytest
+
+for package in ("typer", "accelerate", "PIL", "matplotlib", "safetensors", "yaml"):
+    pytest.importorskip(package, reason="the command line's tests need maefast[train]")
+
 from typer.testing import CliRunner
 
 import maefast

@@ -1,0 +1,49 @@
+"""The loop on a GPU: precisions, resuming, pinned batches, losses read from the device now and then."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from maefast.train import checkpoint, loop, pretrain
+from tests.train.common import losses, rows, tiny_config
+
+pytestmark = pytest.mark.gpu
+
+
+def column(out):
+    return [float(row["loss"]) for row in rows(out)]
+
+
+@pytest.mark.parametrize(("amp", "tolerance"), [("no", 1e-3), ("bf16", 3e-2), ("fp16", 3e-2)])
+def test_losses_are_near_those_of_the_cpu(photos, tmp_path, amp, tolerance):
+    common = {"steps": 12, "lr": 1e-4, "clip": 1.0, "log_every": 5, "workers": 1}
+    pretrain(tiny_config(photos, tmp_path / "cpu", **common))
+    result = pretrain(tiny_config(photos, tmp_path / "gpu", device="auto", amp=amp, picture_rows=2, **common))
+    assert column(tmp_path / "gpu") == pytest.approx(column(tmp_path / "cpu"), rel=tolerance)
+    assert [int(row["step"]) for row in rows(tmp_path / "gpu")] == list(range(1, 13))
+    assert (tmp_path / "gpu" / "reconstruction.png").exists()
+    assert (checkpoint.read_state(result.checkpoint).scaler is not None) == (amp == "fp16")
+
+
+@pytest.mark.parametrize("amp", ["no", "fp16"])
+def test_a_run_in_two_parts(photos, tmp_path, monkeypatch, amp):
+    whole = tiny_config(photos, tmp_path / "whole", device="auto", amp=amp, save_every=4, clip=1.0)
+    parts = replace(whole, output_dir=str(tmp_path / "parts"))
+    pretrain(whole)
+    original = loop.Run._step
+
+    def step(self):
+        if self.done == 6:
+            raise KeyboardInterrupt
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(parts)
+    pretrain(parts)
+    assert [row[0] for row in losses(tmp_path / "parts")] == [row[0] for row in losses(tmp_path / "whole")]
+    # torch's own GPU kernels do not promise the same bits twice, so nearly equal is what can be asked for.
+    assert column(tmp_path / "parts") == pytest.approx(column(tmp_path / "whole"), rel=1e-3)
