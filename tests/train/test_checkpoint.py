@@ -101,6 +101,14 @@ def test_a_broken_newer_one_never_costs_a_good_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
 
 
+def test_a_newer_one_never_costs_the_one_just_written(tmp_path):
+    model, optimizer = trained()
+    for step in (8, 4, 6):
+        path = checkpoint.save(tmp_path, state(step), model, optimizer, keep=1)
+        assert path.is_dir()
+    assert [step for step, _ in checkpoint.listing(tmp_path)] == [6, 8]
+
+
 def damage_missing(path):
     (path / "state.json").unlink()
 
