@@ -152,7 +152,7 @@ def token_mask(
             )
         else:
             block = max(32, power(tokens))
-            warps = max(1, min(4, block // 64), min(32, block // 128))  # 2 to 8 keys a thread
+            warps = 32 if block > 8192 else max(1, min(4, block // 64), min(16, block // 128))  # 2 to 16 keys a thread
             log, log_warps = block.bit_length() - 1, warps.bit_length() - 1
             token_mask_sorted_kernel[(batch,)](
                 *args,

@@ -51,7 +51,7 @@ def restore_tokens_fwd_kernel(
         value += tl.load(pos + at[:, None] * width + col[None, :], mask=mask, other=0.0).to(tl.float32)
     target = item.to(tl.int64)
     if not VISIBLE_FIRST:
-        target = tl.where(j < prefix, target, b.to(tl.int64) * length + prefix + n)
+        target += tl.where(j < prefix, 0, prefix + n - j)
     mask = inside[:, None] & in_row
     tl.store(out + target[:, None] * width + col[None, :], value.to(out.dtype.element_ty), mask=mask)
 
