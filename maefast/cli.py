@@ -131,6 +131,10 @@ def pretrain(
         from .train.loop import pretrain as train
 
         train(PretrainConfig(**options))
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     _run(run)
 

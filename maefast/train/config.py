@@ -92,6 +92,10 @@ class PretrainConfig:
         must(0 <= self.flip <= 1, f"--flip is a probability, not {self.flip}")
         low, high = self.crop_scale if len(self.crop_scale) == 2 else (0, 0)
         must(0 < low <= high <= 1, f"--crop-scale needs 0 < low <= high <= 1, not {self.crop_scale}")
+        must(
+            self.init_from is None or self.resume in ("auto", "none"),
+            "give --init-from or --resume PATH, not both: a checkpoint of a run brings its own weights",
+        )
         must(self.amp in ("no", "bf16", "fp16"), f"--amp must be no, bf16 or fp16, not {self.amp!r}")
         must(self.device in ("auto", "cpu"), f"--device must be auto or cpu, not {self.device!r}")
         sizes = self.img_size if isinstance(self.img_size, list) else [self.img_size]

@@ -21,7 +21,7 @@ from .config import PretrainConfig
 from .data import Augment, Batch, Loader, Positions, TrainImages, normalise, normaliser
 from .errors import CheckpointError, ConfigError, NonFiniteLoss, need
 from .images import find_images
-from .metrics import MetricsFile, Progress, Row, open_tensorboard, save_loss_curve
+from .metrics import MetricsFile, Progress, Row, open_tensorboard, read_rows, save_loss_curve
 from .resume import choose_checkpoint, compare
 from .signals import StopSignal
 from .weights import build_model, image_shape, load_pretrained
@@ -323,6 +323,8 @@ class Run:
         bad = self._gather_bad()
         if self.main:
             self.metrics.sync()
+            if self.loss is None:  # a finished run, called again
+                self.loss = next((float(row["loss"]) for row in reversed(read_rows(self.metrics.path))), None)
             self._picture(self.out / "reconstruction.png")
             save_loss_curve(self.out / "metrics.csv", self.out / "loss_curve.png")
             for path, reason in list(bad.items())[:20]:

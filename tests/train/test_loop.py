@@ -207,6 +207,7 @@ def test_recompute_changes_memory_not_numbers(photos, tmp_path):
         ({"model_args": {"width": 3}}, "width"),
         ({"model_args": {**TINY, "num_heads": 3}}, "cannot be built"),
         ({"init_from": "/nowhere.pth"}, "no such checkpoint"),
+        ({"init_from": "a", "resume": "b"}, "give --init-from or --resume PATH, not both"),
         ({"resume": "/nowhere"}, "no checkpoint found at /nowhere"),
     ],
 )

@@ -124,7 +124,7 @@ def test_finished_run_is_left_alone(photos, tmp_path, capsys):
     first = pretrain(config)
     stamp = first.checkpoint.stat().st_mtime_ns
     again = pretrain(config)
-    assert (again.step, again.checkpoint) == (3, first.checkpoint)
+    assert (again.step, again.checkpoint, again.loss) == (3, first.checkpoint, first.loss)
     assert first.checkpoint.stat().st_mtime_ns == stamp
     assert len(rows(tmp_path)) == 3
 
