@@ -15,7 +15,7 @@ from bench import environment, timing
 from bench.micro.shapes import Shape
 from maefast.ops import _dispatch
 
-FAMILIES = ("mask", "embed", "restore", "loss")
+FAMILIES = ("mask", "embed", "restore", "norm", "gelu", "loss")
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # The peers. `eager` is what published code does; `tuned` the best eager PyTorch we could write for the same result.
 PEERS = ("eager", "tuned", "compile", "compile_tuned")
