@@ -113,11 +113,20 @@ def unavailable(op: str, name: str, device_type: str, dtype: torch.dtype | None 
     return f"Triton takes CUDA tensors, not {device_type} ones (or set TRITON_INTERPRET=1 to interpret on a CPU)"
 
 
-def choose(op: str, device_type: str, dtype: torch.dtype | None = None, asked: str | None = None) -> str:
-    """The backend for raw op `op`; `asked` is the caller's own `backend=` argument."""
+def choose(
+    op: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    asked: str | None = None,
+    fits_triton: bool = True,
+) -> str:
+    """The backend for raw op `op`; `asked` is the caller's own `backend=` argument, `fits_triton` whether the Triton
+    kernel takes an input of this size."""
     name = check_name(asked, "backend") or _forced
     if name is not None:
         reason = unavailable(op, name, device_type, dtype)
+        if name == "triton" and not fits_triton:
+            reason = reason or "the input is too large for the Triton kernel"
         if reason is not None:
             raise RuntimeError(f"backend {name!r} was asked for, but {op} cannot use it: {reason}")
         return name
@@ -126,7 +135,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype | None = None, asked: s
     if device_type == "cuda" and dtype is not torch.float64:
         if op in CUDA_EVIDENCE and op in CUDA_OPS:
             return "cuda"
-        if HAS_TRITON:
+        if HAS_TRITON and fits_triton:
             return "triton"
     return "reference"
 

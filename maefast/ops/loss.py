@@ -15,6 +15,7 @@ from maefast.ops.mask import TokenMask
 NORMS = {"none": 0, "mae": 1, "spark": 1, "videomae": 2, "layernorm": 3}
 KINDS = {"mse": 0, "smooth_l1": 1}
 EPS = 1e-6
+TRITON_VALUES = 32768  # the largest patch of the Triton kernel: channels and pixels each padded to a power of two
 
 
 def patch_loss(
@@ -89,12 +90,22 @@ def patch_loss(
     pred = pred.reshape(-1, values)
     args = (patch, packed, layout == "cpp", NORMS[norm], KINDS[loss], float(beta))
     dtype = torch.float64 if torch.float64 in (pred.dtype, images.dtype) else pred.dtype
-    name = _dispatch.choose("patch_loss", pred.device.type, dtype, backend)
+    name = _dispatch.choose(
+        "patch_loss", pred.device.type, dtype, backend, _padded(images.shape[1], pixels) <= TRITON_VALUES
+    )
     if name == "reference":
         each = patch_loss_reference(pred, as_volume(images), plan.masked, *args)
     else:
         each = _PatchLoss.apply(pred, as_volume(images), plan.masked, plan.slot, *args, name)
     return _reduce(each, plan, reduction)
+
+
+def _padded(*sizes: int) -> int:
+    """Product of the sizes, each rounded up to a power of two."""
+    product = 1
+    for size in sizes:
+        product *= 1 << (size - 1).bit_length()
+    return product
 
 
 def _check_pred(pred: Tensor, plan: TokenMask, packed: bool, values: int) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from maefast.ops import _checks, _dispatch, _registry
 
+TRITON_TOKENS = 16384  # the longest row that the Triton kernel sorts
+
 
 @dataclass(frozen=True, eq=False)
 class TokenMask:
@@ -266,7 +268,7 @@ def token_mask(
         cu_visible = torch.arange(batch + 1, dtype=torch.int32, device=device) * counts
     cu_masked = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_tokens - cu_visible
 
-    name = _dispatch.choose("token_mask", device.type, scores.dtype, backend)
+    name = _dispatch.choose("token_mask", device.type, scores.dtype, backend, num_tokens <= TRITON_TOKENS)
     run = token_mask_reference if name == "reference" else _registry.raw("token_mask", name)
     visible, masked, slot = run(scores.detach().contiguous(), cu_visible, total, order == "position")
     return TokenMask(

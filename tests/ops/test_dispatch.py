@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -66,3 +67,18 @@ def test_environment_variable(value, expected):
     env = {**os.environ, "MAEFAST_BACKEND": value}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert expected in run.stdout + run.stderr
+
+
+def test_sizes_beyond_triton_go_to_the_reference():
+    assert _dispatch.choose("token_mask", "cuda", torch.float32, None, False) == "reference"
+    with pytest.raises(RuntimeError, match="asked for"):
+        _dispatch.choose("token_mask", "cuda", torch.float32, "triton", False)
+
+
+@pytest.mark.skipif(not _dispatch.HAS_TRITON, reason="Triton is not installed")
+def test_size_limits_are_those_of_the_kernels():
+    from maefast.kernels.loss import MAX_PATCH
+    from maefast.kernels.mask import MAX_TOKENS
+
+    loss, mask = (importlib.import_module(f"maefast.ops.{name}") for name in ("loss", "mask"))
+    assert (mask.TRITON_TOKENS, loss.TRITON_VALUES) == (MAX_TOKENS, MAX_PATCH)
