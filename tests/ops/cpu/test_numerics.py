@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maefast import _native
-from maefast.ops import embed, loss, mask, restore
+from maefast.ops import embed, loss, mask, restore, token_mask
 from tests.ops.common import TOLERANCE, relative_error
 from tests.ops.cpu.common import (
     FLOATS,
@@ -312,6 +312,26 @@ def check_stats(stats, target, norm):
 
     for out, ref, same in zip(stats.unbind(-1), measure(target.double()), measure(target)):
         close(out, ref, "stats", 3 * relative_error(same, ref))
+
+
+@pytest.mark.parametrize("norm", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize("contrast", [1.0, 1e-3, 3e-6])
+def test_patch_loss_in_float64(norm, kind, channels_first, contrast):
+    """Every mode to 12 digits, also where the spread of the pixels is as small as the epsilons."""
+    plan = token_mask(torch.rand(2, 6, generator=torch.Generator().manual_seed(0)), 2, backend="reference")
+    images = randn(2, 3, 1, 6, 15, dtype=torch.float64) * contrast
+    for packed in (False, True):
+        args = [1, 3, 5], packed, channels_first, norm, kind, 0.7
+        pred = randn(plan.total_masked if packed else 12, 45, dtype=torch.float64, seed=1)
+        ref, grad_pred, grad_images = loss_and_grads(pred, images, plan, args)
+        out, stats = raw("patch_loss", pred, images, plan.masked, *args)
+        weight = randn(plan.total_masked, dtype=torch.float64, seed=2)
+        grads = raw("patch_loss_backward", weight, pred, images, plan.masked, plan.slot, stats, *args, True)
+        close(out, ref, "loss")
+        close(grads[0], grad_pred, "grad pred")
+        close(grads[1], grad_images, "grad images")
 
 
 @pytest.mark.parametrize("norm", [1, 2, 3])
