@@ -79,7 +79,7 @@ def _decide() -> tuple[str, str]:
     try:
         kept = json.loads(path.read_text())
         if kept["library"] in LIBRARIES:
-            return kept["library"], f"{kept['why']} (kept in {path})"
+            return kept["library"], f"{kept['why']} (measured earlier on this machine)"
     except (OSError, ValueError, KeyError, TypeError):
         pass
     ratio = _measure()
