@@ -149,6 +149,19 @@ void backward_task(const AttentionBackwardArgs& a, int64_t task, float* scratch)
   const int64_t block = block_size(head.nq, kQueries, kLane);
   const int64_t key_block = block_size(head.nk, kMostKeys, 1);
   const bool with_delta = key_block < head.nk;
+  Ahead ahead(width * int64_t(sizeof(T)));
+  if (task + 1 < a.batch * a.heads && !with_delta) {
+    const int64_t row = a.q_row * int64_t(sizeof(T)), k_row = a.k_row * int64_t(sizeof(T)),
+                  out_row = a.out_row * int64_t(sizeof(T));
+    const Head<T> next(a, (task + 1) / a.heads, (task + 1) % a.heads);
+    ahead.add(next.q, row, next.nq, false);
+    ahead.add(static_cast<const T*>(a.grad) + next.q0 * a.out_row + next.offset, out_row, next.nq, false);
+    ahead.add(next.k, k_row, next.nk, false);
+    ahead.add(next.v, k_row, next.nk, false);
+    ahead.add(static_cast<T*>(a.grad_q) + next.q0 * a.q_row + next.offset, row, next.nq, true);
+    ahead.add(static_cast<T*>(a.grad_k) + next.k0 * a.k_row + next.offset, k_row, next.nk, true);
+    ahead.add(static_cast<T*>(a.grad_v) + next.k0 * a.k_row + next.offset, k_row, next.nk, true);
+  }
   read_rows(a, head, space, with_delta);
   if (head.nk == 0) zero_row(space.grad_q, head.nq * padded);
   T* grad_q = static_cast<T*>(a.grad_q) + head.q0 * a.q_row + head.offset;
@@ -179,9 +192,10 @@ void backward_task(const AttentionBackwardArgs& a, int64_t task, float* scratch)
       Format::columns(grad_rows, a.out_row, n, width, space.grads, ld);
       const Right q = Format::right(q_rows, a.q_row, n, width, space.q);
       const Right grad = Format::right(grad_rows, a.out_row, n, width, space.grad);
-      multiply<Step>(keys, ld / kLane, words<Format>(width), k_words, {space.queries, ld}, space.p, ld,
-                     false);
-      multiply<Step>(keys, ld / kLane, words<Format>(width), v_words, {space.grads, ld}, space.ds, ld, false);
+      multiply<Step>(keys, ld / kLane, words<Format>(width), k_words, {space.queries, ld}, space.p, ld, false,
+                     ahead);
+      multiply<Step>(keys, ld / kLane, words<Format>(width), v_words, {space.grads, ld}, space.ds, ld, false,
+                     ahead);
       const Scores scores(a, head.k0 + j0, head.h, j0, i0);
       for (int64_t lane = 0; lane < ld; lane += kLane)
         gradient_column<Format>(a, space, i0, ld, keys, lane, scores, marked, with_delta);
@@ -195,10 +209,10 @@ void backward_task(const AttentionBackwardArgs& a, int64_t task, float* scratch)
       const Left p{pair ? space.p_rows : space.p, ld / Format::kPair, 1};
       const Left ds{pair ? space.ds_rows : space.ds, ld / Format::kPair, 1};
       const Left ds_columns{pair ? space.ds_pairs : space.ds, 1, ld};
-      multiply<Step>(keys, vectors, words<Format>(n), p, grad, space.grad_v, padded, i0 > start);
-      multiply<Step>(keys, vectors, words<Format>(n), ds, q, space.grad_k, padded, i0 > start);
+      multiply<Step>(keys, vectors, words<Format>(n), p, grad, space.grad_v, padded, i0 > start, ahead);
+      multiply<Step>(keys, vectors, words<Format>(n), ds, q, space.grad_k, padded, i0 > start, ahead);
       multiply<Step>(n, vectors, words<Format>(keys), ds_columns, k, space.grad_q + i0 * padded, padded,
-                     j0 > 0);
+                     j0 > 0, ahead);
     }
     for (int64_t j = 0; j < keys; ++j) {
       scale_row(space.grad_k + j * padded, a.scale, grad_k + (j0 + j) * a.k_row, width);

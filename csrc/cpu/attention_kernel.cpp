@@ -60,21 +60,21 @@ MAEFAST_INLINE void softmax_column(float* s, int64_t ld, int64_t keys, int64_t l
 
   const auto exponentials = [&](const auto& each) {
     for (int64_t j = 0; j < keys; j += Format::kPair) {
-      const vec_f32 p = each(j, fma(load<float>(s + j * ld), f, -base));
+      const vec_f32 p = each(j, load<float>(s + j * ld));
       if constexpr (Format::kPair == 1) {
         store<float>(s + j * ld, p);
 #if defined(__AVX512BF16__)
       } else {  // row j / 2 was read before
         const bool two = j + 1 < keys;
-        const vec_f32 next = two ? each(j + 1, fma(load<float>(s + (j + 1) * ld), f, -base)) : vec_f32{};
+        const vec_f32 next = two ? each(j + 1, load<float>(s + (j + 1) * ld)) : vec_f32{};
         store_pairs(s + j / 2 * ld, round_both(p, next));
 #endif
       }
     }
   };
   if (!stats) {
-    exponentials([&](int64_t, vec_f32 t) {
-      const vec_f32 p = exp2(t);
+    exponentials([&](int64_t, vec_f32 score) {
+      const vec_f32 p = exp2(fma(score, f, -base));
       sum = sum + p;
       return p;
     });
@@ -82,7 +82,8 @@ MAEFAST_INLINE void softmax_column(float* s, int64_t ld, int64_t keys, int64_t l
     const vec_f32 moved = before == -kInfinity ? vec_f32{} : before - base;
     vec_f32 entropy = fma(moved, old_sum, load<float>(space.entropy + lane)) * rescale;
     vec_f32 mass = load<float>(space.mass + lane) * rescale;
-    exponentials([&](int64_t j, vec_f32 t) {
+    exponentials([&](int64_t j, vec_f32 score) {
+      const vec_f32 t = score * f - base;  // exactly 0 for the maximum, so that no entropy is negative
       const vec_f32 p = exp2(t);
       sum = sum + p;
       entropy = p == 0.f ? entropy : fma(p, t, entropy);
@@ -137,6 +138,15 @@ void forward_task(const AttentionArgs& a, int64_t task, float* scratch) {
   const bool stats = a.entropy != nullptr;
   const int64_t block = block_size(to - from, kQueries, kLane);
   const int64_t key_block = block_size(head.nk, kMostKeys, 1);
+  Ahead ahead(width * int64_t(sizeof(T)));
+  if (task + 1 < a.batch * a.heads && a.chunks == 1) {
+    const Head<T> next(a, (task + 1) / a.heads, (task + 1) % a.heads);
+    ahead.add(next.q, a.q_row * int64_t(sizeof(T)), next.nq, false);
+    ahead.add(next.k, a.k_row * int64_t(sizeof(T)), next.nk, false);
+    ahead.add(next.v, a.k_row * int64_t(sizeof(T)), next.nk, false);
+    ahead.add(static_cast<T*>(a.out) + next.q0 * a.out_row + next.offset, a.out_row * int64_t(sizeof(T)),
+              next.nq, true);
+  }
   Left k{};
   Right v{};
   int64_t at_keys = -1;  // first of the keys in k and v
@@ -160,7 +170,8 @@ void forward_task(const AttentionArgs& a, int64_t task, float* scratch) {
         v = Format::right(head.v + j0 * a.k_row, a.k_row, keys, width, space.v);
         at_keys = j0;
       }
-      multiply<Step>(keys, ld / kLane, words<Format>(width), k, {space.queries, ld}, space.scores, ld, false);
+      multiply<Step>(keys, ld / kLane, words<Format>(width), k, {space.queries, ld}, space.scores, ld, false,
+                     ahead);
       const Scores scores(a, head.k0 + j0, head.h, j0, i0);
       const uint8_t* marked = a.marked ? a.marked + head.k0 + j0 : nullptr;
       for (int64_t lane = 0; lane < ld; lane += kLane)
@@ -169,7 +180,7 @@ void forward_task(const AttentionArgs& a, int64_t task, float* scratch) {
         for (int64_t i = 0; i < n; ++i)
           scale_row(space.out + i * padded, space.rescale[i], space.out + i * padded, padded);
       multiply<Step>(n, padded / kLane, words<Format>(keys), {space.scores, 1, ld}, v, space.out, padded,
-                     j0 > 0);
+                     j0 > 0, ahead);
     }
     if (end == 0) zero_row(space.out, n * padded);
     finish<T>(a, space, head.q0 + i0, n, head.h);

@@ -37,6 +37,43 @@ MAEFAST_INLINE float word(const float* p) {
   return x;
 }
 
+// Rows that are needed next: fetched a few at a time between tiles. Those of one head lie a row of all heads
+// apart, which the hardware does not guess.
+class Ahead {
+ public:
+  MAEFAST_INLINE explicit Ahead(int64_t row_bytes) : bytes_(row_bytes) {}
+
+  MAEFAST_INLINE void add(const void* rows, int64_t stride_bytes, int64_t count, bool write) {
+    if (count > 0) list_[size_++] = {static_cast<const char*>(rows), stride_bytes, count, write};
+  }
+
+  MAEFAST_INLINE void some() {
+    for (int64_t i = 0; i < kRowsAtOnce && at_ < size_; ++i) {
+      Rows& r = list_[at_];
+      for (int64_t c = 0; c < bytes_; c += 64) {
+        if (r.write) {
+          __builtin_prefetch(r.p + c, 1, 2);
+        } else {
+          __builtin_prefetch(r.p + c, 0, 2);
+        }
+      }
+      r.p += r.stride;
+      if (--r.count == 0) ++at_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kRowsAtOnce = 12;
+  struct Rows {
+    const char* p;
+    int64_t stride, count;
+    bool write;
+  };
+  Rows list_[7];
+  int size_ = 0, at_ = 0;
+  int64_t bytes_;
+};
+
 using TileFunction = void (*)(Left a, Right b, int64_t depth, float* c, int64_t c_row, bool add);
 
 // Most rows of a tile of 1, 2, ... vectors: the sums, one row of b and a broadcast fill the registers.
@@ -101,7 +138,7 @@ constexpr const TileFunction* kTiles[] = {kTilesOf<Step, 1>, kTilesOf<Step, 2>, 
 // vectors.
 template <class Step>
 MAEFAST_INLINE void multiply(int64_t rows, int64_t vectors, int64_t depth, Left a, Right b, float* c,
-                             int64_t c_row, bool add) {
+                             int64_t c_row, bool add, Ahead& ahead) {
   while (vectors > 0) {
     const int64_t panels = (vectors + kTileVectors - 1) / kTileVectors;
     const int64_t width = (vectors + panels - 1) / panels;
@@ -112,6 +149,7 @@ MAEFAST_INLINE void multiply(int64_t rows, int64_t vectors, int64_t depth, Left 
       const int64_t height = (rows - i + left - 1) / left;
       tiles[height - 1]({a.p + i * a.row, a.row, a.depth}, b, depth, c + i * c_row, c_row, add);
       i += height;
+      ahead.some();
     }
     vectors -= width;
     b.p += width * kLane;

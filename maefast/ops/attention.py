@@ -153,9 +153,11 @@ def _check_starts(name: str, cu: Tensor, rows: Tensor, longest: int | None) -> i
     _checks.same_device(q=rows, **{name: cu})
     lengths = cu.diff()
     total = rows.shape[0]
-    message = f"{name} must rise from 0 to the {total} packed rows" + (
-        "" if longest is None else f" in steps of at most {longest}"
-    )
+    if torch.compiler.is_compiling():  # sizes may be symbols there
+        message = f"{name} must rise from 0 to the number of packed rows in steps of at most its max_seqlen"
+    else:
+        steps = "" if longest is None else f" in steps of at most {longest}"
+        message = f"{name} must rise from 0 to the {total} packed rows{steps}"
     fits = (lengths >= 0).all() & (cu[0] == 0) & (cu[-1] == total)
     if longest is not None:
         fits = fits & (lengths <= longest).all()
@@ -197,8 +199,8 @@ def attention_reference(
     """
     q, k, v = q.unbind(1) if kv is None else (q, *kv.unbind(1))
     if cu_q is None:
-        parts = [t if t is None else t.unflatten(0, (batch, -1)) for t in (q, k, v, key_bias, marked)]
-        results = _attend(*parts, scale, causal)
+        keys = [t if t is None else t.unflatten(0, (batch, max_k)) for t in (k, v, key_bias, marked)]
+        results = _attend(q.unflatten(0, (batch, max_q)), *keys, scale, causal)
         return tuple(t.flatten(0, 1) for t in results)
     own = [q.split(cu_q.diff().tolist())]
     lengths_k = (cu_q if kv is None else cu_k).diff().tolist()
