@@ -85,6 +85,7 @@ def pretrain(
     weight_decay: Annotated[float, option("weight_decay")] = 0.05,
     clip: Annotated[float | None, option("clip")] = None,
     crop_scale: Annotated[tuple[float, float], option("crop_scale")] = (0.2, 1.0),
+    crop_ratio: Annotated[tuple[float, float], option("crop_ratio")] = (0.75, 4 / 3),
     flip: Annotated[float, option("flip")] = 0.5,
     skip_bad: Annotated[bool, option("skip_bad")] = False,
     workers: Annotated[int | None, option("workers")] = None,

@@ -40,6 +40,7 @@ class PretrainConfig:
     clip: float | None = None
     # Augmentation.
     crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     flip: float = 0.5
     # Machine.
     amp: str = "no"
@@ -59,7 +60,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         self.data, self.output_dir, self.resume = str(self.data), str(self.output_dir), str(self.resume)
-        self.crop_scale = tuple(self.crop_scale)
+        self.crop_scale, self.crop_ratio = tuple(self.crop_scale), tuple(self.crop_ratio)
         if isinstance(self.img_size, (tuple, list)):
             self.img_size = self.img_size[0] if len(self.img_size) == 1 else list(self.img_size)
 
@@ -92,6 +93,8 @@ class PretrainConfig:
         must(0 <= self.flip <= 1, f"--flip is a probability, not {self.flip}")
         low, high = self.crop_scale if len(self.crop_scale) == 2 else (0, 0)
         must(0 < low <= high <= 1, f"--crop-scale needs 0 < low <= high <= 1, not {self.crop_scale}")
+        low, high = self.crop_ratio if len(self.crop_ratio) == 2 else (0, 0)
+        must(0 < low <= high < math.inf, f"--crop-ratio needs 0 < low <= high, not {self.crop_ratio}")
         must(
             self.init_from is None or self.resume in ("auto", "none"),
             "give --init-from or --resume PATH, not both: a checkpoint of a run brings its own weights",

@@ -132,7 +132,7 @@ class Run:
         patches = self.model.num_patches
         dataset = TrainImages(
             self.images,
-            Augment(tuple(self.size), config.crop_scale, flip=config.flip),
+            Augment(tuple(self.size), config.crop_scale, config.crop_ratio, config.flip),
             patches=patches,
             seed=config.seed,
             channels=self.channels,

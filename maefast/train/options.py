@@ -10,6 +10,7 @@ HELP = {
     "Data": {
         "data": "Folder of images (any nesting), or 'skimage': the photographs inside scikit-image and scikit-learn.",
         "crop_scale": "Area of the random crop as a share of the image: low high.",
+        "crop_ratio": "Width / height of the crop, relative to that of the images the model takes: low high.",
         "flip": "Probability of a horizontal flip.",
         "skip_bad": "Count and skip unreadable images instead of stopping.",
         "workers": "Processes that load images; 0 loads in the main one.",

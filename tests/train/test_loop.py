@@ -195,6 +195,7 @@ def test_recompute_changes_memory_not_numbers(photos, tmp_path):
         ({"mask_ratio": 0.99}, "leaves 0 of 16 patches visible"),
         ({"img_size": 18}, "--img-size 18 is not a multiple of --patch-size 4"),
         ({"crop_scale": (0.5, 0.2)}, "--crop-scale needs"),
+        ({"crop_ratio": (0.0, 1.0)}, "--crop-ratio needs"),
         ({"flip": 2.0}, "--flip is a probability"),
         ({"amp": "fp16"}, "--amp fp16 needs a GPU"),
         ({"amp": "fp8"}, "--amp must be no, bf16 or fp16"),
