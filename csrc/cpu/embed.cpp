@@ -168,6 +168,14 @@ std::tuple<Tensor, Tensor, Tensor> place_tokens_backward(const Tensor& grad, con
   Tensor grad_prefix =
       need_prefix ? empty({prefix, d}, grad.scalar_type(), grad) : empty({0}, grad.scalar_type(), grad);
   args.grad_y = grad_y.mutable_data_ptr();
+  const EmbedKernels& kernels = embed_kernels_chosen();
+  const int64_t row_bytes = d * element_size(args.grad_type);
+  if (!need_pos) {  // no sums over tokens: the units are left with the prefix tokens
+    parallel_rows(args.packed, row_bytes,
+                  [&](int64_t begin, int64_t end) { kernels.unplace_rows(args, begin, end); });
+    args.tokens = 0;
+  }
+  if (prefix + args.tokens == 0) return {grad_y, grad_pos, grad_prefix};
   args.units = cut_units(batch, prefix + args.tokens);
   std::optional<Sums> pos_sums, prefix_sums;
   if (need_pos) {
@@ -180,10 +188,12 @@ std::tuple<Tensor, Tensor, Tensor> place_tokens_backward(const Tensor& grad, con
     args.units.prefix_sums = prefix_sums->at(0, d);
     args.units.prefix_stride = prefix_sums->stride();
   }
-  const EmbedKernels& kernels = embed_kernels_chosen();
-  const int64_t units = args.units.chunks * args.units.pieces;
-  parallel_rows(units, (args.packed + batch * prefix) * d * element_size(args.grad_type) / units,
-                [&](int64_t begin, int64_t end) { kernels.place_tokens_backward(args, begin, end); });
+  if (pos_sums || prefix_sums) {
+    const int64_t units = args.units.chunks * args.units.pieces;
+    const int64_t rows = (need_pos ? args.packed : 0) + batch * prefix;
+    parallel_rows(units, rows * row_bytes / units,
+                  [&](int64_t begin, int64_t end) { kernels.place_tokens_backward(args, begin, end); });
+  }
   check_plan(failed);
   if (pos_sums) pos_sums->finish(kernels.sum_pieces);
   if (prefix_sums) prefix_sums->finish(kernels.sum_pieces);

@@ -223,11 +223,31 @@ void place_tokens_backward(const PlaceBackwardArgs& a, int64_t begin, int64_t en
   });
 }
 
+// Packed rows without the prefix rows between the samples: a few long copies.
+template <class G, class X>
+void unplace_rows_typed(const PlaceBackwardArgs& a, int64_t begin, int64_t end) {
+  const G* grad = static_cast<const G*>(a.grad);
+  X* grad_y = static_cast<X*>(a.grad_y);
+  const int64_t d = a.width;
+  int64_t b = sample_of(a.cu, a.batch, 0, begin);
+  for (int64_t t = begin; t < end; ++b) {
+    const int64_t stop = a.cu[b + 1] < end ? a.cu[b + 1] : end;
+    if (stop > t) convert_row(grad + (t + (b + 1) * a.prefix) * d, grad_y + t * d, (stop - t) * d);
+    t = stop;
+  }
+}
+
+void unplace_rows(const PlaceBackwardArgs& a, int64_t begin, int64_t end) {
+  with_widening(a.y_type, a.grad_type, [&](auto x, auto g) {
+    unplace_rows_typed<typename decltype(g)::type, typename decltype(x)::type>(a, begin, end);
+  });
+}
+
 }  // namespace
 
 extern const EmbedKernels embed_kernels = {
-    gather_rows,  scatter_rows,          patch_rows, patch_rows_backward,
-    place_tokens, place_tokens_backward, sum_pieces,
+    gather_rows,  scatter_rows,          patch_rows,   patch_rows_backward,
+    place_tokens, place_tokens_backward, unplace_rows, sum_pieces,
 };
 
 }  // namespace maefast::MAEFAST_ISA

@@ -68,7 +68,9 @@ struct EmbedKernels {
                               int64_t end);                                 // rows of tokens: B*gt*gh
   void (*place_tokens)(const PlaceArgs& args, int64_t begin, int64_t end);  // packed rows
   void (*place_tokens_backward)(const PlaceBackwardArgs& args, int64_t begin, int64_t end);  // units
-  void (*sum_pieces)(const SumArgs& args, int64_t begin, int64_t end);                       // elements
+  // Only grad_y, where the positions need no gradient.
+  void (*unplace_rows)(const PlaceBackwardArgs& args, int64_t begin, int64_t end);  // rows of grad_y
+  void (*sum_pieces)(const SumArgs& args, int64_t begin, int64_t end);              // elements
 };
 
 MAEFAST_KERNELS(EmbedKernels, embed_kernels)
