@@ -12,8 +12,8 @@ import torch
 class Shape:
     """One masked step: B samples of N patches, of which `keep` stay visible.
 
-    size: (H, W) or (T, H, W); patch likewise. width: of the encoder. decoder_width: of the decoder.
-    prefix: class tokens. norm: of the loss target.
+    size: (H, W) or (T, H, W); patch likewise. width: of the encoder, in heads of 64. decoder_width, decoder_heads: of
+    the decoder. prefix: class tokens. norm: of the loss target. only: the ops that take this shape; empty means all.
     """
 
     name: str
@@ -26,6 +26,8 @@ class Shape:
     channels: int = 3
     prefix: int = 1
     norm: str = "mae"
+    decoder_heads: int = 16
+    only: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -49,17 +51,29 @@ class Shape:
 
 VIT_B = Shape("vit_b", 16, (224, 224), (16, 16), keep=49, width=768, decoder_width=512)
 VIDEOMAE_B = Shape(
-    "videomae_b", 8, (16, 224, 224), (2, 16, 16), 160, width=768, decoder_width=384, prefix=0, norm="videomae"
+    "videomae_b",
+    8,
+    (16, 224, 224),
+    (2, 16, 16),
+    160,
+    width=768,
+    decoder_width=384,
+    prefix=0,
+    norm="videomae",
+    decoder_heads=6,
 )
-TOY = Shape("toy", 2, (32, 32), (8, 8), keep=4, width=32, decoder_width=16)
+TOY = Shape("toy", 2, (32, 32), (8, 8), keep=4, width=32, decoder_width=16, decoder_heads=1)
+# Sequences shorter than those of images: 26 of 64 groups of points (Point-MAE), a twentieth of the patches (DMAE).
+POINT_MAE = Shape("point_mae", 128, (8, 8), (1, 1), 26, 384, 384, prefix=0, only=("attention (encoder)",))
+DMAE = Shape("dmae_b", 256, (224, 224), (16, 16), 9, 768, 512, only=("attention (encoder)",))
 
 # preset -> device -> shapes. A GPU needs a larger batch to be filled.
 PRESETS: dict[str, dict[str, list[Shape]]] = {
     "toy": {"cpu": [TOY], "cuda": [TOY]},
     "quick": {"cpu": [VIT_B], "cuda": [replace(VIT_B, batch=64), replace(VIT_B, batch=256)]},
     "full": {
-        "cpu": [VIT_B, replace(VIT_B, batch=64), VIDEOMAE_B],
-        "cuda": [replace(VIT_B, batch=b) for b in (16, 64, 256)] + [replace(VIDEOMAE_B, batch=32)],
+        "cpu": [VIT_B, replace(VIT_B, batch=64), VIDEOMAE_B, POINT_MAE, DMAE],
+        "cuda": [*(replace(VIT_B, batch=b) for b in (16, 64, 256)), replace(VIDEOMAE_B, batch=32), POINT_MAE, DMAE],
     },
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

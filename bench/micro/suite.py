@@ -15,7 +15,7 @@ from bench import environment, timing
 from bench.micro.shapes import Shape
 from maefast.ops import _dispatch
 
-FAMILIES = ("mask", "embed", "restore", "norm", "gelu", "loss")
+FAMILIES = ("mask", "embed", "restore", "attention", "norm", "gelu", "loss")
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # The peers. `eager` is what published code does; `tuned` the best eager PyTorch we could write for the same result.
 PEERS = ("eager", "tuned", "compile", "compile_tuned")
@@ -71,7 +71,7 @@ def ops(family: str) -> list[Op]:
 def cases(families, shapes: list[Shape], dtypes: list[torch.dtype], device: str) -> Iterator[Case]:
     for family in families:
         for op in ops(family):
-            for shape in shapes:
+            for shape in (s for s in shapes if not s.only or op.name in s.only):
                 for dtype in (d for d in dtypes if d in op.dtypes):
                     for direction in op.directions:
                         yield Case(op, shape, dtype, direction, device)

@@ -30,6 +30,9 @@ def test_every_public_token_op_is_there():
         "patch_embed",
         "gather_tokens",
         "restore_tokens",
+        "attention",
+        "add_norm",
+        "bias_gelu",
         "patch_loss",
     }
     assert {case.direction for case in CASES} == {suite.FORWARD, suite.BOTH}

@@ -1,0 +1,102 @@
+"""attention: the encoder's visible tokens, the decoder's whole sequence, and a batch of differing lengths."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.micro.shapes import Shape
+from bench.micro.suite import Inputs, Op
+from maefast.ops import attention
+
+
+def encoder(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    length, heads = shape.prefix + shape.keep, max(1, shape.width // 64)
+    return dense(shape.batch, length, heads, shape.width // heads, dtype, generator)
+
+
+def decoder(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    length, heads = shape.prefix + shape.tokens, shape.decoder_heads
+    return dense(shape.batch, length, heads, shape.decoder_width // heads, dtype, generator)
+
+
+def dense(batch, length, heads, width, dtype, generator) -> Inputs:
+    """qkv as a linear layer gives it."""
+    qkv = torch.randn((batch, length, 3, heads, width), generator=generator, device=generator.device)
+    return {"qkv": qkv.to(dtype)}
+
+
+def eager(inputs: Inputs) -> Tensor:
+    """As in timm: split the heads, then scaled_dot_product_attention on the strided views."""
+    q, k, v = inputs["qkv"].permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def tuned(inputs: Inputs) -> Tensor:
+    """One copy first, so that torch's kernel reads rows that follow one another."""
+    q, k, v = inputs["qkv"].permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def ours(inputs: Inputs, backend: str) -> Tensor:
+    return attention(inputs["qkv"], backend=backend)
+
+
+# --- differing lengths --------------------------------------------------------------------------------------------
+
+
+def ragged(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Each sample keeps a number of tokens of its own, from a half to one and a half times the common one."""
+    middle = shape.prefix + shape.keep
+    lengths = torch.randint((middle + 1) // 2, middle + middle // 2 + 1, (shape.batch,), generator=generator)
+    lengths = lengths.tolist() if generator.device.type == "cpu" else lengths.cpu().tolist()
+    heads, device = max(1, shape.width // 64), generator.device
+    qkv = torch.randn((sum(lengths), 3, heads, shape.width // heads), generator=generator, device=device)
+    longest = max(lengths)
+    valid = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    place = torch.full((shape.batch, longest), -1)
+    place[valid] = torch.arange(sum(lengths))
+    return {
+        "qkv": qkv.to(dtype),
+        "lengths": lengths,
+        "cu": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device),
+        "longest": longest,
+        "source": place.clamp(min=0).flatten().to(device),  # packed row of each padded one
+        "target": valid.flatten().nonzero().flatten().to(device),  # padded row of each packed one
+        "mask": valid[:, None, None].to(device),
+    }
+
+
+def one_by_one(inputs: Inputs) -> Tensor:
+    """A loop over the samples."""
+    outputs = []
+    for qkv in inputs["qkv"].split(inputs["lengths"]):
+        q, k, v = qkv.permute(1, 2, 0, 3)[:, None].unbind(0)
+        outputs.append(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def padded(inputs: Inputs) -> Tensor:
+    """Padded to the longest and masked; the copies in and out are part of it."""
+    mask = inputs["mask"]
+    full = inputs["qkv"][inputs["source"]].unflatten(0, (mask.shape[0], mask.shape[-1]))
+    q, k, v = full.permute(2, 0, 3, 1, 4).unbind(0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).flatten(0, 1)[inputs["target"]]
+
+
+def packed(inputs: Inputs, backend: str) -> Tensor:
+    return attention(inputs["qkv"], cu_seqlens_q=inputs["cu"], max_seqlen_q=inputs["longest"], backend=backend)
+
+
+RAW = ("attention", "attention_backward")
+OPS = [
+    Op("attention (encoder)", RAW, encoder, eager, tuned, ours, leaves=("qkv",)),
+    Op("attention (decoder)", RAW, decoder, eager, tuned, ours, leaves=("qkv",)),
+    Op("attention (ragged)", RAW, ragged, one_by_one, padded, packed, leaves=("qkv",)),
+]
+
+
+def bench_attention(report):
+    report()
