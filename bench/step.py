@@ -22,7 +22,10 @@ from bench.peers.models import NAMES, PEERS
 # preset -> model, default batch, seconds for the timed rounds.
 PRESETS: dict[str, dict] = {
     "toy": {"model": {"name": "mae_tiny", "img_size": 32, "patch_size": 8, "depth": 1, "decoder_depth": 1}, "batch": 2},
-    "demo": {"model": {"name": "mae_tiny", "img_size": 64, "patch_size": 8}, "batch": 64},
+    "demo": {
+        "model": {"name": "mae_tiny", "img_size": 64, "patch_size": 8, "depth": 3, "decoder_depth": 3},
+        "batch": 64,
+    },
     "vit_b": {"model": {"name": "mae_base"}, "batch": 16},
     "vit_l": {"model": {"name": "mae_large"}, "batch": 16},
 }
