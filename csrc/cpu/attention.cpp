@@ -47,7 +47,7 @@ template <class Args>
 void run_tasks(const Args& args, int64_t tasks, int64_t flops, int64_t floats,
                void (*kernel)(const Args&, int64_t, float*)) {
   if (tasks == 0) return;
-  constexpr int64_t kFlopsOfThread = 200'000;  // below it, waking a thread costs more than it saves
+  constexpr int64_t kFlopsOfThread = 300'000;  // below it, waking a thread costs more than it saves
   const int64_t useful = tasks < flops / kFlopsOfThread ? tasks : flops / kFlopsOfThread;
   const int64_t available = torch::stable::get_num_threads();
   const int64_t threads = useful < 1 ? 1 : useful < available ? useful : available;

@@ -18,15 +18,15 @@ struct Space {
   int64_t size;
 
   MAEFAST_INLINE Space(const AttentionBackwardArgs& a, float* scratch) {
-    const int64_t keys = block_size(a.max_k, kMostKeys, 1) + 1;
+    const int64_t keys = least(a.max_k, kMostKeys) + 1;
     const int64_t padded = round_up(a.width, kLane);
-    const int64_t pairs = kHasPairs && a.type == DType::bf16 ? keys * kQueries / 2 : 0;
+    const int64_t pairs = kHasPairs && a.type == DType::bf16 ? keys * kRowFloats / 2 : 0;
     const int64_t all_queries = round_up(a.max_q, kLane);
     Cutter cut{scratch};
-    queries = cut(a.width * kQueries);
-    grads = cut(a.width * kQueries);
-    p = cut(keys * kQueries);
-    ds = cut(keys * kQueries);
+    queries = cut(a.width * kRowFloats);
+    grads = cut(a.width * kRowFloats);
+    p = cut(keys * kRowFloats);
+    ds = cut(keys * kRowFloats);
     p_rows = cut(pairs);
     ds_rows = cut(pairs);
     ds_pairs = cut(pairs);
@@ -115,25 +115,27 @@ MAEFAST_INLINE void gradient_column(const AttentionBackwardArgs& a, const Space&
   vec_f32 c = load<float>(space.constant + first_query + lane);
   // The sum of P is 1 but for the rounding of lse; with it a row of dS sums to zero as closely as it can.
   if (!with_delta) c = c - delta / larger(all(1e-30f), sum);
-  const auto gradient = [&](int64_t j) { return load<float>(p + j * ld) * (load<float>(ds + j * ld) + c); };
+  const auto gradient = [c](const float* p, const float* ds) {
+    return load<float>(p) * (load<float>(ds) + c);
+  };
   if (Format::kPair == 1 || a.grad_bias)
-    for (int64_t j = 0; j < keys; ++j) store<float>(ds + j * ld, gradient(j));
+    for (int64_t j = 0; j < keys; ++j) store<float>(ds + j * ld, gradient(p + j * ld, ds + j * ld));
 #if defined(__AVX512BF16__)
   if constexpr (Format::kPair == 2) {
+    if (keys % 2 != 0) {  // a row more, of zeros
+      store<float>(p + keys * ld, vec_f32{});
+      store<float>(ds + keys * ld, vec_f32{});
+    }
     bf16* p_rows = reinterpret_cast<bf16*>(space.p_rows) + lane;
     bf16* ds_rows = reinterpret_cast<bf16*>(space.ds_rows) + lane;
-    for (int64_t j = 0; j < keys; j += 2) {  // a row beyond the last is zero
-      const bool two = j + 1 < keys;
-      const vec_f32 first = a.grad_bias ? load<float>(ds + j * ld) : gradient(j);
-      vec_f32 second{}, next{};
-      if (two) {
-        second = a.grad_bias ? load<float>(ds + (j + 1) * ld) : gradient(j + 1);
-        next = load<float>(p + (j + 1) * ld);
-      }
-      const __m512i both = round_both(first, second);
-      store_rows(p_rows + j * ld, p_rows + (j + 1) * ld, round_both(load<float>(p + j * ld), next));
-      store_rows(ds_rows + j * ld, ds_rows + (j + 1) * ld, both);
-      store_pairs(space.ds_pairs + lane + j / 2 * ld, both);
+    float* ds_pairs = space.ds_pairs + lane;
+    for (int64_t j = 0; j < keys; j += 2, p += 2 * ld, ds += 2 * ld, p_rows += 2 * ld, ds_rows += 2 * ld) {
+      const __m512i both = a.grad_bias ? round_both(load<float>(ds), load<float>(ds + ld))
+                                       : round_both(gradient(p, ds), gradient(p + ld, ds + ld));
+      store_rows(p_rows, p_rows + ld, round_both(load<float>(p), load<float>(p + ld)));
+      store_rows(ds_rows, ds_rows + ld, both);
+      store_pairs(ds_pairs, both);
+      ds_pairs += ld;
     }
   }
 #endif
@@ -185,24 +187,24 @@ void backward_task(const AttentionBackwardArgs& a, int64_t task, float* scratch)
     }
     for (int64_t i0 = start; i0 < head.nq; i0 += block) {
       const int64_t n = least(block, head.nq - i0);
-      const int64_t ld = round_up(n, kLane);
+      const int64_t lanes = round_up(n, kLane), ld = row_stride(lanes);
       const T* q_rows = head.q + i0 * a.q_row;
       const T* grad_rows = static_cast<const T*>(a.grad) + (head.q0 + i0) * a.out_row + head.offset;
       Format::columns(q_rows, a.q_row, n, width, space.queries, ld);
       Format::columns(grad_rows, a.out_row, n, width, space.grads, ld);
       const Right q = Format::right(q_rows, a.q_row, n, width, space.q);
       const Right grad = Format::right(grad_rows, a.out_row, n, width, space.grad);
-      multiply<Step>(keys, ld / kLane, words<Format>(width), k_words, {space.queries, ld}, space.p, ld, false,
-                     ahead);
-      multiply<Step>(keys, ld / kLane, words<Format>(width), v_words, {space.grads, ld}, space.ds, ld, false,
-                     ahead);
+      multiply<Step>(keys, lanes / kLane, words<Format>(width), k_words, {space.queries, ld}, space.p, ld,
+                     false, ahead);
+      multiply<Step>(keys, lanes / kLane, words<Format>(width), v_words, {space.grads, ld}, space.ds, ld,
+                     false, ahead);
       const Scores scores(a, head.k0 + j0, head.h, j0, i0);
-      for (int64_t lane = 0; lane < ld; lane += kLane)
+      for (int64_t lane = 0; lane < lanes; lane += kLane)
         gradient_column<Format>(a, space, i0, ld, keys, lane, scores, marked, with_delta);
       if (a.grad_bias)
         for (int64_t j = 0; j < keys; ++j) {
           vec_f32 sum = load<float>(space.ds + j * ld);
-          for (int64_t i = kLane; i < ld; i += kLane) sum = sum + load<float>(space.ds + j * ld + i);
+          for (int64_t i = kLane; i < lanes; i += kLane) sum = sum + load<float>(space.ds + j * ld + i);
           space.bias[j] += sum_lanes<float>(sum);
         }
       const bool pair = Format::kPair == 2;

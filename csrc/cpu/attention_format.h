@@ -15,6 +15,13 @@ namespace {
 constexpr int64_t kQueries = 64;    // of a block
 constexpr int64_t kMostKeys = 256;  // of a block: its scores stay in the second-level cache
 
+// Floats from one row of scores to the next: an odd number of cache lines, so that the rows of a column do
+// not all fall into the same few sets of the first-level cache.
+constexpr int64_t kRowFloats = kQueries + 16;
+MAEFAST_INLINE int64_t row_stride(int64_t lanes) {
+  return (round_up(lanes, 16) / 16 | 1) * 16;
+}
+
 // Even blocks of at most `most`, a multiple of `unit` each; 0 for n = 0.
 MAEFAST_INLINE int64_t block_size(int64_t n, int64_t most, int64_t unit) {
   const int64_t blocks = (n + most - 1) / most;

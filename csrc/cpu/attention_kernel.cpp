@@ -13,11 +13,11 @@ struct Space {
   int64_t size;
 
   MAEFAST_INLINE Space(const AttentionArgs& a, float* scratch) {
-    const int64_t keys = block_size(a.max_k, kMostKeys, 1) + 1;
+    const int64_t keys = least(a.max_k, kMostKeys) + 1;
     const int64_t padded = round_up(a.width, kLane);
     Cutter cut{scratch};
-    queries = cut(a.width * kQueries);
-    scores = cut(keys * kQueries);
+    queries = cut(a.width * kRowFloats);
+    scores = cut(keys * kRowFloats);
     k = cut(keys * padded);
     v = cut(keys * padded);
     out = cut(kQueries * padded);
@@ -38,8 +38,14 @@ MAEFAST_INLINE void softmax_column(float* s, int64_t ld, int64_t keys, int64_t l
   vec_f32 top = all(-kInfinity);
   float factor = scores.factor;
   if (scores.plain()) {
-    for (int64_t j = 0; j < keys; ++j) top = larger(top, load<float>(s + j * ld));
-    top = top * all(factor);
+    vec_f32 other = top;  // two chains: each step waits for the last
+    int64_t j = 0;
+    for (; j + 1 < keys; j += 2) {
+      top = larger(top, load<float>(s + j * ld));
+      other = larger(other, load<float>(s + (j + 1) * ld));
+    }
+    if (j < keys) top = larger(top, load<float>(s + j * ld));
+    top = larger(top, other) * all(factor);
   } else {
     for (int64_t j = 0; j < keys; ++j) {
       const vec_f32 t = scores.of(load<float>(s + j * ld), j, lane);
@@ -59,18 +65,20 @@ MAEFAST_INLINE void softmax_column(float* s, int64_t ld, int64_t keys, int64_t l
   const vec_f32 f = all(factor);
 
   const auto exponentials = [&](const auto& each) {
-    for (int64_t j = 0; j < keys; j += Format::kPair) {
-      const vec_f32 p = each(j, load<float>(s + j * ld));
-      if constexpr (Format::kPair == 1) {
-        store<float>(s + j * ld, p);
+    const float* from = s;
+    float* to = s;
+    int64_t j = 0;
 #if defined(__AVX512BF16__)
-      } else {  // row j / 2 was read before
-        const bool two = j + 1 < keys;
-        const vec_f32 next = two ? each(j + 1, load<float>(s + (j + 1) * ld)) : vec_f32{};
-        store_pairs(s + j / 2 * ld, round_both(p, next));
-#endif
+    if constexpr (Format::kPair == 2) {  // row j / 2 is written after it was read
+      for (; j + 1 < keys; j += 2, from += 2 * ld, to += ld) {
+        const vec_f32 first = each(j, load<float>(from));
+        store_pairs(to, round_both(first, each(j + 1, load<float>(from + ld))));
       }
+      if (j < keys) store_pairs(to, round_both(each(j, load<float>(from)), vec_f32{}));
+      return;
     }
+#endif
+    for (; j < keys; ++j, from += ld, to += ld) store<float>(to, each(j, load<float>(from)));
   };
   if (!stats) {
     exponentials([&](int64_t, vec_f32 score) {
@@ -152,9 +160,9 @@ void forward_task(const AttentionArgs& a, int64_t task, float* scratch) {
   int64_t at_keys = -1;  // first of the keys in k and v
   for (int64_t i0 = from; i0 < to; i0 += block) {
     const int64_t n = least(block, to - i0);
-    const int64_t ld = round_up(n, kLane);
+    const int64_t lanes = round_up(n, kLane), ld = row_stride(lanes);
     Format::columns(head.q + i0 * a.q_row, a.q_row, n, width, space.queries, ld);
-    for (int64_t i = 0; i < ld; i += kLane) {
+    for (int64_t i = 0; i < lanes; i += kLane) {
       store<float>(space.max + i, all(-kInfinity));
       store<float>(space.sum + i, vec_f32{});
       store<float>(space.entropy + i, vec_f32{});
@@ -170,11 +178,11 @@ void forward_task(const AttentionArgs& a, int64_t task, float* scratch) {
         v = Format::right(head.v + j0 * a.k_row, a.k_row, keys, width, space.v);
         at_keys = j0;
       }
-      multiply<Step>(keys, ld / kLane, words<Format>(width), k, {space.queries, ld}, space.scores, ld, false,
-                     ahead);
+      multiply<Step>(keys, lanes / kLane, words<Format>(width), k, {space.queries, ld}, space.scores, ld,
+                     false, ahead);
       const Scores scores(a, head.k0 + j0, head.h, j0, i0);
       const uint8_t* marked = a.marked ? a.marked + head.k0 + j0 : nullptr;
-      for (int64_t lane = 0; lane < ld; lane += kLane)
+      for (int64_t lane = 0; lane < lanes; lane += kLane)
         softmax_column<Format>(space.scores, ld, keys, lane, scores, marked, space, stats);
       if (j0 > 0)
         for (int64_t i = 0; i < n; ++i)

@@ -95,6 +95,17 @@ MAEFAST_INLINE vec_f32 log(vec_f32 x) {
 
 // ---- rows ----
 
+#if defined(__AVX512BF16__)
+// In one instruction; subnormals become zero.
+MAEFAST_INLINE half_u16 round_bf16(vec_f32 x) {
+  return (half_u16)_mm512_cvtneps_pbh((__m512)x);
+}
+#else
+MAEFAST_INLINE half_u16 round_bf16(vec_f32 x) {
+  return f32_to_bf16(x);
+}
+#endif
+
 // The first n < kLane elements of a row; the other lanes are zero.
 template <class T>
 MAEFAST_INLINE vec_f32 load_some(const T* p, int64_t n) {
@@ -118,7 +129,7 @@ MAEFAST_INLINE void store_some(T* p, vec_f32 v, int64_t n) {
   if constexpr (sizeof(T) == 4) {
     _mm512_mask_storeu_ps(p, mask, (__m512)v);
   } else {
-    const half_u16 h = is_same<T, bf16> ? f32_to_bf16(v) : f32_to_f16(v);
+    const half_u16 h = is_same<T, bf16> ? round_bf16(v) : f32_to_f16(v);
     _mm256_mask_storeu_epi16(p, mask, (__m256i)h);
   }
 #else
@@ -141,7 +152,15 @@ template <class T>
 MAEFAST_INLINE void scale_row(const float* x, float factor, T* out, int64_t n) {
   const vec_f32 f = all(factor);
   int64_t i = 0;
-  for (; i + kLane <= n; i += kLane) store<float>(out + i, load<float>(x + i) * f);
+  for (; i + kLane <= n; i += kLane) {
+    const vec_f32 y = load<float>(x + i) * f;
+    if constexpr (is_same<T, bf16>) {
+      const half_u16 h = round_bf16(y);
+      __builtin_memcpy(out + i, &h, sizeof h);
+    } else {
+      store<float>(out + i, y);
+    }
+  }
   if (i < n) store_some(out + i, load<float>(x + i) * f, n - i);
 }
 
@@ -249,35 +268,9 @@ MAEFAST_INLINE void transpose_rows(const T* src, int64_t stride, int64_t rows, i
   }
 }
 
+#if defined(__AVX512BF16__)
 // ---- pairs of bfloat16 ----
 // A word holds two neighbours along the depth of a product, the first in the low half.
-
-// dst[r / 2 * padded + i] = elements i of rows r and r + 1, zero where there is none.
-MAEFAST_INLINE void pair_rows(const bf16* src, int64_t stride, int64_t rows, int64_t width, float* dst) {
-  const auto join = [](half_u16 low, half_u16 high) {
-    const vec_u32 word =
-        __builtin_convertvector(low, vec_u32) | (__builtin_convertvector(high, vec_u32) << 16);
-    return (vec_f32)word;
-  };
-  for (int64_t r = 0; r < rows; r += 2, src += 2 * stride) {
-    const bool two = r + 1 < rows;
-    const bf16* next = two ? src + stride : src;
-    int64_t i = 0;
-    for (; i + kLane <= width; i += kLane, dst += kLane) {
-      const half_u16 high = load_raw<half_u16>(next + i);
-      store<float>(dst, join(load_raw<half_u16>(src + i), two ? high : half_u16{}));
-    }
-    if (i < width) {
-      const auto some = [&](const bf16* p) {
-        return __builtin_convertvector((vec_u32)load_some(p + i, width - i) >> 16, half_u16);
-      };
-      store<float>(dst, join(some(src), two ? some(next) : half_u16{}));
-      dst += kLane;
-    }
-  }
-}
-
-#if defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;
 
 // sum + the dot product of the two pairs in each lane, products and sums in float32.
@@ -285,7 +278,7 @@ MAEFAST_INLINE vec_f32 dot(vec_f32 sum, vec_f32 a, vec_f32 b) {
   return (vec_f32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 
-// Rounds a and b; the first half of the result is a, the second b.
+// 16 elements of one row, then 16 of the next.
 MAEFAST_INLINE __m512i round_both(vec_f32 a, vec_f32 b) {
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
 }
@@ -294,9 +287,22 @@ MAEFAST_INLINE void store_rows(bf16* a, bf16* b, __m512i both) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(b), _mm512_maskz_extracti64x4_epi64(-1, both, 1));
 }
 MAEFAST_INLINE void store_pairs(float* p, __m512i both) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                         22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, both));
+}
+
+// dst[r / 2 * padded + i] = elements i of rows r and r + 1, zero where there is none.
+MAEFAST_INLINE void pair_rows(const bf16* src, int64_t stride, int64_t rows, int64_t width, float* dst) {
+  for (int64_t r = 0; r < rows; r += 2, src += 2 * stride) {
+    const bf16* next = r + 1 < rows ? src + stride : nullptr;
+    for (int64_t i = 0; i < width; i += kLane, dst += kLane) {
+      const __mmask16 mask = width - i >= kLane ? __mmask16(-1) : __mmask16((1u << (width - i)) - 1);
+      const __m256i low = _mm256_maskz_loadu_epi16(mask, src + i);
+      const __m256i high = next ? _mm256_maskz_loadu_epi16(mask, next + i) : _mm256_setzero_si256();
+      store_pairs(dst, _mm512_mask_broadcast_i64x4(_mm512_maskz_broadcast_i64x4(0x0f, low), 0xf0, high));
+    }
+  }
 }
 #else
 constexpr bool kHasPairs = false;
