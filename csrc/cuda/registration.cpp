@@ -7,4 +7,7 @@ STABLE_TORCH_LIBRARY_IMPL(maefast, CUDA, m) {
   // embed
   m.impl("gather_tokens", TORCH_BOX(&gather_tokens));
   m.impl("gather_tokens_backward", TORCH_BOX(&gather_tokens_backward));
+  // attention
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from maefast.ops import _dispatch
 
 KERNELS = ("cuda", "triton", "cpu")  # ours, behind the raw op; "reference" is always there
+CUDA_LONGEST = 64  # csrc/cuda/attention_kernel.cuh
 
 
 class Call(NamedTuple):
@@ -57,6 +58,11 @@ def unavailable(name: str, call: Call) -> str | None:
             return f"the kernels take head widths 16 to 128 in steps of 8, not {call.head_dim}"
         if name == "cpu" and call.dtype is torch.float64:
             return "the C++ attention does not serve float64"
+        if name == "cuda":
+            if call.extras:
+                return "the CUDA C++ kernel has neither key bias nor statistics"
+            if max(call.max_q, call.max_k) > CUDA_LONGEST or call.dtype not in (torch.float16, torch.bfloat16):
+                return f"the CUDA C++ kernel takes float16 and bfloat16, up to {CUDA_LONGEST} tokens"
         return _dispatch.unavailable("attention", name, call.device, call.dtype)
     if name == "reference":
         return None

@@ -197,6 +197,34 @@ def gelu_cases(full: bool):
                 yield text, gelu.bias_gelu_backward, (x, x, bias, tanh, True)
 
 
+def attention_cases(full: bool):
+    from maefast.kernels.attention import attention, attention_backward
+
+    lengths = (10, 26, 50, 98, 160, 197, 257)
+    shapes = [(s, d) for d in (32, 64) for s in lengths] + [(50, 80), (98, 48), (197, 128), (1568, 64)]
+    kinds = {"f32": ("", "stats"), "f16": ("",), "bf16": ("", "causal", "stats")}
+    if not full:
+        shapes, kinds = [(10, 64), (50, 64), (98, 64), (197, 32), (257, 64)], {"bf16": ("", "stats")}
+    for name, extras in kinds.items():
+        for length, width in shapes:
+            for extra in extras if full or length in (50, 257) else extras[:1]:
+                batch, heads, dtype = 256, 12, DTYPES[name]
+                rows, cross, more = batch * length, extra == "stats", extra == "stats"
+                q = meta(rows, *(() if cross else (3,)), heads, width, dtype=dtype)
+                kv = meta(rows, 2, heads, width, dtype=dtype) if cross else None
+                cu = (ints(batch + 1) if extra else None, ints(batch + 1) if cross else None)
+                sizes = (batch, length, length, width**-0.5, extra == "causal")
+                bias, marked = (meta(rows, heads), meta(rows, dtype=torch.bool)) if more else (None, None)
+                label = f"{name} S={length} D={width} " + {"": "", "causal": "packed causal"}.get(
+                    extra, "packed cross bias stats"
+                )
+                yield label, attention, (q, kv, *cu, *sizes, bias, marked, more)
+                out, row = meta(rows, heads, width, dtype=dtype), meta(rows, heads)
+                saved = (row, row, row) if more else (row, meta(0), meta(0))
+                grads = (out, row, row, row) if more else (out, None, None, None)
+                yield label, attention_backward, (*grads, q, kv, out, *saved, *cu, *sizes, bias, marked, more)
+
+
 def wide_cases(full: bool):
     """Sizes at which row or segment numbers, or offsets in one image, pass 2^31."""
     from maefast.kernels import embed, loss, restore
@@ -217,7 +245,7 @@ def wide_cases(full: bool):
     yield "wide", loss.patch_loss_backward, (slot.float(), grad, meta(*video), slot, slot, stats, *args, True)
 
 
-CASES = (mask_cases, embed_cases, restore_cases, loss_cases, norm_cases, gelu_cases, wide_cases)
+CASES = (mask_cases, embed_cases, restore_cases, loss_cases, norm_cases, gelu_cases, attention_cases, wide_cases)
 
 
 def record(full: bool) -> list[Launch]:
@@ -236,7 +264,8 @@ def record(full: bool) -> list[Launch]:
         assert min(grid) > 0
         for position, param in enumerate(self.params):
             value = bound[param.name]
-            if param.is_constexpr or value is None or (type(value) is int and value == 1):
+            special = not param.do_not_specialize
+            if param.is_constexpr or value is None or (special and type(value) is int and value == 1):
                 signature[param.name], constants[param.name] = "constexpr", value
                 continue
             if isinstance(value, torch.Tensor):
@@ -246,7 +275,7 @@ def record(full: bool) -> list[Launch]:
                 signature[param.name] = "fp32"
             else:
                 signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            if special and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)):
                 attributes[(position,)] = [["tt.divisibility", 16]]
         launch = Launch(label, self.fn.__module__, self.fn.__name__, signature, constants, attributes, options)
         seen.setdefault(repr(launch[1:]), launch)

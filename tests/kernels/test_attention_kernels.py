@@ -9,105 +9,19 @@ from hypothesis import strategies as st
 
 from maefast import ops
 from maefast.kernels import attention as kernels
-from maefast.ops.attention import attention_reference
+from tests.kernels.attention_case import BOUND, Case, assert_close
 from tests.kernels.support import INTERPRET, property_test, random_tensor
+from tests.kernels.test_bounds_kernels import FencedTorch, fenced_empty
 
 WIDTHS = range(16, 129, 8)
 
-# A few roundings of the format: scores, probabilities and score gradients each pass through it on the way.
-BOUND = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+def run(case, device):
+    return case.run(device, kernels.attention, kernels.attention_backward)
 
 
-def assert_close(out, ref, what, dtype=None, floor=0.0):
-    """||out - ref|| <= bound * ||ref||; elements nobody wrote are NaN and fail. `dtype` if not out's."""
-    assert tuple(out.shape) == tuple(ref.shape), f"{what}: {tuple(out.shape)} instead of {tuple(ref.shape)}"
-    low, high = out.detach().double().cpu(), ref.detach().double().cpu()
-    error, size = float((low - high).norm()), max(floor, float(high.norm()))
-    bound = BOUND[dtype or out.dtype]
-    assert error <= bound * size, f"{what}: error {error:.3g} of {size:.3g}, allowed {bound}"
-
-
-def starts(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
-
-
-class Case:
-    """Inputs on the CPU, and what attention_reference makes of them in float64."""
-
-    def __init__(
-        self,
-        dtype,
-        width,
-        len_q,
-        len_k=None,
-        heads=2,
-        causal=False,
-        bias=False,
-        stats=False,
-        seed=0,
-        packed=None,
-        size=1.0,
-    ):
-        cross = len_k is not None
-        keys = len_k if cross else len_q
-        rows, columns = sum(len_q), sum(keys)
-        packed = len(set(len_q)) > 1 or len(set(keys)) > 1 if packed is None else packed
-        draw = lambda i, *shape: random_tensor(*shape, seed=100 * seed + i, dtype=dtype)  # noqa: E731
-        self.q = draw(0, rows, heads, width) * size if cross else draw(0, rows, 3, heads, width) * size
-        self.kv = draw(1, columns, 2, heads, width) if cross else None
-        self.bias = random_tensor(columns, heads, seed=seed + 2) if bias else None
-        self.marked = random_tensor(columns, seed=seed + 3) > 0 if stats else None
-        self.cu = (starts(len_q), starts(len_k) if cross else None) if packed else (None, None)
-        self.sizes = (len(len_q), max(len_q), max(keys), width**-0.5, causal)
-        self.stats = stats
-        self.grad = draw(4, rows, heads, width)
-        self.grads = [random_tensor(rows, heads, seed=seed + 5 + i) for i in range(3)] if stats else [None] * 3
-
-    def reference(self, wide=torch.float64):
-        """(out, lse, entropy, mass), gradients of the inputs that are there."""
-        leaves = [x if x is None else x.detach().to(wide).requires_grad_() for x in (self.q, self.kv, self.bias)]
-        out = attention_reference(*leaves, self.marked, *self.cu, *self.sizes, self.stats)
-        results = [(y, g.to(wide)) for y, g in zip(out, (self.grad, *self.grads)) if g is not None]
-        there = [x for x in leaves if x is not None]
-        values, weights = zip(*results)
-        grads = torch.autograd.grad(values, there, weights, allow_unused=True)
-        return out, [torch.zeros_like(x) if g is None else g for x, g in zip(there, grads)]
-
-    def run(self, device):
-        to = lambda x: x if x is None else x.to(device)  # noqa: E731
-        q, kv, bias, marked = map(to, (self.q, self.kv, self.bias, self.marked))
-        cu = tuple(map(to, self.cu))
-        out = kernels.attention(q, kv, *cu, *self.sizes, bias, marked, self.stats)
-        grads = kernels.attention_backward(
-            to(self.grad), *map(to, self.grads), q, kv, *out, *cu, *self.sizes, bias, marked, bias is not None
-        )
-        return out, grads
-
-    def check(self, device):
-        want, want_grads = self.reference()
-        out, grads = self.run(device)
-        dtype = self.q.dtype
-        assert out[0].dtype is dtype
-        assert_close(out[0], want[0], "out")
-        keyless = want[1] == float("-inf")
-        assert torch.equal(out[1].cpu() == float("-inf"), keyless)
-        # The log-sum-exp may cancel to any small number: what counts is its error as part of an exponent.
-        floor = want[1].numel() ** 0.5
-        assert_close(out[1].cpu().masked_fill(keyless, 0), want[1].masked_fill(keyless, 0), "lse", floor=floor)
-        for name, a, b in zip(("entropy", "mass"), out[2:], want[2:]):
-            assert a.dtype is torch.float32
-            assert_close(a, b, name, floor=1.0) if self.stats else self.is_empty(a)
-        assert grads[0].dtype is dtype
-        low = [g for g, x in zip(grads, (self.q, self.kv, self.bias)) if x is not None]
-        [self.is_empty(g) for g, x in zip(grads, (self.q, self.kv, self.bias)) if x is None]
-        if self.sizes[2] < 2:  # one key takes all: scores have no gradient, and zero has no relative error
-            low, want_grads = ([torch.cat([g.double().cpu().flatten() for g in side])] for side in (low, want_grads))
-        for name, a, b in zip(("grad q", "grad kv", "grad bias"), low, want_grads):
-            assert_close(a, b, name, dtype)
-
-    @staticmethod
-    def is_empty(x):
-        assert tuple(x.shape) == (0,)
+def check(case, device):
+    case.check(device, kernels.attention, kernels.attention_backward)
 
 
 @st.composite
@@ -132,7 +46,7 @@ def cases(draw):
 @given(cases())
 @property_test(30)
 def test_short_sequences(device, dtype, case):
-    Case(dtype, **case).check(device)
+    check(Case(dtype, **case), device)
 
 
 @pytest.mark.parametrize("width", [32, 64, 88])
@@ -140,38 +54,37 @@ def test_short_sequences(device, dtype, case):
 def test_every_tile(device, dtype, width, extras):
     # Each tile of forward_tile and backward_tile, just full and begun.
     for length in (1, 16, 17, 32, 33, 64, 65, 128, 129):
-        Case(dtype, width, [length], heads=1, causal=extras and length % 2 == 0, bias=extras, stats=extras).check(
-            device
-        )
+        causal = extras and length % 2 == 0
+        check(Case(dtype, width, [length], heads=1, causal=causal, bias=extras, stats=extras), device)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_long_sequences(device, dtype, causal):
     extras = {"bias": causal, "stats": causal, "causal": causal}
-    Case(dtype, 32, [197, 0, 70], heads=1, **extras).check(device)
-    Case(dtype, 64, [270], heads=1, **extras).check(device)
-    Case(dtype, 24, [300, 64, 1], heads=1, **extras).check(device)
+    check(Case(dtype, 32, [197, 0, 70], heads=1, **extras), device)
+    check(Case(dtype, 64, [270], heads=1, **extras), device)
+    check(Case(dtype, 24, [300, 64, 1], heads=1, **extras), device)
 
 
 def test_ragged_cross_attention(device, dtype):
-    Case(dtype, 32, [5, 0, 140, 3], [200, 7, 0, 130], bias=True, stats=True).check(device)
-    Case(dtype, 128, [1, 70, 9], [257, 1, 30], heads=1, bias=True).check(device)
-    Case(dtype, 40, [147] * 2, [50] * 2).check(device)
-    Case(dtype, 16, [1030], [20], heads=1).check(device)  # too many queries for one program's backward
+    check(Case(dtype, 32, [5, 0, 140, 3], [200, 7, 0, 130], bias=True, stats=True), device)
+    check(Case(dtype, 128, [1, 70, 9], [257, 1, 30], heads=1, bias=True), device)
+    check(Case(dtype, 40, [147] * 2, [50] * 2), device)
+    check(Case(dtype, 16, [1030], [20], heads=1), device)  # too many queries for one program's backward
 
 
 def test_programs_that_take_several_blocks_of_queries(device, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
-    Case(dtype, 32, [100, 0, 70], stats=True, bias=True).check(device)
-    Case(dtype, 32, [197], causal=True).check(device)
+    check(Case(dtype, 32, [100, 0, 70], stats=True, bias=True), device)
+    check(Case(dtype, 32, [197], causal=True), device)
 
 
 def test_no_queries_or_no_keys(device, dtype):
     for extras in (False, True):
-        Case(dtype, 16, [0, 0], [3, 5], bias=extras, stats=extras).check(device)
-        Case(dtype, 16, [3, 5], [0, 0], bias=extras, stats=extras).check(device)
-        Case(dtype, 16, [3, 3], [0, 0], bias=extras, stats=extras, packed=False).check(device)
-        Case(dtype, 16, [0, 0], bias=extras, stats=extras).check(device)
+        check(Case(dtype, 16, [0, 0], [3, 5], bias=extras, stats=extras), device)
+        check(Case(dtype, 16, [3, 5], [0, 0], bias=extras, stats=extras), device)
+        check(Case(dtype, 16, [3, 3], [0, 0], bias=extras, stats=extras, packed=False), device)
+        check(Case(dtype, 16, [0, 0], bias=extras, stats=extras), device)
 
 
 def test_bias_of_minus_infinity_removes_a_key(device, dtype):
@@ -184,7 +97,7 @@ def test_bias_of_minus_infinity_removes_a_key(device, dtype):
         short.q, short.grad, short.grads = case.q, case.grad, case.grads
         short.kv, short.bias, short.marked = case.kv[there], case.bias[there], case.marked[there]
         want, want_grads = short.reference()
-        out, grads = case.run(device)
+        out, grads = run(case, device)
         for name, a, b in zip(("out", "lse", "entropy", "mass"), out, want):
             assert_close(a, b, name)
         for name, a, b in zip(("grad q", "grad kv", "grad bias"), grads, want_grads):
@@ -197,7 +110,7 @@ def test_bias_of_minus_infinity_removes_a_key(device, dtype):
 def test_large_scores(device, dtype, length):
     # Scores of some hundred: nothing overflows, and the error is that of plain PyTorch in float32 (and of rounding).
     case = Case(dtype, 32, [length], stats=True, size=8.0)
-    (out, lse, entropy, mass), grads = case.run(device)
+    (out, lse, entropy, mass), grads = run(case, device)
     want, want_grads = case.reference()
     assert float(want[1].detach().abs().max()) > 100
     plain, plain_grads = case.reference(torch.float32)
@@ -211,7 +124,7 @@ def test_large_scores(device, dtype, length):
 def test_two_runs_agree_bit_for_bit(device, dtype):
     for width, lengths in ((64, [50, 26]), (32, [98, 20]), (64, [197, 3])):
         case = Case(dtype, width, lengths, bias=True, stats=True)
-        first, second = case.run(device), case.run(device)
+        first, second = run(case, device), run(case, device)
         for a, b in zip((*first[0], *first[1]), (*second[0], *second[1])):
             assert torch.equal(a, b)
 
@@ -241,12 +154,36 @@ def test_refuses_float64(device):
         kernels.attention(qkv, None, None, None, 1, 2, 2, 1.0, False, None, None, False)
 
 
-if not INTERPRET:
+if INTERPRET:
+
+    @pytest.mark.parametrize("at_end", [True, False], ids=["behind", "before"])
+    def test_nothing_outside_is_touched(monkeypatch, at_end):
+        monkeypatch.setattr(kernels, "torch", FencedTorch(at_end))
+
+        def fenced(op):
+            def call(*args):
+                copies = [
+                    fenced_empty(x.shape, dtype=x.dtype, at_end=at_end).copy_(x) if isinstance(x, torch.Tensor) else x
+                    for x in args
+                ]
+                return op(*copies)
+
+            return call
+
+        both = fenced(kernels.attention), fenced(kernels.attention_backward)
+        for width in (24, 64):
+            Case(torch.float32, width, [11], causal=True).run("cpu", *both)
+            Case(torch.float16, width, [5, 0, 17], bias=True, stats=True).run("cpu", *both)
+            Case(torch.float32, width, [3, 40], [70, 1], bias=True, stats=True).run("cpu", *both)
+            Case(torch.float16, width, [141], heads=1, bias=True, stats=True).run("cpu", *both)
+            Case(torch.float32, width, [0, 0], [3, 5]).run("cpu", *both)
+
+else:
 
     @pytest.mark.gpu
     def test_cuda_graph(device, dtype):
         case = Case(dtype, 64, [50, 0, 26], bias=True, stats=True)
-        want = case.run(device)  # compiles the kernels
+        want = run(case, device)  # compiles the kernels
         inputs = [x if x is None else x.to(device) for x in (case.q, case.kv, *case.cu, case.bias, case.marked)]
         q, kv, cu_q, cu_k, bias, marked = inputs
         grads = [g.to(device) for g in (case.grad, *case.grads)]

@@ -23,11 +23,14 @@ property_test = settings(
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-def backends(op: str, *, reference: bool = True) -> list:
-    """(backend, device) parameters for raw op `op`; what this machine cannot run is skipped with the reason."""
+def backends(op: str, *, reference: bool = True, cuda: bool = True) -> list:
+    """(backend, device) parameters for raw op `op`; what this machine cannot run is skipped with the reason.
+
+    cuda=False: the CUDA C++ kernel serves only a part of the contract and has tests of its own in tests/ops/cuda.
+    """
     params = []
     for name, device in (("reference", "cpu"), ("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")):
-        if name == "reference" and not reference:
+        if (name == "reference" and not reference) or (name == "cuda" and not cuda):
             continue
         marks = [pytest.mark.gpu] if device == "cuda" else []
         if device == "cpu" and (reason := _dispatch.unavailable(op, name, device)) is not None:

@@ -13,8 +13,8 @@ from maefast.ops import _registry
 
 from .common import assert_close, backends, compare, property_test
 
-BACKENDS = backends("attention")
-KERNELS = backends("attention", reference=False)
+BACKENDS = backends("attention", cuda=False)
+KERNELS = backends("attention", reference=False, cuda=False)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTHS = list(range(16, 129, 8))
 

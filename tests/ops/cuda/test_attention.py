@@ -1,0 +1,104 @@
+"""CUDA C++ attention: 16-bit sequences of up to 64 tokens, without key bias or statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maefast import ops
+from maefast.ops import _attention_table, _dispatch
+from tests.kernels.attention_case import Case
+from tests.ops.common import property_test
+
+LONGEST = _attention_table.CUDA_LONGEST
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def both():
+    """The raw ops, forward and backward."""
+    if "attention" not in _dispatch.CUDA_OPS:
+        pytest.skip("the CUDA library was not built")
+    return torch.ops.maefast.attention.default, torch.ops.maefast.attention_backward.default
+
+
+@st.composite
+def cases(draw):
+    batch = draw(st.integers(1, 4))
+    lengths = st.lists(st.integers(0, LONGEST), min_size=batch, max_size=batch)
+    cross = draw(st.booleans())
+    return {
+        "width": draw(st.sampled_from(range(16, 129, 8))),
+        "len_q": draw(lengths),
+        "len_k": draw(lengths) if cross else None,
+        "heads": draw(st.integers(1, 3)),
+        "causal": not cross and draw(st.booleans()),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(case=cases())
+@property_test
+def test_random_lengths(both, dtype, case):
+    Case(dtype, **case).check("cuda", *both)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", range(16, 129, 8))
+def test_every_head_width(both, dtype, width):
+    for length in (1, 15, 16, 17, 32, 50, LONGEST):
+        for causal in (False, True):
+            Case(dtype, width, [length] * 3, causal=causal).check("cuda", *both)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_runs_agree_bit_for_bit(both, dtype):
+    case = Case(dtype, 64, [50, 0, 26, LONGEST])
+    first, second = case.run("cuda", *both), case.run("cuda", *both)
+    for a, b in zip((*first[0], *first[1]), (*second[0], *second[1])):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_a_view_into_odd_storage(both):
+    """Rows that do not start at multiples of 16 bytes."""
+    odd = torch.randn(2 * 9 * 3 * 2 * 16 + 1, device="cuda").half()[1:].view(2, 9, 3, 2, 16)
+    want = ops.attention(odd.cpu().double(), backend="reference")
+    torch.testing.assert_close(ops.attention(odd, backend="cuda").cpu().double(), want, rtol=0, atol=5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_graph(both, dtype):
+    qkv = torch.randn(4, 50, 3, 12, 64, device="cuda").to(dtype).requires_grad_()
+
+    def step():
+        return torch.autograd.grad(ops.attention(qkv, backend="cuda").float().square().sum(), qkv)[0]
+
+    want = step()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    got.zero_()
+    graph.replay()
+    assert torch.equal(got, want)
+
+
+def test_what_it_does_not_take():
+    base = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64, "max_q": 64, "max_k": 64}
+    call = _attention_table.Call(**base, packed=True, cross=False, causal=False, extras=False)
+    reason = lambda **change: _attention_table.unavailable("cuda", call._replace(**change))  # noqa: E731
+    assert "64 tokens" in reason(max_k=65)
+    assert "64 tokens" in reason(dtype=torch.float32)
+    assert "statistics" in reason(extras=True)
+    assert "head widths" in reason(head_dim=20)
