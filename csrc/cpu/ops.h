@@ -47,6 +47,9 @@ std::tuple<Tensor, Tensor> add_norm_backward(const Tensor& grad_y, const std::op
                                              const Tensor& residual, const Tensor& mean, const Tensor& rstd,
                                              const Tensor& weight, bool need_weight);
 
+// linear.cpp
+std::tuple<Tensor, Tensor> transpose_sum(const Tensor& x, bool need_sum);
+
 // gelu.cpp
 Tensor bias_gelu(const Tensor& x, const std::optional<Tensor>& bias, bool tanh);
 std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x,

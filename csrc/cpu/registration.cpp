@@ -18,6 +18,8 @@ STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
   // norm
   m.impl("add_norm", TORCH_BOX(&add_norm));
   m.impl("add_norm_backward", TORCH_BOX(&add_norm_backward));
+  // linear
+  m.impl("transpose_sum", TORCH_BOX(&transpose_sum));
   // gelu
   m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
   m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));

@@ -53,6 +53,9 @@ FAMILIES: dict[str, dict[str, str]] = {
         "add_norm_backward": "(Tensor grad_y, Tensor? grad_residual, Tensor residual, Tensor mean, Tensor rstd,"
         " Tensor weight, bool need_weight) -> (Tensor, Tensor)",
     },
+    "linear": {
+        "transpose_sum": "(Tensor x, bool need_sum) -> (Tensor, Tensor)",
+    },
     "gelu": {
         "bias_gelu": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
         "bias_gelu_backward": "(Tensor grad, Tensor x, Tensor? bias, bool tanh, bool need_bias) -> (Tensor, Tensor)",
@@ -74,6 +77,8 @@ FAMILIES: dict[str, dict[str, str]] = {
         " -> (Tensor, Tensor)",
     },
 }
+
+CPU_ONLY = ("linear",)  # families that a GPU has no use for: no Triton kernels
 
 SCHEMAS: dict[str, str] = {op: schema for ops in FAMILIES.values() for op, schema in ops.items()}
 FAMILY_OF: dict[str, str] = {op: family for family, ops in FAMILIES.items() for op in ops}
@@ -164,6 +169,10 @@ def _add_norm_backward(grad_y, grad_residual, residual, mean, rstd, weight, need
     return residual.new_empty(residual.shape), weight.new_empty((2 if need_weight else 0, weight.shape[0]))
 
 
+def _transpose_sum(x, need_sum):
+    return x.new_empty((x.shape[1], x.shape[0])), x.new_empty(x.shape[1:] if need_sum else (0,))
+
+
 def _bias_gelu(x, bias, tanh):
     return x.new_empty(x.shape)
 
@@ -248,7 +257,7 @@ for _op, _schema in SCHEMAS.items():
     for _lib in (_cpp, _triton):
         _lib.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides))
         torch.library.register_fake(f"{_lib.ns}::{_op}", globals()[f"_{_op}"], lib=_lib)
-    for _key in ("CPU", "CUDA"):
+    for _key in () if FAMILY_OF[_op] in CPU_ONLY else ("CPU", "CUDA"):
         _triton.impl(_op, _triton_impl(_op), _key)
 _native.load()  # the C++ implementations attach to the schemas above
 
@@ -266,4 +275,4 @@ def has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"maefast::{op}", key)
 
 
-__all__ = ["FAMILIES", "FAMILY_OF", "SCHEMAS", "has_kernel", "raw"]
+__all__ = ["CPU_ONLY", "FAMILIES", "FAMILY_OF", "SCHEMAS", "has_kernel", "raw"]

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from maefast.ops import _dispatch, _registry
+
 LIBRARIES = ("torch", "onednn")
 MARGIN = 1.25  # oneDNN must win by this much: a near tie must not be decided by noise
 MIN_WORK = 2**20  # multiply-adds below which the overhead of a call decides, and torch's is lower
@@ -148,5 +150,16 @@ class _Linear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = _product(rows, weight.t()).view(x.shape) if need_x else None
-        grad_weight = _product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if need_weight else None
-        return grad_x, grad_weight, rows.sum(0) if need_bias else None
+        if not need_weight:
+            return grad_x, None, rows.sum(0) if need_bias else None
+        columns, grad_bias = _transpose_sum(rows, need_bias)
+        return grad_x, _product(columns, x.reshape(-1, x.shape[-1]).t()), grad_bias
+
+
+def _transpose_sum(rows: Tensor, need_sum: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradient rows as the product for the weight needs them (oneDNN's linear copies any other layout, slowly), and
+    their sum for the bias, in one pass."""
+    if "transpose_sum" not in _dispatch.CPU_OPS:
+        return rows.t(), rows.sum(0) if need_sum else None
+    columns, total = _registry.raw("transpose_sum", "cpu")(rows.contiguous(), need_sum)
+    return columns, total if need_sum else None

@@ -21,6 +21,8 @@ def test_every_raw_op_has_a_fake_and_a_family():
     for op in _registry.SCHEMAS:
         for namespace in ("maefast", "maefast_triton"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op}", "Meta")
+        gpu = torch._C._dispatch_has_kernel_for_dispatch_key(f"maefast_triton::{op}", "CUDA")
+        assert gpu != (_registry.FAMILY_OF[op] in _registry.CPU_ONLY)
 
 
 @pytest.mark.skipif(not CPU_READY, reason="the C++ kernels are not built")

@@ -365,3 +365,24 @@ def test_patch_loss_passes_nan_on():
         grad, _ = raw("patch_loss_backward", torch.ones(2), pred, images, index, slot, stats, *args, False)
         assert out.isnan().tolist() == [True, False]
         assert torch.equal(grad.isnan(), pred.isnan())
+
+
+@pytest.mark.parametrize("need_sum", [False, True])
+def test_transpose_sum(need_sum):
+    """Whole registers and blocks of columns, and what is left of them; the same bits for any number of threads."""
+    threads = torch.get_num_threads()
+    for rows, width in ((1, 1), (3, 70), (16, 64), (37, 45), (50, 200), (0, 5), (4, 0)):
+        x = randn(rows, width)
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(raw("transpose_sum", x, need_sum))
+        torch.set_num_threads(threads)
+        (out, total), again = results
+        assert torch.equal(out, x.t())
+        assert out.is_contiguous()
+        assert torch.equal(total, again[1])
+        if need_sum:
+            close(total, x.double().sum(0))
+        else:
+            assert total.numel() == 0
