@@ -2,6 +2,7 @@
 
 from maefast.ops._dispatch import backend
 from maefast.ops.attention import attention
+from maefast.ops.cells import CellMask, pack_cells, unpack_cells
 from maefast.ops.embed import gather_tokens, patch_embed
 from maefast.ops.gelu import bias_gelu
 from maefast.ops.linear import linear, linear_library
@@ -11,6 +12,7 @@ from maefast.ops.norm import add_norm
 from maefast.ops.restore import restore_tokens
 
 __all__ = [
+    "CellMask",
     "TokenMask",
     "add_norm",
     "attention",
@@ -19,8 +21,10 @@ __all__ = [
     "gather_tokens",
     "linear",
     "linear_library",
+    "pack_cells",
     "patch_embed",
     "patch_loss",
     "restore_tokens",
     "token_mask",
+    "unpack_cells",
 ]

@@ -1,0 +1,192 @@
+"""The plan of a masked convnet and its packed layout: `CellMask`, `pack_cells`, `unpack_cells`.
+
+The mask is drawn on a coarse grid of cells, so that active sites come as whole cells (SparK, Tian et al., 2023;
+ConvNeXt V2, Woo et al., 2023). A feature map of H x W sites over GH x GW cells is stored as its active cells alone,
+[T, h, w, C] with h = H / GH and w = W / GW: no hash map, no rulebook, and one plan for every level of a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maefast.ops import _checks
+from maefast.ops.mask import TokenMask
+
+MASKED, OUTSIDE = -1, -2  # in the neighbour tables
+
+
+@dataclass(frozen=True, eq=False)
+class CellMask:
+    """Which cells of a grid are active in each sample.
+
+    Attributes:
+        tokens: the plan over the GH*GW cells as tokens; visible = active. Packed cells stand in its order.
+        grid: (GH, GW).
+    """
+
+    tokens: TokenMask
+    grid: tuple[int, int]
+    _tables: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        rows, columns = self.grid
+        if rows < 1 or columns < 1 or rows * columns != self.tokens.num_tokens:
+            raise ValueError(
+                f"a plan of {self.tokens.num_tokens} tokens does not fit a grid of {rows} x {columns} cells"
+            )
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.batch
+
+    @property
+    def cells(self) -> Tensor:
+        """int32 [T], flat indices ``(b * GH + y) * GW + x`` of the active cells."""
+        return self.tokens.visible
+
+    @property
+    def cu_cells(self) -> Tensor:
+        """int32 [B+1], where each sample's cells start."""
+        return self.tokens.cu_visible
+
+    @property
+    def slot(self) -> Tensor:
+        """int32 [B*GH*GW], the packed index of each cell, negative where it is masked."""
+        return self.tokens.slot
+
+    @property
+    def total(self) -> int:
+        """T, the number of active cells in the batch."""
+        return self.tokens.total_visible
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [B, GH, GW], True where the cell is masked (removed)."""
+        return self.tokens.mask.view(self.batch, *self.grid)
+
+    def neighbours(self, radius: int = 1) -> Tensor:
+        """int32 [T, (2 radius + 1)^2]: packed index of the cells around each active one, row by row (the middle one is
+        itself); -1 where that cell is masked, -2 where it lies outside the grid. Made once, then kept."""
+        if radius not in self._tables:
+            self._tables[radius] = self._neighbours(radius)
+        return self._tables[radius]
+
+    def _neighbours(self, radius: int) -> Tensor:
+        if radius < 0:
+            raise ValueError(f"radius must not be negative, got {radius}")
+        rows, columns = self.grid
+        side = 2 * radius + 1
+        slot = self.slot.clamp(min=MASKED).view(self.batch, rows, columns)
+        slot = F.pad(slot, (radius,) * 4, value=OUTSIDE).flatten()
+        cell = self.cells.long()
+        sample = torch.div(cell, rows * columns, rounding_mode="floor")
+        y, x = torch.div(cell, columns, rounding_mode="floor") % rows, cell % columns
+        wide = columns + 2 * radius
+        corner = (sample * (rows + 2 * radius) + y) * wide + x
+        step = torch.arange(side, device=self.device)
+        return slot[corner[:, None] + (step[:, None] * wide + step).flatten()]
+
+    def upsampled_mask(self, size: tuple[int, int]) -> Tensor:
+        """bool [B, 1, H, W] of the active sites of a level of `size`, as published code multiplies by."""
+        h, w = self.cell_size(size)
+        return ~self.mask.repeat_interleave(h, 1).repeat_interleave(w, 2)[:, None]
+
+    def cell_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """(h, w), the sites of one cell where the level has `size` = (H, W) sites."""
+        (height, width), (rows, columns) = size, self.grid
+        if height < rows or width < columns or height % rows or width % columns:
+            raise ValueError(
+                f"{height} x {width} sites are no multiple of the grid of {rows} x {columns} cells: choose an image"
+                " side that is a multiple of the cell, and a level that is not coarser than the cells"
+            )
+        return height // rows, width // columns
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> CellMask:
+        """The same plan on another device."""
+        return CellMask(self.tokens.to(device, non_blocking), self.grid)
+
+    def __repr__(self) -> str:
+        kept = f"keep={self.tokens.keep}" if self.tokens.keep is not None else f"ragged, {self.total} active"
+        return f"CellMask(batch={self.batch}, grid={self.grid[0]}x{self.grid[1]}, {kept}, device={self.device})"
+
+    @staticmethod
+    def from_bool(masked: Tensor, keep: int | Sequence[int] | None = None) -> CellMask:
+        """From a boolean map [B, GH, GW], True = masked; see `TokenMask.from_bool` for `keep`."""
+        _checks.tensor("masked", masked, ndim=3, floating=False)
+        return CellMask(TokenMask.from_bool(masked.flatten(1), keep), tuple(masked.shape[1:]))
+
+    @staticmethod
+    def all_visible(batch: int, grid: tuple[int, int], device: torch.device | str = "cpu") -> CellMask:
+        """A plan that masks nothing: the network is then the dense one."""
+        return CellMask(TokenMask.all_visible(batch, grid[0] * grid[1], device), tuple(grid))
+
+
+def check_cells(plan: object, x: Tensor, name: str = "x") -> None:
+    """`plan` is a CellMask, `x` packed cells [T, h, w, C] of it on the same device."""
+    if not isinstance(plan, CellMask):
+        raise TypeError(f"plan must be a maefast.ops.CellMask, got {type(plan).__name__}")
+    _checks.tensor(name, x, ndim=4)
+    if x.shape[0] != plan.total or 0 in x.shape[1:]:
+        raise ValueError(f"{name} must be packed cells [{plan.total}, h, w, C] of this plan, got {tuple(x.shape)}")
+    _checks.same_device(**{name: x}, plan=plan.slot)
+
+
+# --- pack and unpack ---------------------------------------------------------------------------------------
+
+
+def pack_cells(x: Tensor, plan: CellMask, *, backend: str | None = None) -> Tensor:
+    """Take the active cells of a feature map. An exact copy.
+
+    Args:
+        x: [B, C, H, W], contiguous or channels last; H and W multiples of the grid.
+
+    Returns:
+        [T, h, w, C] with h = H / GH, w = W / GW.
+
+    Raises:
+        TypeError, ValueError: x does not fit the plan.
+    """
+    _checks.tensor("x", x, ndim=4)
+    return pack_cells_reference(x, plan)
+
+
+def pack_cells_reference(x: Tensor, plan: CellMask) -> Tensor:
+    """The definition, differentiable."""
+    batch, channels, height, width = x.shape
+    (rows, columns), (h, w) = plan.grid, plan.cell_size((height, width))
+    cells = x.reshape(batch, channels, rows, h, columns, w)
+    return cells.permute(0, 2, 4, 3, 5, 1).reshape(-1, h, w, channels)[plan.cells.long()]
+
+
+def unpack_cells(x: Tensor, plan: CellMask, fill: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """Put packed cells back on the map; SparK's densify when `fill` is its mask token.
+
+    Args:
+        x: [T, h, w, C]. fill: [C], the value of every masked site; zero if None.
+
+    Returns:
+        [B, C, H, W] in channels-last memory, in x's dtype.
+
+    Raises:
+        TypeError, ValueError: x or fill does not fit the plan.
+    """
+    check_cells(plan, x)
+    return unpack_cells_reference(x, plan, fill)
+
+
+def unpack_cells_reference(x: Tensor, plan: CellMask, fill: Tensor | None = None) -> Tensor:
+    """The definition, differentiable."""
+    (rows, columns), (h, w, channels) = plan.grid, x.shape[1:]
+    full = x.new_zeros(channels) if fill is None else fill.to(x.dtype)
+    full = full.expand(plan.batch * rows * columns, h, w, channels).index_copy(0, plan.cells.long(), x)
+    full = full.view(plan.batch, rows, columns, h, w, channels).permute(0, 1, 3, 2, 4, 5)
+    return full.reshape(plan.batch, rows * h, columns * w, channels).permute(0, 3, 1, 2)
