@@ -3,6 +3,7 @@
 from maefast.ops._dispatch import backend
 from maefast.ops.attention import attention
 from maefast.ops.cells import CellMask, pack_cells, unpack_cells
+from maefast.ops.depthwise import depthwise_cells
 from maefast.ops.embed import gather_tokens, patch_embed
 from maefast.ops.gelu import bias_gelu
 from maefast.ops.linear import linear, linear_library
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "backend",
     "bias_gelu",
+    "depthwise_cells",
     "gather_tokens",
     "linear",
     "linear_library",

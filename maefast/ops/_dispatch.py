@@ -45,6 +45,7 @@ PUBLIC_OPS = {
     "add_norm": "add_norm",
     "bias_gelu": "bias_gelu",
     "patch_loss": "patch_loss",
+    "depthwise_cells": "depthwise",
 }
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -76,6 +76,10 @@ FAMILIES: dict[str, dict[str, str]] = {
         " SymInt[] patch, bool packed, bool channels_first, int norm, int kind, float beta, bool need_images)"
         " -> (Tensor, Tensor)",
     },
+    "depthwise": {
+        "depthwise": "(Tensor x, Tensor neighbours, Tensor weight, Tensor? bias, bool flip) -> Tensor",
+        "depthwise_grad_weight": "(Tensor x, Tensor grad, Tensor neighbours, SymInt size) -> (Tensor, Tensor)",
+    },
 }
 
 CPU_ONLY = ("linear",)  # families that a GPU has no use for: no Triton kernels
@@ -233,6 +237,15 @@ def _patch_loss_backward(
         pred.new_empty(pred.shape),
         images.new_empty(images.shape if need_images else (0,)),
     )
+
+
+def _depthwise(x, neighbours, weight, bias, flip):
+    return x.new_empty(x.shape)
+
+
+def _depthwise_grad_weight(x, grad, neighbours, size):
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return x.new_empty((size * size, x.shape[3]), dtype=wide), x.new_empty((x.shape[3],), dtype=wide)
 
 
 # --- registration ------------------------------------------------------------------------------------------
