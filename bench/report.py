@@ -18,17 +18,22 @@ AIM_CPU, AIM_GPU, AIM_STEP = 2.0, 0.85, 1.15
 
 
 def load(folder: Path) -> list[dict]:
-    """The newest result of each kind, device, preset and dtype."""
-    newest: dict[tuple, dict] = {}
-    for path in sorted(folder.glob("*.json")):
-        doc = results.read(path)
-        first, env = doc["records"][0], doc["environment"]
-        step = (first["preset"], first["shape"]["batch"], first["dtype"]) if doc["kind"] == "step" else ()
-        where = (doc["kind"], env["kind"], env["device"], env["cpu_threads"] if env["kind"] == "cpu" else None, *step)
-        doc["file"] = path.name
-        if where not in newest or env["date"] >= newest[where]["environment"]["date"]:
-            newest[where] = doc
-    return list(newest.values())
+    """All results, less the cases that the same machine has measured anew in a later file."""
+    docs = [{**results.read(path), "file": path.name} for path in sorted(folder.glob("*.json"))]
+    seen: dict[tuple, set] = {}
+    for doc in sorted(docs, key=lambda doc: (doc["environment"]["date"], doc["file"]), reverse=True):
+        env = doc["environment"]
+        where = doc["kind"], env["kind"], env["device"], env["cpu_threads"] if env["kind"] == "cpu" else None
+        old = seen.setdefault(where, set())
+        doc["records"] = [record for record in doc["records"] if _case(doc["kind"], record) not in old]
+        old |= {_case(doc["kind"], record) for record in doc["records"]}
+    return [doc for doc in docs if doc["records"]]
+
+
+def _case(kind: str, record: dict) -> tuple:
+    if kind == "micro":
+        return tables.key(record)
+    return record["preset"], record["shape"]["batch"], record["dtype"]
 
 
 def render(docs: list[dict]) -> str:
@@ -118,7 +123,7 @@ def micro(doc: dict) -> str:
         share, rate = row.get("copy_share"), row.get("gb_s")
         way = "forward" if row["direction"] == "forward" else "forward + backward"
         shape = f"{row['shape']['name']} b{row['shape']['batch']}"
-        backend = row["variant"].removeprefix("maefast-") + (" (default)" if gpu and row["default"] else "")
+        backend = tables.backend(row) + (" (default)" if gpu and row["default"] else "")
         rows.append(
             [
                 *(tables.times(row["ratios"].get(peer)) for peer in peers),
@@ -143,6 +148,7 @@ def micro(doc: dict) -> str:
     text += "bytes read plus bytes written.\n\n" + markdown(
         [*heads, "op", "pass", "dtype", "shape", "backend"], rows, 5
     )
+    text += further(doc)
     aim = f"{AIM_GPU:.0%} of copy bandwidth" if gpu else f"{AIM_CPU:.0f}x over eager"
     text += f"\nShort of the aim of {aim}: {'; '.join(short) if short else 'none'}.\n"
     if settings["cases_left_out"]:
@@ -150,6 +156,19 @@ def micro(doc: dict) -> str:
     for line in tables.failures(doc):
         text += f"\nNot timed: {line}.\n"
     return text + "\n" + machine(doc) + "\n"
+
+
+def further(doc: dict) -> str:
+    """The table of the peers that only some ops have, or nothing."""
+    names, found = tables.further(doc)
+    if not names:
+        return ""
+    heads = ["best of all peers", *(f"vs {name}" for name in names), "op", "pass", "dtype", "shape", "backend"]
+    lines = []
+    for row in found:
+        ratios = (tables.times(row["ratios"].get(name)) for name in names)
+        lines.append([tables.best(row), *ratios, *tables.what(row), tables.backend(row)])
+    return "\nFurther peers (the automatic or default backend beside them):\n\n" + markdown(heads, lines, 5)
 
 
 def write(page: Path, docs: list[dict], check: bool = False) -> bool:

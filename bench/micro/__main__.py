@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         print("bench.micro: no CUDA device here", file=sys.stderr)
         return 3
     preset = "quick" if args.quick else args.preset
-    peers = tuple(args.peers or (suite.PEERS if preset == "full" else suite.PEERS[:3]))
+    peers = tuple(args.peers or (suite.PEERS if preset == "full" else suite.QUICK))
     if args.no_compile:
         peers = tuple(p for p in peers if not p.startswith("compile"))
     rounds = args.rounds or {"toy": 3, "quick": 9}.get(preset, 21)
@@ -37,7 +37,7 @@ def measure(
     preset: str,
     families=suite.FAMILIES,
     dtypes=(torch.float32, torch.bfloat16),
-    peers: tuple[str, ...] = suite.PEERS[:3],
+    peers: tuple[str, ...] = suite.QUICK,
     rounds: int = 9,
     budget: float | None = None,
 ) -> dict:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.micro import attention_peers as peers
 from bench.micro.shapes import Shape
 from bench.micro.suite import Inputs, Op
 from maefast.ops import attention
@@ -39,7 +40,7 @@ def tuned(inputs: Inputs) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def ours(inputs: Inputs, backend: str) -> Tensor:
+def ours(inputs: Inputs, backend: str | None) -> Tensor:
     return attention(inputs["qkv"], backend=backend)
 
 
@@ -47,11 +48,15 @@ def ours(inputs: Inputs, backend: str) -> Tensor:
 
 
 def ragged(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-    """Each sample keeps a number of tokens of its own, from a half to one and a half times the common one."""
-    middle = shape.prefix + shape.keep
-    lengths = torch.randint((middle + 1) // 2, middle + middle // 2 + 1, (shape.batch,), generator=generator)
-    lengths = lengths.tolist() if generator.device.type == "cpu" else lengths.cpu().tolist()
-    heads, device = max(1, shape.width // 64), generator.device
+    """Each sample keeps a number of tokens of its own, from a half to one and a half times the common one.
+
+    The total is that of the common one, so that peers which compile for a total compile once.
+    """
+    device, middle = generator.device, shape.prefix + shape.keep
+    least, most = (middle + 1) // 2, middle + middle // 2
+    half = torch.randint(least, most + 1, (shape.batch // 2,), generator=generator, device=device)
+    lengths = [*half.tolist(), *(2 * middle - half).tolist(), *[middle] * (shape.batch % 2)]
+    heads = max(1, shape.width // 64)
     qkv = torch.randn((sum(lengths), 3, heads, shape.width // heads), generator=generator, device=device)
     longest = max(lengths)
     valid = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
@@ -86,15 +91,18 @@ def padded(inputs: Inputs) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)[inputs["target"]]
 
 
-def packed(inputs: Inputs, backend: str) -> Tensor:
+def packed(inputs: Inputs, backend: str | None) -> Tensor:
     return attention(inputs["qkv"], cu_seqlens_q=inputs["cu"], max_seqlen_q=inputs["longest"], backend=backend)
 
 
 RAW = ("attention", "attention_backward")
 OPS = [
-    Op("attention (encoder)", RAW, encoder, eager, tuned, ours, leaves=("qkv",)),
-    Op("attention (decoder)", RAW, decoder, eager, tuned, ours, leaves=("qkv",)),
-    Op("attention (ragged)", RAW, ragged, one_by_one, padded, packed, leaves=("qkv",)),
+    Op(name, RAW, make, plain, better, call, leaves=("qkv",), more=more, automatic=("cuda",))
+    for name, make, plain, better, call, more in (
+        ("attention (encoder)", encoder, eager, tuned, ours, peers.DENSE),
+        ("attention (decoder)", decoder, eager, tuned, ours, peers.DENSE),
+        ("attention (ragged)", ragged, one_by_one, padded, packed, peers.RAGGED),
+    )
 ]
 
 

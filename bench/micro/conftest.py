@@ -38,7 +38,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("maefast")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu")
     group.addoption("--preset", choices=tuple(PRESETS), default="quick")
-    group.addoption("--peers", nargs="+", choices=suite.PEERS, default=list(suite.PEERS[:2]))
+    group.addoption("--peers", nargs="+", choices=suite.PEERS, default=["eager", "tuned"])
     group.addoption("--rounds", type=int, default=9)
 
 

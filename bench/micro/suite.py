@@ -15,10 +15,12 @@ from bench import environment, timing
 from bench.micro.shapes import Shape
 from maefast.ops import _dispatch
 
-FAMILIES = ("mask", "embed", "restore", "attention", "norm", "gelu", "loss")
+FAMILIES = ("mask", "embed", "restore", "attention", "linear", "norm", "gelu", "loss")
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # The peers. `eager` is what published code does; `tuned` the best eager PyTorch we could write for the same result.
-PEERS = ("eager", "tuned", "compile", "compile_tuned")
+# The last two stand for all further peers of an op (`Op.more`), without and with torch.compile.
+PEERS = ("eager", "tuned", "compile", "compile_tuned", "library", "compile_library")
+QUICK = ("eager", "tuned", "compile", "library")
 # ||out - eager|| / ||eager||; bfloat16 rounds at 2^-9 and the two sides may round in a different order.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 FORWARD, BOTH = "forward", "forward+backward"
@@ -33,7 +35,9 @@ class Op:
     make: random inputs of a shape. leaves: names of the inputs that need gradients (none: forward only).
     eager, tuned: inputs -> output. ours: (inputs, backend) -> output. view: makes both sides' outputs comparable.
     traffic: (shape, bytes of an element) -> (forward, backward) bytes, each input read and each output written
-    once; None where a matrix product dominates. raw: the raw ops that a backend must have.
+    once; None where a matrix product dominates. raw: the raw ops that a backend must have; () for an op without
+    backends. more: further peers by name. devices: where it is worth a measurement. automatic: devices on which the
+    call without a backend is timed too, because more than our own kernels may serve it.
     """
 
     name: str
@@ -41,11 +45,14 @@ class Op:
     make: Callable[[Shape, torch.dtype, torch.Generator], Inputs]
     eager: Callable[[Inputs], Any]
     tuned: Callable[[Inputs], Any]
-    ours: Callable[[Inputs, str], Any]
+    ours: Callable[[Inputs, str | None], Any]
     leaves: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     traffic: Callable[[Shape, int], tuple[int, int]] | None = None
     view: Callable[[Any], tuple[Tensor, ...]] = field(default=lambda out: (out,))
+    more: dict[str, Peer] = field(default_factory=dict)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    automatic: tuple[str, ...] = ()
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -64,13 +71,29 @@ class Case:
         return f"{self.op.name}-{self.shape}-{str(self.dtype)[6:]}-{self.direction}"
 
 
+@dataclass(frozen=True)
+class Peer:
+    """What else computes an op. run: inputs -> output. unable: why it cannot take a case, or None.
+
+    compiled: it needs torch.compile, so that --no-compile leaves it out.
+    """
+
+    run: Callable[[Inputs], Any]
+    unable: Callable[[Case], str | None] = lambda case: None
+    compiled: bool = False
+
+    @property
+    def group(self) -> str:
+        return "compile_library" if self.compiled else "library"
+
+
 def ops(family: str) -> list[Op]:
     return importlib.import_module(f"bench.micro.bench_{family}").OPS
 
 
 def cases(families, shapes: list[Shape], dtypes: list[torch.dtype], device: str) -> Iterator[Case]:
     for family in families:
-        for op in ops(family):
+        for op in (op for op in ops(family) if device in op.devices):
             for shape in (s for s in shapes if not s.only or op.name in s.only):
                 for dtype in (d for d in dtypes if d in op.dtypes):
                     for direction in op.directions:
@@ -79,8 +102,11 @@ def cases(families, shapes: list[Shape], dtypes: list[torch.dtype], device: str)
 
 def variants(case: Case, peers: tuple[str, ...]) -> dict[str, str | None]:
     """Variant -> why it cannot run, or None."""
-    names: dict[str, str | None] = dict.fromkeys(peers)
-    for backend in BACKENDS[case.device]:
+    names: dict[str, str | None] = dict.fromkeys(peer for peer in peers if not peer.endswith("library"))
+    names |= {name: peer.unable(case) for name, peer in case.op.more.items() if peer.group in peers}
+    if _automatic(case):
+        names["maefast"] = None
+    for backend in BACKENDS[case.device] if case.op.raw else ():
         reasons = (_dispatch.unavailable(raw, backend, case.device, case.dtype) for raw in case.op.raw)
         reason = next((r for r in reasons if r is not None), None)
         names[f"maefast-{backend}"] = reason
@@ -89,15 +115,23 @@ def variants(case: Case, peers: tuple[str, ...]) -> dict[str, str | None]:
 
 def default_variant(case: Case) -> str:
     """The maefast variant that a user gets without asking for a backend."""
+    if _automatic(case):
+        return "maefast"
     return "maefast-" + _dispatch.choose(case.op.raw[0], case.device, case.dtype)
+
+
+def _automatic(case: Case) -> bool:
+    return not case.op.raw or case.device in case.op.automatic
 
 
 # --- one variant as a call ---------------------------------------------------------------------------------
 
 
 def _function(op: Op, variant: str) -> Callable[[Inputs], Any]:
-    if variant.startswith("maefast-"):
-        backend = variant.removeprefix("maefast-")
+    if variant in op.more:
+        return op.more[variant].run
+    if variant.startswith("maefast"):
+        backend = variant.removeprefix("maefast").removeprefix("-") or None
         return lambda inputs: op.ours(inputs, backend)
     plain = op.tuned if variant.endswith("tuned") else op.eager
     return torch.compile(plain, fullgraph=True, dynamic=False) if variant.startswith("compile") else plain
@@ -243,9 +277,9 @@ def _records(case: Case, samplers, samples, errors, bandwidth) -> list[dict]:
             record["copy_share"] = moved / median / bandwidth if bandwidth else None
         if samplers[name].note:
             record["note"] = samplers[name].note
-        if name.startswith("maefast-"):
+        if name.startswith("maefast"):
             record["default"] = name == default_variant(case)
-            peers = [peer for peer in samples if peer in PEERS]
+            peers = [peer for peer in samples if not peer.startswith("maefast")]
             record["ratios"] = {peer: timing.ratio(samples[peer], seconds) for peer in peers}
         records.append(record)
     return records

@@ -18,11 +18,25 @@ def rows(doc: dict, only_default: bool = False) -> Iterable[dict]:
     for record in doc["records"]:
         times.setdefault(key(record), {})[record["variant"]] = record.get("median_s")
     for record in doc["records"]:
-        if "error" in record or not record["variant"].startswith("maefast-"):
+        if "error" in record or not record["variant"].startswith("maefast"):
             continue
         if only_default and not record["default"]:
             continue
         yield {**record, "times": times[key(record)]}
+
+
+def further(doc: dict) -> tuple[list[str], list[dict]]:
+    """(names of the timed peers that have no column in the main table, the default variant's rows that have some)."""
+    found = [row for row in rows(doc, only_default=True) if row["ratios"].keys() - HEADINGS.keys()]
+    return list(dict.fromkeys(name for row in found for name in row["ratios"] if name not in HEADINGS)), found
+
+
+def best(row: dict) -> str:
+    """The fastest of all peers that computed the case, and how many times longer it takes."""
+    if not row["ratios"]:
+        return "-"
+    name = min(row["ratios"], key=row["ratios"].get)
+    return f"{times(row['ratios'][name])} {name}"
 
 
 def key(record: dict) -> tuple:
@@ -42,6 +56,17 @@ def failures(doc: dict) -> list[str]:
         where = ", ".join(dict.fromkeys(cases)) if "WRONG" in reason else f"{len(cases)} cases"
         lines.append(f"{reason} ({where})")
     return lines
+
+
+def what(row: dict) -> tuple[str, str, str, str]:
+    """Op, pass, dtype and shape, in few letters."""
+    way = "fwd" if row["direction"] == "forward" else "fwd+bwd"
+    return row["op"], way, row["dtype"], f"{row['shape']['name']} b{row['shape']['batch']}"
+
+
+def backend(row: dict) -> str:
+    """Which of ours; "automatic" is a call without a backend."""
+    return row["variant"].removeprefix("maefast").removeprefix("-") or "automatic"
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -87,15 +112,11 @@ def show(doc: dict) -> None:
     for row in rows(doc):
         if row["variant"] == "maefast-reference" and not gpu and not row["default"]:
             continue
-        backend = row["variant"].removeprefix("maefast-")
         share, rate = row.get("copy_share"), row.get("gb_s")
         table.add_row(
             *(times(row["ratios"].get(peer)) for peer in peers),
-            row["op"],
-            "fwd" if row["direction"] == "forward" else "fwd+bwd",
-            row["dtype"],
-            f"{row['shape']['name']} b{row['shape']['batch']}",
-            backend + (" *" if row["default"] else ""),
+            *what(row),
+            backend(row) + (" *" if row["default"] else ""),
             milliseconds(row["median_s"]),
             milliseconds(row["times"].get("eager")),
             "-" if rate is None else f"{rate:.0f}",
@@ -110,6 +131,18 @@ def show(doc: dict) -> None:
         highlight=False,
     )
     console.print(table)
+    names, found = further(doc)
+    if names:
+        more = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in ("best of all", *(f"vs {name}" for name in names)):
+            more.add_column(name, justify="right")
+        for name in ("op", "pass", "dtype", "shape", "backend"):
+            more.add_column(name, no_wrap=True)
+        for row in found:
+            ratios = (times(row["ratios"].get(name)) for name in names)
+            more.add_row(best(row), *ratios, *what(row), backend(row))
+        console.print("Further peers", highlight=False)
+        console.print(more)
     for text in failures(doc):
         console.print("not timed: " + text, highlight=False, markup=False)
     if settings["cases_left_out"]:

@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 
 from bench import environment, results, timing
 from bench.micro import __main__ as micro
-from bench.micro import suite, tables
+from bench.micro import attention_peers, bench_attention, suite, tables
 from bench.micro.shapes import PRESETS, TOY, VIDEOMAE_B, VIT_B
 
 CASES = list(suite.cases(suite.FAMILIES, PRESETS["toy"]["cpu"], [torch.float32, torch.bfloat16], "cpu"))
@@ -31,6 +31,7 @@ def test_every_public_token_op_is_there():
         "gather_tokens",
         "restore_tokens",
         "attention",
+        "linear",
         "add_norm",
         "bias_gelu",
         "patch_loss",
@@ -43,19 +44,107 @@ def test_case(case):
     records, samples = suite.run(case, ("eager", "tuned"), rounds=2, bandwidth=1e9, warmup=0)
     by_name = {record["variant"]: record for record in records}
     # The peers must agree with one another, too: a faulty peer is as misleading as a faulty kernel.
-    for name in ("eager", "tuned", "maefast-reference"):
+    ours = "maefast-reference" if case.op.raw else "maefast"
+    for name in ("eager", "tuned", ours):
         assert "error" not in by_name[name], by_name[name]
         assert len(samples[name]) == 2
     for record in records:
         assert "WRONG" not in record.get("error", ""), record
-    assert set(by_name["maefast-reference"]["ratios"]) == {"eager", "tuned"}
+    assert set(by_name[ours]["ratios"]) == {"eager", "tuned"}
+    assert sum(record.get("default", False) for record in records) == 1
+
+
+ATTENTION = [case for case in CASES if case.op.more]
+
+
+def test_attention_is_measured_where_the_targets_are():
+    """The lengths, head widths and batches of the aims, and a ragged batch of the same rows."""
+    found = set()
+    for case in suite.cases(["attention"], PRESETS["full"]["cpu"], [torch.float32], "cpu"):
+        made = case.op.make(case.shape, case.dtype, torch.Generator())
+        if "lengths" in made:
+            assert sum(made["lengths"]) == len(made["qkv"]) == case.shape.batch * (case.shape.prefix + case.shape.keep)
+            assert len(set(made["lengths"])) > 1
+        found.add(tuple(made["qkv"].shape))
+    for batch, length, heads, width in ((16, 50, 12, 64), (16, 197, 16, 32), (128, 26, 6, 64), (256, 10, 12, 64)):
+        assert (batch, length, 3, heads, width) in found
+    assert (16 * 50, 3, 12, 64) in found
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_further_peers_agree_or_say_why_not(case):
+    records, samples = suite.run(case, ("eager", "library"), rounds=1, warmup=0)
+    errors = {r["variant"]: r["error"] for r in records if "error" in r and not r["variant"].startswith("maefast")}
+    timed = {"jagged"} if "jagged" in case.op.more else {"sdpa_flash", "sdpa_math"}
+    assert samples.keys() >= timed
+    assert errors.keys() == case.op.more.keys() - timed - {"flex"}
+    assert errors["varlen"] == "CUDA only"
+    assert "WRONG" not in " ".join(errors.values())
+    ours = next(r for r in records if r["variant"] == "maefast-reference")
+    assert set(ours["ratios"]) == {"eager", *timed}
+
+
+@pytest.mark.parametrize("op", suite.ops("attention"), ids=lambda op: op.name)
+def test_flex_agrees(op, monkeypatch):
+    """Uncompiled: what is compiled is torch's own function."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(attention_peers, "_flex", lambda: flex_attention)
+    for direction in op.directions:
+        case = suite.Case(op, TOY, torch.float32, direction, "cpu")
+        records, _ = suite.run(case, ("eager", "compile_library"), rounds=1, warmup=0)
+        record = next(r for r in records if r["variant"] == "flex")
+        if direction == suite.BOTH:
+            assert record["error"] == "on a CPU FlexAttention has no backward"
+        else:
+            assert record["median_s"] > 0
+
+
+def test_a_wrong_further_peer_is_refused():
+    op = suite.ops("attention")[0]
+    wrong = suite.Peer(lambda inputs: bench_attention.eager(inputs) * 1.01)
+    case = suite.Case(suite.Op(**{**vars(op), "more": {"wrong": wrong}}), TOY, torch.float32, suite.FORWARD, "cpu")
+    records, samples = suite.run(case, ("eager", "library"), rounds=1, warmup=0)
+    assert "WRONG RESULT" in next(r for r in records if r["variant"] == "wrong")["error"]
+    assert "wrong" not in samples
+
+
+def test_no_compile_leaves_compiled_peers_out(monkeypatch):
+    asked = []
+    measure = micro.measure
+
+    def note(device, preset, families, dtypes, peers, *rest):
+        asked.append(peers)
+        return measure("cpu", "toy", ("mask",), (torch.float32,), ("eager",), rounds=1)
+
+    monkeypatch.setattr(micro, "measure", note)
+    assert micro.main(["--preset", "full", "--no-compile"]) == 0
+    assert asked == [("eager", "tuned", "library")]
+
+
+def test_linear_through_onednn(monkeypatch):
+    """Large enough for the library that the toy shape does not reach."""
+    module = sys.modules["maefast.ops.linear"]
+    if not module._has_onednn():
+        pytest.skip("this torch has no private oneDNN linear")
+    calls = []
+    product = module._product
+    monkeypatch.setattr(module, "_choice", ("onednn", "test"))
+    monkeypatch.setattr(module, "_product", lambda *args: calls.append(args) or product(*args))
+    shape = suite.Shape("linear", 8, (32, 32), (8, 8), 15, width=128, decoder_width=128)
+    for case in suite.cases(["linear"], [shape], [torch.float32, torch.bfloat16], "cpu"):
+        calls.clear()
+        records, _ = suite.run(case, ("eager",), rounds=1, warmup=0)
+        assert calls
+        assert [r["variant"] for r in records if "error" not in r] == ["eager", "maefast"]
+    assert not list(suite.cases(["linear"], [shape], [torch.float32], "cuda"))
 
 
 def test_video_shape_agrees():
     shape = suite.Shape("video", 2, (4, 16, 16), (2, 8, 8), 3, 32, 16, prefix=0, norm="videomae")
     for case in suite.cases(suite.FAMILIES, [shape], [torch.float32], "cpu"):
         records, _ = suite.run(case, ("eager", "tuned"), rounds=1, warmup=0)
-        assert not [r for r in records if "error" in r and r["variant"] != "maefast-cpu"]
+        assert not [r for r in records if "error" in r and r["variant"] != "maefast-cpu"], records
 
 
 def test_a_wrong_result_is_refused():

@@ -46,6 +46,28 @@ def test_newest_result_wins(tmp_path):
     assert [doc["file"] for doc in docs] == ["a.json"]
 
 
+def test_a_later_run_of_some_cases_leaves_the_others(tmp_path):
+    old, new = micro_document(ratio=3.0), micro_document(ratio=4.0)
+    old["records"] += [{**record, "op": "patch_embed"} for record in old["records"]]
+    new["environment"] = {**new["environment"], "date": "2026-02-02 00:00 UTC"}
+    results.write(tmp_path / "a.json", old)
+    results.write(tmp_path / "b.json", new)
+    found = {doc["file"]: {record["op"] for record in doc["records"]} for doc in report.load(tmp_path)}
+    assert found == {"a.json": {"patch_embed"}, "b.json": {"gather_tokens"}}
+
+
+def test_further_peers_have_a_table():
+    doc = {**micro_document(ratio=3.0), "file": "x.json"}
+    assert "Further peers" not in report.micro(doc)
+    ours = next(record for record in doc["records"] if record["variant"] == "maefast-cpu")
+    ours["ratios"]["jagged"] = 2.5
+    doc["records"].append({**ours, "variant": "varlen", "error": "CUDA only"})
+    text = report.micro(doc)
+    assert "| 2.50x jagged | 2.50x | gather_tokens | fwd | float32 | vit_b b16 | cpu |" in text
+    assert "vs varlen" not in text
+    assert "Not timed: varlen: CUDA only (1 cases)." in text
+
+
 def test_page_is_replaced_between_the_markers(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
