@@ -11,6 +11,7 @@ from maefast.ops.loss import patch_loss
 from maefast.ops.mask import TokenMask, token_mask
 from maefast.ops.norm import add_norm
 from maefast.ops.restore import restore_tokens
+from maefast.ops.sparse_conv import conv_cells
 
 __all__ = [
     "CellMask",
@@ -19,6 +20,7 @@ __all__ = [
     "attention",
     "backend",
     "bias_gelu",
+    "conv_cells",
     "depthwise_cells",
     "gather_tokens",
     "linear",
