@@ -6,7 +6,10 @@ is at hand and takes the call; the first that applies wins.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -75,6 +78,13 @@ def unavailable(name: str, call: Call) -> str | None:
             return "varlen_attn takes float16 and bfloat16, head widths in steps of 8"
         if _varlen_attn() is None:
             return "this torch has no torch.nn.attention.varlen"
+    if name == "xformers":
+        if call.device != "cuda":
+            return "xformers has attention on CUDA only"
+        if call.dtype not in (torch.float32, torch.float16, torch.bfloat16) or call.head_dim % 8:
+            return "xformers takes float32, float16 and bfloat16, head widths in steps of 8"
+        if (reason := _xformers()[1]) is not None:
+            return reason
     return None
 
 
@@ -149,4 +159,34 @@ def _varlen(q, kv, cu_q, cu_k, max_q, max_k, scale: float, causal: bool) -> Tens
     return run(q, k, v, cu_q, cu_k, max_q, max_k, **options)
 
 
-LIBRARIES = {"sdpa": _sdpa, "varlen": _varlen}
+@functools.cache
+def _xformers() -> tuple[ModuleType | None, str | None]:
+    """(xformers.ops, why it cannot be used)."""
+    try:
+        module = importlib.import_module("xformers.ops")
+    except ModuleNotFoundError as error:
+        return None, "xformers is not installed" if error.name == "xformers" else f"xformers does not import: {error}"
+    except Exception as error:  # built for another torch or CUDA, it may fail in any way
+        return None, f"xformers does not import: {type(error).__name__}: {error}"
+    return module, None
+
+
+def _xformers_attention(q, kv, cu_q, cu_k, max_q, max_k, scale: float, causal: bool) -> Tensor:
+    """For those who ask for it by name; not in TABLE before it is measured. Its mask needs the lengths on the host."""
+    library, bias = _xformers()[0], importlib.import_module("xformers.ops.fmha.attn_bias")
+    parts = q.unbind(-3) if kv is None else (q, *kv.unbind(-3))
+    if cu_q is None:
+        mask = bias.LowerTriangularMask() if causal else None
+        return library.memory_efficient_attention(*parts, attn_bias=mask, scale=scale)
+    lengths = cu_q.diff().tolist()
+    lengths_k = lengths if kv is None else cu_k.diff().tolist()
+    if any(n and not m for n, m in zip(lengths, lengths_k, strict=True)):
+        raise ValueError("xformers does not serve queries without keys")
+    kind = bias.BlockDiagonalCausalMask if causal else bias.BlockDiagonalMask
+    # Older ones have no `device` and move the mask with each call.
+    options = {"device": q.device} if "device" in inspect.signature(kind.from_seqlens).parameters else {}
+    mask = kind.from_seqlens(lengths, lengths_k, **options)
+    return library.memory_efficient_attention(*(t[None] for t in parts), attn_bias=mask, scale=scale)[0]
+
+
+LIBRARIES = {"sdpa": _sdpa, "varlen": _varlen, "xformers": _xformers_attention}
