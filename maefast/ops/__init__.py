@@ -2,6 +2,7 @@
 
 from maefast.ops._dispatch import backend
 from maefast.ops.attention import attention
+from maefast.ops.cell_norm import batch_norm_act, grn, group_norm_cells, instance_norm_cells, segment_sum
 from maefast.ops.cells import CellMask, pack_cells, unpack_cells
 from maefast.ops.depthwise import depthwise_cells
 from maefast.ops.embed import gather_tokens, patch_embed
@@ -19,16 +20,21 @@ __all__ = [
     "add_norm",
     "attention",
     "backend",
+    "batch_norm_act",
     "bias_gelu",
     "conv_cells",
     "depthwise_cells",
     "gather_tokens",
+    "grn",
+    "group_norm_cells",
+    "instance_norm_cells",
     "linear",
     "linear_library",
     "pack_cells",
     "patch_embed",
     "patch_loss",
     "restore_tokens",
+    "segment_sum",
     "token_mask",
     "unpack_cells",
 ]

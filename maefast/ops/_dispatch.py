@@ -45,6 +45,10 @@ PUBLIC_OPS = {
     "add_norm": "add_norm",
     "bias_gelu": "bias_gelu",
     "patch_loss": "patch_loss",
+    "batch_norm_act": "norm_act",
+    "grn": "norm_act",
+    "group_norm_cells": "norm_act",
+    "segment_sum": "segment_stats",
     "depthwise_cells": "depthwise",
 }
 

@@ -80,6 +80,17 @@ FAMILIES: dict[str, dict[str, str]] = {
         "depthwise": "(Tensor x, Tensor neighbours, Tensor weight, Tensor? bias, bool flip) -> Tensor",
         "depthwise_grad_weight": "(Tensor x, Tensor grad, Tensor neighbours, SymInt size) -> (Tensor, Tensor)",
     },
+    # act: 0 none, 1 relu, 2 relu6. Segments of rows: [cu[b] * sites, cu[b + 1] * sites), or all rows without cu; mean,
+    # scale, offset and slope are [segments, C].
+    "cell_norm": {
+        "segment_stats": "(Tensor x, Tensor? cu, SymInt sites) -> (Tensor, Tensor)",
+        "norm_act": "(Tensor x, Tensor? residual, Tensor? cu, SymInt sites, Tensor mean, Tensor scale, Tensor bias,"
+        " int act) -> Tensor",
+        "norm_act_sums": "(Tensor grad, Tensor x, Tensor? gate, Tensor? cu, SymInt sites, Tensor mean, Tensor scale,"
+        " Tensor bias, int act, bool keep) -> (Tensor, Tensor)",
+        "norm_act_backward": "(Tensor grad, Tensor x, Tensor? cu, SymInt sites, Tensor mean, Tensor scale,"
+        " Tensor bias, Tensor? offset, Tensor? slope, int act) -> Tensor",
+    },
 }
 
 CPU_ONLY = ("linear",)  # families that a GPU has no use for: no Triton kernels
@@ -246,6 +257,24 @@ def _depthwise(x, neighbours, weight, bias, flip):
 def _depthwise_grad_weight(x, grad, neighbours, size):
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     return x.new_empty((size * size, x.shape[3]), dtype=wide), x.new_empty((x.shape[3],), dtype=wide)
+
+
+def _segment_stats(x, cu, sites):
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    shape = (1 if cu is None else cu.shape[0] - 1, x.shape[1])
+    return x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
+
+
+def _norm_act(x, residual, cu, sites, mean, scale, bias, act):
+    return x.new_empty(x.shape)
+
+
+def _norm_act_sums(grad, x, gate, cu, sites, mean, scale, bias, act, keep):
+    return x.new_empty(x.shape if keep else (0,)), mean.new_empty((2, *mean.shape))
+
+
+def _norm_act_backward(grad, x, cu, sites, mean, scale, bias, offset, slope, act):
+    return x.new_empty(x.shape)
 
 
 # --- registration ------------------------------------------------------------------------------------------

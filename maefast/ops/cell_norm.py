@@ -1,0 +1,462 @@
+"""Norms over active sites: `batch_norm_act`, `grn`, `group_norm_cells`, `instance_norm_cells`, `segment_sum`.
+
+All of them are two passes over the rows [R, C] of a level: statistics of each segment of rows (the whole batch, or
+one sample), then an affine map that differs by segment and channel. In between stands arithmetic on [segments, C].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from maefast.ops import _checks, _dispatch, _registry, _sync
+from maefast.ops.cells import CellMask, check_cells
+
+ACTIVATIONS = ("none", "relu", "relu6")
+GRN_SCOPES = ("sample", "batch", "dense")
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str = "none",
+    residual: Tensor | None = None,
+    process_group: object | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``act(BatchNorm(x) + residual)``, statistics over every leading dimension (Ioffe & Szegedy, 2015).
+
+    On packed cells these are SparK's sparse statistics (active sites alone); on a channels-last map they are dense.
+
+    Args:
+        x: [..., C]. residual: what is added before the activation, same shape, or None.
+        weight, bias: [C], or None for 1 and 0. Always used, and their gradients summed, in float32 (float64).
+        running_mean, running_var: [C] buffers, or None. In training they are updated in place as `nn.BatchNorm2d`
+            does: ``running += momentum * (batch - running)``, the variance unbiased.
+        training: normalise by the statistics of x; else by the running ones.
+        momentum: of the running buffers. A cumulative average is the caller's 1 / num_batches_tracked.
+        act: "none", "relu" or "relu6".
+        process_group: a `torch.distributed` group that shares the statistics (SyncBatchNorm). Ranks may hold
+            different numbers of rows. Gradients of weight and bias stay local, for DDP to average.
+
+    Returns:
+        [..., C] in the promoted dtype of x and residual.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit; one row in training; no running buffers in eval.
+    """
+    channels = _check_rows(x, eps)
+    _checks.one_of("act", act, ACTIVATIONS)
+    weight, bias = _affine(x, weight, bias)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given together")
+    if running_mean is not None:
+        for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+            _checks.vector(name, buffer, channels)
+    elif not training:
+        raise ValueError("without training, running_mean and running_var are needed")
+    if not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
+    _checks.same_device(x=x, weight=weight, bias=bias, residual=residual, running_mean=running_mean)
+    if residual is not None:
+        _checks.tensor("residual", residual)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+        dtype = _checks.promote(x, residual)
+        x, residual = x.to(dtype), residual.to(dtype)
+    if not training:
+        process_group = None
+    rows = x.numel() // channels
+    if training and rows < 2 and (process_group is None or _sync.size(process_group) < 2):
+        raise ValueError(f"batch statistics need more than one row, got {rows}: x of shape {tuple(x.shape)}")
+
+    name = _dispatch.choose("norm_act", x.device.type, x.dtype, backend)
+    if name == "reference":
+        y, mean, var, count = batch_norm_act_reference(
+            x, weight, bias, running_mean, running_var, training, eps, act, residual, process_group
+        )
+        if training and running_mean is not None:
+            _update(running_mean, running_var, mean, var, count, momentum)
+        return y
+    shape = x.shape
+    x = x.reshape(-1, channels).contiguous()
+    count = None
+    with torch.no_grad():
+        if training:
+            mean, var = _registry.raw("segment_stats", name)(x.detach(), None, 1)
+            count = rows
+            if process_group is not None:
+                mean, var, count = _sync.combine(mean, var, rows, process_group)
+            if running_mean is not None:
+                _update(running_mean, running_var, mean[0], var[0], count, momentum)
+        else:
+            mean, var = (
+                buffer.detach().reshape(1, channels).to(weight.dtype) for buffer in (running_mean, running_var)
+            )
+        rstd = (var + eps).rsqrt()
+    other = None if residual is None else residual.reshape(-1, channels)
+    code = ACTIVATIONS.index(act)
+    return _NormAct.apply(x, other, weight, bias, mean, rstd, count, None, 1, channels, code, process_group, name).view(
+        shape
+    )
+
+
+def batch_norm_act_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    act: str,
+    residual: Tensor | None,
+    process_group: object | None = None,
+) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
+    """The definition, differentiable: (y, mean, biased variance, number of rows)."""
+    rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+    count = rows.shape[0]
+    if not training:
+        mean, var = running_mean.to(rows.dtype), running_var.to(rows.dtype)
+    elif process_group is None:
+        mean = rows.mean(0)
+        var = (rows - mean).square().mean(0)
+    else:
+        count = _sync.sum_over_ranks(rows.new_tensor(float(count)), process_group)
+        mean = _sync.sum_over_ranks(rows.sum(0), process_group) / count
+        var = _sync.sum_over_ranks((rows - mean).square().sum(0), process_group) / count
+    y = (rows - mean) * (var + eps).rsqrt() * weight + bias
+    if residual is not None:
+        y = y + residual.reshape(rows.shape).to(y.dtype)
+    y = F.relu(y) if act == "relu" else F.relu6(y) if act == "relu6" else y
+    return y.to(x.dtype).view(x.shape), mean, var, count
+
+
+@torch.no_grad()
+def _update(running_mean, running_var, mean, var, count, momentum) -> None:
+    unbiased = var * (count / (count - 1))
+    running_mean.lerp_(mean.detach().view_as(running_mean).to(running_mean.dtype), momentum)
+    running_var.lerp_(unbiased.detach().view_as(running_var).to(running_var.dtype), momentum)
+
+
+# --- norms of each sample ----------------------------------------------------------------------------------
+
+
+def group_norm_cells(
+    x: Tensor,
+    plan: CellMask | None,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """GroupNorm (Wu & He, 2018) with the statistics of each sample's active sites.
+
+    Args:
+        x: packed cells [T, h, w, C]; with plan None, a dense channels-last map [B, H, W, C].
+        groups: divides C. weight, bias: [C], or None for 1 and 0.
+
+    Returns:
+        Like x. A sample's variance is biased, as in `nn.GroupNorm`.
+
+    Raises:
+        TypeError, ValueError: x does not fit the plan, groups does not divide C.
+    """
+    channels = _check_cells(x, plan, eps)
+    if not isinstance(groups, int) or groups < 1 or channels % groups:
+        raise ValueError(f"groups must divide the {channels} channels, got {groups!r}")
+    weight, bias = _affine(x, weight, bias)
+    name = _dispatch.choose("norm_act", x.device.type, x.dtype, backend)
+    if name == "reference":
+        return group_norm_cells_reference(x, plan, groups, weight, bias, eps)
+    cu, sites, counts = _segments(x, plan)
+    rows = x.reshape(-1, channels).contiguous()
+    with torch.no_grad():
+        mean, var = _registry.raw("segment_stats", name)(rows.detach(), cu, sites)
+        if groups < channels:  # every channel of a sample counts the same rows
+            grouped = mean.unflatten(1, (groups, -1))
+            mean = grouped.mean(2, keepdim=True)
+            var = var.unflatten(1, (groups, -1)).mean(2, keepdim=True)
+            var = var + (grouped - mean).square().mean(2, keepdim=True)
+            mean, var = (s.expand_as(grouped).flatten(1).contiguous() for s in (mean, var))
+        rstd = (var + eps).rsqrt()
+    counts = counts.to(mean.dtype)[:, None]
+    return _NormAct.apply(rows, None, weight, bias, mean, rstd, counts, cu, sites, groups, 0, None, name).view(x.shape)
+
+
+def group_norm_cells_reference(
+    x: Tensor, plan: CellMask | None, groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """The definition, differentiable: `F.group_norm` of each sample's own sites."""
+    rows = x.to(weight.dtype).flatten(1, 2)  # [cells, sites, C]
+    parts = [rows[b : b + 1] for b in range(x.shape[0])] if plan is None else rows.split(_cell_counts(plan))
+    done = [
+        F.group_norm(part.reshape(1, -1, x.shape[-1]).mT, groups, weight, bias, eps).mT.reshape(part.shape)
+        if part.numel() > x.shape[-1] // groups  # torch refuses a group of one value, which is its own mean
+        else (part - part) * weight + bias
+        for part in parts
+    ]
+    return torch.cat(done).view(x.shape).to(x.dtype)
+
+
+def instance_norm_cells(
+    x: Tensor,
+    plan: CellMask | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """InstanceNorm with the statistics of each sample's active sites: `group_norm_cells` with one channel a group."""
+    return group_norm_cells(x, plan, x.shape[-1] if isinstance(x, Tensor) else 1, weight, bias, eps, backend=backend)
+
+
+def grn(
+    x: Tensor,
+    plan: CellMask | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    scope: str = "sample",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Global response normalisation (ConvNeXt V2, Woo et al., 2023) over active sites.
+
+    ``G = ||x||_2`` over sites, ``N = G / (mean of G over channels + eps)``, ``y = weight * (x * N) + bias + x``.
+
+    Args:
+        x: packed cells [T, h, w, C]; with plan None, a dense channels-last map [B, H, W, C].
+        weight, bias: C values, e.g. [1, 1, 1, C].
+        scope: the three public meanings: "sample", each sample's active sites, ``G = sqrt(sum x^2 + eps)`` (the JAX
+            code behind the paper's numbers); "batch", all active sites of the batch, ``G = sqrt(sum x^2)`` (the
+            PyTorch code); "dense", each sample, ``G = sqrt(sum x^2)`` (the layer of the dense network).
+
+    Returns:
+        Like x.
+
+    Raises:
+        TypeError, ValueError: x does not fit the plan, unknown scope.
+    """
+    _check_cells(x, plan, eps)
+    _checks.one_of("scope", scope, GRN_SCOPES)
+    weight, bias = _affine(x, weight, bias)
+    name = _dispatch.choose("norm_act", x.device.type, x.dtype, backend)
+    if name == "reference":
+        return grn_reference(x, plan, weight, bias, eps, scope)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    cu, sites, counts = _segments(x, None if scope == "batch" else plan)
+    if scope == "batch":
+        cu, counts = None, rows.shape[0]
+    else:
+        counts = counts.to(weight.dtype)[:, None]
+    return _Grn.apply(rows, weight, bias, counts, cu, sites, eps, eps if scope == "sample" else 0.0, name).view(x.shape)
+
+
+def grn_reference(x: Tensor, plan: CellMask | None, weight: Tensor, bias: Tensor, eps: float, scope: str) -> Tensor:
+    """The definition, differentiable."""
+    rows = x.to(weight.dtype).flatten(1, 2)
+    if scope == "batch":
+        parts = [rows]
+    else:
+        parts = [rows[b : b + 1] for b in range(x.shape[0])] if plan is None else rows.split(_cell_counts(plan))
+    done = []
+    for part in parts:
+        if scope == "sample":
+            response = (part.square().sum((0, 1)) + eps).sqrt()
+        else:
+            response = torch.linalg.vector_norm(part, dim=(0, 1))
+        done.append(weight * (part * (response / (response.mean() + eps))) + bias + part)
+    return torch.cat(done).view(x.shape).to(x.dtype)
+
+
+def segment_sum(x: Tensor, plan: CellMask | None, *, backend: str | None = None) -> Tensor:
+    """[B, C], the sum over each sample's active sites, in float32 (float64); a sample without any has zero.
+
+    Args:
+        x: packed cells [T, h, w, C]; with plan None, a dense channels-last map [B, H, W, C].
+    """
+    _check_cells(x, plan, 1.0)
+    name = _dispatch.choose("segment_stats", x.device.type, x.dtype, backend)
+    if name == "reference":
+        return segment_sum_reference(x, plan)
+    cu, sites, counts = _segments(x, plan)
+    return _SegmentSum.apply(x, cu, counts, sites, name)
+
+
+def segment_sum_reference(x: Tensor, plan: CellMask | None) -> Tensor:
+    """The definition, differentiable."""
+    cells = x.to(_wide(x)).sum((1, 2))
+    if plan is None:
+        return cells
+    return torch.stack([part.sum(0) for part in cells.split(_cell_counts(plan))])
+
+
+# --- autograd ----------------------------------------------------------------------------------------------
+
+
+class _NormAct(torch.autograd.Function):
+    """``act((x - mean) * rstd * weight + bias + residual)`` where mean and rstd [B, C] are those of x (count: rows of
+    each segment, over all ranks) or constants (count None)."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, mean, rstd, count, cu, sites, groups, act, process_group, name):
+        residual = None if residual is None else residual.contiguous()
+        scale = rstd * weight
+        y = _registry.raw("norm_act", name)(x, residual, cu, sites, mean, scale, bias.contiguous(), act)
+        # The activation's gate: from x where nothing was added, from y for relu, from x and residual for relu6.
+        gate = None if residual is None or not act else y if ACTIVATIONS[act] == "relu" else residual
+        is_tensor = isinstance(count, Tensor)
+        ctx.save_for_backward(x, gate, weight, bias, mean, rstd, scale, cu, count if is_tensor else None)
+        ctx.count = None if is_tensor else count
+        ctx.constant = count is None
+        ctx.settings = sites, groups, act, process_group, name
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, gate, weight, bias, mean, rstd, scale, cu, count = ctx.saved_tensors
+        count = ctx.count if count is None else count
+        sites, groups, act, process_group, name = ctx.settings
+        need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
+        grad = grad.contiguous()
+        bias = bias.contiguous()
+        grad_x = grad_residual = grad_weight = grad_bias = offset = slope = None
+        gated = act if gate is not None else 0
+        if gated or need_weight or need_bias or (need_x and not ctx.constant):
+            run = _registry.raw("norm_act_sums", name)
+            passed, sums = run(grad, x, gate, cu, sites, mean, scale, bias, act, gated > 0)
+            if gated:
+                grad, act = passed, 0  # the gradient behind the activation
+            grad_bias = sums[0].sum(0) if need_bias else None
+            grad_weight = (sums[1] * rstd).sum(0) if need_weight else None
+            if need_x and not ctx.constant:
+                if process_group is not None:
+                    sums = _sync.reduce(sums, process_group)
+                total, product = _over_groups(sums * weight, groups)
+                each = count * (weight.shape[0] // groups)
+                offset = rstd * (total / each)
+                slope = rstd.pow(3) * (product / each)
+        if need_residual:
+            grad_residual = grad
+        if need_x:
+            run = _registry.raw("norm_act_backward", name)
+            grad_x = run(grad, x, cu, sites, mean, scale, bias, offset, slope, act)
+        return grad_x, grad_residual, grad_weight, grad_bias, *(None,) * 9
+
+
+def _over_groups(sums: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Sums [2, B, C] over the channels of each group, at every channel."""
+    if groups < sums.shape[2]:
+        parts = sums.unflatten(2, (groups, -1))
+        sums = parts.sum(3, keepdim=True).expand_as(parts).flatten(2)
+    return sums[0], sums[1]
+
+
+class _Grn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, counts, cu, sites, eps, root_eps, name):
+        mean, var = _registry.raw("segment_stats", name)(x, cu, sites)
+        response = ((var + mean.square()) * counts + root_eps).sqrt()  # a sum of squares, without cancellation
+        divisor = response.mean(1, keepdim=True) + eps
+        scale = weight * (response / divisor) + 1
+        zeros = torch.zeros_like(mean)
+        bias = bias.contiguous()
+        y = _registry.raw("norm_act", name)(x, None, cu, sites, zeros, scale, bias, 0)
+        ctx.save_for_backward(x, weight, bias, cu, response, divisor, scale)
+        ctx.settings = sites, name
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, bias, cu, response, divisor, scale = ctx.saved_tensors
+        sites, name = ctx.settings
+        grad = grad.contiguous()
+        zeros = torch.zeros_like(scale)
+        _, sums = _registry.raw("norm_act_sums", name)(grad, x, None, cu, sites, zeros, scale, bias, 0, False)
+        normed = response / divisor
+        grad_normed = weight * sums[1]
+        grad_response = (grad_normed - (grad_normed * normed).mean(1, keepdim=True)) / divisor
+        slope = torch.where(response > 0, -grad_response / response, zeros)
+        run = _registry.raw("norm_act_backward", name)
+        grad_x = run(grad, x, cu, sites, zeros, scale, bias, zeros, slope, 0) if ctx.needs_input_grad[0] else None
+        return grad_x, (sums[1] * normed).sum(0), sums[0].sum(0), *(None,) * 6
+
+
+class _SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cu, counts, sites, name):
+        mean, _ = _registry.raw("segment_stats", name)(x.reshape(-1, x.shape[-1]).contiguous(), cu, sites)
+        ctx.save_for_backward(cu)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return mean * counts.to(mean.dtype)[:, None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (cu,) = ctx.saved_tensors
+        rows = torch.repeat_interleave(grad.to(ctx.dtype), cu.diff().long(), dim=0, output_size=ctx.shape[0])
+        return rows[:, None, None, :].expand(ctx.shape), *(None,) * 4
+
+
+# --- helpers -----------------------------------------------------------------------------------------------
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _check_rows(x: Tensor, eps: float) -> int:
+    _checks.tensor("x", x)
+    if x.ndim < 2 or x.shape[-1] < 1:
+        raise ValueError(f"x must be [..., C] with at least one channel, got shape {tuple(x.shape)}")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    return x.shape[-1]
+
+
+def _check_cells(x: Tensor, plan: CellMask | None, eps: float) -> int:
+    if plan is None:
+        _checks.tensor("x", x, ndim=4)
+    else:
+        check_cells(plan, x)
+    return _check_rows(x, eps)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both in the arithmetic type of x."""
+    wide, channels = _wide(x), x.shape[-1]
+    _checks.same_device(x=x, weight=weight, bias=bias)
+    if weight is None:
+        weight = torch.ones(channels, dtype=wide, device=x.device)
+    if bias is None:
+        bias = torch.zeros(channels, dtype=wide, device=x.device)
+    return (
+        _checks.vector("weight", weight, channels).to(wide),
+        _checks.vector("bias", bias, channels).to(wide),
+    )
+
+
+def _segments(x: Tensor, plan: CellMask | None) -> tuple[Tensor, int, Tensor]:
+    """(cu, sites, counts): sample b's rows are [cu[b] * sites, cu[b+1] * sites), counts [B] of them."""
+    sites = x.shape[1] * x.shape[2]
+    cu = plan.cu_cells if plan is not None else torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)
+    return cu, sites, cu.diff() * sites
+
+
+def _cell_counts(plan: CellMask) -> list[int]:
+    return plan.cu_cells.diff().tolist()
