@@ -16,15 +16,19 @@ from .ops import backend
 __version__ = "0.1.0"
 
 _LAZY = ("doctor", "kernels", "masking", "models", "nn")
-__all__ = ["__version__", "backend", "doctor", "kernels", "masking", "models", "nn", "ops"]
+_FROM_NN = ("Cells", "sparsify")
+__all__ = ["Cells", "__version__", "backend", "doctor", "kernels", "masking", "models", "nn", "ops", "sparsify"]
 
 if TYPE_CHECKING:
     from . import doctor, kernels, masking, models, nn
+    from .nn import Cells, sparsify
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _FROM_NN:
+        return getattr(importlib.import_module(f"{__name__}.nn"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

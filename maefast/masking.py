@@ -4,6 +4,7 @@
     tube     noise shared along time                               VideoMAE (Tong et al., 2022)
     block    rectangles masked until an exact count is reached     BEiT (Bao et al., 2021)
     grid     one token of each cell of a regular grid stays        MAE, ablation "grid-wise sampling"
+    cells    random cells of a convnet's map, as a CellMask        SparK (Tian et al., 2023)
 
 Your own sampler is `from_scores(scores, keep)`. With `noise` given, nothing is drawn, so that a run can be
 replayed; with `generator`, only that generator is advanced.
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from maefast.ops.cells import CellMask
 from maefast.ops.mask import TokenMask
 
 from_scores = TokenMask.from_scores
@@ -223,3 +225,37 @@ def _rectangles(
         else:
             break  # nothing fits any more
     return masked
+
+
+def cells(
+    batch: int,
+    grid_size: tuple[int, int],
+    ratio: float | Sequence[float] | None = None,
+    *,
+    keep: int | Sequence[int] | Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    rule: str = "round",
+    backend: str | None = None,
+) -> CellMask:
+    """Random cells of a grid are masked: the plan of a masked convnet. Cells are ordered by position.
+
+    Args:
+        grid_size: (GH, GW), for example (7, 7) for cells of 32 x 32 pixels at 224. ratio, keep, noise [B, GH*GW],
+            generator, rule: as in `random`; SparK rounds the count, FCMAE takes "floor".
+    """
+    rows, columns = grid_size
+    plan = random(
+        batch,
+        rows * columns,
+        ratio,
+        keep=keep,
+        noise=noise,
+        generator=generator,
+        device=device,
+        rule=rule,
+        order="position",
+        backend=backend,
+    )
+    return CellMask(plan, (rows, columns))

@@ -17,10 +17,12 @@ from typing import Any
 
 from torch import nn
 
+from maefast.models.base import MaskedAutoencoder, Reconstruction
 from maefast.models.checkpoint import load_checkpoint, read_state_dict
-from maefast.models.mae import MaskedAutoencoderViT, Reconstruction
+from maefast.models.mae import MaskedAutoencoderViT
 
 __all__ = [
+    "MaskedAutoencoder",
     "MaskedAutoencoderViT",
     "Reconstruction",
     "create",

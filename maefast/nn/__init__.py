@@ -1,15 +1,18 @@
 """Modules that models compose, each usable alone. They hold parameters; the maths is in `maefast.ops`."""
 
 from maefast.nn.block import Attention, Block, Mlp, Packing
+from maefast.nn.cells import Cells, UnknownSparseOp
 from maefast.nn.decoder import Decoder, run_decoder
 from maefast.nn.encoder import Encoder, run_blocks, run_encoder, run_norm
 from maefast.nn.layers import LayerNorm, Linear
 from maefast.nn.patch_embed import PatchEmbed
 from maefast.nn.positions import sincos_1d, sincos_2d
+from maefast.nn.sparsify import sparsify
 
 __all__ = [
     "Attention",
     "Block",
+    "Cells",
     "Decoder",
     "Encoder",
     "LayerNorm",
@@ -17,10 +20,12 @@ __all__ = [
     "Mlp",
     "Packing",
     "PatchEmbed",
+    "UnknownSparseOp",
     "run_blocks",
     "run_decoder",
     "run_encoder",
     "run_norm",
     "sincos_1d",
     "sincos_2d",
+    "sparsify",
 ]
