@@ -151,6 +151,8 @@ def micro(doc: dict) -> str:
     text += further(doc)
     aim = f"{AIM_GPU:.0%} of copy bandwidth" if gpu else f"{AIM_CPU:.0f}x over eager"
     text += f"\nShort of the aim of {aim}: {'; '.join(short) if short else 'none'}.\n"
+    if "linear_library" in settings:
+        text += f"\n`ops.linear` chose the library {settings['linear_library']!r} here.\n"
     if settings["cases_left_out"]:
         text += f"\n{settings['cases_left_out']} cases were left out for time.\n"
     for line in tables.failures(doc):

@@ -12,6 +12,7 @@ import torch
 from bench import environment, results, timing
 from bench.micro import suite, tables
 from bench.micro.shapes import DTYPES, PRESETS
+from maefast.ops import linear_library
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,6 +68,8 @@ def measure(
         "cases_left_out": skipped,
         "seconds": round(time.monotonic() - start, 1),
     }
+    if device == "cpu" and "linear" in families:
+        settings["linear_library"] = linear_library()[0]
     return results.document("micro", environment.describe(device), settings, list(peers), records)
 
 

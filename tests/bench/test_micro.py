@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -100,6 +101,44 @@ def test_flex_agrees(op, monkeypatch):
             assert record["median_s"] > 0
 
 
+@pytest.mark.parametrize("op", suite.ops("attention"), ids=lambda op: op.name)
+def test_packed_peers_agree(op, monkeypatch):
+    """varlen and xformers, which a CPU lacks, on stand-ins: what they are called with means the same attention."""
+
+    def attend(q, k, v, counts):
+        samples = zip(*(t.transpose(0, 1)[None].split(counts, dim=2) for t in (q, k, v)), strict=True)
+        parts = [torch.nn.functional.scaled_dot_product_attention(*sample) for sample in samples]
+        return torch.cat(parts, dim=2)[0].transpose(0, 1)
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
+        counts = cu_seq_q.diff().tolist()
+        assert max_q == max_k == max(counts)
+        assert torch.equal(cu_seq_q, cu_seq_k)
+        assert cu_seq_q.dtype is torch.int32
+        return attend(query, key, value, counts)
+
+    class Mask:
+        from_seqlens = staticmethod(list)
+
+    def memory_efficient_attention(query, key, value, attn_bias=None):
+        if attn_bias is None:
+            return torch.stack([attend(*sample, [query.shape[1]]) for sample in zip(query, key, value, strict=True)])
+        return attend(query[0], key[0], value[0], attn_bias)[None]
+
+    torch_side = types.SimpleNamespace(varlen_attn=varlen_attn)
+    xformers_side = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", torch_side)
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", xformers_side)
+    monkeypatch.setitem(sys.modules, "xformers.ops.fmha", types.ModuleType("xformers.ops.fmha"))
+    monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", types.SimpleNamespace(BlockDiagonalMask=Mask))
+    more = {name: suite.Peer(op.more[name].run) for name in ("varlen", "xformers")}
+    for direction in op.directions:
+        case = suite.Case(suite.Op(**{**vars(op), "more": more}), TOY, torch.float32, direction, "cpu")
+        _, samples = suite.run(case, ("eager", "library"), rounds=1, warmup=0)
+        assert samples.keys() >= more.keys()
+
+
 def test_a_wrong_further_peer_is_refused():
     op = suite.ops("attention")[0]
     wrong = suite.Peer(lambda inputs: bench_attention.eager(inputs) * 1.01)
@@ -138,6 +177,8 @@ def test_linear_through_onednn(monkeypatch):
         assert calls
         assert [r["variant"] for r in records if "error" not in r] == ["eager", "maefast"]
     assert not list(suite.cases(["linear"], [shape], [torch.float32], "cuda"))
+    doc = micro.measure("cpu", "toy", ("linear",), (torch.float32,), ("eager",), rounds=1)
+    assert doc["settings"]["linear_library"] == "onednn"
 
 
 def test_video_shape_agrees():

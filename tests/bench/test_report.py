@@ -65,6 +65,9 @@ def test_further_peers_have_a_table():
     text = report.micro(doc)
     assert "| 2.50x jagged | 2.50x | gather_tokens | fwd | float32 | vit_b b16 | cpu |" in text
     assert "vs varlen" not in text
+    assert "ops.linear" not in text
+    doc["settings"]["linear_library"] = "onednn"
+    assert "`ops.linear` chose the library 'onednn' here." in report.micro(doc)
     assert "Not timed: varlen: CUDA only (1 cases)." in text
 
 
