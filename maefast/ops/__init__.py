@@ -11,6 +11,7 @@ from maefast.ops.linear import linear, linear_library
 from maefast.ops.loss import patch_loss
 from maefast.ops.mask import TokenMask, token_mask
 from maefast.ops.norm import add_norm
+from maefast.ops.pool import avg_pool_cells, global_pool_cells, max_pool_cells
 from maefast.ops.restore import restore_tokens
 from maefast.ops.sparse_conv import conv_cells
 
@@ -19,17 +20,20 @@ __all__ = [
     "TokenMask",
     "add_norm",
     "attention",
+    "avg_pool_cells",
     "backend",
     "batch_norm_act",
     "bias_gelu",
     "conv_cells",
     "depthwise_cells",
     "gather_tokens",
+    "global_pool_cells",
     "grn",
     "group_norm_cells",
     "instance_norm_cells",
     "linear",
     "linear_library",
+    "max_pool_cells",
     "pack_cells",
     "patch_embed",
     "patch_loss",

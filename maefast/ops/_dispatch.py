@@ -49,6 +49,10 @@ PUBLIC_OPS = {
     "grn": "norm_act",
     "group_norm_cells": "norm_act",
     "segment_sum": "segment_stats",
+    "pack_cells": "pack_cells",
+    "unpack_cells": "unpack_cells",
+    "max_pool_cells": "max_pool_cells",
+    "avg_pool_cells": "avg_pool_cells",
     "depthwise_cells": "depthwise",
 }
 

@@ -76,6 +76,21 @@ FAMILIES: dict[str, dict[str, str]] = {
         " SymInt[] patch, bool packed, bool channels_first, int norm, int kind, float beta, bool need_images)"
         " -> (Tensor, Tensor)",
     },
+    "cells": {
+        "pack_cells": "(Tensor x, Tensor cells, SymInt[] grid, bool channels_last) -> Tensor",
+        "unpack_cells": "(Tensor x, Tensor slot, SymInt[] grid, Tensor? fill, bool channels_last) -> Tensor",
+        "fill_sum": "(Tensor grad, Tensor slot, SymInt[] grid) -> Tensor",
+    },
+    "pool": {
+        "max_pool_cells": "(Tensor x, Tensor neighbours, SymInt[] kernel, SymInt[] stride, SymInt[] padding)"
+        " -> (Tensor, Tensor)",
+        "max_pool_cells_backward": "(Tensor grad, Tensor argmax, Tensor neighbours, SymInt[] kernel, SymInt[] stride,"
+        " SymInt[] padding) -> Tensor",
+        "avg_pool_cells": "(Tensor x, Tensor neighbours, SymInt[] kernel, SymInt[] stride, SymInt[] padding,"
+        " bool count_include_pad) -> Tensor",
+        "avg_pool_cells_backward": "(Tensor grad, Tensor neighbours, SymInt[] kernel, SymInt[] stride,"
+        " SymInt[] padding, bool count_include_pad) -> Tensor",
+    },
     "depthwise": {
         "depthwise": "(Tensor x, Tensor neighbours, Tensor weight, Tensor? bias, bool flip) -> Tensor",
         "depthwise_grad_weight": "(Tensor x, Tensor grad, Tensor neighbours, SymInt size) -> (Tensor, Tensor)",
@@ -90,6 +105,14 @@ FAMILIES: dict[str, dict[str, str]] = {
         " Tensor bias, int act, bool keep) -> (Tensor, Tensor)",
         "norm_act_backward": "(Tensor grad, Tensor x, Tensor? cu, SymInt sites, Tensor mean, Tensor scale,"
         " Tensor bias, Tensor? offset, Tensor? slope, int act) -> Tensor",
+    },
+    "sparse_conv": {
+        "halo_cells": "(Tensor x, Tensor neighbours, SymInt[] halo) -> Tensor",
+        "halo_cells_backward": "(Tensor grad, Tensor neighbours, SymInt[] halo) -> Tensor",
+        "gather_taps": "(Tensor x, Tensor neighbours, SymInt[] kernel, SymInt[] stride, SymInt[] padding,"
+        " SymInt[] dilation) -> Tensor",
+        "gather_taps_backward": "(Tensor grad, Tensor neighbours, SymInt[] size, SymInt[] kernel, SymInt[] stride,"
+        " SymInt[] padding, SymInt[] dilation) -> Tensor",
     },
 }
 
@@ -250,6 +273,41 @@ def _patch_loss_backward(
     )
 
 
+def _pack_cells(x, cells, grid, channels_last):
+    (height, width), channels = (x.shape[1:3], x.shape[3]) if channels_last else (x.shape[2:4], x.shape[1])
+    return x.new_empty((cells.shape[0], height // grid[0], width // grid[1], channels))
+
+
+def _unpack_cells(x, slot, grid, fill, channels_last):
+    (batch, rows, columns), (h, w, channels) = grid, x.shape[1:]
+    size = (rows * h, columns * w)
+    return x.new_empty((batch, *size, channels) if channels_last else (batch, channels, *size))
+
+
+def _fill_sum(grad, slot, grid):
+    wide = torch.float64 if grad.dtype is torch.float64 else torch.float32
+    return grad.new_empty(grad.shape[3:], dtype=wide)
+
+
+def _max_pool_cells(x, neighbours, kernel, stride, padding):
+    y = _avg_pool_cells(x, neighbours, kernel, stride, padding, True)
+    return y, y.new_empty(y.shape, dtype=torch.uint8)
+
+
+def _max_pool_cells_backward(grad, argmax, neighbours, kernel, stride, padding):
+    return _avg_pool_cells_backward(grad, neighbours, kernel, stride, padding, True)
+
+
+def _avg_pool_cells(x, neighbours, kernel, stride, padding, count_include_pad):
+    cells, h, w, channels = x.shape
+    return x.new_empty((cells, h // stride[0], w // stride[1], channels))
+
+
+def _avg_pool_cells_backward(grad, neighbours, kernel, stride, padding, count_include_pad):
+    cells, h, w, channels = grad.shape
+    return grad.new_empty((cells, h * stride[0], w * stride[1], channels))
+
+
 def _depthwise(x, neighbours, weight, bias, flip):
     return x.new_empty(x.shape)
 
@@ -275,6 +333,27 @@ def _norm_act_sums(grad, x, gate, cu, sites, mean, scale, bias, act, keep):
 
 def _norm_act_backward(grad, x, cu, sites, mean, scale, bias, offset, slope, act):
     return x.new_empty(x.shape)
+
+
+def _halo_cells(x, neighbours, halo):
+    top, left, bottom, right = halo
+    cells, h, w, channels = x.shape
+    return x.new_empty((cells, top + h + bottom, left + w + right, channels))
+
+
+def _halo_cells_backward(grad, neighbours, halo):
+    top, left, bottom, right = halo
+    cells, h, w, channels = grad.shape
+    return grad.new_empty((cells, h - top - bottom, w - left - right, channels))
+
+
+def _gather_taps(x, neighbours, kernel, stride, padding, dilation):
+    rows = x.shape[0] * (x.shape[1] // stride[0]) * (x.shape[2] // stride[1])
+    return x.new_empty((rows, _volume(kernel) * x.shape[3]))
+
+
+def _gather_taps_backward(grad, neighbours, size, kernel, stride, padding, dilation):
+    return grad.new_empty((neighbours.shape[0], *size))
 
 
 # --- registration ------------------------------------------------------------------------------------------

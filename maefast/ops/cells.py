@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from maefast.ops import _checks
+from maefast.ops import _checks, _dispatch, _registry
 from maefast.ops.mask import TokenMask
 
 MASKED, OUTSIDE = -1, -2  # in the neighbour tables
@@ -130,10 +131,14 @@ class CellMask:
         return CellMask(TokenMask.all_visible(batch, grid[0] * grid[1], device), tuple(grid))
 
 
-def check_cells(plan: object, x: Tensor, name: str = "x") -> None:
-    """`plan` is a CellMask, `x` packed cells [T, h, w, C] of it on the same device."""
+def check_plan(plan: object) -> None:
     if not isinstance(plan, CellMask):
         raise TypeError(f"plan must be a maefast.ops.CellMask, got {type(plan).__name__}")
+
+
+def check_cells(plan: object, x: Tensor, name: str = "x") -> None:
+    """`plan` is a CellMask, `x` packed cells [T, h, w, C] of it on the same device."""
+    check_plan(plan)
     _checks.tensor(name, x, ndim=4)
     if x.shape[0] != plan.total or 0 in x.shape[1:]:
         raise ValueError(f"{name} must be packed cells [{plan.total}, h, w, C] of this plan, got {tuple(x.shape)}")
@@ -147,7 +152,7 @@ def pack_cells(x: Tensor, plan: CellMask, *, backend: str | None = None) -> Tens
     """Take the active cells of a feature map. An exact copy.
 
     Args:
-        x: [B, C, H, W], contiguous or channels last; H and W multiples of the grid.
+        x: [B, C, H, W], contiguous or channels last (others are copied first); H and W multiples of the grid.
 
     Returns:
         [T, h, w, C] with h = H / GH, w = W / GW.
@@ -155,8 +160,18 @@ def pack_cells(x: Tensor, plan: CellMask, *, backend: str | None = None) -> Tens
     Raises:
         TypeError, ValueError: x does not fit the plan.
     """
+    check_plan(plan)
     _checks.tensor("x", x, ndim=4)
-    return pack_cells_reference(x, plan)
+    if x.shape[0] != plan.batch or x.shape[1] == 0:
+        raise ValueError(f"x must be a map [{plan.batch}, C, H, W] for this plan, got {tuple(x.shape)}")
+    plan.cell_size(x.shape[2:])
+    _checks.same_device(x=x, plan=plan.slot)
+    name = _dispatch.choose("pack_cells", x.device.type, x.dtype, backend)
+    if name == "reference":
+        return pack_cells_reference(x, plan)
+    channels_last = not x.is_contiguous() and x.stride(1) == 1
+    memory = x.permute(0, 2, 3, 1) if channels_last else x
+    return _PackCells.apply(memory, plan.cells, plan.slot, plan.batch, plan.grid, channels_last, name)
 
 
 def pack_cells_reference(x: Tensor, plan: CellMask) -> Tensor:
@@ -167,20 +182,41 @@ def pack_cells_reference(x: Tensor, plan: CellMask) -> Tensor:
     return cells.permute(0, 2, 4, 3, 5, 1).reshape(-1, h, w, channels)[plan.cells.long()]
 
 
+class _PackCells(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cells, slot, batch, grid, channels_last, name):
+        ctx.save_for_backward(slot)
+        ctx.grid, ctx.channels_last, ctx.backend = [batch, *grid], channels_last, name
+        return _registry.raw("pack_cells", name)(x.contiguous(), cells, list(grid), channels_last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        run = _registry.raw("unpack_cells", ctx.backend)
+        return run(grad.contiguous(), *ctx.saved_tensors, ctx.grid, None, ctx.channels_last), *(None,) * 6
+
+
 def unpack_cells(x: Tensor, plan: CellMask, fill: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """Put packed cells back on the map; SparK's densify when `fill` is its mask token.
 
     Args:
-        x: [T, h, w, C]. fill: [C], the value of every masked site; zero if None.
+        x: [T, h, w, C]. fill: C values, those of every masked site; zero if None.
 
     Returns:
-        [B, C, H, W] in channels-last memory, in x's dtype.
+        [B, C, H, W] in channels-last memory, in x's dtype. The gradient of `fill`, a sum over all masked sites, is
+        deterministic, summed in float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: x or fill does not fit the plan.
     """
     check_cells(plan, x)
-    return unpack_cells_reference(x, plan, fill)
+    if fill is not None:
+        fill = _checks.vector("fill", fill, x.shape[3])
+        _checks.same_device(x=x, fill=fill)
+    name = _dispatch.choose("unpack_cells", x.device.type, x.dtype, backend)
+    if name == "reference":
+        return unpack_cells_reference(x, plan, fill)
+    return _UnpackCells.apply(x, fill, plan.cells, plan.slot, plan.batch, plan.grid, name).permute(0, 3, 1, 2)
 
 
 def unpack_cells_reference(x: Tensor, plan: CellMask, fill: Tensor | None = None) -> Tensor:
@@ -190,3 +226,28 @@ def unpack_cells_reference(x: Tensor, plan: CellMask, fill: Tensor | None = None
     full = full.expand(plan.batch * rows * columns, h, w, channels).index_copy(0, plan.cells.long(), x)
     full = full.view(plan.batch, rows, columns, h, w, channels).permute(0, 1, 3, 2, 4, 5)
     return full.reshape(plan.batch, rows * h, columns * w, channels).permute(0, 3, 1, 2)
+
+
+class _UnpackCells(torch.autograd.Function):
+    """To [B, H, W, C]."""
+
+    @staticmethod
+    def forward(ctx, x, fill, cells, slot, batch, grid, name):
+        ctx.save_for_backward(cells, slot)
+        ctx.batch, ctx.grid, ctx.backend = batch, grid, name
+        ctx.fill_dtype = None if fill is None else fill.dtype
+        value = None if fill is None else fill.to(x.dtype).contiguous()
+        return _registry.raw("unpack_cells", name)(x.contiguous(), slot, [batch, *grid], value, True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        cells, slot = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = grad_fill = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _registry.raw("pack_cells", ctx.backend)(grad, cells, list(ctx.grid), True)
+        if ctx.needs_input_grad[1]:
+            grad_fill = _registry.raw("fill_sum", ctx.backend)(grad, slot, [ctx.batch, *ctx.grid])
+            grad_fill = grad_fill.to(ctx.fill_dtype)
+        return grad_x, grad_fill, *(None,) * 5

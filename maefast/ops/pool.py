@@ -1,0 +1,212 @@
+"""Pooling over packed cells: `max_pool_cells`, `avg_pool_cells`, and `global_pool_cells` over the active sites."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from maefast.ops import _dispatch, _registry
+from maefast.ops.cells import CellMask, check_cells, pack_cells_reference, unpack_cells_reference
+
+MAX_TAPS = 255  # the taps of a window are numbered in a byte
+
+
+def max_pool_cells(
+    x: Tensor,
+    plan: CellMask,
+    kernel: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The maximum of each window at the active cells, as SparK's (Tian et al., 2023): the dense pool of the map whose
+    masked sites are 0, times the mask. A masked site is a 0 that may win; beyond the image there is nothing (-inf).
+
+    Args:
+        x: packed cells [T, h, w, C]. kernel, stride, padding: as ``torch.nn.MaxPool2d``; stride None is the kernel.
+
+    Returns:
+        [T, h / stride, w / stride, C] in x's dtype. An exact choice: of equal values the first in the window wins, as
+        in PyTorch, and the gradient of a window that a masked site won is dropped. Gradients are deterministic.
+
+    Raises:
+        TypeError, ValueError: x does not fit the plan, or the pool does not divide the map by its stride exactly.
+    """
+    check_cells(plan, x)
+    window = _window(x, kernel, stride, padding, False)
+    if window[0][0] * window[0][1] > MAX_TAPS:
+        raise ValueError(f"a max-pool window has at most {MAX_TAPS} sites here, got {kernel}")
+    name = _dispatch.choose("max_pool_cells", x.device.type, x.dtype, backend)
+    if name == "reference":
+        return max_pool_cells_reference(x, plan, *window)
+    return _MaxPool.apply(x, plan.neighbours(_radius(x, *window)), *window, name)
+
+
+def max_pool_cells_reference(x: Tensor, plan: CellMask, kernel, stride, padding) -> Tensor:
+    """The definition, differentiable."""
+    full = F.max_pool2d(_wide_map(x, plan), kernel, stride, padding)
+    return pack_cells_reference(full, plan).to(x.dtype)
+
+
+def avg_pool_cells(
+    x: Tensor,
+    plan: CellMask,
+    kernel: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    count_include_pad: bool = True,
+    ceil_mode: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The mean of each window at the active cells, as SparK's (Tian et al., 2023): the dense pool of the map whose
+    masked sites are 0, times the mask. The divisor is the dense one: masked sites count.
+
+    Args:
+        x: packed cells [T, h, w, C]. kernel, stride, padding, count_include_pad, ceil_mode: as
+            ``torch.nn.AvgPool2d``; stride None is the kernel. ceil_mode is allowed where it changes nothing.
+
+    Returns:
+        [T, h / stride, w / stride, C] in x's dtype, summed in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        TypeError, ValueError: x does not fit the plan, or the pool does not divide the map by its stride exactly.
+    """
+    check_cells(plan, x)
+    window = _window(x, kernel, stride, padding, ceil_mode)
+    name = _dispatch.choose("avg_pool_cells", x.device.type, x.dtype, backend)
+    if name == "reference":
+        return avg_pool_cells_reference(x, plan, *window, count_include_pad)
+    return _AvgPool.apply(x, plan.neighbours(_radius(x, *window)), *window, bool(count_include_pad), name)
+
+
+def avg_pool_cells_reference(x: Tensor, plan: CellMask, kernel, stride, padding, count_include_pad) -> Tensor:
+    """The definition, differentiable."""
+    full = F.avg_pool2d(_wide_map(x, plan), kernel, stride, padding, count_include_pad=count_include_pad)
+    return pack_cells_reference(full, plan).to(x.dtype)
+
+
+def global_pool_cells(x: Tensor, plan: CellMask) -> Tensor:
+    """The mean over the active sites of each sample, for a head or squeeze-excite.
+
+    Args:
+        x: packed cells [T, h, w, C].
+
+    Returns:
+        [B, C] in x's dtype; 0 for a sample without active cells. Sums are float32 (float64 for float64) and
+        deterministic.
+
+    Raises:
+        TypeError, ValueError: x does not fit the plan.
+    """
+    check_cells(plan, x)
+    return _GlobalPool.apply(x, plan.cells, plan.cu_cells, plan.tokens.max_visible, plan.grid)
+
+
+def global_pool_cells_reference(x: Tensor, plan: CellMask) -> Tensor:
+    """The definition, differentiable: the dense sum over the map's active sites, divided by their number."""
+    total = _wide_map(x, plan).sum((2, 3))
+    count = plan.cu_cells.diff() * (x.shape[1] * x.shape[2])
+    return (total / count.clamp(min=1)[:, None]).to(x.dtype)
+
+
+# --- windows -----------------------------------------------------------------------------------------------
+
+
+def _pair(name: str, value: object, least: int) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) for v in pair):
+        raise TypeError(f"{name} must be an int or two ints, got {value!r}")
+    if min(pair) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return pair
+
+
+def _window(x: Tensor, kernel, stride, padding, ceil_mode: bool) -> tuple[tuple[int, int], ...]:
+    """(kernel, stride, padding) as pairs; raises unless the pool makes a map of exactly h / stride sites a cell."""
+    kernel = _pair("kernel", kernel, 1)
+    stride = kernel if stride is None else _pair("stride", stride, 1)
+    padding = _pair("padding", padding, 0)
+    for size, k, s, p in zip(x.shape[1:3], kernel, stride, padding):
+        if size % s:
+            raise ValueError(
+                f"cells of {x.shape[1]} x {x.shape[2]} sites cannot be pooled by a stride of {s}: the result would be"
+                " coarser than the mask; go on with the dense map (unpack_cells)"
+            )
+        if not 0 < k - 2 * p <= s or (ceil_mode and k - 2 * p != s):
+            raise ValueError(
+                f"a window of {k} with stride {s}, padding {p} and ceil_mode={bool(ceil_mode)} does not make a map"
+                f" of exactly 1/{s} of the sites; that takes kernel - 2 * padding "
+                + (f"= {s}" if ceil_mode else f"from 1 to {s}")
+            )
+    return kernel, stride, padding
+
+
+def _radius(x: Tensor, kernel, stride, padding) -> int:
+    """How many cells away a window reaches."""
+    reach = [max(p, k - s - p) for k, s, p in zip(kernel, stride, padding)]
+    return max(max(0, -(-r // size)) for r, size in zip(reach, x.shape[1:3]))
+
+
+def _wide_map(x: Tensor, plan: CellMask) -> Tensor:
+    return unpack_cells_reference(x if x.dtype is torch.float64 else x.float(), plan)
+
+
+# --- autograd ----------------------------------------------------------------------------------------------
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, table, kernel, stride, padding, name):
+        ctx.args, ctx.backend = (list(kernel), list(stride), list(padding)), name
+        y, argmax = _registry.raw("max_pool_cells", name)(x.contiguous(), table, *ctx.args)
+        ctx.save_for_backward(argmax, table)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        run = _registry.raw("max_pool_cells_backward", ctx.backend)
+        return run(grad.contiguous(), *ctx.saved_tensors, *ctx.args), *(None,) * 5
+
+
+class _AvgPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, table, kernel, stride, padding, count_include_pad, name):
+        ctx.args, ctx.backend = (list(kernel), list(stride), list(padding), count_include_pad), name
+        ctx.save_for_backward(table)
+        return _registry.raw("avg_pool_cells", name)(x.contiguous(), table, *ctx.args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        run = _registry.raw("avg_pool_cells_backward", ctx.backend)
+        return run(grad.contiguous(), *ctx.saved_tensors, *ctx.args), *(None,) * 6
+
+
+class _GlobalPool(torch.autograd.Function):
+    """Plain PyTorch without atomics: sums of the cells, then of each sample's rows, padded with a row of zeros."""
+
+    @staticmethod
+    def forward(ctx, x, cells, cu_cells, most, grid):
+        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+        total = x.sum((1, 2), dtype=wide)
+        count = cu_cells.diff()
+        scale = 1.0 / (count.clamp(min=1) * (x.shape[1] * x.shape[2])).to(wide)[:, None]
+        column = torch.arange(most, device=x.device)
+        rows = torch.where(column < count[:, None], cu_cells[:-1, None] + column, x.shape[0])
+        total = torch.cat([total, total.new_zeros(1, x.shape[3])])[rows.long()].sum(1)
+        ctx.save_for_backward(cells, scale)
+        ctx.shape, ctx.places, ctx.dtype = x.shape, grid[0] * grid[1], x.dtype
+        return (total * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        cells, scale = ctx.saved_tensors
+        sample = torch.div(cells, ctx.places, rounding_mode="floor").long()
+        each = (grad.to(scale.dtype) * scale).to(ctx.dtype)[sample]
+        return each[:, None, None, :].expand(ctx.shape), None, None, None, None
