@@ -80,4 +80,14 @@ std::tuple<Tensor, Tensor> patch_loss_backward(const Tensor& grad, const Tensor&
                                                bool channels_first, int64_t norm, int64_t kind, double beta,
                                                bool need_images);
 
+// sparse_conv.cpp
+Tensor halo_cells(const Tensor& x, const Tensor& neighbours, const std::vector<int64_t>& halo);
+Tensor halo_cells_backward(const Tensor& grad, const Tensor& neighbours, const std::vector<int64_t>& halo);
+Tensor gather_taps(const Tensor& x, const Tensor& neighbours, const std::vector<int64_t>& kernel,
+                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                   const std::vector<int64_t>& dilation);
+Tensor gather_taps_backward(const Tensor& grad, const Tensor& neighbours, const std::vector<int64_t>& size,
+                            const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                            const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation);
+
 }  // namespace maefast::cpu

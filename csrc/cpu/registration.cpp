@@ -29,4 +29,9 @@ STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
   // loss
   m.impl("patch_loss", TORCH_BOX(&patch_loss));
   m.impl("patch_loss_backward", TORCH_BOX(&patch_loss_backward));
+  // sparse_conv
+  m.impl("halo_cells", TORCH_BOX(&halo_cells));
+  m.impl("halo_cells_backward", TORCH_BOX(&halo_cells_backward));
+  m.impl("gather_taps", TORCH_BOX(&gather_taps));
+  m.impl("gather_taps_backward", TORCH_BOX(&gather_taps_backward));
 }
