@@ -9,6 +9,11 @@
 Base, large and huge are the sizes of He et al. (2021). The paper has no smaller ones; tiny and small are the usual ViT
 sizes with a decoder about a third narrower than their encoder and half as deep as the original's, since a decoder of
 512 x 8 would cost more than they do. Head width in the decoders is 32, as in the original. All have patch 16 but huge.
+
+    spark_resnet50, spark_resnet101, spark_convnext_{tiny,small,base,large}     SparK (Tian et al., 2023)
+    fcmae_convnextv2_{atto,femto,pico,nano,tiny,base,large,huge}                ConvNeXt V2 (Woo et al., 2023)
+
+Masked convnets: cells of 32 x 32 pixels are masked, and the encoder computes the visible ones only.
 """
 
 from __future__ import annotations
@@ -19,12 +24,17 @@ from torch import nn
 
 from maefast.models.base import MaskedAutoencoder, Reconstruction
 from maefast.models.checkpoint import load_checkpoint, read_state_dict
+from maefast.models.convnext import SIZES
+from maefast.models.fcmae import FCMAE
 from maefast.models.mae import MaskedAutoencoderViT
+from maefast.models.spark import ENCODERS, SparK
 
 __all__ = [
+    "FCMAE",
     "MaskedAutoencoder",
     "MaskedAutoencoderViT",
     "Reconstruction",
+    "SparK",
     "create",
     "list_models",
     "load_checkpoint",
@@ -43,6 +53,15 @@ _PRESETS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         "mae_huge": (1280, 32, 16, 512, 8, 16, 14),
     }.items()
 }
+_PRESETS.update({f"spark_{name}": (SparK, {"encoder": name}) for name in ENCODERS})
+_PRESETS["fcmae"] = (FCMAE, {})
+_PRESETS.update(
+    {
+        f"fcmae_convnextv2_{size}": (FCMAE, {"depths": depths, "widths": widths})
+        for size, (depths, widths) in SIZES.items()
+        if size != "small"
+    }
+)
 
 
 def list_models() -> list[str]:

@@ -42,12 +42,6 @@ def _channels_first(x: Cells, what: str) -> None:
 @handles(torch.conv2d, F.conv2d)
 def conv2d(x: Cells, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Cells:
     _channels_first(x, "conv2d")
-    if isinstance(padding, str):
-        if padding == "same":
-            spread = dilation if isinstance(dilation, (tuple, list)) else (dilation, dilation)
-            padding = tuple(d * (k - 1) // 2 for d, k in zip(spread, weight.shape[2:]))
-        else:
-            padding = 0
     if not _finer(x, stride):
         return _coarser(x, torch.conv2d, weight, bias, stride, padding, dilation, groups)
     rows, weight, bias = _autocast(x.rows, weight, bias)
@@ -84,10 +78,10 @@ def batch_norm(
     return pending(PendingNorm(x, **args, training=training, momentum=momentum, eps=eps), x)
 
 
-def sync_batch_norm(x: Cells, group, **args) -> Cells:
+def sync_batch_norm(x: Cells, **args) -> Cells:
     """What SyncBatchNorm does, called by its sparse form in `maefast.nn.sparsify`."""
     _channels_first(x, "SyncBatchNorm")
-    return pending(PendingNorm(x, **args, process_group=group), x)
+    return pending(PendingNorm(x, **args), x)
 
 
 @handles(F.layer_norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from maefast.nn.batch_norm import norm_arguments
 from maefast.nn.cell_functions import sync_batch_norm
 from maefast.nn.cells import Cells, UnknownSparseOp
 
@@ -51,24 +52,7 @@ class SparseSyncBatchNorm(nn.SyncBatchNorm):
     def forward(self, x: Tensor | Cells) -> Tensor | Cells:
         if not isinstance(x, Cells):
             return super().forward(x)
-        training = self.training or self.running_mean is None
-        momentum = self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
-        keep = not self.training or self.track_running_stats
-        return sync_batch_norm(
-            x,
-            self.process_group,
-            weight=self.weight,
-            bias=self.bias,
-            running_mean=self.running_mean if keep else None,
-            running_var=self.running_var if keep else None,
-            training=training,
-            momentum=momentum or 0.0,
-            eps=self.eps,
-        )
+        return sync_batch_norm(x, **norm_arguments(self))
 
 
 def sparsify(model: nn.Module) -> nn.Module:
