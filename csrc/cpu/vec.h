@@ -116,6 +116,32 @@ MAEFAST_INLINE vec<A> splat(A a) {
 
 // ---- 16-bit formats
 
+// The generic forms make GCC go through pairs of narrower registers.
+#if defined(__AVX512F__)
+MAEFAST_INLINE vec_f32 bf16_to_f32(half_u16 h) {
+  return (vec_f32)_mm512_maskz_slli_epi32(-1, _mm512_maskz_cvtepu16_epi32(-1, (__m256i)h), 16);
+}
+
+MAEFAST_INLINE half_u16 f32_to_bf16(vec_f32 x) {
+  const vec_u32 u = (vec_u32)x;
+  const vec_u32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  const __m512i safe = _mm512_mask_mov_epi32((__m512i)rounded, nan, _mm512_set1_epi32(0x7fc0));
+  return (half_u16)_mm512_maskz_cvtepi32_epi16(-1, safe);
+}
+#elif defined(__AVX2__) && defined(__F16C__)
+MAEFAST_INLINE vec_f32 bf16_to_f32(half_u16 h) {
+  return (vec_f32)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+}
+
+MAEFAST_INLINE half_u16 f32_to_bf16(vec_f32 x) {
+  const vec_u32 u = (vec_u32)x;
+  const vec_u32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const __m256 nan = _mm256_cmp_ps((__m256)x, (__m256)x, _CMP_UNORD_Q);
+  const __m256i safe = (__m256i)_mm256_blendv_ps((__m256)rounded, (__m256)_mm256_set1_epi32(0x7fc0), nan);
+  return (half_u16)_mm_packus_epi32(_mm256_castsi256_si128(safe), _mm256_extracti128_si256(safe, 1));
+}
+#else
 MAEFAST_INLINE vec_f32 bf16_to_f32(half_u16 h) {
   return (vec_f32)(__builtin_convertvector(h, vec_u32) << 16);
 }
@@ -126,6 +152,7 @@ MAEFAST_INLINE half_u16 f32_to_bf16(vec_f32 x) {
   const vec_u32 nan = (vec_u32)(x != x);
   return __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), half_u16);
 }
+#endif
 
 #if defined(__AVX512F__)
 MAEFAST_INLINE vec_f32 f16_to_f32(half_u16 h) {

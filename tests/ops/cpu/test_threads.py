@@ -45,6 +45,9 @@ def calls(batch: int, tokens: int, width: int, dtype: torch.dtype) -> dict:
     pred = randn(plan.total_masked, 72, dtype=dtype)
     loss_args = patch, True, False, 1, 0, 1.0
     each, stats = raw("patch_loss", pred, images, plan.masked, *loss_args)
+    flat, wide = full.flatten(0, 1), torch.float64 if dtype is torch.float64 else torch.float32
+    weight = randn(width, dtype=wide, seed=3)
+    mean, rstd = raw("add_norm", flat, None, weight, weight, 1e-6, dtype)[2:]
     grad_args = torch.ones_like(each), pred, images, plan.masked, plan.slot, stats, *loss_args
     restore_args = plan.visible, plan.masked, plan.slot, plan.cu_visible, 1 + tokens, prefix
     return {
@@ -63,6 +66,10 @@ def calls(batch: int, tokens: int, width: int, dtype: torch.dtype) -> dict:
         "restore": lambda: raw("restore_tokens", packed, *lists, token, pos, prefix, False, False),
         "restore_backward": lambda: raw("restore_tokens_backward", full, *restore_args, False, False, True, dtype),
         "patch_loss": lambda: raw("patch_loss", pred, images, plan.masked, *loss_args),
+        "add_norm": lambda: raw("add_norm", flat, flat, weight, weight, 1e-6, dtype),
+        "add_norm_backward": lambda: raw("add_norm_backward", flat, flat, flat, mean, rstd, weight, True),
+        "bias_gelu": lambda: raw("bias_gelu", flat, token, False),
+        "bias_gelu_backward": lambda: raw("bias_gelu_backward", flat, flat, token, False, True),
         "patch_loss_backward": lambda: raw("patch_loss_backward", *grad_args, True),
     }
 
