@@ -72,6 +72,16 @@ def test_attention_is_measured_where_the_targets_are():
     assert (16 * 50, 3, 12, 64) in found
 
 
+def test_the_automatic_choice_is_timed_where_libraries_may_serve():
+    op = suite.ops("attention")[0]
+    case = suite.Case(op, TOY, torch.bfloat16, suite.FORWARD, "cuda")
+    names = suite.variants(case, ("eager", "library"))
+    assert names["maefast"] is None
+    assert {"maefast-cuda", "maefast-triton", "maefast-reference", "varlen", "sdpa_cudnn"} < names.keys()
+    assert suite.default_variant(case) == "maefast"
+    assert "maefast" not in suite.variants(suite.Case(op, TOY, torch.bfloat16, suite.FORWARD, "cpu"), ("eager",))
+
+
 @pytest.mark.parametrize("case", ATTENTION, ids=str)
 def test_further_peers_agree_or_say_why_not(case):
     records, samples = suite.run(case, ("eager", "library"), rounds=1, warmup=0)
