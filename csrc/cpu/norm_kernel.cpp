@@ -6,20 +6,40 @@
 namespace maefast::MAEFAST_ISA {
 namespace {
 
+// Sums go to kSums registers in turn: one alone would be a chain of additions, each waiting for the last.
+// (Four gain nothing over two, and the backward, which has more to do for each element, nothing over one.)
+constexpr int kSums = 2;
+
+template <class A, class F>
+MAEFAST_INLINE void for_sums(int64_t n, const F& f) {
+  constexpr int w = kLanes<A>;
+  int64_t i = 0;
+  for (; i + kSums * w <= n; i += kSums * w) {
+#pragma GCC unroll 2
+    for (int k = 0; k < kSums; ++k) f(i + k * w, Full<w>{}, k);
+  }
+  for_lanes<A>(n - i, [&](int64_t k, auto lanes) { f(i + k, lanes, 0); });
+}
+
+template <class A>
+MAEFAST_INLINE A sum_all(const vec<A> (&sums)[kSums]) {
+  return sum_lanes<A>(sums[0] + sums[1]);
+}
+
 // residual = x + delta, rounded to the stream's type; returns the sum of the rounded row.
 template <class A, class X, class D>
 MAEFAST_INLINE A add_and_sum(const X* x, const D* delta, X* residual, int64_t d) {
-  vec<A> sum{};
-  for_lanes<A>(d, [&](int64_t i, auto lanes) {
+  vec<A> sums[kSums] = {};
+  for_sums<A>(d, [&](int64_t i, auto lanes, int k) {
     vec<A> v = load<A>(x + i, lanes);
     if (delta) {
       v += load<A>(delta + i, lanes);
       store<A>(residual + i, v, lanes);
       if constexpr (!is_same<A, X>) v = load<A>(residual + i, lanes);
     }
-    sum += keep_lanes<A>(v, lanes);
+    sums[k] += keep_lanes<A>(v, lanes);
   });
-  return sum_lanes<A>(sum);
+  return sum_all<A>(sums);
 }
 
 template <class X, class D, class Y>
@@ -35,14 +55,18 @@ void add_norm_typed(const AddNormArgs& a, int64_t begin, int64_t end) {
     Y* y = static_cast<Y*>(a.y) + r * d;
     const A mean = add_and_sum<A>(x, delta, residual, d) / A(d);
     const X* row = delta ? residual : x;  // now in the first-level cache
-    vec<A> squares{};
-    for_lanes<A>(d, [&](int64_t i, auto lanes) {
+    // The passes over a row that is at hand fetch the next one.
+    const int64_t next = r + 1 < end ? d : 0;
+    vec<A> squares[kSums] = {};
+    for_sums<A>(d, [&](int64_t i, auto lanes, int k) {
+      __builtin_prefetch(x + next + i);
       const vec<A> c = keep_lanes<A>(load<A>(row + i, lanes) - mean, lanes);
-      squares += c * c;
+      squares[k] += c * c;
     });
-    const A variance = sum_lanes<A>(squares) / A(d);
+    const A variance = sum_all<A>(squares) / A(d);
     const A rstd = A(1) / A(__builtin_sqrt(double(variance) + a.eps));
     for_lanes<A>(d, [&](int64_t i, auto lanes) {
+      if (delta) __builtin_prefetch(delta + next + i);
       const vec<A> normed = (load<A>(row + i, lanes) - mean) * rstd;
       store<A>(y + i, normed * load<A>(weight + i, lanes) + load<A>(bias + i, lanes), lanes);
     });
