@@ -80,6 +80,44 @@ std::tuple<Tensor, Tensor> patch_loss_backward(const Tensor& grad, const Tensor&
                                                bool channels_first, int64_t norm, int64_t kind, double beta,
                                                bool need_images);
 
+// cells.cpp
+Tensor pack_cells(const Tensor& x, const Tensor& cells, const std::vector<int64_t>& grid, bool channels_last);
+Tensor unpack_cells(const Tensor& x, const Tensor& slot, const std::vector<int64_t>& grid,
+                    const std::optional<Tensor>& fill, bool channels_last);
+Tensor fill_sum(const Tensor& grad, const Tensor& slot, const std::vector<int64_t>& grid);
+
+// pool.cpp
+std::tuple<Tensor, Tensor> max_pool_cells(const Tensor& x, const Tensor& neighbours,
+                                          const std::vector<int64_t>& kernel,
+                                          const std::vector<int64_t>& stride,
+                                          const std::vector<int64_t>& padding);
+Tensor max_pool_cells_backward(const Tensor& grad, const Tensor& argmax, const Tensor& neighbours,
+                               const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                               const std::vector<int64_t>& padding);
+Tensor avg_pool_cells(const Tensor& x, const Tensor& neighbours, const std::vector<int64_t>& kernel,
+                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                      bool count_include_pad);
+Tensor avg_pool_cells_backward(const Tensor& grad, const Tensor& neighbours,
+                               const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                               const std::vector<int64_t>& padding, bool count_include_pad);
+
+// cell_norm.cpp
+std::tuple<Tensor, Tensor> segment_stats(const Tensor& x, const std::optional<Tensor>& cu, int64_t sites);
+Tensor norm_act(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& cu,
+                int64_t sites, const Tensor& mean, const Tensor& scale, const Tensor& bias, int64_t act);
+std::tuple<Tensor, Tensor> norm_act_sums(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& gate,
+                                         const std::optional<Tensor>& cu, int64_t sites, const Tensor& mean,
+                                         const Tensor& scale, const Tensor& bias, int64_t act);
+Tensor norm_act_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& cu, int64_t sites,
+                         const Tensor& mean, const Tensor& scale, const Tensor& bias,
+                         const std::optional<Tensor>& offset, const std::optional<Tensor>& slope, int64_t act);
+
+// depthwise.cpp
+Tensor depthwise(const Tensor& x, const Tensor& neighbours, const Tensor& weight,
+                 const std::optional<Tensor>& bias, bool flip);
+std::tuple<Tensor, Tensor> depthwise_grad_weight(const Tensor& x, const Tensor& grad, const Tensor& neighbours,
+                                                 int64_t size);
+
 // sparse_conv.cpp
 Tensor halo_cells(const Tensor& x, const Tensor& neighbours, const std::vector<int64_t>& halo);
 Tensor halo_cells_backward(const Tensor& grad, const Tensor& neighbours, const std::vector<int64_t>& halo);

@@ -29,6 +29,23 @@ STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
   // loss
   m.impl("patch_loss", TORCH_BOX(&patch_loss));
   m.impl("patch_loss_backward", TORCH_BOX(&patch_loss_backward));
+  // cells
+  m.impl("pack_cells", TORCH_BOX(&pack_cells));
+  m.impl("unpack_cells", TORCH_BOX(&unpack_cells));
+  m.impl("fill_sum", TORCH_BOX(&fill_sum));
+  // pool
+  m.impl("max_pool_cells", TORCH_BOX(&max_pool_cells));
+  m.impl("max_pool_cells_backward", TORCH_BOX(&max_pool_cells_backward));
+  m.impl("avg_pool_cells", TORCH_BOX(&avg_pool_cells));
+  m.impl("avg_pool_cells_backward", TORCH_BOX(&avg_pool_cells_backward));
+  // cell_norm
+  m.impl("segment_stats", TORCH_BOX(&segment_stats));
+  m.impl("norm_act", TORCH_BOX(&norm_act));
+  m.impl("norm_act_sums", TORCH_BOX(&norm_act_sums));
+  m.impl("norm_act_backward", TORCH_BOX(&norm_act_backward));
+  // depthwise
+  m.impl("depthwise", TORCH_BOX(&depthwise));
+  m.impl("depthwise_grad_weight", TORCH_BOX(&depthwise_grad_weight));
   // sparse_conv
   m.impl("halo_cells", TORCH_BOX(&halo_cells));
   m.impl("halo_cells_backward", TORCH_BOX(&halo_cells_backward));
