@@ -7,13 +7,13 @@ computed: the dense convolution of the masked map, times the mask (SparK, Tian e
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from maefast.ops import _checks, _dispatch
+from maefast.ops import _checks, _conv_table, _registry
+from maefast.ops._conv_table import Pair, Window
 from maefast.ops.cells import (
     CellMask,
     check_cells,
@@ -23,36 +23,7 @@ from maefast.ops.cells import (
     unpack_cells_reference,
 )
 from maefast.ops.depthwise import depthwise_cells
-from maefast.ops.linear import linear
-
-ROUTES = ("rows", "depthwise", "dense")
-
-Pair = tuple[int, int]
-
-
-class Window(NamedTuple):
-    """Where a convolution reads: (rows, columns) each."""
-
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-
-    @property
-    def span(self) -> Pair:
-        """Sites from the first tap to the last one."""
-        return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation))
-
-    @property
-    def halo(self) -> tuple[int, int, int, int]:
-        """(top, left, bottom, right) sites around a cell that its own sites read."""
-        before = self.padding
-        after = tuple(max(0, n - p - s) for n, p, s in zip(self.span, self.padding, self.stride))
-        return *before, *after
-
-    def radius(self, cell: Pair) -> int:
-        """How many cells away the halo reaches."""
-        return max(-(-n // size) for n, size in zip(self.halo, cell * 2))
+from maefast.ops.linear import _transpose_sum, linear
 
 
 def conv_cells(
@@ -75,71 +46,52 @@ def conv_cells(
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`. The cell must be a multiple of the
             stride, and the padding such that a map of H sites becomes one of H / stride.
         route: how it is computed; None chooses from measurements (`_conv_table`). "rows" (one matrix product, where no
-            tap leaves its own cell) or "dense" (the whole map).
+            tap leaves its own cell), "depthwise" (`depthwise_cells`), "halo" (the library's convolution of framed
+            cells), "taps" (one matrix product over gathered taps) or "dense" (the whole map).
 
     Returns:
-        [T, h / stride, w / stride, Co] in x's dtype (the autocast dtype where autocast is on).
+        [T, h / stride, w / stride, Co] in x's dtype (the autocast dtype where autocast is on). Gradients are computed
+        without atomics.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit, or the output would not lie on the same cells.
+        TypeError, ValueError: shapes, dtypes or devices do not fit, the output would not lie on the same cells, or the
+            route does not serve this convolution.
     """
     check_cells(plan, x)
     window = _check(x, weight, bias, stride, padding, dilation, groups)
     if route is not None:
-        _checks.one_of("route", route, ROUTES)
-    if route == "depthwise" or (route is None and _is_depthwise(x, weight, window, groups)):
-        if not _is_depthwise(x, weight, window, groups):
-            raise ValueError(
-                f'route "depthwise" does not take {_words(window)} in {groups} groups: see depthwise_cells'
-            )
-        return depthwise_cells(x, plan, weight, bias, backend=backend)
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+        _checks.one_of("route", route, _conv_table.ROUTES)
+    kind, dtype, depthwise = x.device.type, x.dtype, _is_depthwise(x, weight, window, groups)
+    if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(kind)
+    call = _conv_table.Call(kind, dtype, tuple(x.shape[1:3]), window, groups, x.shape[3], weight.shape[0], depthwise)
+    name, route = _conv_table.choose(call, backend, route)
+    if route == "depthwise":
+        return depthwise_cells(x, plan, weight, bias, backend=backend)
+    if dtype is not x.dtype or torch.is_autocast_enabled(kind):
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype is not x.dtype:
-            raise TypeError(f"x is {x.dtype} but {name} is {tensor.dtype}")
-
-    if (_dispatch.check_name(backend, "backend") or _dispatch.forced()) == "reference" and route is None:
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype is not dtype:
+            raise TypeError(f"x is {dtype} but {what} is {tensor.dtype}")
+    if route == "reference":
         return conv_cells_reference(x, plan, weight, bias, window, groups)
-    inside = not any(window.halo)
-    if route == "rows" and not inside:
-        raise ValueError(f'route "rows" needs taps inside the cell, but {_words(window)} reads {window.halo} beyond it')
-    if inside and route in (None, "rows"):
+    if route == "rows":
         return _rows(x, weight, bias, window, groups)
-    return _dense(x, plan, weight, bias, window, groups)
+    if route == "dense":
+        return _dense(x, plan, weight, bias, window, groups, backend)
+    neighbours = plan.neighbours(window.radius(call.cell))
+    return _RUN[route].apply(x, neighbours, weight, bias, window, groups, name)
 
 
 def conv_cells_reference(
     x: Tensor, plan: CellMask, weight: Tensor, bias: Tensor | None, window: Window, groups: int
 ) -> Tensor:
     """The definition, differentiable."""
-    out = F.conv2d(unpack_cells_reference(x, plan), weight, bias, *window[1:], groups)
-    rows, columns = plan.grid
-    h, w = out.shape[2] // rows, out.shape[3] // columns
-    return pack_cells_reference(out * plan.upsampled_mask((rows * h, columns * w)), plan)
-
-
-def _is_depthwise(x: Tensor, weight: Tensor, window: Window, groups: int) -> bool:
-    """Whether `depthwise_cells` serves the call: one kernel of 3, 5 or 7 for each channel, same padding."""
-    size = window.kernel[0]
-    return (
-        groups == x.shape[3] == weight.shape[0]
-        and groups > 1
-        and size in (3, 5, 7)
-        and window == Window((size, size), (1, 1), (size // 2, size // 2), (1, 1))
-    )
+    out = _conv2d(unpack_cells_reference(x, plan), weight, bias, window, groups)
+    return pack_cells_reference(out * plan.upsampled_mask(out.shape[2:]), plan)
 
 
 # --- checks ------------------------------------------------------------------------------------------------
-
-
-def _pair(name: str, value: int | Pair, least: int) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
-        raise ValueError(f"{name} must be an integer or two, at least {least}, got {value!r}")
-    return pair
 
 
 def _check(x, weight, bias, stride, padding, dilation, groups) -> Window:
@@ -151,18 +103,18 @@ def _check(x, weight, bias, stride, padding, dilation, groups) -> Window:
             f"a weight {list(weight.shape)} in {groups} groups takes {weight.shape[1] * groups} channels, but x has"
             f" {x.shape[3]} (packed cells are [T, h, w, C])"
         )
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    if bias is not None:
+        _checks.tensor("bias", bias)
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
     _checks.same_device(x=x, weight=weight, bias=bias)
-    kernel = tuple(weight.shape[2:])
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    kernel, stride = tuple(weight.shape[2:]), _pair("stride", stride, 1)
+    # One tap has no dilation; oneDNN computes wrong weight gradients where it is told of one.
+    dilation = tuple(1 if k == 1 else d for k, d in zip(kernel, _pair("dilation", dilation, 1)))
     most = tuple(d * (k - 1) for k, d in zip(kernel, dilation))  # of both sides together
-    if padding == "valid":
-        padding = 0
-    elif padding == "same":
-        padding = tuple(n // 2 for n in most)
-    elif isinstance(padding, str):
-        raise ValueError(f"padding must be an integer, two, 'same' or 'valid', got {padding!r}")
+    if isinstance(padding, str):
+        _checks.one_of("padding", padding, ("same", "valid"))
+        padding = tuple(n // 2 for n in most) if padding == "same" else 0
     window = Window(kernel, stride, _pair("padding", padding, 0), dilation)
     for name, size, s in zip(("height", "width"), x.shape[1:3], stride):
         if size % s:
@@ -174,17 +126,24 @@ def _check(x, weight, bias, stride, padding, dilation, groups) -> Window:
         if not n + 1 - s <= 2 * p <= n:
             fits = [q for q in range(n // 2 + 1) if 2 * q >= n + 1 - s]
             raise ValueError(
-                f"{_words(window)} does not map H sites to H / stride, so its output lies on no cells: "
+                f"{window} does not map H sites to H / stride, so its output lies on no cells: "
                 + (f"padding {' or '.join(map(str, fits))} does" if fits else "no symmetric padding does")
             )
     return window
 
 
-def _words(window: Window) -> str:
-    one = lambda pair: str(pair[0]) if pair[0] == pair[1] else str(pair)  # noqa: E731
-    (kh, kw), *rest = window
-    names = zip(("stride", "padding", "dilation"), rest)
-    return f"a {kh}x{kw} convolution of " + ", ".join(f"{name} {one(pair)}" for name, pair in names)
+def _pair(name: str, value: int | Pair, least: int) -> Pair:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
+        raise ValueError(f"{name} must be an integer or two, at least {least}, got {value!r}")
+    return pair
+
+
+def _is_depthwise(x: Tensor, weight: Tensor, window: Window, groups: int) -> bool:
+    """Whether `depthwise_cells` serves the call: one kernel of 3, 5 or 7 for each channel, same padding."""
+    size = window.kernel[0]
+    same = Window((size, size), (1, 1), (size // 2, size // 2), (1, 1))
+    return groups == x.shape[3] == weight.shape[0] and groups > 1 and size in (3, 5, 7) and window == same
 
 
 # --- routes ------------------------------------------------------------------------------------------------
@@ -196,21 +155,156 @@ def _rows(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups
     (sh, sw), (dh, dw), (nh, nw) = window.stride, window.dilation, window.span
     ho, wo = h // sh, w // sw
     if window.stride != (1, 1):
-        x = x.view(cells, ho, sh, wo, sw, channels)[:, :, :nh:dh, :, :nw:dw].permute(0, 1, 3, 2, 4, 5)
-    rows = x.reshape(cells * ho * wo, -1)
-    return _product(rows, weight, bias, groups).view(cells, ho, wo, -1)
+        x = x.reshape(cells, ho, sh, wo, sw, channels)[:, :, :nh:dh, :, :nw:dw].permute(0, 1, 3, 2, 4, 5)
+    rows = x.reshape(cells * ho * wo, window.kernel[0] * window.kernel[1] * channels)
+    return _product(rows, weight, bias, groups).view(cells, ho, wo, weight.shape[0])
 
 
-def _dense(x: Tensor, plan: CellMask, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
+def _dense(x, plan: CellMask, weight, bias, window: Window, groups: int, backend: str | None) -> Tensor:
     """The whole map, as a dense network computes it."""
-    return pack_cells(F.conv2d(unpack_cells(x, plan), weight, bias, *window[1:], groups), plan)
+    full = _conv2d(unpack_cells(x, plan, backend=backend), weight, bias, window, groups)
+    return pack_cells(full, plan, backend=backend)
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    """Rows of taps [R, kh * kw * Ci] times the weight: [R, Co]."""
-    out_channels, per_group, kh, kw = weight.shape
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
+    stride = window.stride
+    if window.kernel == (1, 1) and stride != (1, 1):
+        # oneDNN's weight gradient of a 1x1 convolution with a stride writes out of bounds (torch 2.13, channels last,
+        # few channels), so the sites it skips are left out here.
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    return F.conv2d(x, weight, bias, stride, window.padding, window.dilation, groups)
+
+
+class _Halo(torch.autograd.Function):
+    """A frame of neighbouring sites around every cell, then the library's dense convolution of these small images.
+
+    The frames are made again in the backward: a copy costs less than keeping up to twice the activations. At stride 1
+    the gradient of x is the same kind of convolution, of grad's frames; else the frames' gradients are folded back.
+    """
+
+    @staticmethod
+    def forward(ctx, x, neighbours, weight, bias, window, groups, name):
+        x = x.contiguous()
+        ctx.save_for_backward(x, neighbours, weight)
+        ctx.window, ctx.groups, ctx.backend = window, groups, name
+        return _framed_conv(x, neighbours, weight, bias, window, groups, name)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, neighbours, weight = ctx.saved_tensors
+        window, groups, name = ctx.window, ctx.groups, ctx.backend
+        need_x, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+        grad = grad.contiguous()
+        grad_x = grad_weight = None
+        fold = need_x and window.stride != (1, 1)
+        if need_x and not fold:
+            grad_x = _framed_conv(grad, neighbours, _turned(weight, groups), None, window, groups, name)
+        if fold or need_weight:
+            frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo).permute(0, 3, 1, 2)
+            args = frames, weight, None, window.stride, (0, 0), window.dilation, False, (0, 0), groups
+            wanted = (fold, need_weight, False)
+            folded, grad_weight, _ = torch.ops.aten.convolution_backward(grad.permute(0, 3, 1, 2), *args, wanted)
+            if fold:
+                folded = folded.permute(0, 2, 3, 1).contiguous()
+                grad_x = _registry.raw("halo_cells_backward", name)(folded, neighbours, window.halo)
+        grad_bias = grad.sum((0, 1, 2)) if need_bias else None
+        return grad_x, None, grad_weight if need_weight else None, grad_bias, None, None, None
+
+
+def _framed_conv(x, neighbours, weight, bias, window: Window, groups: int, name: str) -> Tensor:
+    frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo).permute(0, 3, 1, 2)
+    out = F.conv2d(frames, weight, bias, window.stride, 0, window.dilation, groups)
+    return out.permute(0, 2, 3, 1).contiguous()
+
+
+class _Taps(torch.autograd.Function):
+    """Every tap of every output as a row, then one matrix product. Rows are gathered again in the backward."""
+
+    @staticmethod
+    def forward(ctx, x, neighbours, weight, bias, window, groups, name):
+        x = x.contiguous()
+        ctx.save_for_backward(x, neighbours, weight)
+        ctx.window, ctx.groups, ctx.backend = window, groups, name
+        rows = _registry.raw("gather_taps", name)(x, neighbours, *window)
+        (cells, h, w, _), (sh, sw) = x.shape, window.stride
+        return _product(rows, weight, bias, groups).view(cells, h // sh, w // sw, weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, neighbours, weight = ctx.saved_tensors
+        window, groups, name = ctx.window, ctx.groups, ctx.backend
+        need_x, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+        grad = grad.contiguous()
+        rows = grad.flatten(0, 2)
+        grad_x = grad_weight = grad_bias = None
+        if need_x and window.stride == (1, 1):
+            taps = _registry.raw("gather_taps", name)(grad, neighbours, *window)
+            grad_x = _product(taps, _turned(weight, groups), None, groups).view(x.shape)
+        elif need_x:
+            taps = _spread(rows, weight, groups)
+            grad_x = _registry.raw("gather_taps_backward", name)(taps, neighbours, x.shape[1:], *window)
+        if need_weight:
+            taps = _registry.raw("gather_taps", name)(x, neighbours, *window)
+            grad_weight, grad_bias = _weight_gradient(rows, taps, weight, groups, need_bias)
+        elif need_bias:
+            grad_bias = rows.sum(0)
+        return grad_x, None, grad_weight, grad_bias, None, None, None
+
+
+_RUN = {"halo": _Halo, "taps": _Taps}
+
+
+# --- products of rows of taps [R, kh * kw * Ci] ------------------------------------------------------------
+
+
+def _product(taps: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """Rows of taps times the weight: [R, Co]."""
     if groups == 1:
-        return linear(rows, weight.permute(0, 2, 3, 1).reshape(out_channels, -1), bias)
-    weight = weight.reshape(groups, -1, per_group, kh * kw)
-    out = torch.einsum("rkgc,gock->rgo", rows.view(-1, kh * kw, groups, per_group), weight).flatten(1)
+        return linear(taps, _flat(weight), bias)
+    out = torch.einsum("rkgc,gokc->rgo", _split(taps, weight, groups), _split_weight(weight, groups))
+    out = out.flatten(1).contiguous()
     return out if bias is None else out + bias
+
+
+def _spread(rows: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """The gradient of rows of taps from that of the outputs, [R, Co]."""
+    if groups == 1:
+        return linear(rows, _flat(weight).t())
+    taps = torch.einsum("rgo,gokc->rkgc", rows.unflatten(1, (groups, -1)), _split_weight(weight, groups))
+    return taps.flatten(1).contiguous()
+
+
+def _weight_gradient(rows, taps, weight, groups: int, need_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradients of weight and bias from that of the outputs, `rows`."""
+    out, per_group, kh, kw = weight.shape
+    if groups > 1:
+        grad_weight = torch.einsum("rgo,rkgc->gokc", rows.unflatten(1, (groups, -1)), _split(taps, weight, groups))
+        grad_bias = rows.sum(0) if need_bias else None
+    elif rows.device.type == "cpu" and rows.dtype is torch.float32:
+        columns, grad_bias = _transpose_sum(rows, need_bias)
+        grad_weight = linear(columns, taps.t())
+    else:
+        grad_weight, grad_bias = linear(rows.t(), taps.t()), rows.sum(0) if need_bias else None
+    return grad_weight.reshape(out, kh, kw, per_group).permute(0, 3, 1, 2), grad_bias
+
+
+def _flat(weight: Tensor) -> Tensor:
+    """[Co, Ci, kh, kw] -> [Co, kh * kw * Ci], the order of a row of taps."""
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+
+
+def _split(taps: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Rows of taps as [R, kh * kw, groups, Ci / groups]."""
+    return taps.view(taps.shape[0], weight.shape[2] * weight.shape[3], groups, weight.shape[1])
+
+
+def _split_weight(weight: Tensor, groups: int) -> Tensor:
+    """[groups, Co / groups, kh * kw, Ci / groups]."""
+    return weight.flatten(2).unflatten(0, (groups, -1)).transpose(2, 3)
+
+
+def _turned(weight: Tensor, groups: int) -> Tensor:
+    """The weight of the gradient's convolution at stride 1: taps turned round, input and output channels exchanged."""
+    return weight.flip((2, 3)).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)

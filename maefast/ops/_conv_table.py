@@ -1,0 +1,149 @@
+"""How a convolution over packed cells is computed: one table, from measurements (`docs/results.md`), printed by
+`maefast doctor`.
+
+A rule applies to cells (of the output) up to its size; the first that applies wins.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from maefast.ops import _dispatch
+
+Pair = tuple[int, int]
+
+ROUTES = ("rows", "depthwise", "halo", "taps", "dense")
+RAW = {"halo": "halo_cells", "taps": "gather_taps"}  # the routes with kernels of ours, and the op that decides
+MAX_RADIUS = 7  # of a neighbour table, csrc/cpu/sparse_conv_kernel.h
+
+
+class Window(NamedTuple):
+    """Where a convolution reads: (rows, columns) each."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+    @property
+    def span(self) -> Pair:
+        """Sites from the first tap to the last one."""
+        return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation))
+
+    @property
+    def halo(self) -> tuple[int, int, int, int]:
+        """(top, left, bottom, right) sites around a cell that its own outputs read."""
+        after = (max(0, n - p - s) for n, p, s in zip(self.span, self.padding, self.stride))
+        return *self.padding, *after
+
+    def radius(self, cell: Pair) -> int:
+        """How many cells away the halo reaches."""
+        return max(-(-n // size) for n, size in zip(self.halo, cell * 2))
+
+    def __str__(self) -> str:
+        one = lambda pair: str(pair[0]) if pair[0] == pair[1] else str(pair)  # noqa: E731
+        names = ", ".join(f"{name} {one(pair)}" for name, pair in zip(self._fields[1:], self[1:]))
+        return f"a {self.kernel[0]}x{self.kernel[1]} convolution of {names}"
+
+
+class Call(NamedTuple):
+    """What the choice depends on."""
+
+    device: str
+    dtype: torch.dtype
+    cell: Pair  # sites of an input cell
+    window: Window
+    groups: int
+    channels: int
+    out_channels: int
+    depthwise: bool  # depthwise_cells serves it
+
+    @property
+    def inside(self) -> bool:
+        """No tap leaves its own cell."""
+        return not any(self.window.halo)
+
+    @property
+    def out_cell(self) -> int:
+        """The shorter side of an output cell."""
+        return min(size // s for size, s in zip(self.cell, self.window.stride))
+
+
+class Rule(NamedTuple):
+    """Use `route` for output cells of `smallest` sites a side or more, with or without groups."""
+
+    device: str
+    route: str
+    smallest: int
+    grouped: bool
+    why: str
+
+
+TABLE = (
+    Rule("cpu", "halo", 3, True, "framed cells, then the library's convolution"),
+    Rule("cpu", "taps", 1, False, "rows of taps, then one matrix product"),
+    Rule("cpu", "halo", 1, True, "grouped convolutions of small cells"),
+    Rule("cuda", "halo", 3, True, "framed cells, then cuDNN's convolution (not measured)"),
+    Rule("cuda", "taps", 1, False, "rows of taps, then one matrix product (not measured)"),
+    Rule("cuda", "halo", 1, True, "grouped convolutions of small cells (not measured)"),
+)
+
+
+def unavailable(route: str, call: Call) -> str | None:
+    """Why `route` cannot serve the call whatever the backend, or None."""
+    if route == "rows" and not call.inside:
+        return f"{call.window} reads {call.window.halo} sites (top, left, bottom, right) beyond its cell"
+    if route == "depthwise" and not call.depthwise:
+        return "depthwise_cells takes a 3x3, 5x5 or 7x7 kernel for each channel, at stride 1 and with same padding"
+    if route in RAW:
+        if call.window.radius(call.cell) > MAX_RADIUS:
+            return f"{call.window} reads more than {MAX_RADIUS} cells away"
+        if call.window.kernel[0] * call.window.kernel[1] > (2 * MAX_RADIUS + 1) ** 2:
+            return f"{call.window} has more than {(2 * MAX_RADIUS + 1) ** 2} taps"
+    return None
+
+
+def choose(call: Call, backend: str | None, asked: str | None) -> tuple[str, str]:
+    """(backend, route) of a call; `backend` and `asked` are the caller's own arguments."""
+    forced = _dispatch.check_name(backend, "backend") or _dispatch.forced()
+    if asked is not None:
+        if (reason := unavailable(asked, call)) is not None:
+            raise ValueError(f"route {asked!r} was asked for, but conv_cells cannot use it: {reason}")
+        if asked not in RAW:
+            return "reference", asked
+        name = _dispatch.choose(RAW[asked], call.device, call.dtype, backend)
+        if name == "reference":
+            raise RuntimeError(f"route {asked!r} was asked for, but the reference backend has no kernels for it")
+        return name, asked
+    if forced == "reference":
+        return "reference", "reference"
+    if call.depthwise:
+        return "reference", "depthwise"
+    if call.inside:
+        return "reference", "rows"
+    for rule in TABLE:
+        if rule.device != call.device or call.out_cell < rule.smallest or (call.groups > 1 and not rule.grouped):
+            continue
+        if rule.route not in RAW:
+            return "reference", rule.route
+        if unavailable(rule.route, call) is None:
+            name = _dispatch.choose(RAW[rule.route], call.device, call.dtype, backend)
+            if name != "reference":
+                return name, rule.route
+    return "reference", "dense"
+
+
+def why(device: str) -> list[tuple[str, str]]:
+    """(route, reason) of the rules for "cpu" or "cuda", in order, for `maefast doctor`."""
+    if (name := _dispatch.forced()) is not None:
+        return [(name, "forced")]
+    rows = [("rows", "no tap leaves its cell (1x1, kernel = stride): one matrix product")]
+    rows.append(("depthwise", "a kernel for each channel, stride 1: depthwise_cells"))
+    for rule in TABLE:
+        if rule.device != device or _dispatch.choose(RAW[rule.route], device) == "reference":
+            continue
+        size = "" if rule.smallest == 1 else f"cells of {rule.smallest} x {rule.smallest} outputs and more: "
+        rows.append((rule.route, size + rule.why + ("" if rule.grouped else "; not with groups")))
+    return [*rows, ("dense", "everything else, on the whole map")]
