@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from collections.abc import Mapping
 from types import ModuleType
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Call(NamedTuple):
     cross: bool
     causal: bool
     extras: bool  # key bias or statistics, which no library serves
+    scaled: bool = False  # by another factor than 1 / sqrt(head_dim)
 
 
 class Rule(NamedTuple):
@@ -43,14 +45,15 @@ class Rule(NamedTuple):
     backend: str
     longest: int | None
     why: str
+    dense: bool = False  # only calls that are not packed
 
 
 TABLE = (
     Rule("cpu", "cpu", None, "C++ kernel: one task for each sequence and head, all of it in cache"),
     Rule("cpu", "sdpa", None, "torch"),
     Rule("cuda", "varlen", None, "packed 16-bit sequences: torch's varlen_attn"),
-    Rule("cuda", "sdpa", None, "dense sequences: torch (cuDNN, flash)"),
-    Rule("cuda", "triton", None, "packed float32, key bias and statistics: Triton kernel"),
+    Rule("cuda", "sdpa", None, "dense sequences: torch (cuDNN, flash)", dense=True),
+    Rule("cuda", "triton", None, "packed float32, other scales, key bias and statistics: Triton kernel"),
 )
 
 
@@ -78,6 +81,8 @@ def unavailable(name: str, call: Call) -> str | None:
             return "varlen_attn takes float16 and bfloat16, head widths in steps of 8"
         if _varlen_attn() is None:
             return "this torch has no torch.nn.attention.varlen"
+        if call.scaled and "scale" not in _varlen_parameters():
+            return "varlen_attn of this torch takes no scale"
     if name == "xformers":
         if call.device != "cuda":
             return "xformers has attention on CUDA only"
@@ -97,6 +102,7 @@ def choose(call: Call, asked: str | None) -> str:
         return name
     for rule in TABLE:
         fits = rule.longest is None or max(call.max_q, call.max_k) <= rule.longest
+        fits = fits and not (rule.dense and call.packed)
         if rule.device == call.device and fits and unavailable(rule.backend, call) is None:
             return rule.backend
     return "reference" if call.extras else "sdpa"
@@ -144,19 +150,19 @@ def _varlen_attn():
     return varlen_attn
 
 
+def _varlen_parameters() -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(_varlen_attn()).parameters
+
+
 def _varlen(q, kv, cu_q, cu_k, max_q, max_k, scale: float, causal: bool) -> Tensor:
     q, k, v = q.unbind(1) if kv is None else (q, *kv.unbind(1))
     cu_k = cu_q if kv is None else cu_k
-    # The function has no scale in torch 2.10: fold a scale of our own into the queries.
-    own = scale * q.shape[-1] ** 0.5
-    if own != 1.0:
-        q = q * own
-    # Its keyword for causality changed after 2.10 (is_causal, then window_size), so look at what this torch takes.
-    run = _varlen_attn()
-    options = {"is_causal": True} if causal else {}
-    if causal and "is_causal" not in inspect.signature(run).parameters:
-        options = {"window_size": (-1, 0)}
-    return run(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+    # What it takes has changed since torch 2.10: scale came, is_causal became window_size.
+    known = _varlen_parameters()
+    options = {"scale": scale} if "scale" in known else {}
+    if causal:
+        options.update({"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)})
+    return _varlen_attn()(q, k, v, cu_q, cu_k, max_q, max_k, **options)
 
 
 @functools.cache

@@ -92,6 +92,7 @@ def attention(
         cross=cross,
         causal=causal,
         extras=key_bias is not None or stats,
+        scaled=scale != q.shape[-1] ** -0.5,
     )
     name = _attention_table.choose(call, backend)
     if name in _attention_table.LIBRARIES:

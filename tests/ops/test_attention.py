@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -514,3 +516,22 @@ BAD = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_automatic_choice_on_cuda(monkeypatch):
+    """Packed calls never go to a loop over sequences while something else serves them."""
+    table = importlib.import_module("maefast.ops._attention_table")
+    if not table._dispatch.HAS_TRITON:
+        pytest.skip("needs Triton")
+    base = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64, "max_q": 50, "max_k": 50}
+    call = table.Call(**base, packed=True, cross=False, causal=False, extras=False)
+    monkeypatch.setattr(table, "_varlen_attn", lambda: lambda q, k, v, cu_q, cu_k, max_q, max_k, scale=None: None)
+    assert table.choose(call, None) == "varlen"
+    assert table.choose(call._replace(scaled=True), None) == "varlen"
+    assert table.choose(call._replace(dtype=torch.float32), None) == "triton"
+    assert table.choose(call._replace(extras=True), None) == "triton"
+    assert table.choose(call._replace(packed=False), None) == "sdpa"
+    monkeypatch.setattr(table, "_varlen_attn", lambda: lambda q, k, v, cu_q, cu_k, max_q, max_k: None)
+    assert table.choose(call._replace(scaled=True), None) == "triton"
+    monkeypatch.setattr(table, "_varlen_attn", lambda: None)
+    assert table.choose(call, None) == "triton"
