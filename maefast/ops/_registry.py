@@ -102,7 +102,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "norm_act": "(Tensor x, Tensor? residual, Tensor? cu, SymInt sites, Tensor mean, Tensor scale, Tensor bias,"
         " int act) -> Tensor",
         "norm_act_sums": "(Tensor grad, Tensor x, Tensor? gate, Tensor? cu, SymInt sites, Tensor mean, Tensor scale,"
-        " Tensor bias, int act, bool keep) -> (Tensor, Tensor)",
+        " Tensor bias, int act) -> (Tensor, Tensor)",
         "norm_act_backward": "(Tensor grad, Tensor x, Tensor? cu, SymInt sites, Tensor mean, Tensor scale,"
         " Tensor bias, Tensor? offset, Tensor? slope, int act) -> Tensor",
     },
@@ -327,8 +327,8 @@ def _norm_act(x, residual, cu, sites, mean, scale, bias, act):
     return x.new_empty(x.shape)
 
 
-def _norm_act_sums(grad, x, gate, cu, sites, mean, scale, bias, act, keep):
-    return x.new_empty(x.shape if keep else (0,)), mean.new_empty((2, *mean.shape))
+def _norm_act_sums(grad, x, gate, cu, sites, mean, scale, bias, act):
+    return x.new_empty((0,) if gate is None else x.shape), mean.new_empty((2, *mean.shape))
 
 
 def _norm_act_backward(grad, x, cu, sites, mean, scale, bias, offset, slope, act):

@@ -335,10 +335,10 @@ class _NormAct(torch.autograd.Function):
         grad = grad.contiguous()
         bias = bias.contiguous()
         grad_x = grad_residual = grad_weight = grad_bias = offset = slope = None
-        gated = act if gate is not None else 0
+        gated = gate is not None
         if gated or need_weight or need_bias or (need_x and not ctx.constant):
             run = _registry.raw("norm_act_sums", name)
-            passed, sums = run(grad, x, gate, cu, sites, mean, scale, bias, act, gated > 0)
+            passed, sums = run(grad, x, gate, cu, sites, mean, scale, bias, act)
             if gated:
                 grad, act = passed, 0  # the gradient behind the activation
             grad_bias = sums[0].sum(0) if need_bias else None
@@ -387,7 +387,7 @@ class _Grn(torch.autograd.Function):
         sites, name = ctx.settings
         grad = grad.contiguous()
         zeros = torch.zeros_like(scale)
-        _, sums = _registry.raw("norm_act_sums", name)(grad, x, None, cu, sites, zeros, scale, bias, 0, False)
+        _, sums = _registry.raw("norm_act_sums", name)(grad, x, None, cu, sites, zeros, scale, bias, 0)
         normed = response / divisor
         grad_normed = weight * sums[1]
         grad_response = (grad_normed - (grad_normed * normed).mean(1, keepdim=True)) / divisor
