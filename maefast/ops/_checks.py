@@ -52,7 +52,7 @@ def vector(name: str, value: Tensor, width: int) -> Tensor:
     tensor(name, value)
     if value.numel() != width or value.shape[-1] != width:
         raise ValueError(f"{name} must hold {width} values, e.g. shape [{width}], got {tuple(value.shape)}")
-    return value.reshape(width)
+    return value if value.ndim == 1 else value.reshape(width)  # no node in the autograd graph for nothing
 
 
 def holds(condition: Tensor, message: str) -> None:

@@ -26,12 +26,12 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none", *, back
     _checks.one_of("approximate", approximate, ("none", "tanh"))
     _checks.same_device(x=x, bias=bias)
     if bias is not None:
-        bias = _checks.vector("bias", bias, x.shape[-1]).to(x.dtype)
+        bias = _checks.vector("bias", bias, x.shape[-1])
+        bias = bias if bias.dtype is x.dtype else bias.to(x.dtype)
     name = _dispatch.choose("bias_gelu", x.device.type, x.dtype, backend)
     if name == "reference":
         return bias_gelu_reference(x, bias, approximate == "tanh")
-    rows = x.reshape(-1, x.shape[-1])
-    return _BiasGelu.apply(rows, bias, approximate == "tanh", name).view(x.shape)
+    return _BiasGelu.apply(x, bias, approximate == "tanh", name)
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
@@ -42,13 +42,16 @@ def bias_gelu_reference(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 
 
 class _BiasGelu(torch.autograd.Function):
+    """Takes and returns [..., D]; the views are taken in here for the reasons that `_AddNorm` has."""
+
     @staticmethod
     def forward(ctx, x, bias, tanh, name):
         x = x.contiguous()
         bias = None if bias is None else bias.contiguous()
         ctx.save_for_backward(x, bias)
         ctx.tanh, ctx.backend = tanh, name
-        return _registry.raw("bias_gelu", name)(x, bias, tanh)
+        out = _registry.raw("bias_gelu", name)(x.view(-1, x.shape[-1]), bias, tanh)
+        return torch.ops.aten._unsafe_view.default(out, x.shape)
 
     @staticmethod
     @once_differentiable
@@ -56,5 +59,6 @@ class _BiasGelu(torch.autograd.Function):
         x, bias = ctx.saved_tensors
         need_bias = bias is not None and ctx.needs_input_grad[1]
         run = _registry.raw("bias_gelu_backward", ctx.backend)
-        grad_x, grad_bias = run(grad.contiguous(), x, bias, ctx.tanh, need_bias)
-        return grad_x, grad_bias if need_bias else None, None, None
+        rows = (-1, x.shape[-1])
+        grad_x, grad_bias = run(grad.reshape(rows).contiguous(), x.view(rows), bias, ctx.tanh, need_bias)
+        return grad_x.view(x.shape), grad_bias if need_bias else None, None, None

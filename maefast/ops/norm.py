@@ -48,25 +48,25 @@ def add_norm(
         _checks.tensor("delta", delta)
         if delta.shape != x.shape:
             raise ValueError(f"delta must have the shape of x, {tuple(x.shape)}, got {tuple(delta.shape)}")
-        stream = _checks.promote(x, delta)
-        x = x.to(stream)
-        if delta.dtype is not stream and not (stream is torch.float32 and delta.dtype.itemsize == 2):
-            delta = delta.to(stream)
+        if delta.dtype is not stream:
+            stream = _checks.promote(x, delta)
+            x = x.to(stream)
+            if delta.dtype is not stream and not (stream is torch.float32 and delta.dtype.itemsize == 2):
+                delta = delta.to(stream)
     if dtype is None:
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast and stream is torch.float32 else stream
     elif dtype is not stream and not (stream is torch.float32 and dtype in (torch.float16, torch.bfloat16)):
         raise TypeError(f"y may have the dtype of the stream, {stream}, or 16 bits beside float32; not {dtype}")
     wide = torch.float64 if stream is torch.float64 else torch.float32
-    weight, bias = weight.to(wide), bias.to(wide)
+    if weight.dtype is not wide or bias.dtype is not wide:
+        weight, bias = weight.to(wide), bias.to(wide)
 
     name = _dispatch.choose("add_norm", x.device.type, stream, backend)
     if name == "reference":
         return add_norm_reference(x, delta, weight, bias, eps, dtype)
-    shape = x.shape
-    rows = None if delta is None else delta.reshape(-1, shape[-1])
-    residual, y = _AddNorm.apply(x.reshape(-1, shape[-1]), rows, weight, bias, eps, dtype, name)
-    return x if delta is None else residual.view(shape), y.view(shape)
+    residual, y = _AddNorm.apply(x, delta, weight, bias, eps, dtype, name)
+    return x if delta is None else residual, y
 
 
 def add_norm_reference(
@@ -79,17 +79,24 @@ def add_norm_reference(
 
 
 class _AddNorm(torch.autograd.Function):
+    """Takes and returns [..., D]. Views are taken in here, where autograd makes no node of them: on small inputs the
+    nodes cost more than the kernel. Outputs come from `_unsafe_view`, which unlike `view` leaves them free to be
+    written in place, and the output itself is saved, so that such a write is noticed."""
+
     @staticmethod
     def forward(ctx, x, delta, weight, bias, eps, dtype, name):
+        shape = x.shape
         x = x.contiguous()
         run = _registry.raw("add_norm", name)
-        delta = None if delta is None else delta.contiguous()
-        residual, y, mean, rstd = run(x, delta, weight.contiguous(), bias.contiguous(), eps, dtype)
+        rows = None if delta is None else delta.reshape(-1, shape[-1]).contiguous()
+        residual, y, mean, rstd = run(x.view(-1, shape[-1]), rows, weight.contiguous(), bias.contiguous(), eps, dtype)
+        if delta is not None:
+            residual = torch.ops.aten._unsafe_view.default(residual, shape)
         ctx.save_for_backward(x if delta is None else residual, mean, rstd, weight)
         ctx.delta_dtype = None if delta is None else delta.dtype
         ctx.backend = name
         ctx.set_materialize_grads(False)
-        return residual, y
+        return residual, torch.ops.aten._unsafe_view.default(y, shape)
 
     @staticmethod
     @once_differentiable
@@ -101,10 +108,18 @@ class _AddNorm(torch.autograd.Function):
             grad_delta = None if ctx.delta_dtype is None or grad_residual is None else grad_residual.to(ctx.delta_dtype)
             return grad_residual, grad_delta, *(None,) * 5
         run = _registry.raw("add_norm_backward", ctx.backend)
-        grad_residual = None if grad_residual is None else grad_residual.contiguous()
+        shape, rows = residual.shape, (-1, residual.shape[-1])
+        grad_residual = None if grad_residual is None else grad_residual.reshape(rows).contiguous()
         grad_x, grad_tables = run(
-            grad_y.contiguous(), grad_residual, residual, mean, rstd, weight, ctx.needs_input_grad[2]
+            grad_y.reshape(rows).contiguous(),
+            grad_residual,
+            residual.view(rows),
+            mean,
+            rstd,
+            weight,
+            ctx.needs_input_grad[2],
         )
+        grad_x = grad_x.view(shape)
         grad_delta = None if ctx.delta_dtype is None else grad_x.to(ctx.delta_dtype)
         grad_weight, grad_bias = grad_tables.unbind() if ctx.needs_input_grad[2] else (None, None)
         return grad_x, grad_delta, grad_weight, grad_bias, *(None,) * 3

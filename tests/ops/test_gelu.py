@@ -71,6 +71,15 @@ def test_non_contiguous_input(where):
     assert_close(got, F.gelu((x + bias).double()), torch.float32)
 
 
+@pytest.mark.parametrize("where", BACKENDS)
+def test_output_written_in_place(where):
+    backend, device = where
+    x = torch.randn(2, 3, 8, device=device, requires_grad=True)
+    (want,) = torch.autograd.grad(2 * ops.bias_gelu(x, None, backend=backend).sum(), x)
+    (got,) = torch.autograd.grad(ops.bias_gelu(x, None, backend=backend).mul_(2).sum(), x)
+    torch.testing.assert_close(got, want)
+
+
 X, B = torch.randn(2, 3, 4), torch.randn(4)
 BAD = [
     (lambda: ops.bias_gelu(X, B[:3]), ValueError, "bias must hold 4"),

@@ -92,6 +92,22 @@ def test_runs_agree_bit_for_bit(where):
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
+@pytest.mark.parametrize("where", BACKENDS)
+def test_outputs_written_in_place(where):
+    """y may be; the residual stream, which the backward reads, is guarded."""
+    backend, device = where
+    leaves = [torch.randn(s, device=device, requires_grad=True) for s in ((2, 3, 8), (2, 3, 8), (8,), (8,))]
+    _, y = ops.add_norm(*leaves, backend=backend)
+    want = torch.autograd.grad(2 * y.sum(), leaves)
+    residual, y = ops.add_norm(*leaves, backend=backend)
+    for got, wanted in zip(torch.autograd.grad(y.mul_(2).sum(), leaves), want):
+        torch.testing.assert_close(got, wanted)
+    residual, y = ops.add_norm(*leaves, backend=backend)
+    residual.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        torch.autograd.grad(y.sum(), leaves)
+
+
 X, W = torch.randn(2, 3, 4), torch.randn(4)
 BAD = [
     (lambda: ops.add_norm(X, X[:1], W, W), ValueError, "delta must have the shape"),
