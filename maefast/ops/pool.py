@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from maefast.ops import _dispatch, _registry
 from maefast.ops.cells import CellMask, check_cells, pack_cells_reference, unpack_cells_reference
 
-MAX_TAPS = 255  # the taps of a window are numbered in a byte
+MAX_SITES = {"max": 255, "avg": 1024}  # of a window: a max-pool keeps the number of the winner in a byte
 
 
 def max_pool_cells(
@@ -36,9 +36,7 @@ def max_pool_cells(
         TypeError, ValueError: x does not fit the plan, or the pool does not divide the map by its stride exactly.
     """
     check_cells(plan, x)
-    window = _window(x, kernel, stride, padding, False)
-    if window[0][0] * window[0][1] > MAX_TAPS:
-        raise ValueError(f"a max-pool window has at most {MAX_TAPS} sites here, got {kernel}")
+    window = _window(x, kernel, stride, padding, False, "max")
     name = _dispatch.choose("max_pool_cells", x.device.type, x.dtype, backend)
     if name == "reference":
         return max_pool_cells_reference(x, plan, *window)
@@ -76,7 +74,7 @@ def avg_pool_cells(
         TypeError, ValueError: x does not fit the plan, or the pool does not divide the map by its stride exactly.
     """
     check_cells(plan, x)
-    window = _window(x, kernel, stride, padding, ceil_mode)
+    window = _window(x, kernel, stride, padding, ceil_mode, "avg")
     name = _dispatch.choose("avg_pool_cells", x.device.type, x.dtype, backend)
     if name == "reference":
         return avg_pool_cells_reference(x, plan, *window, count_include_pad)
@@ -125,7 +123,7 @@ def _pair(name: str, value: object, least: int) -> tuple[int, int]:
     return pair
 
 
-def _window(x: Tensor, kernel, stride, padding, ceil_mode: bool) -> tuple[tuple[int, int], ...]:
+def _window(x: Tensor, kernel, stride, padding, ceil_mode: bool, kind: str) -> tuple[tuple[int, int], ...]:
     """(kernel, stride, padding) as pairs; raises unless the pool makes a map of exactly h / stride sites a cell."""
     kernel = _pair("kernel", kernel, 1)
     stride = kernel if stride is None else _pair("stride", stride, 1)
@@ -142,6 +140,8 @@ def _window(x: Tensor, kernel, stride, padding, ceil_mode: bool) -> tuple[tuple[
                 f" of exactly 1/{s} of the sites; that takes kernel - 2 * padding "
                 + (f"= {s}" if ceil_mode else f"from 1 to {s}")
             )
+    if kernel[0] * kernel[1] > MAX_SITES[kind]:
+        raise ValueError(f"a window has at most {MAX_SITES[kind]} sites here, got {kernel[0]} x {kernel[1]}")
     return kernel, stride, padding
 
 
