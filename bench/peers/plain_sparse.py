@@ -1,0 +1,303 @@
+"""SparK and FCMAE as dense networks multiplied by the mask: plain PyTorch, the definition and the peer of our own.
+
+Every convolution and pooling runs over the whole map and is multiplied by the active sites; norms take their statistics
+over active sites. Written from the papers' and the public code's semantics, for state dicts of `maefast.models`.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maefast.models.resnet import ResNet
+
+
+class Active:
+    """The mask of the step, bool [B, 1, f, f], True where active; one object shared by all layers of a model."""
+
+    def __init__(self) -> None:
+        self.cells: Tensor | None = None
+        self._maps: dict[int, Tensor] = {}
+        self._count: Tensor | None = None
+
+    def set(self, cells: Tensor) -> None:
+        self.cells, self._maps = cells, {}
+        self._count = cells.sum()
+
+    def map(self, like: Tensor) -> Tensor:
+        """[B, 1, H, W] of the size of `like` [B, C, H, W], in its dtype."""
+        side = like.shape[2]
+        if side not in self._maps:
+            times = side // self.cells.shape[2]
+            self._maps[side] = self.cells.repeat_interleave(times, 2).repeat_interleave(times, 3)
+        return self._maps[side].to(like.dtype)
+
+    def count(self, like: Tensor) -> Tensor:
+        """Number of active sites at the size of `like`."""
+        times = (like.shape[2] // self.cells.shape[2]) * (like.shape[3] // self.cells.shape[3])
+        return (self._count * times).to(torch.promote_types(like.dtype, torch.float32))
+
+
+class MaskedConv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * self.active.map(y)
+
+
+class MaskedMaxPool2d(nn.MaxPool2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * self.active.map(y)
+
+
+class MaskedBatchNorm2d(nn.BatchNorm2d):
+    """Statistics over active sites without gathering them: the masked values are zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask, wide = self.active.map(x), torch.promote_types(x.dtype, torch.float32)
+        if not self.training:
+            return super().forward(x) * mask
+        count = self.active.count(x)
+        values = x.to(wide)
+        mean = values.sum((0, 2, 3)) / count
+        centred = (values - mean[:, None, None]) * mask
+        var = centred.square().sum((0, 2, 3)) / count
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None] * mask).to(x.dtype)
+
+
+class MaskedAvgPool2d(nn.AvgPool2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * self.active.map(y)
+
+
+class MaskedGlobalPool(nn.AdaptiveAvgPool2d):
+    """The mean over active sites."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.active.map(x)
+        return (x * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True)
+
+
+MASKED = {
+    nn.Conv2d: MaskedConv2d,
+    nn.BatchNorm2d: MaskedBatchNorm2d,
+    nn.MaxPool2d: MaskedMaxPool2d,
+    nn.AvgPool2d: MaskedAvgPool2d,
+    nn.AdaptiveAvgPool2d: MaskedGlobalPool,
+}
+
+
+class MapNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return y * self.active.map(y)
+
+
+class GRN(nn.Module):
+    def __init__(self, width: int, scope: str) -> None:
+        super().__init__()
+        self.gamma, self.beta = (nn.Parameter(torch.zeros(1, 1, 1, width)) for _ in range(2))
+        self.scope = scope
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, H, W, C], mask [B, H, W, 1] or 1."""
+        squares = (x * mask).square()
+        if self.scope == "batch":
+            size = squares.sum((0, 1, 2), keepdim=True).sqrt()
+        else:
+            total = squares.sum((1, 2), keepdim=True)
+            size = (total + 1e-6 if self.scope == "sample" else total).sqrt()
+        return self.gamma * (x * (size / (size.mean(-1, keepdim=True) + 1e-6))) + self.beta + x
+
+
+class Block(nn.Module):
+    """ConvNeXt block; grn None: V1 with a layer scale. active None: a dense map."""
+
+    def __init__(self, width: int, grn: str | None, active: Active | None) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pwconv1, self.pwconv2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.grn = None if grn is None else GRN(4 * width, grn)
+        self.gamma = nn.Parameter(torch.zeros(width)) if grn is None else None
+        self.active = active
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dwconv(x)
+        mask = 1 if self.active is None else self.active.map(y).permute(0, 2, 3, 1)
+        y = F.gelu(self.pwconv1(self.norm(y.permute(0, 2, 3, 1))))
+        y = self.pwconv2(y if self.grn is None else self.grn(y, mask))
+        y = y if self.gamma is None else self.gamma * y
+        return x + (y * mask).permute(0, 3, 1, 2)
+
+
+class ConvNeXt(nn.Module):
+    def __init__(self, depths, widths, in_chans: int, grn: str | None, active: Active) -> None:
+        super().__init__()
+        stem = nn.Sequential(MaskedConv2d(in_chans, widths[0], 4, 4), MapNorm(widths[0], eps=1e-6))
+        self.downsample_layers = nn.ModuleList([stem])
+        for cin, cout in itertools.pairwise(widths):
+            self.downsample_layers.append(nn.Sequential(MapNorm(cin, eps=1e-6), MaskedConv2d(cin, cout, 2, 2)))
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(Block(width, grn, active) for _ in range(depth)))
+            for depth, width in zip(depths, widths, strict=True)
+        )
+        share(self, active)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(downsample(x))
+            maps.append(x)
+        return maps
+
+
+def share(model: nn.Module, active: Active) -> None:
+    for module in model.modules():
+        if isinstance(module, (*MASKED.values(), MapNorm)):
+            module.active = active
+
+
+def masked(model: nn.Module, active: Active) -> nn.Module:
+    """A dense convnet with each spatial layer multiplied by the mask; in place."""
+    for module in model.modules():
+        if type(module) in MASKED:
+            module.__class__ = MASKED[type(module)]
+        if getattr(module, "inplace", False):
+            module.inplace = False
+    share(model, active)
+    return model
+
+
+def draw(images: Tensor, grid: tuple[int, int], keep: int, noise: Tensor) -> Tensor:
+    """bool [B, 1, f, f]: the cells with the `keep` lowest values are active."""
+    chosen = noise.argsort(1)[:, :keep]
+    flat = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, chosen, True)
+    return flat.view(images.shape[0], 1, *grid)
+
+
+def patchify(images: Tensor, side: int) -> Tensor:
+    batch, channels, height, width = images.shape
+    blocks = images.reshape(batch, channels, height // side, side, width // side, side)
+    return blocks.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, side * side * channels)
+
+
+def masked_loss(pred: Tensor, images: Tensor, side: int, active: Tensor, norm: bool) -> Tensor:
+    target = patchify(images, side)
+    if norm:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    removed = (~active).flatten(1).to(pred.dtype)
+    return ((pred - target).square().mean(-1) * removed).sum() / removed.sum()
+
+
+class PlainSparK(nn.Module):
+    """For state dicts of `maefast.models.SparK`. side: of a cell."""
+
+    def __init__(self, cnn: nn.Module, active: Active, ours: nn.Module) -> None:
+        """`ours`: the maefast model, for sizes alone."""
+        super().__init__()
+        self.active, self.grid, self.side = active, ours.grid_size, ours.patch_size[0]
+        self.sparse_encoder = nn.Module()
+        self.sparse_encoder.sp_cnn = cnn
+        widths = ours.dense_decoder.widths
+        self.dense_decoder = nn.Module()
+        self.dense_decoder.dec = nn.ModuleList(self.block(a, b) for a, b in itertools.pairwise(widths))
+        self.dense_decoder.proj = nn.Conv2d(widths[-1], ours.in_chans, 1)
+        self.mask_tokens = nn.ParameterList(torch.zeros_like(t) for t in ours.mask_tokens)
+        self.densify_norms, self.densify_projs = nn.ModuleList(), nn.ModuleList()
+        for norm, proj in zip(ours.densify_norms, ours.densify_projs, strict=True):
+            if isinstance(norm, nn.LayerNorm):
+                self.densify_norms.append(MapNorm(norm.normalized_shape, eps=1e-6))
+            else:
+                self.densify_norms.append(MaskedBatchNorm2d(norm.num_features))
+            same = isinstance(proj, nn.Identity)
+            kernel = None if same else proj.kernel_size[0]
+            args = None if same else (proj.in_channels, proj.out_channels, kernel)
+            self.densify_projs.append(nn.Identity() if same else nn.Conv2d(*args, padding=kernel // 2))
+        share(self, active)
+        for name in ("imn_m", "imn_s", "norm_black"):
+            self.register_buffer(name, torch.empty_like(getattr(ours, name)))
+
+    @staticmethod
+    def block(cin: int, cout: int) -> nn.Module:
+        block = nn.Module()
+        block.up_sample = nn.ConvTranspose2d(cin, cin, 4, 2, 1)
+        block.conv = nn.Sequential(
+            nn.Conv2d(cin, cin, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(cin),
+            nn.ReLU6(inplace=True),
+            nn.Conv2d(cin, cout, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(cout),
+        )
+        return block
+
+    def encode(self, images: Tensor, active: Tensor) -> list[Tensor]:
+        self.active.set(active)
+        cnn = self.sparse_encoder.sp_cnn
+        masked = images * self.active.map(images)
+        return cnn(masked, hierarchical=True) if isinstance(cnn, ResNet) else cnn(masked)
+
+    def forward(self, images: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+        keep = round(noise.shape[1] * (1 - mask_ratio))
+        active = draw(images, self.grid, keep, noise)
+        x = 0
+        maps = []
+        for i, features in enumerate(reversed(self.encode(images, active))):
+            features = self.densify_norms[i](features)
+            features = torch.where(self.active.map(features).bool(), features, self.mask_tokens[i].to(features.dtype))
+            maps.append(self.densify_projs[i](features))
+        for i, block in enumerate(self.dense_decoder.dec):
+            x = x + maps[i] if i < len(maps) else x
+            x = block.conv(block.up_sample(x))
+        pred = patchify(self.dense_decoder.proj(x), self.side)
+        return masked_loss(pred, images, self.side, active, True), pred
+
+
+class PlainFCMAE(nn.Module):
+    """For state dicts of `maefast.models.FCMAE`."""
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        self.active, self.norm = Active(), config["norm_pix_loss"]
+        widths, width, channels = config["widths"], config["decoder_embed_dim"], config["in_chans"]
+        self.encoder = ConvNeXt(config["depths"], widths, channels, config["grn_scope"], self.active)
+        self.side = 2 ** (len(widths) + 1)
+        self.grid = tuple(n // self.side for n in config["img_size"])
+        self.proj = nn.Conv2d(widths[-1], width, 1)
+        self.mask_token = nn.Parameter(torch.zeros(1, width, 1, 1))
+        self.decoder = nn.Sequential(*(Block(width, "dense", None) for _ in range(config["decoder_depth"])))
+        self.pred = nn.Conv2d(width, self.side**2 * channels, 1)
+
+    def forward(self, images: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+        active = draw(images, self.grid, int(noise.shape[1] * (1 - mask_ratio)), noise)
+        self.active.set(active)
+        x = self.proj(self.encoder(images * self.active.map(images))[-1])
+        x = torch.where(active, x, self.mask_token.to(x.dtype))
+        pred = self.pred(self.decoder(x)).flatten(2).transpose(1, 2)
+        return masked_loss(pred, images, self.side, active, self.norm), pred
+
+
+def build(ours: nn.Module) -> nn.Module:
+    """The plain model with the weights of `ours`: an FCMAE, or a SparK around one of its encoders; no drop path."""
+    if not hasattr(ours, "sparse_encoder"):
+        model: nn.Module = PlainFCMAE(ours.config)
+    else:
+        active, encoder = Active(), ours.sparse_encoder.sp_cnn
+        if isinstance(encoder, ResNet):
+            depths = tuple(len(getattr(encoder, f"layer{i + 1}")) for i in range(encoder.num_stages))
+            cnn: nn.Module = masked(ResNet(depths, encoder.conv1.out_channels, ours.in_chans), active)
+        else:
+            depths = [len(stage) for stage in encoder.stages]
+            cnn = ConvNeXt(depths, encoder.widths, ours.in_chans, None, active)
+        model = PlainSparK(cnn, active, ours)
+    model.load_state_dict(ours.state_dict(), strict=True)
+    return model
