@@ -3,6 +3,7 @@
 from maefast.nn.block import Attention, Block, Mlp, Packing
 from maefast.nn.cells import Cells, UnknownSparseOp
 from maefast.nn.decoder import Decoder, run_decoder
+from maefast.nn.drop_path import DropPath
 from maefast.nn.encoder import Encoder, run_blocks, run_encoder, run_norm
 from maefast.nn.layers import LayerNorm, Linear
 from maefast.nn.patch_embed import PatchEmbed
@@ -14,6 +15,7 @@ __all__ = [
     "Block",
     "Cells",
     "Decoder",
+    "DropPath",
     "Encoder",
     "LayerNorm",
     "Linear",
