@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from maefast.ops import _dispatch, _registry
+from maefast.ops.cell_norm import segment_sum
 from maefast.ops.cells import CellMask, check_cells, pack_cells_reference, unpack_cells_reference
 
 MAX_SITES = {"max": 255, "avg": 1024}  # of a window: a max-pool keeps the number of the winner in a byte
@@ -87,7 +88,7 @@ def avg_pool_cells_reference(x: Tensor, plan: CellMask, kernel, stride, padding,
     return pack_cells_reference(full, plan).to(x.dtype)
 
 
-def global_pool_cells(x: Tensor, plan: CellMask) -> Tensor:
+def global_pool_cells(x: Tensor, plan: CellMask, *, backend: str | None = None) -> Tensor:
     """The mean over the active sites of each sample, for a head or squeeze-excite.
 
     Args:
@@ -101,7 +102,9 @@ def global_pool_cells(x: Tensor, plan: CellMask) -> Tensor:
         TypeError, ValueError: x does not fit the plan.
     """
     check_cells(plan, x)
-    return _GlobalPool.apply(x, plan.cells, plan.cu_cells, plan.tokens.max_visible, plan.grid)
+    total = segment_sum(x, plan, backend=backend)
+    count = plan.cu_cells.diff() * (x.shape[1] * x.shape[2])
+    return (total / count.clamp(min=1)[:, None]).to(x.dtype)
 
 
 def global_pool_cells_reference(x: Tensor, plan: CellMask) -> Tensor:
@@ -185,28 +188,3 @@ class _AvgPool(torch.autograd.Function):
     def backward(ctx, grad):
         run = _registry.raw("avg_pool_cells_backward", ctx.backend)
         return run(grad.contiguous(), *ctx.saved_tensors, *ctx.args), *(None,) * 6
-
-
-class _GlobalPool(torch.autograd.Function):
-    """Plain PyTorch without atomics: sums of the cells, then of each sample's rows, padded with a row of zeros."""
-
-    @staticmethod
-    def forward(ctx, x, cells, cu_cells, most, grid):
-        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-        total = x.sum((1, 2), dtype=wide)
-        count = cu_cells.diff()
-        scale = 1.0 / (count.clamp(min=1) * (x.shape[1] * x.shape[2])).to(wide)[:, None]
-        column = torch.arange(most, device=x.device)
-        rows = torch.where(column < count[:, None], cu_cells[:-1, None] + column, x.shape[0])
-        total = torch.cat([total, total.new_zeros(1, x.shape[3])])[rows.long()].sum(1)
-        ctx.save_for_backward(cells, scale)
-        ctx.shape, ctx.places, ctx.dtype = x.shape, grid[0] * grid[1], x.dtype
-        return (total * scale).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        cells, scale = ctx.saved_tensors
-        sample = torch.div(cells, ctx.places, rounding_mode="floor").long()
-        each = (grad.to(scale.dtype) * scale).to(ctx.dtype)[sample]
-        return each[:, None, None, :].expand(ctx.shape), None, None, None, None

@@ -149,7 +149,7 @@ def test_runs_agree_bit_for_bit(where):
         outs = [
             ops.max_pool_cells(x, plan, 3, 2, 1, backend=backend),
             ops.avg_pool_cells(x, plan, 3, 1, 1, backend=backend),
-            ops.global_pool_cells(x, plan),
+            ops.global_pool_cells(x, plan, backend=backend),
         ]
         runs.append([*outs, *(torch.autograd.grad(out.square().sum(), x)[0] for out in outs)])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
@@ -165,14 +165,15 @@ def test_ceil_mode_where_it_changes_nothing():
 # --- global --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@given(plan=cell_masks(), seed=st.integers(0, 2**16))
+@pytest.mark.parametrize("where", backends("segment_stats"))
+@given(plan=cell_masks(), seed=st.integers(0, 2**16), data=st.data())
 @property_test
-def test_global_pool_and_its_gradient(device, dtype, plan, seed):
+def test_global_pool_and_its_gradient(where, plan, seed, data):
+    backend, device = where
+    dtype = data.draw(st.sampled_from(dtypes_of(backend)))
     x = torch.randn(plan.total, 2, 3, 5, generator=torch.Generator().manual_seed(seed)).to(dtype)
     low, high = x.to(device).requires_grad_(), x.double().requires_grad_()
-    got, want = ops.global_pool_cells(low, plan.to(device)), global_pool_cells_reference(high, plan)
+    got, want = ops.global_pool_cells(low, plan.to(device), backend=backend), global_pool_cells_reference(high, plan)
     assert got.dtype is dtype
     assert_close(got, want, dtype)
     weights = torch.randn(want.shape).to(dtype)
@@ -245,7 +246,7 @@ def test_compiles_whole(where, dynamic):
         cells = ops.pack_cells(x, plan, backend=backend)
         cells = ops.max_pool_cells(cells, plan, 3, 2, 1, backend=backend)
         cells = ops.avg_pool_cells(cells, plan, 3, 1, 1, False, backend=backend)
-        return ops.global_pool_cells(cells, plan).square().sum()
+        return ops.global_pool_cells(cells, plan, backend=backend).square().sum()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch in (2, 3):
