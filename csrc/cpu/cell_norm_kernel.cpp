@@ -53,7 +53,8 @@ MAEFAST_INLINE void for_segments(const Segments& s, int64_t begin, int64_t end, 
 // ---- statistics
 
 // Mean and sum of squared deviations of columns [0, width) of n rows that stand `stride` apart. Each block is
-// summed relative to its first row, so that a mean far from zero costs no digits.
+// summed relative to the median of three of its rows, so that a mean far from zero costs no digits, nor an
+// outlier.
 template <class A, class X>
 void column_stats(const X* x, int64_t n, int64_t stride, int64_t width, double* mean, double* m2) {
   alignas(64) A pivot[kTile + 16], sum[kTile + 16], square[kTile + 16];
@@ -62,11 +63,15 @@ void column_stats(const X* x, int64_t n, int64_t stride, int64_t width, double* 
     const int64_t count = n - start < kBlock ? n - start : kBlock;
     const X* rows = x + start * stride;
     for_lanes<A>(width, [&](int64_t i, auto lanes) {
-      store<A>(pivot + i, load<A>(rows + i, lanes));
+      const vec<A> a = load<A>(rows + i, lanes), b = load<A>(rows + count / 2 * stride + i, lanes);
+      const vec<A> c = load<A>(rows + (count - 1) * stride + i, lanes);
+      const vec<A> low = a < b ? a : b, high = a < b ? b : a;
+      const vec<A> rest = high < c ? high : c;
+      store<A>(pivot + i, low > rest ? low : rest);
       store<A>(sum + i, vec<A>{});
       store<A>(square + i, vec<A>{});
     });
-    for_rows(1, count, [&](int64_t r, auto group) {
+    for_rows(0, count, [&](int64_t r, auto group) {
       for_lanes<A>(width, [&](int64_t i, auto lanes) {
         vec<A> s = load<A>(sum + i), q = load<A>(square + i);
         const vec<A> p = load<A>(pivot + i);
