@@ -108,8 +108,10 @@ Tensor halo_cells_backward(const Tensor& grad, const Tensor& neighbours, const s
 Tensor gather_taps(const Tensor& x, const Tensor& neighbours, const std::vector<int64_t>& kernel,
                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                    const std::vector<int64_t>& dilation) {
-  MAEFAST_CHECK(x.dim() == 4 && x.size(0) == neighbours.size(0), "gather_taps: x must be [T, h, w, C]");
+  MAEFAST_CHECK(x.dim() == 4, "gather_taps: x must be [T, h, w, C]");
   TapsArgs args = taps_args(neighbours, x.size(1), x.size(2), kernel, stride, padding, dilation);
+  const int64_t rows = args.cells;  // of the table, which may be a part of the cells' own
+  args.cells = x.size(0);
   const int64_t lines = args.height / stride[0], sites = args.width / stride[1];
   int32_t failed = 0;
   args.channels = x.size(3);
@@ -117,10 +119,10 @@ Tensor gather_taps(const Tensor& x, const Tensor& neighbours, const std::vector<
   args.src = data(x, "x");
   args.failed = &failed;
   const int64_t row = kernel[0] * kernel[1] * args.channels;
-  Tensor out = empty({args.cells * lines * sites, row}, x.scalar_type(), x);
+  Tensor out = empty({rows * lines * sites, row}, x.scalar_type(), x);
   args.dst = out.mutable_data_ptr();
   const auto run = sparse_conv_kernels_chosen().taps;
-  parallel_rows(args.cells * lines, 2 * sites * row * element_size(args.type),
+  parallel_rows(rows * lines, 2 * sites * row * element_size(args.type),
                 [&](int64_t begin, int64_t end) { run(args, begin, end); });
   check_plan(failed);
   return out;

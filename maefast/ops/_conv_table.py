@@ -72,22 +72,22 @@ class Call(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Use `route` for output cells of `smallest` sites a side or more, with or without groups."""
+    """Use `route` for output cells of `smallest` sites a side or more, of convolutions with or without groups."""
 
     device: str
     route: str
-    smallest: int
     grouped: bool
+    smallest: int
     why: str
 
 
 TABLE = (
-    Rule("cpu", "halo", 3, True, "framed cells, then the library's convolution"),
-    Rule("cpu", "taps", 1, False, "rows of taps, then one matrix product"),
-    Rule("cpu", "halo", 1, True, "grouped convolutions of small cells"),
-    Rule("cuda", "halo", 3, True, "framed cells, then cuDNN's convolution (not measured)"),
-    Rule("cuda", "taps", 1, False, "rows of taps, then one matrix product (not measured)"),
-    Rule("cuda", "halo", 1, True, "grouped convolutions of small cells (not measured)"),
+    Rule("cpu", "halo", False, 8, "framed cells, then oneDNN's convolution"),
+    Rule("cpu", "taps", False, 1, "rows of taps, then one matrix product"),
+    Rule("cpu", "halo", True, 4, "framed cells, then oneDNN's convolution"),
+    Rule("cuda", "halo", False, 4, "framed cells, then cuDNN's convolution; not measured"),
+    Rule("cuda", "taps", False, 1, "rows of taps, then one matrix product; not measured"),
+    Rule("cuda", "halo", True, 4, "framed cells, then cuDNN's convolution; not measured"),
 )
 
 
@@ -124,11 +124,8 @@ def choose(call: Call, backend: str | None, asked: str | None) -> tuple[str, str
     if call.inside:
         return "reference", "rows"
     for rule in TABLE:
-        if rule.device != call.device or call.out_cell < rule.smallest or (call.groups > 1 and not rule.grouped):
-            continue
-        if rule.route not in RAW:
-            return "reference", rule.route
-        if unavailable(rule.route, call) is None:
+        fits = rule.device == call.device and rule.grouped == (call.groups > 1) and call.out_cell >= rule.smallest
+        if fits and unavailable(rule.route, call) is None:
             name = _dispatch.choose(RAW[rule.route], call.device, call.dtype, backend)
             if name != "reference":
                 return name, rule.route
@@ -144,6 +141,6 @@ def why(device: str) -> list[tuple[str, str]]:
     for rule in TABLE:
         if rule.device != device or _dispatch.choose(RAW[rule.route], device) == "reference":
             continue
-        size = "" if rule.smallest == 1 else f"cells of {rule.smallest} x {rule.smallest} outputs and more: "
-        rows.append((rule.route, size + rule.why + ("" if rule.grouped else "; not with groups")))
+        size = f"from {rule.smallest} x {rule.smallest}" if rule.smallest > 1 else "smaller"
+        rows.append((rule.route, f"{'grouped, ' if rule.grouped else ''}cells {size}: {rule.why}"))
     return [*rows, ("dense", "everything else, on the whole map")]

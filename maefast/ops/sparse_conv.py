@@ -7,6 +7,8 @@ computed: the dense convolution of the masked map, times the mask (SparK, Tian e
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,9 @@ from maefast.ops.cells import (
 )
 from maefast.ops.depthwise import depthwise_cells
 from maefast.ops.linear import _transpose_sum, linear
+
+# Bytes of gathered rows at a time. On a CPU, glibc gives larger blocks back to the system and pays for fresh pages.
+CHUNK = defaultdict(lambda: 2**28, cpu=2**24)
 
 
 def conv_cells(
@@ -67,7 +72,8 @@ def conv_cells(
     call = _conv_table.Call(kind, dtype, tuple(x.shape[1:3]), window, groups, x.shape[3], weight.shape[0], depthwise)
     name, route = _conv_table.choose(call, backend, route)
     if route == "depthwise":
-        return depthwise_cells(x, plan, weight, bias, backend=backend)
+        out = depthwise_cells(x, plan, weight, bias, backend=backend)
+        return out if window.stride == (1, 1) else out[:, :: window.stride[0], :: window.stride[1]].contiguous()
     if dtype is not x.dtype or torch.is_autocast_enabled(kind):
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
     for what, tensor in (("weight", weight), ("bias", bias)):
@@ -140,9 +146,9 @@ def _pair(name: str, value: int | Pair, least: int) -> Pair:
 
 
 def _is_depthwise(x: Tensor, weight: Tensor, window: Window, groups: int) -> bool:
-    """Whether `depthwise_cells` serves the call: one kernel of 3, 5 or 7 for each channel, same padding."""
+    """Whether `depthwise_cells` serves the call, at stride 1 or all but the sites that a stride skips."""
     size = window.kernel[0]
-    same = Window((size, size), (1, 1), (size // 2, size // 2), (1, 1))
+    same = Window((size, size), window.stride, (size // 2, size // 2), (1, 1))
     return groups == x.shape[3] == weight.shape[0] and groups > 1 and size in (3, 5, 7) and window == same
 
 
@@ -219,16 +225,17 @@ def _framed_conv(x, neighbours, weight, bias, window: Window, groups: int, name:
 
 
 class _Taps(torch.autograd.Function):
-    """Every tap of every output as a row, then one matrix product. Rows are gathered again in the backward."""
+    """Every tap of every output as a row, then one matrix product, some cells at a time so that the rows stay small.
+
+    Rows are gathered again in the backward. At stride 1 the gradient of x is the same kind of product, of grad's rows.
+    """
 
     @staticmethod
     def forward(ctx, x, neighbours, weight, bias, window, groups, name):
         x = x.contiguous()
         ctx.save_for_backward(x, neighbours, weight)
         ctx.window, ctx.groups, ctx.backend = window, groups, name
-        rows = _registry.raw("gather_taps", name)(x, neighbours, *window)
-        (cells, h, w, _), (sh, sw) = x.shape, window.stride
-        return _product(rows, weight, bias, groups).view(cells, h // sh, w // sw, weight.shape[0])
+        return _taps_conv(x, neighbours, weight, bias, window, groups, name)
 
     @staticmethod
     @once_differentiable
@@ -237,20 +244,44 @@ class _Taps(torch.autograd.Function):
         window, groups, name = ctx.window, ctx.groups, ctx.backend
         need_x, _, need_weight, need_bias, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
-        rows = grad.flatten(0, 2)
         grad_x = grad_weight = grad_bias = None
         if need_x and window.stride == (1, 1):
-            taps = _registry.raw("gather_taps", name)(grad, neighbours, *window)
-            grad_x = _product(taps, _turned(weight, groups), None, groups).view(x.shape)
+            grad_x = _taps_conv(grad, neighbours, _turned(weight, groups), None, window, groups, name)
         elif need_x:
-            taps = _spread(rows, weight, groups)
+            taps = _spread(grad.flatten(0, 2), weight, groups)
             grad_x = _registry.raw("gather_taps_backward", name)(taps, neighbours, x.shape[1:], *window)
         if need_weight:
-            taps = _registry.raw("gather_taps", name)(x, neighbours, *window)
-            grad_weight, grad_bias = _weight_gradient(rows, taps, weight, groups, need_bias)
+            tables = _some_cells(neighbours, x, window)
+            for rows, table in zip(grad.split([t.shape[0] for t in tables]), tables):
+                taps = _registry.raw("gather_taps", name)(x, table, *window)
+                sums = _weight_gradient(rows.flatten(0, 2), taps, weight, groups, need_bias)
+                if grad_weight is None:
+                    grad_weight, grad_bias = sums
+                else:
+                    grad_weight += sums[0]
+                    grad_bias = grad_bias + sums[1] if need_bias else None
         elif need_bias:
-            grad_bias = rows.sum(0)
+            grad_bias = grad.sum((0, 1, 2))
         return grad_x, None, grad_weight, grad_bias, None, None, None
+
+
+def _taps_conv(x, neighbours, weight, bias, window: Window, groups: int, name: str) -> Tensor:
+    parts = []
+    for table in _some_cells(neighbours, x, window):
+        taps = _registry.raw("gather_taps", name)(x, table, *window)
+        parts.append(_product(taps, weight, bias, groups))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    (_, h, w, _), (sh, sw) = x.shape, window.stride
+    return out.view(x.shape[0], h // sh, w // sw, weight.shape[0])
+
+
+def _some_cells(neighbours: Tensor, x: Tensor, window: Window) -> tuple[Tensor, ...]:
+    """The neighbour table in parts whose rows of taps take CHUNK bytes (one part under torch.compile)."""
+    if torch.compiler.is_compiling():
+        return (neighbours,)
+    (kh, kw), (sh, sw) = window.kernel, window.stride
+    cell = x[0].numel() * x.element_size() if x.shape[0] else 1
+    return neighbours.split(max(1, CHUNK[x.device.type] * sh * sw // (cell * kh * kw)))
 
 
 _RUN = {"halo": _Halo, "taps": _Taps}
