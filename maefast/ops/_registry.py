@@ -348,7 +348,7 @@ def _halo_cells_backward(grad, neighbours, halo):
 
 
 def _gather_taps(x, neighbours, kernel, stride, padding, dilation):
-    rows = x.shape[0] * (x.shape[1] // stride[0]) * (x.shape[2] // stride[1])
+    rows = neighbours.shape[0] * (x.shape[1] // stride[0]) * (x.shape[2] // stride[1])
     return x.new_empty((rows, _volume(kernel) * x.shape[3]))
 
 
