@@ -198,7 +198,7 @@ def _gpus() -> list[Info]:
 
 
 def _ops(has_gpu: bool) -> list[Info]:
-    from maefast.ops import _attention_table, _dispatch, linear_library
+    from maefast.ops import _attention_table, _conv_table, _dispatch, linear_library
 
     rows = []
     for device in ("cpu", "cuda") if has_gpu else ("cpu",):
@@ -207,6 +207,8 @@ def _ops(has_gpu: bool) -> list[Info]:
             rows.append({"op": op, "device": device, "backend": backend, "reason": reason})
         for backend, reason in _attention_table.why(device):
             rows.append({"op": "attention", "device": device, "backend": backend, "reason": reason})
+        for route, reason in _conv_table.why(device):
+            rows.append({"op": "conv_cells", "device": device, "backend": route, "reason": reason})
     library, reason = linear_library()
     rows.append({"op": "linear", "device": "cpu", "backend": library, "reason": f"float32: {reason}"})
     return rows
