@@ -142,7 +142,8 @@ def _launch(kernel, src: Tensor, neighbours: Tensor, out: Tensor, *args: int) ->
     if out.numel() == 0:
         return out
     rows = out.numel() // width
-    tile, block = row_tile(rows, width, 4 if "bwd" in kernel.__name__ else out.element_size())
+    # The sums keep their tile in registers, beside the addresses of its rows.
+    tile, block = row_tile(rows, width, 8 if "bwd" in kernel.__name__ else out.element_size())
     grid = (ceil_div(rows, tile) * ceil_div(width, block),)
     h, w, *rest = args
     with guard(src):

@@ -14,7 +14,7 @@ import torch
 
 import maefast
 from maefast import _native, doctor, ops
-from maefast.ops import _attention_table, _dispatch
+from maefast.ops import _attention_table, _conv_table, _dispatch
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,10 @@ def test_every_op_has_a_backend_and_a_reason(info):
     assert all(row["reason"] for row in info["ops"])
 
 
-def test_attention_and_linear_show_their_tables(info):
-    shown = [(row["backend"], row["reason"]) for row in info["ops"] if row["op"] == "attention"]
-    assert shown[: len(_attention_table.why("cpu"))] == _attention_table.why("cpu")
+def test_attention_convolution_and_linear_show_their_tables(info):
+    for op, table in (("attention", _attention_table), ("conv_cells", _conv_table)):
+        shown = [(row["backend"], row["reason"]) for row in info["ops"] if row["op"] == op]
+        assert shown[: len(table.why("cpu"))] == table.why("cpu")
     assert [row["backend"] for row in info["ops"] if row["op"] == "linear"] == [ops.linear_library()[0]]
 
 

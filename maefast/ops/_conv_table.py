@@ -96,7 +96,7 @@ def unavailable(route: str, call: Call) -> str | None:
     if route == "rows" and not call.inside:
         return f"{call.window} reads {call.window.halo} sites (top, left, bottom, right) beyond its cell"
     if route == "depthwise" and not call.depthwise:
-        return "depthwise_cells takes a 3x3, 5x5 or 7x7 kernel for each channel, at stride 1 and with same padding"
+        return "depthwise_cells takes a 3x3, 5x5 or 7x7 kernel for each channel, undilated, padding k // 2"
     if route in RAW:
         if call.window.radius(call.cell) > MAX_RADIUS:
             return f"{call.window} reads more than {MAX_RADIUS} cells away"
@@ -137,7 +137,7 @@ def why(device: str) -> list[tuple[str, str]]:
     if (name := _dispatch.forced()) is not None:
         return [(name, "forced")]
     rows = [("rows", "no tap leaves its cell (1x1, kernel = stride): one matrix product")]
-    rows.append(("depthwise", "a kernel for each channel, stride 1: depthwise_cells"))
+    rows.append(("depthwise", "a kernel for each channel: depthwise_cells, at stride 1"))
     for rule in TABLE:
         if rule.device != device or _dispatch.choose(RAW[rule.route], device) == "reference":
             continue

@@ -225,6 +225,27 @@ def attention_cases(full: bool):
                 yield label, attention_backward, (*grads, q, kv, out, *saved, *cu, *sizes, bias, marked, more)
 
 
+def sparse_conv_cases(full: bool):
+    from maefast.kernels import sparse_conv as conv
+
+    same, half = ((3, 3), (1, 1), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1), (1, 1))
+    stem = ((7, 7), (2, 2), (3, 3), (1, 1))
+    shapes = [(32, 3, stem, 3), (8, 64, same, 3), (2, 256, half, 3)]
+    shapes += [(1, 512, same, 3), (4, 70, same, 3)] if full else []
+    for name, dtype in (DTYPES if full else {"f32": torch.float32, "bf16": torch.bfloat16}).items():
+        for side, width, window, reach in shapes:
+            cells, out, taps = 2560, side // window[1][0], window[0][0] ** 2
+            table = meta(cells, reach * reach, dtype=torch.int32)
+            label = f"{name} cell {side} C={width} k={window[0][0]}"
+            x = meta(cells, side, side, width, dtype=dtype)
+            rows = meta(cells * out * out, taps * width, dtype=dtype)
+            frame = meta(cells, side + 2, side + 2, width, dtype=dtype)
+            yield label, conv.halo_cells, (x, table, (1, 1, 1, 1))
+            yield label, conv.halo_cells_backward, (frame, table, (1, 1, 1, 1))
+            yield label, conv.gather_taps, (x, table, *window)
+            yield label, conv.gather_taps_backward, (rows, table, x.shape[1:], *window)
+
+
 def wide_cases(full: bool):
     """Sizes at which row or segment numbers, or offsets in one image, pass 2^31."""
     from maefast.kernels import embed, loss, restore
@@ -245,7 +266,17 @@ def wide_cases(full: bool):
     yield "wide", loss.patch_loss_backward, (slot.float(), grad, meta(*video), slot, slot, stats, *args, True)
 
 
-CASES = (mask_cases, embed_cases, restore_cases, loss_cases, norm_cases, gelu_cases, attention_cases, wide_cases)
+CASES = (
+    mask_cases,
+    embed_cases,
+    restore_cases,
+    loss_cases,
+    norm_cases,
+    gelu_cases,
+    attention_cases,
+    sparse_conv_cases,
+    wide_cases,
+)
 
 
 def record(full: bool) -> list[Launch]:
