@@ -19,17 +19,29 @@ from pathlib import Path
 from bench import environment, results, timing
 from bench.peers.models import NAMES, PEERS
 
-# preset -> model, default batch, seconds for the timed rounds.
+# preset -> model, default batch; and where they differ from the ViT's: share masked, peers, what is timed ("step", or
+# "encoder": forward and backward of the encoder alone, without an optimiser).
+PIXELS = {"norm_pix_loss": True}
+CONVNET = {"mask_ratio": 0.6, "peers": ("maefast", "plain")}
+ENCODER = {**CONVNET, "part": "encoder"}
 PRESETS: dict[str, dict] = {
-    "toy": {"model": {"name": "mae_tiny", "img_size": 32, "patch_size": 8, "depth": 1, "decoder_depth": 1}, "batch": 2},
+    "toy": {
+        "model": {"name": "mae_tiny", "img_size": 32, "patch_size": 8, "depth": 1, "decoder_depth": 1, **PIXELS},
+        "batch": 2,
+    },
     "demo": {
-        "model": {"name": "mae_tiny", "img_size": 64, "patch_size": 8, "depth": 3, "decoder_depth": 3},
+        "model": {"name": "mae_tiny", "img_size": 64, "patch_size": 8, "depth": 3, "decoder_depth": 3, **PIXELS},
         "batch": 64,
     },
-    "vit_b": {"model": {"name": "mae_base"}, "batch": 16},
-    "vit_l": {"model": {"name": "mae_large"}, "batch": 16},
+    "vit_b": {"model": {"name": "mae_base", **PIXELS}, "batch": 16},
+    "vit_l": {"model": {"name": "mae_large", **PIXELS}, "batch": 16},
+    "fcmae_toy": {"model": {"name": "fcmae_convnextv2_atto", "img_size": 96, **PIXELS}, "batch": 2, **CONVNET},
+    "fcmae_t": {"model": {"name": "fcmae_convnextv2_tiny", **PIXELS}, "batch": 16, **CONVNET},
+    "spark_r50": {"model": {"name": "spark_resnet50", "drop_path": 0.0}, "batch": 16, **CONVNET},
+    "spark_r50_encoder": {"model": {"name": "spark_resnet50", "drop_path": 0.0}, "batch": 16, **ENCODER},
+    "spark_cs_encoder": {"model": {"name": "spark_convnext_small", "drop_path": 0.0}, "batch": 16, **ENCODER},
 }
-BUDGET = {"toy": 3.0, "demo": 25.0, "vit_b": 120.0, "vit_l": 240.0}
+BUDGET = {"toy": 3.0, "demo": 25.0, "vit_b": 120.0, "vit_l": 240.0, "fcmae_toy": 3.0}
 DTYPES = ("float32", "bfloat16")
 DEFAULT_PEERS = PEERS[:3]
 # Allowed relative difference of (loss, gradient norm) from the plain model's. bfloat16 keeps 8 bits.
@@ -89,7 +101,7 @@ def measure(
     dtype: str = "float32",
     device: str = "cpu",
     *,
-    peers: tuple[str, ...] = DEFAULT_PEERS,
+    peers: tuple[str, ...] | None = None,
     rounds: int | None = None,
     steps: int | None = None,
     budget: float | None = None,
@@ -97,7 +109,7 @@ def measure(
     """Run a comparison; returns the document of `bench.results`.
 
     Args:
-        peers: of `PEERS`; maefast is always among them.
+        peers: of `PEERS`; maefast is always among them. None takes those of the preset.
         rounds: timed rounds; None takes as many as fit `budget` seconds (3 to 15).
         steps: timed steps of a round.
 
@@ -109,19 +121,29 @@ def measure(
         raise ValueError(f"choose a preset from {', '.join(PRESETS)} and a dtype from {', '.join(DTYPES)}")
     from maefast import models
 
-    config = models.create(**PRESETS[preset]["model"], norm_pix_loss=True).config
-    batch = batch or PRESETS[preset]["batch"]
+    chosen = PRESETS[preset]
+    model = models.create(**chosen["model"])
+    request = {
+        "config": model.config,
+        "batch": batch or chosen["batch"],
+        "dtype": dtype,
+        "device": device,
+        "tokens": model.num_patches,
+        "mask_ratio": chosen.get("mask_ratio", 0.75),
+        "part": chosen.get("part", "step"),
+    }
+    batch, config = request["batch"], model.config
     steps = steps or (2 if device == "cpu" else 10)
-    budget = BUDGET[preset] if budget is None else budget
-    names = list(dict.fromkeys(["maefast", *peers]))
+    budget = BUDGET.get(preset, 120.0) if budget is None else budget
+    names = list(dict.fromkeys(["maefast", *(chosen.get("peers", DEFAULT_PEERS) if peers is None else peers)]))
     workers = {name: Peer(name) for name in names}
     base = {
         "preset": preset,
         "dtype": dtype,
-        "shape": {"batch": batch, "img_size": config["img_size"], "patch_size": config["patch_size"]},
+        "shape": {"batch": batch, "img_size": list(model.img_size), "patch_size": list(model.patch_size)},
     }
     try:
-        first, failed = _build(workers, config=config, batch=batch, dtype=dtype, device=device)
+        first, failed = _build(workers, **request)
         _agree(first, dtype)
         samples, losses = _time(workers, rounds, steps, budget)
         memory = {name: worker.ask(do="memory") for name, worker in workers.items()}
@@ -154,7 +176,14 @@ def measure(
                 "parameters": first[name]["parameters"],
             }
         )
-    settings = {"steps_a_round": steps, "budget_s": budget, "model": config, "optimizer": "AdamW, fused"}
+    settings = {
+        "steps_a_round": steps,
+        "budget_s": budget,
+        "model": config,
+        "mask_ratio": request["mask_ratio"],
+        "part": request["part"],
+        "optimizer": "AdamW, fused" if request["part"] == "step" else None,
+    }
     return results.document("step", environment.describe(device), settings, names, records)
 
 
@@ -222,10 +251,11 @@ def show(doc: dict) -> None:
     from rich.table import Table
 
     env, records = doc["environment"], doc["records"]
+    encoder = doc["settings"].get("part") == "encoder"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("time vs maefast", "step ms", "images/s", "peak MB", "memory vs maefast"):
         table.add_column(name, justify="right")
-    table.add_column("one training step of")
+    table.add_column("encoder forward and backward of" if encoder else "one training step of")
     for r in sorted((r for r in records if "error" not in r), key=lambda r: r["ratio"]):
         ours = r["peer"] == "maefast"
         table.add_row(
@@ -258,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(DEFAULT_PEERS))
+    parser.add_argument("--peers", nargs="+", choices=PEERS)
     parser.add_argument("--compile", action="store_true", help="also time the torch.compile'd plain model")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, help="timed steps a round")
@@ -271,7 +301,8 @@ def main(argv: list[str] | None = None) -> int:
         if not torch.cuda.is_available():
             print("bench.step: no CUDA device here", file=sys.stderr)
             return 3
-    peers = (*args.peers, "plain_compiled") if args.compile else tuple(args.peers)
+    peers = tuple(args.peers or PRESETS[args.preset].get("peers", DEFAULT_PEERS))
+    peers = (*peers, "plain_compiled") if args.compile else peers
     try:
         doc = measure(
             args.preset,

@@ -7,29 +7,37 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from bench.peers import plain_sparse
 from bench.peers.plain_mae import PlainMAE
 from maefast import models
 from maefast.models.convert import mae_to_hf
+from maefast.nn import Cells
+from maefast.ops import CellMask
 
 # The first is what the ratios are about; the others are what users have.
 PEERS = ("maefast", "plain", "hf", "plain_compiled", "maefast_compiled")
 NAMES = {
     "maefast": "maefast",
-    "plain": "plain eager MAE",
+    "plain": "plain eager model",
     "hf": "HF ViTMAE",
-    "plain_compiled": "plain MAE, torch.compile",
+    "plain_compiled": "plain model, torch.compile",
     "maefast_compiled": "maefast, torch.compile",
 }
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def build(peer: str, config: dict, mask_ratio: float, device: str) -> tuple[nn.Module, Loss]:
-    """The module (for its parameters) and its loss. `config` is that of a maefast model.
+def build(peer: str, config: dict, mask_ratio: float, device: str, part: str = "step") -> tuple[nn.Module, Loss]:
+    """The module (for its parameters) and its loss. `config` is that of a maefast model; part "encoder" (of masked
+    convnets) scores the encoder's maps alone, by the mean square of their active sites.
 
     Raises:
         ImportError: transformers is missing (peer "hf"). ValueError: unknown peer.
     """
     torch.manual_seed(0)  # every process draws the same weights
+    if config["name"].startswith(("spark", "fcmae")):
+        return _convnet(peer, config, mask_ratio, device, part)
+    if part != "step":
+        raise ValueError("only masked convnets are timed without their decoder")
     state = PlainMAE.from_config(config).state_dict()
     base = peer.removesuffix("_compiled")
     if base == "hf":
@@ -78,3 +86,44 @@ def _hf(config: dict, state: dict[str, Tensor], mask_ratio: float, device: str) 
             parameter.requires_grad_(config["positions"] == "learned")
     model.to(device).train()
     return model, lambda images, noise: model(pixel_values=images, noise=noise).loss
+
+
+def _convnet(peer: str, config: dict, mask_ratio: float, device: str, part: str) -> tuple[nn.Module, Loss]:
+    """A masked convnet, or the dense one times the mask, in channels-last memory."""
+    base = peer.removesuffix("_compiled")
+    if base not in ("maefast", "plain"):
+        raise ValueError(f"{NAMES.get(peer, peer)} has no masked convnet")
+    ours = models.create(**config)
+    model = ours if base == "maefast" else plain_sparse.build(ours).to(memory_format=torch.channels_last)
+    model.to(device).train()
+    if part == "encoder":
+        call = _encoder_loss(ours, mask_ratio) if base == "maefast" else _plain_encoder_loss(model, mask_ratio)
+        module = model.sparse_encoder
+    else:
+        module = model
+
+        def call(images: Tensor, noise: Tensor) -> Tensor:
+            return model(images, mask_ratio, noise)[0]
+
+    if peer.endswith("_compiled"):
+        call = torch.compile(call, dynamic=False)
+    if base == "plain":
+        return module, lambda images, noise: call(images.to(memory_format=torch.channels_last), noise)
+    return module, call
+
+
+def _encoder_loss(model: nn.Module, mask_ratio: float) -> Loss:
+    def loss(images: Tensor, noise: Tensor) -> Tensor:
+        plan = CellMask(model.plan(images, mask_ratio, noise), model.grid_size)
+        return sum(x.rows.float().square().mean() for x in model.sparse_encoder(Cells.pack(images, plan)))
+
+    return loss
+
+
+def _plain_encoder_loss(model: nn.Module, mask_ratio: float) -> Loss:
+    def loss(images: Tensor, noise: Tensor) -> Tensor:
+        active = plain_sparse.draw(images, model.grid, round(noise.shape[1] * (1 - mask_ratio)), noise)
+        share = active.float().mean()
+        return sum(x.float().square().mean() / share for x in model.encode(images, active))
+
+    return loss

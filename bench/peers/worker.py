@@ -21,21 +21,29 @@ import torch
 from bench.environment import exact_float32
 from bench.peers import models
 
-MASK_RATIO = 0.75
 BATCHES = 2
 
 
 class Worker:
-    def build(self, peer: str, config: dict, batch: int, dtype: str, device: str) -> dict:
-        self.device, self.bf16 = device, dtype == "bfloat16"
+    def build(
+        self,
+        peer: str,
+        config: dict,
+        batch: int,
+        dtype: str,
+        device: str,
+        tokens: int,
+        mask_ratio: float,
+        part: str,
+    ) -> dict:
+        self.device, self.bf16, self.part = device, dtype == "bfloat16", part
         exact_float32()
         if peer == "hf":
             import transformers  # noqa: F401  before the baseline: a library in memory is not a step's memory
         self.baseline = resident_bytes()
-        self.model, self.loss = models.build(peer, config, MASK_RATIO, device)
+        self.model, self.loss = models.build(peer, config, mask_ratio, device, part)
         generator = torch.Generator().manual_seed(1)
         channels, (height, width) = config["in_chans"], config["img_size"]
-        tokens = (height // config["patch_size"][0]) * (width // config["patch_size"][1])
         self.data = []
         for _ in range(BATCHES):
             images = torch.randn(batch, channels, height, width, generator=generator)
@@ -79,7 +87,8 @@ class Worker:
     def _step(self) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward()
-        self.optimizer.step()
+        if self.part == "step":
+            self.optimizer.step()
         return loss.detach()
 
     def _backward(self) -> torch.Tensor:

@@ -27,7 +27,7 @@ def test_measure(tmp_path, capsys):
     step.show(doc)
     out = capsys.readouterr().out
     assert "time vs maefast" in out
-    assert "plain eager MAE" in out
+    assert "plain eager model" in out
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -37,13 +37,27 @@ def test_peers_compute_the_same(peer, dtype):
         pytest.importorskip("transformers")
     from maefast.models import create
 
-    config = create(**step.PRESETS["toy"]["model"], norm_pix_loss=True).config
+    compare(peer, create(**step.PRESETS["toy"]["model"]), dtype, "step")
+
+
+def compare(peer: str, model, dtype: str, part: str) -> None:
     answers = {}
+    request = {"tokens": model.num_patches, "mask_ratio": 0.6, "part": part}
     for name in ("plain", peer):
         one = worker.Worker()
-        answers[name] = one.build(name, config, batch=2, dtype=dtype, device="cpu")
+        answers[name] = one.build(name, model.config, batch=2, dtype=dtype, device="cpu", **request)
     step._agree(answers, dtype)
     assert answers[peer]["parameters"] == answers["plain"]["parameters"]
+
+
+@pytest.mark.parametrize("part", ["step", "encoder"])
+def test_convnets_compute_the_same(part):
+    from maefast.models import create
+
+    compare("maefast", create("spark_convnext_tiny", img_size=64, drop_path=0.0, decoder_width=64), "float32", part)
+    compare("maefast", create("fcmae_convnextv2_atto", img_size=64), "float32", "step")
+    with pytest.raises(ValueError, match="no masked convnet"):
+        models.build("hf", create("fcmae_convnextv2_atto", img_size=64).config, 0.6, "cpu")
 
 
 def test_disagreement_is_refused():
