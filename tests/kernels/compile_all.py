@@ -246,6 +246,49 @@ def sparse_conv_cases(full: bool):
             yield label, conv.gather_taps_backward, (rows, table, x.shape[1:], *window)
 
 
+def cells_cases(full: bool):
+    from maefast.kernels import cells
+
+    grid = [7, 7]
+    levels = [(8, 256), (2, 1024), (1, 2048)] if full else [(8, 256)]
+    for name, dtype in (DTYPES if full else {"f32": torch.float32, "bf16": torch.bfloat16}).items():
+        for h, channels in levels:
+            label, side = f"{name} {h}x{h}x{channels}", 7 * h
+            full_map, packed = meta(128, side, side, channels, dtype=dtype), meta(2560, h, h, channels, dtype=dtype)
+            slot, fill = ints(128 * 49), meta(channels, dtype=dtype)
+            yield label, cells.pack_cells, (full_map, ints(2560), grid, True)
+            for value in (None, fill) if full else (fill,):
+                yield label, cells.unpack_cells, (packed, slot, [128, *grid], value, True)
+            yield label, cells.fill_sum, (full_map, slot, [128, *grid])
+        for h, channels in [(32, 3), *([(8, 256)] if full else [])]:
+            label = f"{name} {h}x{h}x{channels} planes"
+            image = meta(128, channels, 7 * h, 7 * h, dtype=dtype)
+            yield label, cells.pack_cells, (image, ints(2560), grid, False)
+            packed = meta(2560, h, h, channels, dtype=dtype)
+            yield label, cells.unpack_cells, (packed, ints(128 * 49), [128, *grid], None, False)
+    yield "wide", cells.unpack_cells, (meta(1, 1, 1, 16), ints(2**31), [2**16, 2**8, 2**7], None, True)
+    yield "wide", cells.pack_cells, (meta(2**16, 2**8, 2**7, 16), ints(2**31), [2**8, 2**7], True)
+
+
+def pool_cases(full: bool):
+    from maefast.kernels import pool
+
+    windows = {"3x3 s2": ([3, 3], [2, 2], [1, 1]), "2x2 s2": ([2, 2], [2, 2], [0, 0])}
+    if full:
+        windows["5x5 s1"] = [5, 5], [1, 1], [2, 2]
+    for name, dtype in (DTYPES if full else {"f32": torch.float32, "bf16": torch.bfloat16}).items():
+        for text, window in windows.items():
+            for channels in (64, 256, 70) if full else (64,):
+                label, (s, _) = f"{name} {text} C={channels}", window[1]
+                x, table = meta(2560, 16, 16, channels, dtype=dtype), meta(2560, 9, dtype=torch.int32)
+                grad = meta(2560, 16 // s, 16 // s, channels, dtype=dtype)
+                yield label, pool.max_pool_cells, (x, table, *window)
+                yield label, pool.max_pool_cells_backward, (grad, grad.byte(), table, *window)
+                for include_pad in (True, False):
+                    yield label, pool.avg_pool_cells, (x, table, *window, include_pad)
+                    yield label, pool.avg_pool_cells_backward, (grad, table, *window, include_pad)
+
+
 def wide_cases(full: bool):
     """Sizes at which row or segment numbers, or offsets in one image, pass 2^31."""
     from maefast.kernels import embed, loss, restore

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maefast.kernels import _common, embed, loss, mask, restore
+from maefast.kernels import _common, cells, embed, loss, mask, pool, restore
+from maefast.ops.cells import CellMask
 from tests.kernels.support import INTERPRET, random_plan, random_tensor
 
 PAGE = mmap.PAGESIZE
@@ -77,6 +78,23 @@ def cases(batch: int, tokens: int, keep, width: int, prefix: int):
         for pos_rows, on_masked, need in ((prefix + tokens, False, True), (tokens, True, False), (0, False, False)):
             yield restore.restore_tokens_backward, (*back, pos_rows, prefix, first, on_masked, need, torch.float32)
 
+    spatial = CellMask(plan, (tokens, 1))
+    for h, w in ((2, 3), (1, 1)):
+        mapped, flat = random_tensor(batch, tokens * h, w, width), random_tensor(kept, h, w, width)
+        sizes = [batch, tokens, 1]
+        yield cells.fill_sum, (mapped, plan.slot, sizes)
+        for channels_last in (True, False):
+            image = mapped if channels_last else mapped.permute(0, 3, 1, 2).contiguous()
+            yield cells.pack_cells, (image, plan.visible, sizes[1:], channels_last)
+            yield cells.unpack_cells, (flat, plan.slot, sizes, token, channels_last)
+        window, around = ([3, 3], [h, 1], [1, 1]), spatial.neighbours(1)
+        yield pool.max_pool_cells, (flat, around, *window)
+        small = random_tensor(kept, 1, w, width)
+        yield pool.max_pool_cells_backward, (small, small.abs().byte(), around, *window)
+        for include_pad in (True, False):
+            yield pool.avg_pool_cells, (flat, around, *window, include_pad)
+            yield pool.avg_pool_cells_backward, (small, around, *window, include_pad)
+
     for patch, channels in (((1, 3, 5), 3), ((2, 4, 4), 2)):
         shape = batch, channels, patch[0], patch[1] * tokens, patch[2]
         images, values = random_tensor(*shape), channels * patch[0] * patch[1] * patch[2]
@@ -99,7 +117,7 @@ if INTERPRET:  # a GPU has no fence; compute-sanitizer does this there
     @pytest.mark.parametrize("at_end", [True, False], ids=["behind", "before"])
     @pytest.mark.parametrize("size", SIZES, ids=str)
     def test_nothing_outside_is_touched(monkeypatch, size, at_end):
-        for module in (_common, embed, loss, mask, restore):
+        for module in (_common, cells, embed, loss, mask, pool, restore):
             monkeypatch.setattr(module, "torch", FencedTorch(at_end))
         ran = 0
         for op, args in cases(*size):
