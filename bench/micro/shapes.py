@@ -14,6 +14,7 @@ class Shape:
 
     size: (H, W) or (T, H, W); patch likewise. width: of the encoder, in heads of 64. decoder_width, decoder_heads: of
     the decoder. prefix: class tokens. norm: of the loss target. only: the ops that take this shape; empty means all.
+    cells: for the ops of masked convnets, and for no others; `patch` is a mask cell, `width` that of the first stage.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Shape:
     norm: str = "mae"
     decoder_heads: int = 16
     only: tuple[str, ...] = ()
+    cells: bool = False
 
     @property
     def tokens(self) -> int:
@@ -62,6 +64,8 @@ VIDEOMAE_B = Shape(
     norm="videomae",
     decoder_heads=6,
 )
+RESNET50 = Shape("resnet50", 16, (224, 224), (32, 32), 20, width=64, decoder_width=768, prefix=0, cells=True)
+TOY_CELLS = Shape("toy_cells", 2, (64, 96), (32, 32), keep=4, width=8, decoder_width=8, prefix=0, cells=True)
 TOY = Shape("toy", 2, (32, 32), (8, 8), keep=4, width=32, decoder_width=16, decoder_heads=1)
 # Sequences shorter than those of images: 26 of 64 groups of points (Point-MAE), a twentieth of the patches (DMAE).
 POINT_MAE = Shape("point_mae", 128, (8, 8), (1, 1), 26, 384, 384, prefix=0, only=("attention (encoder)",))
@@ -69,11 +73,20 @@ DMAE = Shape("dmae_b", 256, (224, 224), (16, 16), 9, 768, 512, only=("attention 
 
 # preset -> device -> shapes. A GPU needs a larger batch to be filled.
 PRESETS: dict[str, dict[str, list[Shape]]] = {
-    "toy": {"cpu": [TOY], "cuda": [TOY]},
-    "quick": {"cpu": [VIT_B], "cuda": [replace(VIT_B, batch=64), replace(VIT_B, batch=256)]},
+    "toy": {"cpu": [TOY, TOY_CELLS], "cuda": [TOY, TOY_CELLS]},
+    "quick": {
+        "cpu": [VIT_B, RESNET50],
+        "cuda": [replace(VIT_B, batch=64), replace(VIT_B, batch=256), replace(RESNET50, batch=128)],
+    },
     "full": {
-        "cpu": [VIT_B, replace(VIT_B, batch=64), VIDEOMAE_B, POINT_MAE, DMAE],
-        "cuda": [*(replace(VIT_B, batch=b) for b in (16, 64, 256)), replace(VIDEOMAE_B, batch=32), POINT_MAE, DMAE],
+        "cpu": [VIT_B, replace(VIT_B, batch=64), VIDEOMAE_B, POINT_MAE, DMAE, RESNET50],
+        "cuda": [
+            *(replace(VIT_B, batch=b) for b in (16, 64, 256)),
+            replace(VIDEOMAE_B, batch=32),
+            POINT_MAE,
+            DMAE,
+            replace(RESNET50, batch=128),
+        ],
     },
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -15,7 +15,7 @@ from bench import environment, timing
 from bench.micro.shapes import Shape
 from maefast.ops import _dispatch
 
-FAMILIES = ("mask", "embed", "restore", "attention", "linear", "norm", "gelu", "loss")
+FAMILIES = ("mask", "embed", "restore", "attention", "linear", "norm", "gelu", "loss", "sparse_conv")
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # The peers. `eager` is what published code does; `tuned` the best eager PyTorch we could write for the same result.
 # The last two stand for all further peers of an op (`Op.more`), without and with torch.compile.
@@ -37,7 +37,9 @@ class Op:
     traffic: (shape, bytes of an element) -> (forward, backward) bytes, each input read and each output written
     once; None where a matrix product dominates. raw: the raw ops that a backend must have; () for an op without
     backends. more: further peers by name. devices: where it is worth a measurement. automatic: devices on which the
-    call without a backend is timed too, because more than our own kernels may serve it.
+    call without a backend is timed too, because more than our own kernels may serve it. cells: it takes the shapes of
+    masked convnets. maps: the input (a dense map) that the peers take for a leaf of ours (packed cells); pack: (inputs,
+    such a map, or an output of the peers) -> packed.
     """
 
     name: str
@@ -53,6 +55,9 @@ class Op:
     more: dict[str, Peer] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cpu", "cuda")
     automatic: tuple[str, ...] = ()
+    cells: bool = False
+    maps: dict[str, str] = field(default_factory=dict)
+    pack: Callable[[Inputs, Tensor], Tensor] | None = None
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -94,7 +99,7 @@ def ops(family: str) -> list[Op]:
 def cases(families, shapes: list[Shape], dtypes: list[torch.dtype], device: str) -> Iterator[Case]:
     for family in families:
         for op in (op for op in ops(family) if device in op.devices):
-            for shape in (s for s in shapes if not s.only or op.name in s.only):
+            for shape in (s for s in shapes if s.cells == op.cells and (not s.only or op.name in s.only)):
                 for dtype in (d for d in dtypes if d in op.dtypes):
                     for direction in op.directions:
                         yield Case(op, shape, dtype, direction, device)
@@ -137,13 +142,28 @@ def _function(op: Op, variant: str) -> Callable[[Inputs], Any]:
     return torch.compile(plain, fullgraph=True, dynamic=False) if variant.startswith("compile") else plain
 
 
-def leaves(op: Op, inputs: Inputs) -> list[Tensor]:
+def leaves(op: Op, inputs: Inputs, peer: bool = False) -> list[Tensor]:
     """The inputs that need gradients; one that a shape lacks (a class token, say) is None and has none."""
-    return [inputs[name] for name in op.leaves if inputs[name] is not None]
+    names = [op.maps.get(name, name) for name in op.leaves] if peer else op.leaves
+    return [inputs[name] for name in names if inputs[name] is not None]
+
+
+def _packed(op: Op, inputs: Inputs, result: Any, direction: str) -> Any:
+    """A peer's result in the layout of ours."""
+    if op.pack is None:
+        return result
+    if direction == FORWARD:
+        return op.pack(inputs, result)
+    out, grads = result
+    named = zip(op.leaves, grads, strict=True)
+    return op.pack(inputs, out), [op.pack(inputs, grad) if name in op.maps else grad for name, grad in named]
 
 
 def _call(case: Case, variant: str, sets: list[Inputs], grads: list[Any]) -> timing.Call:
     function = _function(case.op, variant)
+    peer = not variant.startswith("maefast")
+    if not peer and case.op.pack is not None and case.direction == BOTH:
+        grads = [case.op.pack(inputs, grad) for inputs, grad in zip(sets, grads, strict=True)]
 
     if case.direction == FORWARD:
 
@@ -156,7 +176,7 @@ def _call(case: Case, variant: str, sets: list[Inputs], grads: list[Any]) -> tim
     def both(i: int):
         inputs = sets[i]
         out = function(inputs)
-        return out, torch.autograd.grad(out, leaves(case.op, inputs), grads[i])
+        return out, torch.autograd.grad(out, leaves(case.op, inputs, peer), grads[i])
 
     return both
 
@@ -200,7 +220,7 @@ def _input_sets(case: Case) -> list[Inputs]:
     count = min(16, max(2, -(-2 * environment.cache_bytes(case.device) // max(size, 1))))
     sets += [case.op.make(case.shape, case.dtype, generator) for _ in range(count - 1)]
     for inputs in sets:
-        for name in case.op.leaves:
+        for name in (*case.op.leaves, *case.op.maps.values()):
             if inputs[name] is not None:
                 inputs[name].requires_grad_(True)
     return sets
@@ -220,7 +240,7 @@ def run(
     grads: list[Any] = [None] * len(sets)
     if case.direction == BOTH:
         grads = [torch.randn_like(case.op.eager(inputs)) for inputs in sets]
-    expected = _call(case, "eager", sets, grads)(0)
+    expected = _packed(case.op, sets[0], _call(case, "eager", sets, grads)(0), case.direction)
 
     errors: dict[str, str] = {}
     samplers: dict[str, timing.HostSampler | timing.GraphSampler] = {}
@@ -230,7 +250,8 @@ def run(
             continue
         call = _call(case, name, sets, grads)
         try:
-            if problem := _check(case, call(0), expected):
+            result = call(0) if name.startswith("maefast") else _packed(case.op, sets[0], call(0), case.direction)
+            if problem := _check(case, result, expected):
                 errors[name] = f"WRONG RESULT, not timed: {problem}"
                 continue
             samplers[name] = timing.sampler(call, len(sets), case.device, warmup)

@@ -36,6 +36,7 @@ def test_every_public_token_op_is_there():
         "add_norm",
         "bias_gelu",
         "patch_loss",
+        "conv_cells",
     }
     assert {case.direction for case in CASES} == {suite.FORWARD, suite.BOTH}
 
