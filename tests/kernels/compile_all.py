@@ -225,27 +225,6 @@ def attention_cases(full: bool):
                 yield label, attention_backward, (*grads, q, kv, out, *saved, *cu, *sizes, bias, marked, more)
 
 
-def sparse_conv_cases(full: bool):
-    from maefast.kernels import sparse_conv as conv
-
-    same, half = ((3, 3), (1, 1), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1), (1, 1))
-    stem = ((7, 7), (2, 2), (3, 3), (1, 1))
-    shapes = [(32, 3, stem, 3), (8, 64, same, 3), (2, 256, half, 3)]
-    shapes += [(1, 512, same, 3), (4, 70, same, 3)] if full else []
-    for name, dtype in (DTYPES if full else {"f32": torch.float32, "bf16": torch.bfloat16}).items():
-        for side, width, window, reach in shapes:
-            cells, out, taps = 2560, side // window[1][0], window[0][0] ** 2
-            table = meta(cells, reach * reach, dtype=torch.int32)
-            label = f"{name} cell {side} C={width} k={window[0][0]}"
-            x = meta(cells, side, side, width, dtype=dtype)
-            rows = meta(cells * out * out, taps * width, dtype=dtype)
-            frame = meta(cells, side + 2, side + 2, width, dtype=dtype)
-            yield label, conv.halo_cells, (x, table, (1, 1, 1, 1))
-            yield label, conv.halo_cells_backward, (frame, table, (1, 1, 1, 1))
-            yield label, conv.gather_taps, (x, table, *window)
-            yield label, conv.gather_taps_backward, (rows, table, x.shape[1:], *window)
-
-
 def cells_cases(full: bool):
     from maefast.kernels import cells
 
@@ -289,6 +268,51 @@ def pool_cases(full: bool):
                     yield label, pool.avg_pool_cells_backward, (grad, table, *window, include_pad)
 
 
+def sparse_conv_cases(full: bool):
+    from maefast.kernels import sparse_conv as conv
+
+    same, half = ((3, 3), (1, 1), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1), (1, 1))
+    stem = ((7, 7), (2, 2), (3, 3), (1, 1))
+    shapes = [(32, 3, stem, 3), (8, 64, same, 3), (2, 256, half, 3)]
+    shapes += [(1, 512, same, 3), (4, 70, same, 3)] if full else []
+    for name, dtype in (DTYPES if full else {"f32": torch.float32, "bf16": torch.bfloat16}).items():
+        for side, width, window, reach in shapes:
+            cells, out, taps = 2560, side // window[1][0], window[0][0] ** 2
+            table = meta(cells, reach * reach, dtype=torch.int32)
+            label = f"{name} cell {side} C={width} k={window[0][0]}"
+            x = meta(cells, side, side, width, dtype=dtype)
+            rows = meta(cells * out * out, taps * width, dtype=dtype)
+            frame = meta(cells, side + 2, side + 2, width, dtype=dtype)
+            yield label, conv.halo_cells, (x, table, (1, 1, 1, 1))
+            yield label, conv.halo_cells_backward, (frame, table, (1, 1, 1, 1))
+            yield label, conv.gather_taps, (x, table, *window)
+            yield label, conv.gather_taps_backward, (rows, table, x.shape[1:], *window)
+
+
+def cell_norm_cases(full: bool):
+    from maefast.kernels import cell_norm
+
+    shapes = [(16 * 112 * 112, 96, None), (16 * 20 * 4, 768, 4), *([(16 * 224 * 224, 24, None)] if full else [])]
+    shapes += [(16 * 20 * 64, 256, 64), (999, 70, 1)] if full else []
+    for name, dtype in (DTYPES if full else {"bf16": torch.bfloat16}).items():
+        for rows, width, sites in shapes:
+            cu, segments = (None, 1) if sites is None else (ints(17), 16)
+            sites = sites or 1
+            x, table, bias = meta(rows, width, dtype=dtype), meta(segments, width), meta(width)
+            label = f"{name} C={width}{'' if cu is None else ' segments'}"
+            yield label, cell_norm.segment_stats, (x, cu, sites)
+            for act in (0, 1, 2):
+                tables = cu, sites, table, table, bias
+                for other in (None, x):
+                    text = f"{label} act {act}{'' if other is None else ' residual'}"
+                    yield text, cell_norm.norm_act, (x, other, *tables, act)
+                    if other is None or act:
+                        yield text, cell_norm.norm_act_sums, (x, x, other, *tables, act)
+                for moved in (None, table):
+                    text = f"{label} act {act}{'' if moved is None else ' moving'}"
+                    yield text, cell_norm.norm_act_backward, (x, x, *tables, moved, moved, act)
+
+
 def wide_cases(full: bool):
     """Sizes at which row or segment numbers, or offsets in one image, pass 2^31."""
     from maefast.kernels import embed, loss, restore
@@ -317,6 +341,9 @@ CASES = (
     norm_cases,
     gelu_cases,
     attention_cases,
+    cell_norm_cases,
+    cells_cases,
+    pool_cases,
     sparse_conv_cases,
     wide_cases,
 )
