@@ -313,6 +313,22 @@ def cell_norm_cases(full: bool):
                     yield text, cell_norm.norm_act_backward, (x, x, *tables, moved, moved, act)
 
 
+def depthwise_cases(full: bool):
+    from maefast.kernels import depthwise
+
+    levels = [(8, 96), (4, 192), (2, 384), (1, 768)] if full else [(8, 96), (1, 768)]
+    for name, dtype in (DTYPES if full else {"f32": torch.float32, "bf16": torch.bfloat16}).items():
+        for size in (3, 5, 7) if full else (7,):
+            for h, channels in levels:
+                side = 2 * (-(-(size // 2) // h)) + 1
+                label = f"{name} {size}x{size} {h}x{h}x{channels}"
+                x, table = meta(2432, h, h, channels, dtype=dtype), meta(2432, side * side, dtype=torch.int32)
+                taps = meta(size * size, channels)
+                yield label, depthwise.depthwise, (x, table, taps, meta(channels), False)
+                yield f"{label} flip", depthwise.depthwise, (x, table, taps, None, True)
+                yield label, depthwise.depthwise_grad_weight, (x, x, table, size)
+
+
 def wide_cases(full: bool):
     """Sizes at which row or segment numbers, or offsets in one image, pass 2^31."""
     from maefast.kernels import embed, loss, restore
@@ -345,6 +361,7 @@ CASES = (
     cells_cases,
     pool_cases,
     sparse_conv_cases,
+    depthwise_cases,
     wide_cases,
 )
 
