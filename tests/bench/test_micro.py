@@ -36,6 +36,11 @@ def test_every_public_token_op_is_there():
         "add_norm",
         "bias_gelu",
         "patch_loss",
+        "pack_cells",
+        "unpack_cells",
+        "max_pool_cells",
+        "avg_pool_cells",
+        "global_pool_cells",
         "conv_cells",
     }
     assert {case.direction for case in CASES} == {suite.FORWARD, suite.BOTH}
