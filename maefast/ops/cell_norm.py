@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _checks, _dispatch, _registry, _sync
+from maefast.ops import _cell_norm, _checks, _dispatch, _registry, _sync
+from maefast.ops._cell_norm import ACTIVATIONS
 from maefast.ops.cells import CellMask, check_cells
 
-ACTIVATIONS = ("none", "relu", "relu6")
 GRN_SCOPES = ("sample", "batch", "dense")
 
 
@@ -92,7 +91,7 @@ def batch_norm_act(
     count = None
     with torch.no_grad():
         if training:
-            mean, var = _registry.raw("segment_stats", name)(x.detach(), None, 1)
+            mean, var = _registry.raw("segment_stats", name)(x, None, 1)
             count = rows
             if process_group is not None:
                 mean, var, count = _sync.combine(mean, var, rows, process_group)
@@ -105,9 +104,9 @@ def batch_norm_act(
         rstd = (var + eps).rsqrt()
     other = None if residual is None else residual.reshape(-1, channels)
     code = ACTIVATIONS.index(act)
-    return _NormAct.apply(x, other, weight, bias, mean, rstd, count, None, 1, channels, code, process_group, name).view(
-        shape
-    )
+    return _cell_norm.NormAct.apply(
+        x, other, weight, bias, mean, rstd, count, None, 1, channels, code, process_group, name
+    ).view(shape)
 
 
 def batch_norm_act_reference(
@@ -144,8 +143,8 @@ def batch_norm_act_reference(
 @torch.no_grad()
 def _update(running_mean, running_var, mean, var, count, momentum) -> None:
     unbiased = var * (count / (count - 1))
-    running_mean.lerp_(mean.detach().view_as(running_mean).to(running_mean.dtype), momentum)
-    running_var.lerp_(unbiased.detach().view_as(running_var).to(running_var.dtype), momentum)
+    running_mean.lerp_(mean.view_as(running_mean).to(running_mean.dtype), momentum)
+    running_var.lerp_(unbiased.view_as(running_var).to(running_var.dtype), momentum)
 
 
 # --- norms of each sample ----------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def group_norm_cells(
     cu, sites, counts = _segments(x, plan)
     rows = x.reshape(-1, channels).contiguous()
     with torch.no_grad():
-        mean, var = _registry.raw("segment_stats", name)(rows.detach(), cu, sites)
+        mean, var = _registry.raw("segment_stats", name)(rows, cu, sites)
         if groups < channels:  # every channel of a sample counts the same rows
             grouped = mean.unflatten(1, (groups, -1))
             mean = grouped.mean(2, keepdim=True)
@@ -192,7 +191,9 @@ def group_norm_cells(
             mean, var = (s.expand_as(grouped).flatten(1).contiguous() for s in (mean, var))
         rstd = (var + eps).rsqrt()
     counts = counts.to(mean.dtype)[:, None]
-    return _NormAct.apply(rows, None, weight, bias, mean, rstd, counts, cu, sites, groups, 0, None, name).view(x.shape)
+    return _cell_norm.NormAct.apply(
+        rows, None, weight, bias, mean, rstd, counts, cu, sites, groups, 0, None, name
+    ).view(x.shape)
 
 
 def group_norm_cells_reference(
@@ -262,7 +263,9 @@ def grn(
         cu, counts = None, rows.shape[0]
     else:
         counts = counts.to(weight.dtype)[:, None]
-    return _Grn.apply(rows, weight, bias, counts, cu, sites, eps, eps if scope == "sample" else 0.0, name).view(x.shape)
+    return _cell_norm.Grn.apply(
+        rows, weight, bias, counts, cu, sites, eps, eps if scope == "sample" else 0.0, name
+    ).view(x.shape)
 
 
 def grn_reference(x: Tensor, plan: CellMask | None, weight: Tensor, bias: Tensor, eps: float, scope: str) -> Tensor:
@@ -293,7 +296,7 @@ def segment_sum(x: Tensor, plan: CellMask | None, *, backend: str | None = None)
     if name == "reference":
         return segment_sum_reference(x, plan)
     cu, sites, counts = _segments(x, plan)
-    return _SegmentSum.apply(x, cu, counts, sites, name)
+    return _cell_norm.SegmentSum.apply(x, cu, counts, sites, name)
 
 
 def segment_sum_reference(x: Tensor, plan: CellMask | None) -> Tensor:
@@ -304,116 +307,7 @@ def segment_sum_reference(x: Tensor, plan: CellMask | None) -> Tensor:
     return torch.stack([part.sum(0) for part in cells.split(_cell_counts(plan))])
 
 
-# --- autograd ----------------------------------------------------------------------------------------------
-
-
-class _NormAct(torch.autograd.Function):
-    """``act((x - mean) * rstd * weight + bias + residual)`` where mean and rstd [B, C] are those of x (count: rows of
-    each segment, over all ranks) or constants (count None)."""
-
-    @staticmethod
-    def forward(ctx, x, residual, weight, bias, mean, rstd, count, cu, sites, groups, act, process_group, name):
-        residual = None if residual is None else residual.contiguous()
-        scale = rstd * weight
-        y = _registry.raw("norm_act", name)(x, residual, cu, sites, mean, scale, bias.contiguous(), act)
-        # The activation's gate: from x where nothing was added, from y for relu, from x and residual for relu6.
-        gate = None if residual is None or not act else y if ACTIVATIONS[act] == "relu" else residual
-        is_tensor = isinstance(count, Tensor)
-        ctx.save_for_backward(x, gate, weight, bias, mean, rstd, scale, cu, count if is_tensor else None)
-        ctx.count = None if is_tensor else count
-        ctx.constant = count is None
-        ctx.settings = sites, groups, act, process_group, name
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, gate, weight, bias, mean, rstd, scale, cu, count = ctx.saved_tensors
-        count = ctx.count if count is None else count
-        sites, groups, act, process_group, name = ctx.settings
-        need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
-        grad = grad.contiguous()
-        bias = bias.contiguous()
-        grad_x = grad_residual = grad_weight = grad_bias = offset = slope = None
-        gated = gate is not None
-        if gated or need_weight or need_bias or (need_x and not ctx.constant):
-            run = _registry.raw("norm_act_sums", name)
-            passed, sums = run(grad, x, gate, cu, sites, mean, scale, bias, act)
-            if gated:
-                grad, act = passed, 0  # the gradient behind the activation
-            grad_bias = sums[0].sum(0) if need_bias else None
-            grad_weight = (sums[1] * rstd).sum(0) if need_weight else None
-            if need_x and not ctx.constant:
-                if process_group is not None:
-                    sums = _sync.reduce(sums, process_group)
-                total, product = _over_groups(sums * weight, groups)
-                each = count * (weight.shape[0] // groups)
-                offset = rstd * (total / each)
-                slope = rstd.pow(3) * (product / each)
-        if need_residual:
-            grad_residual = grad
-        if need_x:
-            run = _registry.raw("norm_act_backward", name)
-            grad_x = run(grad, x, cu, sites, mean, scale, bias, offset, slope, act)
-        return grad_x, grad_residual, grad_weight, grad_bias, *(None,) * 9
-
-
-def _over_groups(sums: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Sums [2, B, C] over the channels of each group, at every channel."""
-    if groups < sums.shape[2]:
-        parts = sums.unflatten(2, (groups, -1))
-        sums = parts.sum(3, keepdim=True).expand_as(parts).flatten(2)
-    return sums[0], sums[1]
-
-
-class _Grn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, counts, cu, sites, eps, root_eps, name):
-        mean, var = _registry.raw("segment_stats", name)(x, cu, sites)
-        response = ((var + mean.square()) * counts + root_eps).sqrt()  # a sum of squares, without cancellation
-        divisor = response.mean(1, keepdim=True) + eps
-        scale = weight * (response / divisor) + 1
-        zeros = torch.zeros_like(mean)
-        bias = bias.contiguous()
-        y = _registry.raw("norm_act", name)(x, None, cu, sites, zeros, scale, bias, 0)
-        ctx.save_for_backward(x, weight, bias, cu, response, divisor, scale)
-        ctx.settings = sites, name
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight, bias, cu, response, divisor, scale = ctx.saved_tensors
-        sites, name = ctx.settings
-        grad = grad.contiguous()
-        zeros = torch.zeros_like(scale)
-        _, sums = _registry.raw("norm_act_sums", name)(grad, x, None, cu, sites, zeros, scale, bias, 0)
-        normed = response / divisor
-        grad_normed = weight * sums[1]
-        grad_response = (grad_normed - (grad_normed * normed).mean(1, keepdim=True)) / divisor
-        slope = torch.where(response > 0, -grad_response / response, zeros)
-        run = _registry.raw("norm_act_backward", name)
-        grad_x = run(grad, x, cu, sites, zeros, scale, bias, zeros, slope, 0) if ctx.needs_input_grad[0] else None
-        return grad_x, (sums[1] * normed).sum(0), sums[0].sum(0), *(None,) * 6
-
-
-class _SegmentSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, cu, counts, sites, name):
-        mean, _ = _registry.raw("segment_stats", name)(x.reshape(-1, x.shape[-1]).contiguous(), cu, sites)
-        ctx.save_for_backward(cu)
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        return mean * counts.to(mean.dtype)[:, None]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (cu,) = ctx.saved_tensors
-        rows = torch.repeat_interleave(grad.to(ctx.dtype), cu.diff().long(), dim=0, output_size=ctx.shape[0])
-        return rows[:, None, None, :].expand(ctx.shape), *(None,) * 4
-
-
-# --- helpers -----------------------------------------------------------------------------------------------
+# --- helpers ---------------------------------------------------------------------------------------------------
 
 
 def _wide(x: Tensor) -> torch.dtype:

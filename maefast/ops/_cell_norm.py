@@ -1,0 +1,118 @@
+"""The autograd of `cell_norm`: two passes over rows each way, and arithmetic on [segments, C] in between."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from maefast.ops import _registry, _sync
+
+ACTIVATIONS = ("none", "relu", "relu6")  # their codes in the raw ops
+
+
+class NormAct(torch.autograd.Function):
+    """``act((x - mean) * rstd * weight + bias + residual)`` where mean and rstd [B, C] are those of x (count: rows of
+    each segment, over all ranks) or constants (count None)."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, mean, rstd, count, cu, sites, groups, act, process_group, name):
+        residual = None if residual is None else residual.contiguous()
+        scale = rstd * weight
+        y = _registry.raw("norm_act", name)(x, residual, cu, sites, mean, scale, bias.contiguous(), act)
+        # The activation's gate: from x where nothing was added, from y for relu, from x and residual for relu6.
+        gate = None if residual is None or not act else y if ACTIVATIONS[act] == "relu" else residual
+        is_tensor = isinstance(count, Tensor)
+        ctx.save_for_backward(x, gate, weight, bias, mean, rstd, scale, cu, count if is_tensor else None)
+        ctx.count = None if is_tensor else count
+        ctx.constant = count is None
+        ctx.settings = sites, groups, act, process_group, name
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, gate, weight, bias, mean, rstd, scale, cu, count = ctx.saved_tensors
+        count = ctx.count if count is None else count
+        sites, groups, act, process_group, name = ctx.settings
+        need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
+        grad = grad.contiguous()
+        bias = bias.contiguous()
+        grad_x = grad_residual = grad_weight = grad_bias = offset = slope = None
+        gated = gate is not None
+        if gated or need_weight or need_bias or (need_x and not ctx.constant):
+            run = _registry.raw("norm_act_sums", name)
+            passed, sums = run(grad, x, gate, cu, sites, mean, scale, bias, act)
+            if gated:
+                grad, act = passed, 0  # the gradient behind the activation
+            one = sums.shape[1] == 1
+            if need_bias:
+                grad_bias = sums[0, 0] if one else sums[0].sum(0)
+            if need_weight:
+                grad_weight = sums[1] * rstd
+                grad_weight = grad_weight[0] if one else grad_weight.sum(0)
+            if need_x and not ctx.constant:
+                if process_group is not None:
+                    sums = _sync.reduce(sums, process_group)
+                channels = weight.shape[0]
+                if groups == channels:
+                    share = scale / count
+                    offset, slope = sums[0] * share, sums[1] * (share * rstd * rstd)
+                else:
+                    parts = (sums * weight).unflatten(2, (groups, -1))
+                    parts = parts.sum(3, keepdim=True).expand_as(parts).flatten(2)
+                    share = rstd / (count * (channels // groups))
+                    offset, slope = parts[0] * share, parts[1] * (share * rstd * rstd)
+        if need_residual:
+            grad_residual = grad
+        if need_x:
+            run = _registry.raw("norm_act_backward", name)
+            grad_x = run(grad, x, cu, sites, mean, scale, bias, offset, slope, act)
+        return grad_x, grad_residual, grad_weight, grad_bias, *(None,) * 9
+
+
+class Grn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, counts, cu, sites, eps, root_eps, name):
+        mean, var = _registry.raw("segment_stats", name)(x, cu, sites)
+        response = ((var + mean.square()) * counts + root_eps).sqrt()  # a sum of squares, without cancellation
+        divisor = response.mean(1, keepdim=True) + eps
+        scale = weight * (response / divisor) + 1
+        zeros = torch.zeros_like(mean)
+        bias = bias.contiguous()
+        y = _registry.raw("norm_act", name)(x, None, cu, sites, zeros, scale, bias, 0)
+        ctx.save_for_backward(x, weight, bias, cu, response, divisor, scale)
+        ctx.settings = sites, name
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, bias, cu, response, divisor, scale = ctx.saved_tensors
+        sites, name = ctx.settings
+        grad = grad.contiguous()
+        zeros = torch.zeros_like(scale)
+        _, sums = _registry.raw("norm_act_sums", name)(grad, x, None, cu, sites, zeros, scale, bias, 0)
+        normed = response / divisor
+        grad_normed = weight * sums[1]
+        grad_response = (grad_normed - (grad_normed * normed).mean(1, keepdim=True)) / divisor
+        slope = torch.where(response > 0, -grad_response / response, zeros)
+        run = _registry.raw("norm_act_backward", name)
+        grad_x = run(grad, x, cu, sites, zeros, scale, bias, zeros, slope, 0) if ctx.needs_input_grad[0] else None
+        return grad_x, (sums[1] * normed).sum(0), sums[0].sum(0), *(None,) * 6
+
+
+class SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cu, counts, sites, name):
+        mean, _ = _registry.raw("segment_stats", name)(x.reshape(-1, x.shape[-1]).contiguous(), cu, sites)
+        ctx.save_for_backward(cu)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return mean * counts.to(mean.dtype)[:, None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (cu,) = ctx.saved_tensors
+        rows = torch.repeat_interleave(grad.to(ctx.dtype), cu.diff().long(), dim=0, output_size=ctx.shape[0])
+        return rows[:, None, None, :].expand(ctx.shape), *(None,) * 4
