@@ -15,7 +15,21 @@ from bench import environment, timing
 from bench.micro.shapes import Shape
 from maefast.ops import _dispatch
 
-FAMILIES = ("mask", "embed", "restore", "attention", "linear", "norm", "gelu", "loss", "cells", "pool", "sparse_conv")
+FAMILIES = (
+    "mask",
+    "embed",
+    "restore",
+    "attention",
+    "linear",
+    "norm",
+    "gelu",
+    "loss",
+    "cells",
+    "pool",
+    "cell_norm",
+    "depthwise",
+    "sparse_conv",
+)
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # The peers. `eager` is what published code does; `tuned` the best eager PyTorch we could write for the same result.
 # The last two stand for all further peers of an op (`Op.more`), without and with torch.compile.
