@@ -194,15 +194,15 @@ def norm_act_bwd_kernel(
 
 
 class _Launch:
-    """Tile and grid of the kernels on x [R, C]: 8 or 16 elements a thread, in blocks of columns with the least padding.
-    Rows that 16 does not divide move one element at a time, and segments cost registers: 8, or the kernels spill."""
+    """Tile and grid of the kernels on x [R, C]: 16 elements a thread, in blocks of columns with the least padding.
+    Rows that 16 does not divide move one element at a time, and segments cost registers: half of it for each."""
 
     def __init__(self, x: Tensor, cu: Tensor | None, summed: bool):
         self.rows, self.width = x.shape
         self.segments = 1 if cu is None else cu.shape[0] - 1
         sizes = [size for size in (16, 32, 64, 128, 256) if size <= max(16, power(self.width))]
         self.block = min(sizes, key=lambda size: (ceil_div(self.width, size) * size, -size))
-        self.tile = (2048 if self.width % 16 == 0 and cu is None else 1024) // self.block
+        self.tile = (2048 >> (self.width % 16 > 0) + (cu is not None)) // self.block
         columns = ceil_div(self.width, self.block)
         tiles = max(1, ceil_div(self.rows, self.tile * self.segments))
         self.pieces = min(tiles, max(1, PROGRAMS // (columns * self.segments))) if summed else tiles
