@@ -21,16 +21,37 @@ MAEFAST_INLINE Place place_of(const CellsArgs& a, int64_t line, int64_t x) {
   return {b * a.channels * plane + (line % height) * width + x * a.w, plane, 1};
 }
 
-// Packed and map sites of one row of a cell, [w][C] against [C][w]. Channels inside: a packed line of cache
-// is written or read whole while the few map lines of its sites stay cached.
+// Packed and map sites of one row of a cell, [w][C] against [C][w]. The few channels of an image are
+// unrolled, so that the compiler interleaves registers; of many, a packed cache line is written or read whole
+// while the map lines of its sites stay cached.
 template <class X>
-MAEFAST_INLINE void from_planes(const X* map, int64_t plane, X* cell, int64_t w, int64_t channels) {
+MAEFAST_INLINE void from_planes(const X* __restrict map, int64_t plane, X* __restrict cell, int64_t w,
+                                int64_t channels) {
+  if (channels == 3) {
+    const X *a = map, *b = map + plane, *c = map + 2 * plane;
+    for (int64_t j = 0; j < w; ++j) {
+      cell[3 * j] = a[j];
+      cell[3 * j + 1] = b[j];
+      cell[3 * j + 2] = c[j];
+    }
+    return;
+  }
   for (int64_t j = 0; j < w; ++j)
     for (int64_t c = 0; c < channels; ++c) cell[j * channels + c] = map[c * plane + j];
 }
 
 template <class X>
-MAEFAST_INLINE void to_planes(const X* cell, X* map, int64_t plane, int64_t w, int64_t channels) {
+MAEFAST_INLINE void to_planes(const X* __restrict cell, X* __restrict map, int64_t plane, int64_t w,
+                              int64_t channels) {
+  if (channels == 3) {
+    X *a = map, *b = map + plane, *c = map + 2 * plane;
+    for (int64_t j = 0; j < w; ++j) {
+      a[j] = cell[3 * j];
+      b[j] = cell[3 * j + 1];
+      c[j] = cell[3 * j + 2];
+    }
+    return;
+  }
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t j = 0; j < w; ++j) map[c * plane + j] = cell[j * channels + c];
 }
@@ -80,8 +101,11 @@ void unpack_cells_typed(const CellsArgs& a, int64_t begin, int64_t end) {
         if (!fill) zero_row(out, row);
         for (int64_t j = 0; fill && j < a.w; ++j) convert_row(fill, out + j * p.site, a.channels);
       } else {
-        for (int64_t c = 0; c < a.channels; ++c)
-          for (int64_t j = 0; j < a.w; ++j) out[c * p.channel + j] = fill ? fill[c] : X(0);
+        for (int64_t c = 0; c < a.channels; ++c) {
+          X* row_of_plane = out + c * p.channel;
+          if (!fill) zero_row(row_of_plane, a.w);
+          for (int64_t j = 0; fill && j < a.w; ++j) row_of_plane[j] = fill[c];
+        }
       }
     }
   }
