@@ -27,7 +27,10 @@ def test_numerics_on(isa):
     if isa == _native.C.current_isa():
         pytest.skip(f"{isa} is what the other tests of this process run on")
     env = {**os.environ, "MAEFAST_CPU_ISA": isa, "MAEFAST_TEST_EXAMPLES": "15"}
-    files = [str(Path(__file__).with_name(name)) for name in ("test_numerics.py", "test_threads.py", "test_gelu.py")]
+    files = [
+        str(Path(__file__).with_name(name))
+        for name in ("test_numerics.py", "test_threads.py", "test_gelu.py", "test_sparse_conv.py")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
