@@ -34,6 +34,8 @@ class MaskedAutoencoder(nn.Module):
         grid_size: (rows, columns) of patches. num_patches: N.
         norm_pix_loss: targets are normalised patch by patch, (t - mean) / sqrt(unbiased_var + 1e-6).
         keep_rule: how a mask ratio becomes a count, see `maefast.masking.keep_count`.
+        usual_mask_ratio: that of the paper. no_decay: starts of the names of parameters that its recipe leaves without
+            weight decay, besides vectors and biases.
     """
 
     img_size: tuple[int, int]
@@ -43,6 +45,8 @@ class MaskedAutoencoder(nn.Module):
     num_patches: int
     norm_pix_loss: bool
     keep_rule = "floor"
+    usual_mask_ratio = 0.75
+    no_decay: tuple[str, ...] = ()
 
     def predict(self, images: Tensor, plan: TokenMask) -> Tensor:
         """Predictions of all patches, [B, N, K] in (ph, pw, C) order; those of visible patches were never trained."""

@@ -36,6 +36,8 @@ class FCMAE(MaskedAutoencoder):
         name: recorded in `config`.
     """
 
+    usual_mask_ratio = 0.6
+
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,

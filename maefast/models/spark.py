@@ -19,6 +19,7 @@ from maefast.nn.batch_norm import batch_norm_map
 from maefast.nn.decoder import PREDICTIONS
 from maefast.nn.init import TOKEN_STD
 from maefast.nn.patch_embed import pair
+from maefast.nn.sync_batch_norm import SyncBatchNorm2d, synchronise_
 from maefast.ops import CellMask, TokenMask
 from maefast.ops._checks import one_of
 
@@ -96,6 +97,8 @@ class SparK(MaskedAutoencoder):
     """
 
     keep_rule = "round"
+    usual_mask_ratio = 0.6
+    no_decay = ("mask_tokens.",)
 
     def __init__(
         self,
@@ -129,9 +132,9 @@ class SparK(MaskedAutoencoder):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
         plain = isinstance(encoder, convnext.ConvNeXt)
-        norm = nn.SyncBatchNorm if sync_bn else nn.BatchNorm2d
+        norm = SyncBatchNorm2d if sync_bn else nn.BatchNorm2d
         if sync_bn:
-            encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+            synchronise_(encoder)
         self.sparse_encoder = SparseEncoder(encoder)
         self.dense_decoder = LightDecoder(ratio, decoder_width, in_chans, norm)
         self.densify_norms, self.densify_projs = nn.ModuleList(), nn.ModuleList()

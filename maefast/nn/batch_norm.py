@@ -1,4 +1,4 @@
-"""`nn.BatchNorm2d` and `nn.SyncBatchNorm` through `maefast.ops.batch_norm_act`: buffers as torch keeps them."""
+"""`nn.BatchNorm2d` and SyncBatchNorm (of two kinds) through `maefast.ops.batch_norm_act`: buffers as torch's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def norm_arguments(norm: Norm) -> dict:
         if momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)
     kept = not norm.training or norm.track_running_stats
-    sync = isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()
+    sync = hasattr(norm, "process_group") and norm.training and dist.is_available() and dist.is_initialized()
     return {
         "weight": norm.weight,
         "bias": norm.bias,
