@@ -18,6 +18,7 @@ Masked convnets: cells of 32 x 32 pixels are masked, and the encoder computes th
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -35,6 +36,7 @@ __all__ = [
     "MaskedAutoencoderViT",
     "Reconstruction",
     "SparK",
+    "argument_names",
     "create",
     "list_models",
     "load_checkpoint",
@@ -54,7 +56,7 @@ _PRESETS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     }.items()
 }
 _PRESETS.update({f"spark_{name}": (SparK, {"encoder": name}) for name in ENCODERS})
-_PRESETS["fcmae"] = (FCMAE, {})
+_PRESETS.update(spark=(SparK, {}), fcmae=(FCMAE, {}))
 _PRESETS.update(
     {
         f"fcmae_convnextv2_{size}": (FCMAE, {"depths": depths, "widths": widths})
@@ -75,12 +77,22 @@ def create(name: str, **overrides: Any) -> nn.Module:
     Args:
         name: see `list_models`.
         overrides: any argument of the model's class: img_size, patch_size, in_chans, embed_dim, depth, num_heads,
-            decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio, norm_pix_loss, positions, norm_eps.
+            decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio, norm_pix_loss, positions, norm_eps for a
+            ViT; see `SparK` and `FCMAE` for theirs.
 
     Raises:
         ValueError: unknown name or sizes that do not fit. TypeError: unknown override.
     """
+    cls, preset = _preset(name)
+    return cls(**{**preset, **overrides}, name=name)
+
+
+def argument_names(name: str) -> list[str]:
+    """The overrides that ``create(name, ...)`` takes. ValueError: unknown name."""
+    return [argument for argument in inspect.signature(_preset(name)[0]).parameters if argument != "name"]
+
+
+def _preset(name: str) -> tuple[type[nn.Module], dict[str, Any]]:
     if name not in _PRESETS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(list_models())}")
-    cls, preset = _PRESETS[name]
-    return cls(**{**preset, **overrides}, name=name)
+    return _PRESETS[name]

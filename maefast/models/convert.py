@@ -1,6 +1,7 @@
 """Weights under other libraries' names.
 
     MAE          facebookresearch/mae and maefast; the encoder's names are also timm's ViT's
+    convnets     see `maefast.models.convnames`
     HF "5"       transformers 5: `vit.layers.0.attention.q_proj`, ...
     HF "4"       transformers 4: `vit.encoder.layer.0.attention.attention.query`, ...
 
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from maefast.models.convnames import FCMAE, HEADS, SPARK, family
 from maefast.ops._checks import one_of
 
 LAYOUTS = ("4", "5")
@@ -54,8 +56,23 @@ _HF_BLOCK = re.compile(r"(?:(decoder\.decoder_layers)|(?:encoder\.layer|layers))
 _HEADS = ("pooler.", "classifier.")  # of HF's ViT; no part of a masked autoencoder
 
 
+def encoder_prefix(state: Mapping[str, Tensor]) -> str:
+    """What the encoder's names start with in the state dict of a whole model; "" for MAE and for bare encoders."""
+    return next((prefix for prefix in (SPARK, FCMAE) if any(key.startswith(prefix) for key in state)), "")
+
+
 def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's part of an MAE state dict: the state dict of `maefast.nn.Encoder` and of timm's headless ViT."""
+    """The encoder's part of a state dict, under the names that the encoder has alone.
+
+    For MAE these are the names of `maefast.nn.Encoder` and of timm's headless ViT, for SparK and FCMAE those of
+    `maefast.models.resnet.ResNet` (and timm's) or `maefast.models.convnext.ConvNeXt` (and the authors'), without the
+    parts of a classifier.
+    """
+    prefix = encoder_prefix(state)
+    if prefix:
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if family(state) in ("spark", "fcmae"):
+        return {key: value for key, value in state.items() if not key.startswith(HEADS)}
     return {key: value for key, value in state.items() if key != "mask_token" and not key.startswith("decoder_")}
 
 

@@ -149,7 +149,7 @@ def test_bad_files(tmp_path):
         read_state_dict(tmp_path / "code.pth")
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("mae")])
 def test_config_is_json_and_rebuilds(name):
     with torch.device("meta"):
         model = create(name, img_size=(64, 96), patch_size=16, in_chans=2, norm_pix_loss=True, decoder_depth=1, depth=2)
