@@ -42,6 +42,7 @@ class Format(str, Enum):
     hf = "hf"
     hf4 = "hf4"
     mae = "mae"
+    official = "official"
 
 
 # Arguments that several commands share.
@@ -70,8 +71,8 @@ def pretrain(
     model_arg: Annotated[list[str] | None, option("model_arg")] = None,
     img_size: Annotated[str | None, option("img_size")] = None,
     patch_size: Annotated[int | None, option("patch_size")] = None,
-    mask_ratio: Annotated[float, option("mask_ratio")] = 0.75,
-    norm_pix: Annotated[bool, option("norm_pix")] = True,
+    mask_ratio: Annotated[float | None, option("mask_ratio")] = None,
+    norm_pix: Annotated[bool | None, option("norm_pix")] = None,
     init_from: Annotated[str | None, option("init_from")] = None,
     recompute: Annotated[bool, option("recompute")] = False,
     epochs: Annotated[float, option("epochs")] = 400.0,
@@ -108,7 +109,9 @@ def pretrain(
     One GPU or CPU: run it as it is. Several: torchrun --nproc-per-node 8 -m maefast.cli pretrain …, or accelerate
     launch. Ctrl-C (or SIGTERM) finishes the step and saves; the same command goes on from there.
 
-    Example: maefast pretrain --data photos/ --model mae_small --img-size 96 --patch-size 8 --amp bf16
+    Examples: maefast pretrain --data photos/ --model mae_small --img-size 96 --patch-size 8 --amp bf16
+
+    maefast pretrain --data photos/ --model spark_resnet50 --img-size 96
     """
     given = {name: value for name, value in ctx.params.items() if _was_given(ctx, name)}
 
@@ -145,7 +148,12 @@ def reconstruct(
     checkpoint: Source,
     images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("reconstruction.png"),
-    mask_ratio: Annotated[float, typer.Option(help="Share of the patches that is masked.")] = 0.75,
+    mask_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the patches that is masked.", show_default="the model's: 0.75, masked convnets 0.6"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Fixes the masks.")] = 0,
     norm_pix: Annotated[
         bool | None,
@@ -176,8 +184,10 @@ def export(
 ) -> None:
     """Write the weights in another library's layout.
 
-    timm: the encoder as timm's vit_* name it. hf: the encoder for transformers' ViTModel, 5.x names; hf4: with 4.x
-    names. mae: all weights under the names of facebookresearch/mae.
+    timm: the encoder as timm's vit_*, resnet* or convnext* name it. hf: a ViT encoder for transformers' ViTModel, 5.x
+    names; hf4: with 4.x names. mae: all weights under the model's own names, which are those of facebookresearch/mae
+    and of SparK. official: the file that the authors' fine-tuning code reads: MAE's whole model, SparK's encoder alone,
+    FCMAE's sparse kernels.
     """
 
     def run() -> None:

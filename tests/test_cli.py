@@ -100,6 +100,29 @@ def test_reconstruct_and_export(trained, tmp_path):
         assert (tmp_path / name).exists()
 
 
+def test_a_masked_convnet_end_to_end(trained, tmp_path):
+    photos, out = trained[0], tmp_path / "out"
+    net = ["--model-arg=depths=[1,1,1,1]", "--model-arg=widths=[8,8,16,16]", "--model-arg=decoder_embed_dim=16"]
+    options = ["--steps", 2, "--batch-size", 4, "--workers", 0, "--device", "cpu", "--img-size", "64", "-o", out]
+    result = run("pretrain", "--data", photos, "--model", "fcmae", *net, *options)
+    assert result.exit_code == 0, result.output
+    result = run("reconstruct", out, sorted(photos.rglob("*.png"))[0], "-o", tmp_path / "picture.png")
+    assert result.exit_code == 0, result.output
+    for format in ("timm", "official", "mae"):
+        result = run("export", out, tmp_path / f"{format}.safetensors", "--format", format)
+        assert result.exit_code == 0, result.output
+        assert f"({format} names)" in result.output
+    result = run("export", out, tmp_path / "hf", "--format", "hf")
+    assert result.exit_code == 1
+    assert result.output.startswith("error: --format hf is for a ViT")
+
+
+def test_help_names_every_family():
+    text = " ".join(run("pretrain", "--help").output.replace("│", " ").split())
+    for name in ("mae_base", "spark_resnet50", "spark_convnext_{", "fcmae_convnextv2_{", "sync_bn=true"):
+        assert name in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,6 +133,8 @@ def test_reconstruct_and_export(trained, tmp_path):
         (["pretrain", "--data", "x", "--img-size", "big"], "--img-size wants"),
         (["pretrain", "--data", "x", "--model-arg", "depth"], "NAME=VALUE"),
         (["pretrain", "--config", "/nowhere.yaml"], "No such file"),
+        (["pretrain", "--data", "skimage", "--model", "spark_resnet50", "--no-norm-pix"], "always normalised"),
+        (["pretrain", "--data", "skimage", "--model", "spark_resnet50", "--patch-size", 16], "has no --patch-size"),
         (["reconstruct", "/nowhere", "a.png"], "no such checkpoint"),
         (["export", "/nowhere", "a.safetensors"], "no such checkpoint"),
         (["bench", "nothing"], "no benchmark 'nothing'"),

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-00000500` with
 
-    model.safetensors       weights, parameter names of the original MAE
+    model.safetensors       weights, parameter names of the authors' code
     optimizer.safetensors   AdamW's tensors, "<kind>.<parameter name>"
     state.json              everything else: step, position in the data, configuration, scaler, sizes of the other files
 

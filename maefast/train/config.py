@@ -23,8 +23,8 @@ class PretrainConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
     img_size: int | list[int] | None = None
     patch_size: int | None = None
-    mask_ratio: float = 0.75
-    norm_pix: bool = True
+    mask_ratio: float | None = None
+    norm_pix: bool | None = None
     init_from: str | None = None
     recompute: bool = False
     # Length and optimisation.
@@ -83,7 +83,10 @@ class PretrainConfig:
             value = getattr(self, name)
             must(value >= 0 and math.isfinite(value), f"{_flag(name)} must not be negative, and is {value}")
         must(0 <= self.seed < 2**63, f"--seed must lie in 0 … 2**63-1, not {self.seed}")
-        must(0 < self.mask_ratio < 1, f"--mask-ratio must lie strictly between 0 and 1, not {self.mask_ratio}")
+        must(
+            self.mask_ratio is None or 0 < self.mask_ratio < 1,
+            f"--mask-ratio must lie strictly between 0 and 1, not {self.mask_ratio}",
+        )
         must(self.steps is None or self.steps >= 1, f"--steps must be at least 1, not {self.steps}")
         must(self.epochs > 0 and math.isfinite(self.epochs), f"--epochs must be positive, not {self.epochs}")
         must(self.blr > 0 and math.isfinite(self.blr), f"--blr must be positive, not {self.blr}")

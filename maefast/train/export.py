@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from maefast.models.convert import encoder_state, mae_to_hf
+from maefast.models.convnames import FCMAE, convnext_to_timm, fcmae_to_sparse
 
 from .data import MEAN, STD
 from .errors import ConfigError
@@ -53,27 +54,41 @@ def export_file(path: str | Path, output: str | Path, format: str, name: str | N
     config.json and preprocessor_config.json for `ViTModel.from_pretrained(folder, add_pooling_layer=False)`.
     """
     weights, output = open_weights(path), Path(output)
+    if format in _HF_LAYOUTS and weights.family != "mae":
+        raise ConfigError(
+            f"--format {format} is for a ViT, and {weights.source} holds a convnet: transformers has no such encoder "
+            "under names of its own that maefast knows; use timm, official or mae"
+        )
     folder = format in ("hf", "hf4") and output.suffix not in (".safetensors", ".pth", ".pt")
     if not folder and output.suffix not in (".safetensors", ".pth", ".pt"):
         raise ConfigError(f"{output}: give a file name that ends in .safetensors or .pth")
     metadata = {"format": "pt"}
+    inside = None  # the key of a .pth under which the weights stand
     if format == "timm":
-        tensors = encoder_state(weights.tensors)  # timm's ViT has the original's names
+        tensors = encoder_state(weights.tensors)  # timm's ViT and ResNet have our names
+        if "downsample_layers.0.0.weight" in tensors:
+            tensors = convnext_to_timm(tensors)
     elif format in _HF_LAYOUTS:
         tensors = mae_to_hf(encoder_state(weights.tensors), _HF_LAYOUTS[format], prefix="")
-    elif format == "mae":
+    elif format == "official" and weights.family == "spark":
+        tensors = encoder_state(weights.tensors)
+    elif format == "official" and weights.family == "fcmae":
+        inside = "model"
+        tensors = fcmae_to_sparse({FCMAE + key: value for key, value in encoder_state(weights.tensors).items()})
+    elif format in ("mae", "official"):
+        inside = "module" if weights.family == "spark" else "model"
         tensors = weights.tensors
         if weights.config:
             metadata["maefast"] = json.dumps(weights.config)
     else:
-        raise ConfigError(f"--format must be timm, hf, hf4 or mae, not {format!r}")
+        raise ConfigError(f"--format must be timm, hf, hf4, mae or official, not {format!r}")
     target = output / "model.safetensors" if folder else output
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}  # chunks share memory
     if target.suffix == ".safetensors":
         _replace(target, lambda temporary: save_file(tensors, temporary, metadata))
     else:
-        document = {"model": tensors} if format == "mae" else tensors
+        document = {inside: tensors} if inside else tensors
         _replace(target, lambda temporary: torch.save(document, temporary))
     lines = [f"wrote {len(tensors)} tensors from {weights.source} to {target} ({format} names)"]
     if folder:
@@ -84,6 +99,8 @@ def export_file(path: str | Path, output: str | Path, format: str, name: str | N
         lines.append(f'load it with ViTModel.from_pretrained("{output}", add_pooling_layer=False)')
     elif format in _HF_LAYOUTS:
         lines.append("ViTConfig must have layer_norm_eps=1e-6; name a folder instead of a file to get a config.json")
+    if format == "timm" and "stem.0.weight" in tensors:
+        lines.append("there is no norm behind the last stage in it: load it with strict=False, which reports head.norm")
     if format != "mae" and not weights.has_decoder:
         lines.append("the source has no decoder, which this format does not need")
     return lines
@@ -94,16 +111,17 @@ def reconstruct_files(
     images: Sequence[Path],
     output: Path,
     *,
-    mask_ratio: float = 0.75,
+    mask_ratio: float | None = None,
     seed: int = 0,
     norm_pix: bool | None = None,
     name: str | None = None,
 ) -> None:
     """Draw the reconstructions of image files (centre crops in the model's size; image i gets mask i of `seed`)."""
     from . import pictures
-    from .weights import check_mask, image_shape
+    from .weights import check_mask, image_shape, mask_ratio_of
 
     model = make_model(open_weights(path), name, norm_pix)
+    mask_ratio = mask_ratio_of(model, mask_ratio)
     check_mask(model, mask_ratio)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model.to(device).eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from .images import find_images
 from .metrics import MetricsFile, Progress, Row, open_tensorboard, read_rows, save_loss_curve
 from .resume import choose_checkpoint, compare
 from .signals import StopSignal
-from .weights import build_model, image_shape, load_pretrained
+from .weights import build_model, image_shape, load_pretrained, mask_ratio_of
 
 try:
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -93,13 +93,17 @@ def pretrain(config: PretrainConfig, *, create_model: Callable[..., nn.Module] |
 
 class Run:
     def __init__(self, config: PretrainConfig, create_model: Callable[..., nn.Module] | None):
-        self.config, self.out = config, Path(config.output_dir)
+        self.out = Path(config.output_dir)
         self.accelerator = make_accelerator(config)
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
         self.device = self.accelerator.device
         self.images = find_images(config.data)
         torch.manual_seed(config.seed)
         self.model = build_model(config, create_model)
+        # What was left to the model is written down as what it came to.
+        norm_pix = getattr(self.model, "norm_pix_loss", config.norm_pix)
+        self.config = replace(config, mask_ratio=mask_ratio_of(self.model, config.mask_ratio), norm_pix=norm_pix)
+        self.model_config = getattr(self.model, "config", None) or {}  # a SparK around your own net has none
         self.channels, *self.size = image_shape(self.model)
         self.batch_images = config.batch_size * config.accum * self.world
         self.total = config.steps or max(1, -(-int(config.epochs * len(self.images)) // self.batch_images))
@@ -174,7 +178,7 @@ class Run:
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
-        for line in compare(state, self.config, self.model.config, self.images, self.total):
+        for line in compare(state, self.config, self.model_config, self.images, self.total):
             self._say(line)
         checkpoint.restore(path, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
@@ -281,7 +285,8 @@ class Run:
 
     def _save(self) -> None:
         # A finite loss can still have had infinite gradients; such weights must not replace a good checkpoint.
-        norm = torch.nn.utils.get_total_norm(self.model.parameters())
+        buffers = (buffer for buffer in self.model.buffers() if buffer.is_floating_point())  # of batch norms
+        norm = torch.nn.utils.get_total_norm([*self.model.parameters(), *buffers])
         if not bool(norm.isfinite()):
             raise NonFiniteLoss(self.done, float(norm), self.last, what="norm of the weights")
         if self.main:
@@ -291,7 +296,7 @@ class Run:
                 step=self.done,
                 position=self.position,
                 config=self.config.to_dict(),
-                model_config=self.model.config,
+                model_config=self.model_config,
                 scaler=scaler.state_dict() if scaler is not None else None,
                 extra={
                     "total": self.total,
@@ -313,7 +318,7 @@ class Run:
         if self.examples is None:
             return
         columns = pictures.reconstruct(self.model, self.examples, self.config.mask_ratio, self.device)
-        title = f"{self.config.model}, step {self.done}, {self.config.mask_ratio:.0%} of the patches masked"
+        title = f"{self.config.model}, step {self.done}, {self.config.mask_ratio:.0%} masked"
         pictures.save_picture(columns, self.examples.names, path, title)
         if self.tensorboard is not None:
             pictures_row = torch.cat([torch.cat(list(column), 1) for column in columns], 2)

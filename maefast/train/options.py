@@ -17,14 +17,16 @@ HELP = {
         "cache_mb": "Memory for decoded images, all workers together.",
     },
     "Model": {
-        "model": "Name of the model: mae_tiny, mae_small, mae_base, mae_large, mae_huge.",
-        "model_arg": "Override an argument of the model, NAME=VALUE; repeatable. Example: depth=6.",
-        "img_size": "Image size: N, or HEIGHTxWIDTH.",
-        "patch_size": "Patch size.",
+        "model": "Name of the model: mae_tiny, mae_small, mae_base, mae_large, mae_huge; masked convnets: "
+        "spark_resnet50, spark_resnet101, spark_convnext_{tiny,small,base,large}, "
+        "fcmae_convnextv2_{atto,femto,pico,nano,tiny,base,large,huge}.",
+        "model_arg": "An argument of the model, NAME=VALUE; repeatable. For example depth=6, or sync_bn=true (SparK).",
+        "img_size": "Image size: N, or HEIGHTxWIDTH; multiples of 32 for masked convnets.",
+        "patch_size": "Patch size; masked convnets have none: they mask cells of 32 x 32 pixels.",
         "mask_ratio": "Share of the patches that is masked.",
         "norm_pix": "Predict patches normalised by their own mean and variance.",
-        "init_from": "Start from these weights: a run, a checkpoint, .safetensors, or a published .pth.",
-        "recompute": "Save memory: compute activations inside blocks again in the backward.",
+        "init_from": "Start from these weights: a run, a checkpoint, .safetensors, or a published .pth or .pt.",
+        "recompute": "Save memory: compute activations inside blocks again in the backward (mae_* only).",
     },
     "Length and optimiser": {
         "epochs": "Passes over the data.",
@@ -60,6 +62,8 @@ HELP = {
 _SHOWN = {
     "img_size": "the model's, 224",
     "patch_size": "the model's",
+    "mask_ratio": "the model's: 0.75, masked convnets 0.6",
+    "norm_pix": "the model's: no for MAE, yes for FCMAE, always for SparK",
     "workers": "up to 8, one core left free",
     "clip": "no clipping",
     **dict.fromkeys(("data", "model_arg", "init_from", "steps", "lr", "config"), False),

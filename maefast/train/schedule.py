@@ -17,13 +17,16 @@ BETAS = (0.9, 0.95)
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters in two groups: matrices decay, vectors (norms, biases) and scalars do not.
 
-    A parameter decays when it has two or more dimensions and its name does not end in "bias". This is MAE's
-    rule; `cls_token` and `mask_token` ([1, 1, D]) decay there, and do here.
+    A parameter decays when it has two or more dimensions, its name does not end in "bias", and the model does not
+    except it (`no_decay`). This is the rule of the papers' code; `cls_token` and `mask_token` ([1, 1, D]) decay there
+    in MAE and FCMAE, and do here; SparK excepts its mask tokens.
     """
     decay, no_decay = [], []
+    exempt = tuple(getattr(model, "no_decay", ()))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (no_decay if parameter.ndim <= 1 or name.endswith(".bias") else decay).append(parameter)
+            small = parameter.ndim <= 1 or name.endswith(".bias") or name.startswith(exempt)
+            (no_decay if small else decay).append(parameter)
     groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
     return [group for group in groups if group["params"]]
 

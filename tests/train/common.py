@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from maefast.models.resnet import ResNet
+from maefast.models.spark import SparK
 from maefast.train import PretrainConfig
 
 TINY = {
@@ -37,6 +39,28 @@ def tiny_config(data: Path, out: Path, **changes) -> PretrainConfig:
         "picture_every": 0, "picture_rows": 0, "tensorboard": False,
     }  # fmt: skip
     return PretrainConfig(**{**options, **changes})
+
+
+FCMAE = {"depths": [1, 1, 1, 1], "widths": [8, 8, 16, 16], "decoder_embed_dim": 16}
+
+
+def toy_spark(name: str, **arguments) -> SparK:
+    """A SparK around a small net of the user's own, which has no `config`."""
+    return SparK(ResNet((1, 1, 1, 1), width=8, drop_path=0.1), decoder_width=32, **arguments)
+
+
+def plain_spark(name: str, **arguments) -> SparK:
+    """`toy_spark` without drop path."""
+    return SparK(ResNet((1, 1, 1, 1), width=8), decoder_width=32, **arguments)
+
+
+CREATORS = {"toy_spark": toy_spark, "plain_spark": plain_spark}
+
+
+def convnet_config(kind: str, data: Path, out: Path, **changes) -> PretrainConfig:
+    """`tiny_config` of a masked convnet: "fcmae", or "toy_spark" with `CREATORS`."""
+    arguments = {"model_args": FCMAE if kind == "fcmae" else {}, "img_size": 64, "patch_size": None, "steps": 6}
+    return tiny_config(data, out, **{"model": kind, **arguments, "save_every": 2, "lr": 3e-3, "clip": 1.0, **changes})
 
 
 def rows(out: Path) -> list[dict[str, str]]:

@@ -42,4 +42,6 @@ def test_the_benchmark_times_this_model(demo, tmp_path):
     config.check()
     timed = create(**PRESETS["demo"]["model"])
     assert PRESETS["demo"]["batch"] == config.batch_size
-    assert build_model(config).config == timed.config
+    trained = build_model(config).config
+    # The benchmark normalises the targets; the demo does not, since its pictures need colours.
+    assert {**trained, "norm_pix_loss": True} == {**timed.config, "norm_pix_loss": True}

@@ -16,6 +16,7 @@ import torch._dynamo  # this and matplotlib: imported late by a run, so here onc
 import maefast.models  # noqa: F401
 from maefast.train import PretrainConfig, checkpoint
 from maefast.train.loop import Run, pretrain
+from tests.train.common import CREATORS
 
 
 def train(config: PretrainConfig) -> None:
@@ -24,7 +25,7 @@ def train(config: PretrainConfig) -> None:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "w", buffering=1) as file, contextlib.redirect_stdout(file):
-        pretrain(config)
+        pretrain(config, create_model=CREATORS.get(config.model))
 
 
 def train_and_die(config: PretrainConfig, moment: str, step: int) -> None:
@@ -101,6 +102,6 @@ def train_as(rank: int, world: int, port: int, config: PretrainConfig, told_at: 
     log = Path(config.output_dir).parent / f"rank{rank}.txt"
     with open(log, "w", buffering=1) as file, contextlib.redirect_stdout(file):
         if told_at is None:
-            pretrain(config)
+            pretrain(config, create_model=CREATORS.get(config.model))
         else:
             train_and_be_told(config, told_at, signal.SIGTERM)
