@@ -140,6 +140,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
+        # oneDNN falls to a loop, hundreds of times slower, on strides that are neither a matrix's nor its transpose's.
+        x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
         return _product(x, weight, bias)
 
