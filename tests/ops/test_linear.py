@@ -104,12 +104,17 @@ def test_choice_can_be_forced(monkeypatch):
 
 @needs_onednn
 def test_strided_input_takes_no_slow_path(monkeypatch):
-    """Rows that are a slice of wider ones, as of a strided 1x1 convolution: saved contiguous for the weight gradient."""
+    """Rows that are a slice of wider ones, as of a strided 1x1 convolution, are saved contiguous."""
     seen = []
     product = family._product
     monkeypatch.setattr(family, "_choice", ("onednn", "test"))
     monkeypatch.setattr(family, "MIN_WORK", 0)
-    monkeypatch.setattr(family, "_product", lambda x, weight, bias=None: seen.append(weight) or product(x, weight, bias))
+
+    def record(x, weight, bias=None):
+        seen.append(weight)
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(family, "_product", record)
     x = torch.randn(6, 4, 8)[:, 0].requires_grad_()
     weight = torch.randn(10, 8).t().contiguous().t().requires_grad_()
     ops.linear(x, weight).sum().backward()
