@@ -63,7 +63,7 @@ _SHOWN = {
     "img_size": "the model's, 224",
     "patch_size": "the model's",
     "mask_ratio": "the model's: 0.75, masked convnets 0.6",
-    "norm_pix": "the model's: no for MAE, yes for FCMAE, always for SparK",
+    "norm_pix": "yes (SparK: always)",
     "workers": "up to 8, one core left free",
     "clip": "no clipping",
     **dict.fromkeys(("data", "model_arg", "init_from", "steps", "lr", "config"), False),

@@ -113,7 +113,7 @@ def test_bf16_pictures_and_what_is_left(kind, photos, tmp_path):
 def test_the_vit_keeps_its_own_defaults(photos, tmp_path):
     pretrain(common.tiny_config(photos, tmp_path, steps=1))
     written = load_config(tmp_path / "config.yaml")
-    assert (written["mask_ratio"], written["norm_pix"]) == (0.75, False)
+    assert (written["mask_ratio"], written["norm_pix"]) == (0.75, True)
 
 
 def test_broken_running_statistics_are_not_saved(photos, tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def test_the_loss_is_that_of_the_model_on_the_addressed_samples(photos, tmp_path
     from maefast.train.images import find_images
     from maefast.train.seeds import permutation
 
-    config = tiny_config(photos, tmp_path, steps=1, seed=5, norm_pix=True)
+    config = tiny_config(photos, tmp_path, steps=1, seed=5)
     pretrain(config)
     torch.manual_seed(5)
     model = create("mae", img_size=16, patch_size=4, norm_pix_loss=True, **TINY)
