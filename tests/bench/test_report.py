@@ -34,7 +34,7 @@ def test_shortfalls_are_named():
     doc = {**micro_document(ratio=1.5), "file": "x.json"}
     assert "gather_tokens forward float32 vit_b b16 (1.50x)" in report.micro(doc)
     doc = {**step_document(ratio=1.1), "file": "x.json"}
-    assert "Short of the aim of 1.15x" in report.step(doc)
+    assert "Short of the aim of 2.3x over" in report.step(doc)
 
 
 def test_newest_result_wins(tmp_path):
