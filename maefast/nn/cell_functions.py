@@ -147,15 +147,31 @@ def avg_pool2d(
     return x.like(ops.avg_pool_cells(x.rows, x.plan, kernel_size, step, padding, count_include_pad))
 
 
+def _dims(dim) -> tuple[int, ...]:
+    return () if dim is None else tuple(sorted(d % 4 for d in ((dim,) if isinstance(dim, int) else dim)))
+
+
 @handles(torch.mean)
 def mean(x: Cells, dim=None, keepdim=False, dtype=None) -> Tensor:
     """Over the active sites of each sample."""
     sites = (1, 2) if x.channels_last else (2, 3)
-    asked = () if dim is None else tuple(sorted(d % 4 for d in ((dim,) if isinstance(dim, int) else dim)))
-    if asked != sites:
+    if _dims(dim) != sites:
         raise UnknownSparseOp(f"{where()}the mean of cells is over both sides of the map {sites}, not {dim}")
     out = ops.global_pool_cells(x.rows, x.plan)
     out = out if dtype is None else out.to(dtype)
+    return out if not keepdim else (out[:, None, None] if x.channels_last else out[:, :, None, None])
+
+
+@handles(torch.linalg.vector_norm, torch.norm)
+def vector_norm(x: Cells, ord=2, dim=None, keepdim=False, dtype=None, p=2) -> Tensor:
+    """The root of the sum of squares over the active sites of each sample: what ConvNeXt V2's GRN starts from."""
+    sites = (1, 2) if x.channels_last else (2, 3)
+    if {ord, p} != {2} or _dims(dim) != sites:
+        raise UnknownSparseOp(f"{where()}the norm of cells is the 2-norm over both sides of the map {sites}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = ops.segment_sum(x.rows.to(wide).square(), x.plan)
+    root = total.clamp(min=torch.finfo(wide).tiny).sqrt() * (total > 0)  # no gradient through a root of zero
+    out = root.to(dtype or x.dtype)
     return out if not keepdim else (out[:, None, None] if x.channels_last else out[:, :, None, None])
 
 

@@ -185,6 +185,25 @@ def test_sync_batch_norm_of_one_process_is_a_batch_norm():
     torch.testing.assert_close(sync(Cells.pack(images, plan)).rows, plain(Cells.pack(images, plan)).rows)
 
 
+@pytest.mark.parametrize("name", ["ResNet", "ConvNext", "ConvNextV2"])
+def test_networks_of_transformers(name):
+    """Networks that were not written for this run as they are; what an all-visible plan gives is the dense result."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+    config = getattr(transformers, f"{name}Config")(**sizes, **({"embedding_size": 8} if name == "ResNet" else {}))
+    model = maefast.sparsify(getattr(transformers, f"{name}Model")(config).double().eval())
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    want = model(images)
+    out = model(Cells.pack(images, CellMask.all_visible(2, (2, 2))))
+    torch.testing.assert_close(out.last_hidden_state.dense(), want.last_hidden_state, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out.pooler_output, want.pooler_output, rtol=1e-9, atol=1e-9)
+    masked = masking.cells(2, (2, 2), 0.5)
+    keep = masked.upsampled_mask((64, 64))
+    first, second = (model(Cells.pack(x, masked)).last_hidden_state for x in (images, images * keep + 7.0 * ~keep))
+    assert torch.equal(first.rows, second.rows)
+
+
 def test_drop_path_drops_whole_samples():
     torch.manual_seed(0)
     images, plan = inputs(ragged=True)
@@ -239,6 +258,7 @@ class Odd(nn.Module):
         (lambda x: F.conv2d(x.permute(0, 2, 3, 1), torch.zeros(8, 8, 1, 1)), "takes"),
         (lambda x: F.adaptive_avg_pool2d(x, 3), "only to 1"),
         (lambda x: F.max_pool2d(x, 2, ceil_mode=True), "ceil_mode"),
+        (lambda x: torch.linalg.vector_norm(x, dim=1), "2-norm over both sides"),
     ],
 )
 def test_unknown_functions_name_the_module(run, message):
