@@ -122,6 +122,21 @@ def test_two_steps_agree_bit_for_bit(kind):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+@pytest.mark.parametrize("kind", ["resnet", "convnext", "fcmae"])
+def test_compiles_whole(kind):
+    """One graph from images to loss, `Cells` and what waits in them included."""
+    images, noise = data()
+    results = []
+    for compiled in (False, True):
+        model = make(kind)
+        call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        loss, *_ = call(images, noise=noise)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
 def test_ragged_ratios_and_given_masks():
     model = make("fcmae").eval()
     images, noise = data()
