@@ -31,7 +31,10 @@ def build_model(config: PretrainConfig, create: Callable[..., nn.Module] | None 
     if config.img_size is not None:
         arguments["img_size"] = config.img_size
     known = _argument_names(config.model) if create is None else None
-    if known is None or "norm_pix_loss" in known:
+    if known is None:  # a model of the user's own: its default, unless asked
+        if config.norm_pix is not None:
+            arguments.setdefault("norm_pix_loss", config.norm_pix)
+    elif "norm_pix_loss" in known:
         arguments.setdefault("norm_pix_loss", config.norm_pix is not False)
     elif config.norm_pix is False:
         raise ConfigError(f"the model {config.model!r} has no --no-norm-pix: {_ALWAYS_NORMAL}")

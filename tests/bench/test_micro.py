@@ -42,6 +42,9 @@ def test_every_public_token_op_is_there():
         "avg_pool_cells",
         "global_pool_cells",
         "conv_cells",
+        "depthwise_cells",
+        "batch_norm_act",
+        "grn",
     }
     assert {case.direction for case in CASES} == {suite.FORWARD, suite.BOTH}
 

@@ -100,5 +100,5 @@ def test_create(overrides, error, words):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"unknown model 'mae_giant'; choose from mae, mae_base"):
+    with pytest.raises(ValueError, match=r"unknown model 'mae_giant'; choose from fcmae, fcmae_convnextv2_atto"):
         models.create("mae_giant")
