@@ -14,8 +14,9 @@ from maefast.ops import _dispatch
 
 Pair = tuple[int, int]
 
-ROUTES = ("rows", "depthwise", "halo", "taps", "dense")
-RAW = {"halo": "halo_cells", "taps": "gather_taps"}  # the routes with kernels of ours, and the op that decides
+ROUTES = ("rows", "depthwise", "halo", "taps", "dense", "implicit")
+# The routes with kernels of ours, and the op that decides.
+RAW = {"halo": "halo_cells", "taps": "gather_taps", "implicit": "implicit_conv"}
 MAX_RADIUS = 7  # of a neighbour table, csrc/cpu/sparse_conv_kernel.h
 
 
@@ -97,6 +98,8 @@ def unavailable(route: str, call: Call) -> str | None:
         return f"{call.window} reads {call.window.halo} sites (top, left, bottom, right) beyond its cell"
     if route == "depthwise" and not call.depthwise:
         return "depthwise_cells takes a 3x3, 5x5 or 7x7 kernel for each channel, undilated, padding k // 2"
+    if route == "implicit" and call.groups > 1:
+        return f"implicit_conv has no groups, and the weight has {call.groups}"
     if route in RAW:
         if call.window.radius(call.cell) > MAX_RADIUS:
             return f"{call.window} reads more than {MAX_RADIUS} cells away"
@@ -115,7 +118,10 @@ def choose(call: Call, backend: str | None, asked: str | None) -> tuple[str, str
             return "reference", asked
         name = _dispatch.choose(RAW[asked], call.device, call.dtype, backend)
         if name == "reference":
-            raise RuntimeError(f"route {asked!r} was asked for, but the reference backend has no kernels for it")
+            reason = "the reference backend has no kernels for it"
+            if forced is None and asked == "implicit":
+                reason = _dispatch.unavailable(RAW[asked], "triton", call.device, call.dtype)
+            raise RuntimeError(f"route {asked!r} was asked for, but conv_cells cannot use it: {reason}")
         return name, asked
     if forced == "reference":
         return "reference", "reference"
@@ -143,4 +149,7 @@ def why(device: str) -> list[tuple[str, str]]:
             continue
         size = f"from {rule.smallest} x {rule.smallest}" if rule.smallest > 1 else "smaller"
         rows.append((rule.route, f"{'grouped, ' if rule.grouped else ''}cells {size}: {rule.why}"))
-    return [*rows, ("dense", "everything else, on the whole map")]
+    rows.append(("dense", "everything else, on the whole map"))
+    if _dispatch.choose(RAW["implicit"], device) == "triton":
+        rows.append(("implicit", "never chosen, only route='implicit': taps read inside a Triton kernel; not measured"))
+    return rows

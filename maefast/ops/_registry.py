@@ -114,9 +114,18 @@ FAMILIES: dict[str, dict[str, str]] = {
         "gather_taps_backward": "(Tensor grad, Tensor neighbours, SymInt[] size, SymInt[] kernel, SymInt[] stride,"
         " SymInt[] padding, SymInt[] dilation) -> Tensor",
     },
+    "implicit_conv": {
+        "implicit_conv": "(Tensor x, Tensor neighbours, Tensor weight, Tensor? bias, SymInt[] kernel,"
+        " SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor",
+        "implicit_conv_grad_x": "(Tensor grad, Tensor neighbours, Tensor weight, SymInt[] kernel, SymInt[] stride,"
+        " SymInt[] padding, SymInt[] dilation) -> Tensor",
+        "implicit_conv_grad_weight": "(Tensor x, Tensor grad, Tensor neighbours, SymInt[] kernel, SymInt[] stride,"
+        " SymInt[] padding, SymInt[] dilation) -> Tensor",
+    },
 }
 
 CPU_ONLY = ("linear",)  # families that a GPU has no use for: no Triton kernels
+TRITON_ONLY = ("implicit_conv",)  # families without C++ kernels: a CPU has a better way
 
 SCHEMAS: dict[str, str] = {op: schema for ops in FAMILIES.values() for op, schema in ops.items()}
 FAMILY_OF: dict[str, str] = {op: family for family, ops in FAMILIES.items() for op in ops}
@@ -356,6 +365,20 @@ def _gather_taps_backward(grad, neighbours, size, kernel, stride, padding, dilat
     return grad.new_empty((neighbours.shape[0], *size))
 
 
+def _implicit_conv(x, neighbours, weight, bias, kernel, stride, padding, dilation):
+    cells, h, w, _ = x.shape
+    return x.new_empty((cells, h // stride[0], w // stride[1], weight.shape[2]))
+
+
+def _implicit_conv_grad_x(grad, neighbours, weight, kernel, stride, padding, dilation):
+    cells, h, w, _ = grad.shape
+    return grad.new_empty((cells, h * stride[0], w * stride[1], weight.shape[1]))
+
+
+def _implicit_conv_grad_weight(x, grad, neighbours, kernel, stride, padding, dilation):
+    return x.new_empty((_volume(kernel), x.shape[3], grad.shape[3]), dtype=torch.float32)
+
+
 # --- registration ------------------------------------------------------------------------------------------
 
 
@@ -396,4 +419,4 @@ def has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"maefast::{op}", key)
 
 
-__all__ = ["CPU_ONLY", "FAMILIES", "FAMILY_OF", "SCHEMAS", "has_kernel", "raw"]
+__all__ = ["CPU_ONLY", "FAMILIES", "FAMILY_OF", "SCHEMAS", "TRITON_ONLY", "has_kernel", "raw"]

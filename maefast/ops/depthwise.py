@@ -36,7 +36,8 @@ def depthwise_cells(
     channels = x.shape[3]
     _checks.tensor("weight", weight, ndim=4)
     if weight.shape[:2] != (channels, 1):
-        raise ValueError(f"weight must be [{channels}, 1, k, k] for x of {channels} channels, got {tuple(weight.shape)}")
+        want = f"[{channels}, 1, k, k]"
+        raise ValueError(f"weight must be {want} for x of {channels} channels, got {tuple(weight.shape)}")
     size = weight.shape[2]
     if size not in KERNELS or weight.shape[3] != size:
         raise ValueError(

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from maefast.ops import _checks, _conv_table, _registry
 from maefast.ops._conv_table import Pair, Window
+from maefast.ops._implicit_conv import Implicit
 from maefast.ops.cells import (
     CellMask,
     check_cells,
@@ -52,7 +53,8 @@ def conv_cells(
             stride, and the padding such that a map of H sites becomes one of H / stride.
         route: how it is computed; None chooses from measurements (`_conv_table`). "rows" (one matrix product, where no
             tap leaves its own cell), "depthwise" (`depthwise_cells`), "halo" (the library's convolution of framed
-            cells), "taps" (one matrix product over gathered taps) or "dense" (the whole map).
+            cells), "taps" (one matrix product over gathered taps), "dense" (the whole map) or, only where it is asked
+            for, "implicit" (one matrix product whose taps are read inside a Triton kernel; no groups).
 
     Returns:
         [T, h / stride, w / stride, Co] in x's dtype (the autocast dtype where autocast is on). Gradients are computed
@@ -294,7 +296,7 @@ def _some_cells(neighbours: Tensor, x: Tensor, window: Window) -> tuple[Tensor, 
     return neighbours.split(max(1, CHUNK[x.device.type] * sh * sw // (cell * kh * kw)))
 
 
-_RUN = {"halo": _Halo, "taps": _Taps}
+_RUN = {"halo": _Halo, "taps": _Taps, "implicit": Implicit}
 
 
 # --- products of rows of taps [R, kh * kw * Ci] ------------------------------------------------------------

@@ -289,6 +289,31 @@ def sparse_conv_cases(full: bool):
             yield label, conv.gather_taps_backward, (rows, table, x.shape[1:], *window)
 
 
+def implicit_conv_cases(full: bool):
+    from maefast.kernels import implicit_conv as conv
+
+    one, same, half = (((k, k), (s, s), (k // 2, k // 2), (1, 1)) for k, s in ((1, 1), (3, 1), (3, 2)))
+    stem, spread = ((7, 7), (2, 2), (3, 3), (1, 1)), ((3, 3), (2, 2), (2, 2), (2, 2))
+    shapes = [(32, 3, 64, stem, 3), (8, 64, 64, same, 3), (1, 512, 512, same, 3), (4, 256, 128, half, 3)]
+    shapes += [(2, 70, 24, spread, 3), (4, 256, 64, one, 1), (4, 129, 200, same, 3)] if full else []
+    for name, dtype in (DTYPES if full else {"f32": torch.float32, "bf16": torch.bfloat16}).items():
+        for side, ci, co, window, reach in shapes:
+            cells, out = 2560, side // window[1][0]
+            label = f"{name} cell {side} {ci} -> {co} k={window[0][0]} s={window[1][0]}"
+            table = meta(cells, reach * reach, dtype=torch.int32)
+            x, grad = meta(cells, side, side, ci, dtype=dtype), meta(cells, out, out, co, dtype=dtype)
+            weight = meta(window[0][0] ** 2, ci, co, dtype=dtype)
+            for bias in (None, meta(co, dtype=dtype)) if full else (meta(co, dtype=dtype),):
+                yield label, conv.implicit_conv, (x, table, weight, bias, *window)
+            yield label, conv.implicit_conv_grad_x, (grad, table, weight, *window)
+            yield label, conv.implicit_conv_grad_weight, (x, grad, table, *window)
+    wide = meta(2**31 // 64 + 1, 8, 8, 16, dtype=torch.bfloat16)
+    table, weight = meta(wide.shape[0], 9, dtype=torch.int32), meta(9, 16, 16, dtype=torch.bfloat16)
+    yield "wide", conv.implicit_conv, (wide, table, weight, None, *same)
+    yield "wide", conv.implicit_conv_grad_x, (wide, table, weight, *same)
+    yield "wide", conv.implicit_conv_grad_weight, (wide, wide, table, *same)
+
+
 def cell_norm_cases(full: bool):
     from maefast.kernels import cell_norm
 
@@ -361,6 +386,7 @@ CASES = (
     cells_cases,
     pool_cases,
     sparse_conv_cases,
+    implicit_conv_cases,
     depthwise_cases,
     wide_cases,
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maefast.kernels import _common, cells, embed, loss, mask, pool, restore
+from maefast.kernels import _common, cells, embed, implicit_conv, loss, mask, pool, restore
 from maefast.ops.cells import CellMask
 from tests.kernels.support import INTERPRET, random_plan, random_tensor
 
@@ -94,6 +94,10 @@ def cases(batch: int, tokens: int, keep, width: int, prefix: int):
         for include_pad in (True, False):
             yield pool.avg_pool_cells, (flat, around, *window, include_pad)
             yield pool.avg_pool_cells_backward, (small, around, *window, include_pad)
+        taps, bias, grad = random_tensor(9, width, 7), random_tensor(7), random_tensor(kept, 1, w, 7)
+        yield implicit_conv.implicit_conv, (flat, around, taps, bias, *window, [1, 1])
+        yield implicit_conv.implicit_conv_grad_x, (grad, around, taps, *window, [1, 1])
+        yield implicit_conv.implicit_conv_grad_weight, (flat, grad, around, *window, [1, 1])
 
     for patch, channels in (((1, 3, 5), 3), ((2, 4, 4), 2)):
         shape = batch, channels, patch[0], patch[1] * tokens, patch[2]
@@ -117,7 +121,7 @@ if INTERPRET:  # a GPU has no fence; compute-sanitizer does this there
     @pytest.mark.parametrize("at_end", [True, False], ids=["behind", "before"])
     @pytest.mark.parametrize("size", SIZES, ids=str)
     def test_nothing_outside_is_touched(monkeypatch, size, at_end):
-        for module in (_common, cells, embed, loss, mask, pool, restore):
+        for module in (_common, cells, embed, implicit_conv, loss, mask, pool, restore):
             monkeypatch.setattr(module, "torch", FencedTorch(at_end))
         ran = 0
         for op, args in cases(*size):

@@ -71,7 +71,7 @@ def check(plan, values, args, dtype, device="cpu", **options):
         assert_close(got, ref, dtype, f"gradient of {name}")
 
 
-def routes_of(size, window, groups):
+def routes_of(size, window, groups, backend="cpu"):
     kernel, stride, padding, dilation = map(pair, window)
     if size[0] % stride[0] or size[1] % stride[1]:
         return []
@@ -79,7 +79,7 @@ def routes_of(size, window, groups):
         "cpu", torch.float32, size, _conv_table.Window(kernel, stride, padding, dilation), groups, 12, 18, False
     )
     found = [route for route in _conv_table.ROUTES if _conv_table.unavailable(route, call) is None]
-    return [None, *found]
+    return [None, *(route for route in found if route != "implicit" or backend == "triton")]
 
 
 CASES = [
@@ -98,7 +98,7 @@ def test_every_route_and_gradient(where, size, window, groups):
     plan = ragged_plan()
     for dtype in dtypes_of(backend):
         values = tensors(plan, size, window, groups, dtype)
-        for route in routes_of(size, window, groups):
+        for route in routes_of(size, window, groups, backend):
             check(plan, values, (*window[1:], groups), dtype, device, route=route, backend=backend)
 
 
@@ -137,7 +137,7 @@ def test_nothing_active(where, name):
     backend, device = where
     plan = CellMask.from_bool(torch.ones(2, 3, 3, dtype=torch.bool)).to(device)
     window = WINDOWS[name]
-    for route in routes_of((4, 4), window, 1):
+    for route in routes_of((4, 4), window, 1, backend):
         values = [t.to(device).requires_grad_() for t in tensors(plan, (4, 4), window, 1, torch.float32)]
         out = ops.conv_cells(values[0], plan, *values[1:], *window[1:], route=route, backend=backend)
         assert out.shape[0] == 0
@@ -280,6 +280,10 @@ def test_table():
     with maefast.backend("reference"):
         assert _conv_table.choose(call, None, None) == ("reference", "reference")
         assert _conv_table.why("cpu") == [("reference", "forced")]
+    assert "implicit" not in {rule.route for rule in _conv_table.TABLE}  # nothing was measured on a GPU
+    if _dispatch.HAS_TRITON and _dispatch.forced() is None:
+        assert "never chosen" in dict(_conv_table.why("cuda"))["implicit"]
+    assert "implicit" not in dict(_conv_table.why("cpu"))
     one = window._replace(kernel=(1, 1), padding=(0, 0))
     assert _conv_table.choose(call._replace(window=one), None, None)[1] == "rows"
     assert _conv_table.why("cpu")[-1][0] == "dense"
@@ -320,6 +324,9 @@ BAD = [
     (conv(8, 6, 3, 3, padding=1, route="rows"), ValueError, "beyond its cell"),
     (conv(8, 6, 3, 3, padding=1, route="depthwise"), ValueError, "depthwise_cells takes"),
     (conv(8, 6, 3, 3, padding=1, route="halo", backend="reference"), RuntimeError, "no kernels"),
+    (conv(8, 6, 3, 3, padding=1, route="implicit"), RuntimeError, "Triton takes CUDA tensors|Triton is not installed"),
+    (conv(8, 6, 3, 3, padding=1, route="implicit", backend="cpu"), RuntimeError, "'cpu' was asked for"),
+    (conv(8, 3, 3, 3, padding=1, groups=2, route="implicit"), ValueError, "has no groups"),
     (conv(8, 6, 3, 3, padding=1, backend="metal"), ValueError, "unknown backend"),
     (lambda: ops.conv_cells(X, PLAN.tokens, torch.randn(8, 6, 1, 1)), TypeError, "CellMask"),
 ]
