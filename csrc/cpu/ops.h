@@ -105,18 +105,20 @@ Tensor avg_pool_cells_backward(const Tensor& grad, const Tensor& neighbours,
 std::tuple<Tensor, Tensor> segment_stats(const Tensor& x, const std::optional<Tensor>& cu, int64_t sites);
 Tensor norm_act(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& cu,
                 int64_t sites, const Tensor& mean, const Tensor& scale, const Tensor& bias, int64_t act);
-std::tuple<Tensor, Tensor> norm_act_sums(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& gate,
-                                         const std::optional<Tensor>& cu, int64_t sites, const Tensor& mean,
-                                         const Tensor& scale, const Tensor& bias, int64_t act);
+std::tuple<Tensor, Tensor> norm_act_sums(const Tensor& grad, const Tensor& x,
+                                         const std::optional<Tensor>& gate, const std::optional<Tensor>& cu,
+                                         int64_t sites, const Tensor& mean, const Tensor& scale,
+                                         const Tensor& bias, int64_t act);
 Tensor norm_act_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& cu, int64_t sites,
                          const Tensor& mean, const Tensor& scale, const Tensor& bias,
-                         const std::optional<Tensor>& offset, const std::optional<Tensor>& slope, int64_t act);
+                         const std::optional<Tensor>& offset, const std::optional<Tensor>& slope,
+                         int64_t act);
 
 // depthwise.cpp
 Tensor depthwise(const Tensor& x, const Tensor& neighbours, const Tensor& weight,
                  const std::optional<Tensor>& bias, bool flip);
-std::tuple<Tensor, Tensor> depthwise_grad_weight(const Tensor& x, const Tensor& grad, const Tensor& neighbours,
-                                                 int64_t size);
+std::tuple<Tensor, Tensor> depthwise_grad_weight(const Tensor& x, const Tensor& grad,
+                                                 const Tensor& neighbours, int64_t size);
 
 // sparse_conv.cpp
 Tensor halo_cells(const Tensor& x, const Tensor& neighbours, const std::vector<int64_t>& halo);
