@@ -1,7 +1,7 @@
 """maefast: a custom-kernel engine for masked autoencoders in PyTorch.
 
-Three ways in: functional ops (`maefast.ops`), modules and models (`maefast.nn`, `maefast.models`) and, later,
-a drop-in for existing models (`maefast.accelerate`). The import loads torch and the native kernels, and warns once
+Three ways in: functional ops (`maefast.ops`), modules and models (`maefast.nn`, `maefast.models`), and a
+drop-in for existing models (`maefast.accelerate`). The import loads torch and the native kernels, and warns once
 where those are missing; every other submodule is imported on first use.
 """
 
@@ -15,20 +15,27 @@ from .ops import backend
 
 __version__ = "0.1.0"
 
-_LAZY = ("doctor", "kernels", "masking", "models", "nn")
-_FROM_NN = ("Cells", "sparsify")
-__all__ = ["Cells", "__version__", "backend", "doctor", "kernels", "masking", "models", "nn", "ops", "sparsify"]
+_LAZY = ("doctor", "integrations", "kernels", "masking", "models", "nn")
+_FROM = {
+    "Cells": "nn",
+    "sparsify": "nn",
+    "accelerate": "integrations",
+    "report": "integrations",
+    "restore": "integrations",
+}
+__all__ = sorted((*_LAZY, *_FROM, "__version__", "backend", "ops"))
 
 if TYPE_CHECKING:
-    from . import doctor, kernels, masking, models, nn
+    from . import doctor, integrations, kernels, masking, models, nn
+    from .integrations import accelerate, report, restore
     from .nn import Cells, sparsify
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in _FROM_NN:
-        return getattr(importlib.import_module(f"{__name__}.nn"), name)
+    if name in _FROM:
+        return getattr(importlib.import_module(f"{__name__}.{_FROM[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

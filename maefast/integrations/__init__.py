@@ -1,0 +1,160 @@
+"""`maefast.accelerate(model)`: somebody else's masked model, faster, with the same outputs, parameters and checkpoints.
+
+One file for each family of models, which says how to recognise it by its structure and replaces some of its methods
+(`_swap`); transformer blocks of any model are `transformer`. What is replaced is first compared with the model's own
+code on a small random input (`_verify`); what differs, is overridden or unknown stays, and the report says why.
+
+    family file      recognises
+    transformer      pre-norm transformer blocks of timm, MAE, VideoMAE, JEPA, DeiT, Hugging Face
+    mae              MaskedAutoencoderViT of facebookresearch/mae and its forks
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+from torch import nn
+
+from maefast.integrations import _swap, _verify, mae, transformer
+from maefast.integrations._report import Note, Report
+from maefast.integrations._steps import Options, Step
+
+FAMILIES: tuple[ModuleType, ...] = (mae,)
+_REPORT = "_maefast_report"
+
+__all__ = ["FAMILIES", "Note", "Report", "accelerate", "report", "restore"]
+
+
+def accelerate(
+    model: nn.Module, *, pred: str = "full", repair_positions: bool = False, verify: bool = True
+) -> nn.Module:
+    """Run a masked model on maefast's kernels. The model is changed in place and returned.
+
+    Outputs, random draws, parameters, buffers, hooks and `state_dict` stay as they are; `report` says what is replaced.
+    Works before or after `.to()`, DDP, FSDP, `torch.compile` and loading a checkpoint; before is better, because sharded
+    parameters cannot be checked.
+
+    Args:
+        model: any module; models are recognised inside wrappers too.
+        pred: "full" keeps the model's predictions as they are. "masked" lets models that return predictions of all
+            patches (MAE, ViTMAE) predict the masked ones only, [B, masked, K] ordered as in ``ids_restore``: faster,
+            same loss and gradients, another shape of `pred`.
+        repair_positions: fill frozen position tables that are all zero (a fresh HF ViTMAE has such) with the sine-cosine
+            tables of the paper. Without it they raise a warning.
+        verify: compare with the model's own code, forward and gradients, before replacing it. Costs a few steps at
+            batch 2; False trusts the structure.
+
+    Returns:
+        The same object. A model with nothing to accelerate is unchanged, with a warning that says why.
+
+    Raises:
+        TypeError: no nn.Module. ValueError: unknown `pred`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    options = Options(pred=pred, repair_positions=bool(repair_positions))
+    restore(model)
+    found = Report(type(model).__name__)
+    errors: list[float] = []
+    unchecked: set[str] = set()
+
+    def perform(step: Step, check: bool = True) -> bool:
+        _swap.swap(step.module, step.methods, **step.settings)
+        try:
+            if verify and check:
+                reason = _verify.unsuitable(step.module)
+                if reason is None:
+                    errors.append(_verify.compare(step.module, step.probe))
+                else:
+                    unchecked.add(reason)
+        except _verify.Mismatch as mismatch:
+            _swap.unswap(step.module, tuple(step.methods))
+            for name in step.methods:
+                found.add(step.path, name, False, f"not what it looks like: {mismatch}")
+            return False
+        for name, text in step.texts.items():
+            found.add(step.path, name, True, text)
+        return True
+
+    _blocks(model, found, perform)
+    for path, module, family in _recognised(model):
+        if family.NAME not in found.families:
+            found.families.append(family.NAME)
+        for step in family.steps(module, options, lambda name, text, path=path: found.add(path, name, False, text)):
+            perform(step.under(path))
+    _conclude(model, found, errors, unchecked, verify)
+    return model
+
+
+def _blocks(model: nn.Module, found: Report, perform: Callable[[Step, bool], bool]) -> None:
+    """Every transformer block; blocks of one kind and size are compared once."""
+    answers: dict[tuple, bool] = {}
+    for path, block, layout in list(transformer.find(model)):
+        if reason := _swap.overriding(block, "forward"):
+            found.add(path, "", False, reason)
+            continue
+        norm = layout.norms(block)[0]
+        key = (type(block), norm.normalized_shape, block.training)
+        step = Step(
+            block,
+            {"forward": transformer.FORWARDS[layout]},
+            {"": transformer.text(block, layout)},
+            lambda block=block, layout=layout: block(transformer.probe(block, layout)),
+            path=path,
+        )
+        if answers.get(key, True):
+            answers[key] = perform(step, key not in answers)
+        else:
+            found.add(path, "forward", False, "not what it looks like: as the first block of its kind")
+
+
+def _recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType]]:
+    for path, module in list(model.named_modules()):
+        for family in FAMILIES:
+            if family.recognise(module):
+                yield path, module, family
+                break
+
+
+def _conclude(model: nn.Module, found: Report, errors: list[float], unchecked: set[str], verify: bool) -> None:
+    model.__dict__[_REPORT] = found
+    if not found.replaced:
+        why = "; ".join(dict.fromkeys(f"{n.path or n.method or 'model'}: {n.text}" for n in found.kept))
+        if not why:
+            why = f"{type(model).__name__} holds no transformer blocks that maefast knows and is none of " + ", ".join(
+                family.NAME for family in FAMILIES
+            )
+        found.checks.append(f"nothing to accelerate here, because {why}")
+        warnings.warn(f"maefast.accelerate: nothing to accelerate here, because {why}", stacklevel=3)
+        return
+    if errors:
+        found.checks.append(
+            "compared with the model's own code: outputs, gradients and random draws agree (largest relative difference "
+            f"{max(errors):.0e})"
+        )
+    if not verify:
+        found.checks.append("not compared with the model's own code (verify=False)")
+    for reason in sorted(unchecked):
+        found.checks.append(f"not compared with the model's own code, because {reason}")
+
+
+def report(model: nn.Module) -> Report:
+    """What `accelerate` replaced in `model`, what it did not, and why; print it.
+
+    Raises:
+        ValueError: the model was never accelerated (or was restored).
+    """
+    for module in model.modules():
+        if _REPORT in vars(module):
+            return vars(module)[_REPORT]
+    raise ValueError("this model is not accelerated: call maefast.accelerate(model) first")
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate`: every module gets its own class and methods back. Returns the same object."""
+    for module in model.modules():
+        _swap.unswap(module)
+        module.__dict__.pop(_REPORT, None)
+    return model

@@ -1,0 +1,115 @@
+"""Small parts that every family needs: other people's layers through our ops, where they are what they look like."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maefast import ops
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether somebody watches one of the modules: then it is called as it is."""
+    return any(getattr(module, name) for module in modules for name in _HOOKS)
+
+
+def plain_linear(module: nn.Module) -> bool:
+    """A torch Linear and nothing else: not quantised, not adapted, not sharded, not watched."""
+    return type(module) is nn.Linear and not hooked(module)
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    return ops.linear(x, module.weight, module.bias) if plain_linear(module) else module(x)
+
+
+def plain_norm(module: nn.Module) -> bool:
+    """A LayerNorm over the last dimension with weight and bias: torch's, or timm's class of the same meaning."""
+    if not isinstance(module, nn.LayerNorm) or module.weight is None or module.bias is None or hooked(module):
+        return False
+    if len(module.normalized_shape) != 1:
+        return False
+    kind = type(module)
+    # timm's fast path for autocast computes in 16 bits, ours in float32: only without it they are the same.
+    return kind is nn.LayerNorm or (
+        kind.__name__ == "LayerNorm" and kind.__module__ == "timm.layers.norm" and not module._fast_norm
+    )
+
+
+def norm(module: nn.Module, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(r, LayerNorm(r)) for r = x + delta. The norm may come in the autocast dtype: a matrix product follows."""
+    if plain_norm(module):
+        return ops.add_norm(x, delta, module.weight, module.bias, module.eps)
+    x = x if delta is None else x + delta
+    return x, module(x)
+
+
+def last_norm(module: nn.Module, x: Tensor, delta: Tensor | None = None) -> Tensor:
+    """LayerNorm(x + delta) in the dtype that the model itself gives it: somebody may look at it."""
+    if not plain_norm(module):
+        return module(x if delta is None else x + delta)
+    stream = x.dtype if delta is None else torch.promote_types(x.dtype, delta.dtype)
+    return ops.add_norm(x, delta, module.weight, module.bias, module.eps, dtype=stream)[1]
+
+
+def gelu(module: nn.Module) -> str | None:
+    """How a GELU approximates ("none" or "tanh"), or None for another activation."""
+    if hooked(module):
+        return None
+    if type(module) is nn.GELU:
+        return module.approximate
+    kind = type(module)
+    if kind.__name__ == "GELUActivation" and getattr(module, "act", None) is F.gelu:
+        return "none"  # of HF transformers
+    if kind.__name__ == "GELU" and kind.__module__.startswith("timm."):
+        return "none"
+    return None
+
+
+def mlp(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
+    """fc2(act(fc1(x))), the bias of fc1 added in the pass of the GELU."""
+    kind = gelu(act)
+    if kind is None or not plain_linear(fc1):
+        return linear(fc2, act(linear(fc1, x)))
+    return linear(fc2, ops.bias_gelu(ops.linear(x, fc1.weight), fc1.bias, approximate=kind))
+
+
+def still(module: nn.Module | None) -> bool:
+    """A dropout or identity that does nothing now. Stochastic depth is not asked: it is called, and draws as it does."""
+    if module is None or type(module) is nn.Identity:
+        return True
+    return isinstance(module, nn.Dropout) and (module.p == 0 or not module.training) and not hooked(module)
+
+
+def then(x: Tensor, *modules: nn.Module | None) -> Tensor:
+    """Through modules that may be missing or do nothing."""
+    for module in modules:
+        x = x if still(module) else module(x)
+    return x
+
+
+def strided_patches(conv: nn.Module) -> str | None:
+    """Why a convolution is not a linear map of disjoint patches, or None if it is."""
+    if not isinstance(conv, (nn.Conv2d, nn.Conv3d)) or type(conv) not in (nn.Conv2d, nn.Conv3d):
+        return f"the patch embedding is a {type(conv).__name__}, not a convolution"
+    if hooked(conv):
+        return "the patch embedding has hooks"
+    if tuple(conv.kernel_size) != tuple(conv.stride) or conv.groups != 1 or set(conv.dilation) != {1}:
+        return "the patches of the embedding overlap or have gaps"
+    if conv.padding not in (0, (0, 0), (0, 0, 0), "valid"):
+        return "the patch embedding pads its input"
+    return None
+
+
+def conv_dtype_fits(images: Tensor, conv: nn.Module) -> bool:
+    """Whether images and weights go together as the convolution itself would have it."""
+    return images.dtype is conv.weight.dtype or torch.is_autocast_enabled(images.device.type)
+
+
+def share_dtype(*tensors: Tensor) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype

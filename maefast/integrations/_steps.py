@@ -1,0 +1,44 @@
+"""What a family file tells `accelerate`: which methods it would replace, and on which input they are compared first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of `maefast.accelerate` that families read."""
+
+    pred: str = "full"
+    repair_positions: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pred not in ("full", "masked"):
+            raise ValueError(f"pred must be 'full' or 'masked', got {self.pred!r}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Methods of one module to be replaced together.
+
+    Attributes:
+        module: whose. methods: name -> fast function. texts: name of the method ("" for the module) -> what serves it now,
+            for the report.
+        probe: runs the module on a small input and returns what is compared, gradients included.
+        settings: kept on the module for the fast functions, see `_swap.setting`. path: name of the module in the model.
+    """
+
+    module: nn.Module
+    methods: Mapping[str, Callable]
+    texts: Mapping[str, str]
+    probe: Callable[[], Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    path: str = ""
+
+    def under(self, path: str) -> Step:
+        """The same step of a model that stands at `path`."""
+        return replace(self, path=".".join(part for part in (path, self.path) if part))

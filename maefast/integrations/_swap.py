@@ -1,0 +1,148 @@
+"""How a method of somebody else's module is replaced, and given back.
+
+The module's class becomes a subclass of its own, with the same name, whose methods are ours. So parameters, buffers,
+hooks, `isinstance`, `state_dict`, `deepcopy`, pickling, DDP, FSDP and `torch.compile` go on as before, the class of the
+user stays untouched, and `unswap` puts the old class back.
+
+Every replaced method is a plain function ``fast(self, ...)`` at the top level of a module of `maefast.integrations`. It
+hands anything that it does not serve to `original`.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+Methods = tuple[tuple[str, Callable], ...]  # ((name, fast function), ...), sorted
+
+_classes: dict[tuple[type, Methods], type] = {}
+_plain = False
+BASE, METHODS, SETTINGS = "_maefast_base", "_maefast_methods", "_maefast_settings"
+
+
+@contextmanager
+def plain():
+    """Inside, every accelerated module runs its own, original code (process-wide)."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def is_plain() -> bool:
+    return _plain
+
+
+def definer(kind: type, name: str) -> type | None:
+    """The class that gives `kind` its attribute `name`."""
+    return next((base for base in kind.__mro__ if name in vars(base)), None)
+
+
+def overridden(module: nn.Module, name: str, root: type) -> str | None:
+    """Why method `name` is not the one of `root` and the classes under it: who overrides it, or None."""
+    if name in vars(module):
+        return f"this object has its own {name}"
+    owner = definer(type(module), name)
+    if owner is None:
+        return f"there is no {name}"
+    return None if owner in root.__mro__ else f"{owner.__name__}.{name} overrides it"
+
+
+def overriding(module: nn.Module, name: str) -> str | None:
+    """Who overrides a method that a class under it has too, or None: for families without a fixed list of methods."""
+    if name in vars(module):
+        return f"this object has its own {name}"
+    found = {}  # function -> class; HF's layers repeat the same function, wrapped once more, in every subclass
+    for kind in type(module).__mro__:
+        if kind is not nn.Module and name in vars(kind) and METHODS not in vars(kind):
+            found[inspect.unwrap(vars(kind)[name])] = kind
+    owners = list(found.values())
+    return None if len(owners) < 2 else f"{owners[0].__name__}.{name} overrides that of {owners[1].__name__}"
+
+
+def root_class(kind: type, names: tuple[str, ...]) -> type | None:
+    """The most basic class under `kind` that has all of these methods: where the family's own code is."""
+    return next((base for base in reversed(kind.__mro__) if all(hasattr(base, name) for name in names)), None)
+
+
+def swap(module: nn.Module, methods: Mapping[str, Callable], **settings: Any) -> None:
+    """Replace methods of `module` (more of them, if some are replaced already). `settings` are read back by `setting`."""
+    kind = type(module)
+    before = dict(vars(kind).get(METHODS, ()))
+    base = kind.__dict__.get(BASE, kind)
+    module.__class__ = _accelerated(base, tuple(sorted({**before, **methods}.items())))
+    if settings:
+        module.__dict__[SETTINGS] = {**module.__dict__.get(SETTINGS, {}), **settings}
+
+
+def unswap(module: nn.Module, names: tuple[str, ...] | None = None) -> bool:
+    """Give back all replaced methods, or those of `names`; False if there was nothing to give back."""
+    kind = type(module)
+    ours = next((k for k in kind.__mro__ if BASE in vars(k)), None)
+    if ours is None:
+        return False
+    left = () if names is None else tuple((n, f) for n, f in vars(ours)[METHODS] if n not in names)
+    new = _accelerated(vars(ours)[BASE], left) if left else vars(ours)[BASE]
+    if kind is not ours:  # FSDP2 made a class of its own on top of ours
+        bases = tuple(new if base is ours else base for base in kind.__bases__)
+        new = type(kind)(
+            kind.__name__, bases, {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+        )
+    module.__class__ = new
+    if not left:
+        module.__dict__.pop(SETTINGS, None)
+    return True
+
+
+def methods(module: nn.Module) -> tuple[str, ...]:
+    """Names of the methods that are replaced."""
+    return tuple(name for name, _ in getattr(type(module), METHODS, ()))
+
+
+def setting(module: nn.Module, name: str, default: Any = None) -> Any:
+    return module.__dict__.get(SETTINGS, {}).get(name, default)
+
+
+def original(module: nn.Module, name: str) -> Callable:
+    """The method as it was, bound."""
+    return getattr(getattr(type(module), BASE), name).__get__(module)
+
+
+def _accelerated(base: type, methods: Methods) -> type:
+    found = _classes.get((base, methods))
+    if found is None:
+        body = {name: _method(getattr(base, name), fast) for name, fast in methods}
+        body |= {BASE: base, METHODS: methods, "__reduce_ex__": _reduce_ex}
+        body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        found = _classes[base, methods] = type(base)(base.__name__, (base,), body)
+    return found
+
+
+def _method(original: Callable, fast: Callable) -> Callable:
+    @wraps(original)  # whoever looks at the signature (HF's Trainer does) finds the old one
+    def method(self, *args, **kwargs):
+        return (original if _plain else fast)(self, *args, **kwargs)
+
+    return method
+
+
+def _reduce_ex(self: nn.Module, protocol: int):
+    """Pickle the class as what it is made of: it has no place where it could be imported from."""
+    kind = type(self)
+    make, args, *rest = vars(kind)[BASE].__reduce_ex__(self, max(protocol, 2))
+    if make is not copyreg.__newobj__ or args != (kind,):
+        raise TypeError(f"{kind.__name__} pickles itself in its own way: call maefast.restore(model) first")
+    return (_blank, (vars(kind)[BASE], vars(kind)[METHODS]), *rest)
+
+
+def _blank(base: type, methods: Methods) -> nn.Module:
+    kind = _accelerated(base, methods)
+    return kind.__new__(kind)

@@ -1,0 +1,168 @@
+"""Whether accelerated code computes what the model's own code does: both run on the same small input.
+
+A name and a structure do not prove what a fork of a fork computes. So `accelerate` compares outputs, gradients and the
+numbers drawn before it trusts its own code with a part of a model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from maefast.integrations._swap import plain
+
+# Relative error (Frobenius) of outputs and gradients that rounding explains.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+SMALL = 2**17  # parameters of up to this many values have their gradients compared: every layer has some
+
+
+class Mismatch(Exception):
+    """The accelerated code computes something else, or the model could not be run on the probe."""
+
+
+def example(module: nn.Module) -> Tensor | None:
+    """A floating parameter that says device and dtype."""
+    return next((p for p in module.parameters() if p.is_floating_point()), None)
+
+
+def unsuitable(module: nn.Module) -> str | None:
+    """Why `module` cannot be run here and now, or None."""
+    parameter = example(module)
+    if parameter is None:
+        return "it has no parameters"
+    if any(p.is_meta for p in module.parameters()):
+        return "its parameters are on the meta device"
+    if any(type(p).__name__ in ("DTensor", "FlatParameter") or p.numel() == 0 for p in module.parameters()):
+        return "its parameters are sharded"
+    return None
+
+
+def compare(module: nn.Module, call: Callable[[], Any]) -> float:
+    """Run `call` on the original and on the accelerated code of `module`.
+
+    Returns:
+        The largest relative difference found.
+
+    Raises:
+        Mismatch: what differs by more than rounding: outputs, gradients of small parameters, or the random numbers drawn.
+    """
+    with _same_state(module) as again:
+        with plain():
+            want = _attempt("the model's own code", module, call)
+        again()
+        got = _attempt("the accelerated code", module, call)
+    return _difference(module, want, got)
+
+
+def _attempt(whose: str, module: nn.Module, call: Callable[[], Any]) -> tuple:
+    device = example(module).device
+    try:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            leaves = tree_leaves(call())
+            return leaves, _gradients(module, leaves), _drawn(device)
+    except Exception as error:
+        raise Mismatch(f"{whose} raised {type(error).__name__} on a small random input: {error}") from error
+
+
+def _gradients(module: nn.Module, leaves: list) -> dict[str, Tensor | None]:
+    scored = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+    small = {n: p for n, p in module.named_parameters() if p.requires_grad and p.numel() <= SMALL}
+    if not scored or not small:
+        return {}
+    generator = torch.Generator().manual_seed(1)
+    total = 0.0
+    for t in scored:
+        weight = torch.randn(t.shape, generator=generator).to(t.device)
+        total = total + (t.to(torch.promote_types(t.dtype, torch.float32)) * weight).sum()
+    return dict(zip(small, torch.autograd.grad(total, list(small.values()), allow_unused=True)))
+
+
+def _drawn(device: torch.device) -> tuple:
+    state = [torch.get_rng_state()]
+    if device.type == "cuda":
+        state.append(torch.cuda.get_rng_state(device))
+    return tuple(bytes(s.numpy()) for s in state), random.getstate()
+
+
+def _difference(module: nn.Module, want: tuple, got: tuple) -> float:
+    tolerance = TOLERANCE.get(example(module).dtype, 1e-4)
+    if len(want[0]) != len(got[0]):
+        raise Mismatch(f"the model's own code returns {len(want[0])} values, the accelerated {len(got[0])}")
+    worst = 0.0
+    for i, (a, b) in enumerate(zip(want[0], got[0])):
+        if not isinstance(a, Tensor):
+            if a is not b and a != b:
+                raise Mismatch(f"output {i} is {a!r}, and {b!r} accelerated")
+            continue
+        if a.shape != b.shape or a.dtype is not b.dtype:
+            raise Mismatch(f"output {i} is {a.dtype} {tuple(a.shape)}, and {b.dtype} {tuple(b.shape)} accelerated")
+        error = _relative(a, b)
+        if not error <= tolerance:
+            raise Mismatch(f"output {i} differs by {error:.1e} (relative)")
+        worst = max(worst, error)
+    if want[2] != got[2]:
+        raise Mismatch("the accelerated code draws other random numbers")
+    return max(worst, _gradient_difference(want[1], got[1], tolerance))
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    if not a.is_floating_point():
+        return 0.0 if torch.equal(a, b) else float("inf")
+    a, b = a.detach().double(), b.detach().double()
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return float("inf")
+    a, b = torch.nan_to_num(a, 0, 0, 0), torch.nan_to_num(b, 0, 0, 0)
+    return ((a - b).norm() / a.norm().clamp(min=1e-30)).item()
+
+
+def _gradient_difference(want: dict, got: dict, tolerance: float) -> float:
+    if want.keys() != got.keys():
+        raise Mismatch("gradients reach the outputs of only one of the two")
+    worst, largest = 0.0, max((g.norm().item() for g in want.values() if g is not None), default=0.0)
+    for name, a in want.items():
+        b = got[name]
+        if (a is None) != (b is None):
+            raise Mismatch(f"the gradient of {name} exists in only one of the two")
+        # Some gradients are zero but for rounding (the bias of keys): they have no relative error.
+        if a is None or a.norm().item() < 1e-4 * largest:
+            continue
+        error = _relative(a, b)
+        if not error <= 10 * tolerance:
+            raise Mismatch(f"the gradient of {name} differs by {error:.1e} (relative)")
+        worst = max(worst, error)
+    return worst
+
+
+@contextmanager
+def _same_state(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Fixed random states inside, restored afterwards with the module's buffers; the value starts over again."""
+    device = example(module).device
+    buffers = {name: b.clone() for name, b in module.named_buffers()}
+    python = random.getstate()
+
+    def again() -> None:
+        torch.manual_seed(0)
+        random.seed(0)
+        _restore(module, buffers)
+
+    devices = range(torch.cuda.device_count()) if device.type == "cuda" else []  # manual_seed seeds them all
+    with torch.random.fork_rng(devices=devices):
+        again()
+        try:
+            yield again
+        finally:
+            _restore(module, buffers)
+            random.setstate(python)
+
+
+@torch.no_grad()
+def _restore(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for name, buffer in module.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])

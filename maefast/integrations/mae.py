@@ -1,0 +1,216 @@
+"""`MaskedAutoencoderViT` of facebookresearch/mae (He et al., 2021) and its forks: same attributes, same methods.
+
+Replaced are `forward_encoder` (mask in one kernel, only visible patches embedded), `forward_decoder` (mask tokens and
+positions put in place in one pass), `forward_loss` (no target tensor) and `forward`, which hands one plan through all
+three. Each keeps its contract; predictions are of all patches unless ``pred="masked"`` was asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from maefast import masking, ops
+from maefast.integrations import _layers as layers
+from maefast.integrations import _swap
+from maefast.integrations._steps import Options, Step
+from maefast.integrations.transformer import run_blocks, run_tail
+from maefast.ops import TokenMask
+
+NAME = "facebookresearch/mae"
+METHODS = ("forward", "forward_encoder", "forward_decoder", "forward_loss", "random_masking", "patchify")
+MODULES = ("patch_embed", "blocks", "norm", "decoder_embed", "decoder_blocks", "decoder_norm", "decoder_pred")
+TENSORS = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed")
+
+
+def recognise(module: nn.Module) -> bool:
+    return (
+        all(hasattr(module, name) for name in METHODS)
+        and all(isinstance(getattr(module, name, None), nn.Module) for name in MODULES)
+        and all(isinstance(getattr(module, name, None), Tensor) for name in TENSORS)
+        and hasattr(module, "norm_pix_loss")
+        and isinstance(getattr(module.patch_embed, "proj", None), nn.Conv2d)
+    )
+
+
+def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) -> Iterator[Step]:
+    """What to replace; `keep(method, why)` notes what is not."""
+    root = _swap.root_class(type(model), METHODS)
+    kept = {name: _swap.overridden(model, name, root) for name in METHODS}
+    if reason := layers.strided_patches(model.patch_embed.proj) or kept["random_masking"]:
+        kept["forward_encoder"] = kept["forward_encoder"] or reason
+    if kept["patchify"]:
+        kept["forward_loss"] = kept["forward_loss"] or kept["patchify"]
+    done = set()
+
+    def step(name: str, fast: Callable, text: str, probe: Callable, **settings) -> Iterator[Step]:
+        if kept[name]:
+            keep(name, kept[name])
+            return
+        yield Step(model, {name: fast}, {name: text}, probe, settings)
+        if name in _swap.methods(model):
+            done.add(name)
+
+    images, noise = probe_images(model), 0.75
+    yield from step(
+        "forward_encoder",
+        forward_encoder,
+        "mask in one kernel, visible patches only embedded",
+        lambda: model.forward_encoder(images, noise),
+    )
+    yield from step(
+        "forward_decoder",
+        forward_decoder,
+        "mask tokens, order and positions in one pass",
+        lambda: model.forward_decoder(*_latent(model, images)),
+    )
+    yield from step(
+        "forward_loss",
+        forward_loss,
+        "pixels read in place, no target tensor",
+        lambda: model.forward_loss(images, *_prediction(model, images)),
+    )
+    missing = [name for name in ("forward_encoder", "forward_decoder", "forward_loss") if name not in done]
+    if missing and not kept["forward"]:
+        kept["forward"] = f"it calls {', '.join(missing)}, which stay as they are"
+    text = "one plan through encoder, decoder and loss"
+    if options.pred == "masked":
+        text += "; pred='masked': [B, masked, K] in plan order"
+    ratio = inspect.signature(model.forward).parameters.get("mask_ratio")
+    ratio = 0.75 if ratio is None else ratio.default
+    yield from step("forward", forward, text, lambda: _whole(model, images), pred=options.pred, ratio=ratio)
+
+
+# --- probes -------------------------------------------------------------------------------------------------
+
+
+def probe_images(model: nn.Module) -> Tensor:
+    """Two images, one of low contrast, where the epsilon of normalised targets shows."""
+    proj = model.patch_embed.proj
+    side = round((model.pos_embed.shape[1] - 1) ** 0.5)
+    size = getattr(model.patch_embed, "img_size", None) or [side * k for k in proj.kernel_size]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    images = torch.randn(2, proj.in_channels, *size, device=proj.weight.device, dtype=proj.weight.dtype)
+    images[1] *= 1e-3
+    return images
+
+
+def _latent(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    batch, num_patches = images.shape[0], model.pos_embed.shape[1] - 1
+    order = torch.rand(batch, num_patches, device=images.device).argsort(1)
+    width = model.norm.normalized_shape[0] if hasattr(model.norm, "normalized_shape") else model.pos_embed.shape[-1]
+    latent = torch.randn(batch, 1 + num_patches // 4, width, device=images.device, dtype=images.dtype)
+    return latent, order
+
+
+def _prediction(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    target = _swap.original(model, "patchify")(images) if _swap.methods(model) else model.patchify(images)
+    pred = torch.randn_like(target).requires_grad_()
+    return pred, (torch.rand(target.shape[:2], device=images.device) < 0.7).to(torch.get_default_dtype())
+
+
+def _whole(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The model's outputs; where masked predictions were asked for, those of the original in the same order."""
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+        noise = torch.rand(len(images), model.pos_embed.shape[1] - 1, device=images.device)
+    loss, pred, mask = model(images)
+    if _swap.setting(model, "pred") == "masked" and pred.shape[1] == mask.shape[1]:
+        order = noise.argsort(1)[:, -int(mask[0].sum()) :]
+        pred = pred.gather(1, order[..., None].expand(-1, -1, pred.shape[-1]))
+    return loss, pred, mask
+
+
+# --- the methods --------------------------------------------------------------------------------------------
+
+
+def _usual(model: nn.Module, images: Tensor) -> bool:
+    """Images that the model would take; what it would refuse is left to it."""
+    proj = model.patch_embed.proj
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != proj.in_channels or not len(images):
+        return False
+    height, width = (s // k for s, k in zip(images.shape[2:], proj.kernel_size))
+    fits = height * width == model.pos_embed.shape[1] - 1
+    fits = fits and all(s % k == 0 for s, k in zip(images.shape[2:], proj.kernel_size))
+    size = getattr(model.patch_embed, "img_size", None)
+    if size is not None:
+        fits = fits and tuple(images.shape[2:]) == ((size, size) if isinstance(size, int) else tuple(size))
+    return fits and layers.conv_dtype_fits(images, proj)
+
+
+def _ratio(ratio: object) -> bool:
+    return isinstance(ratio, (int, float)) and 0 <= ratio <= 1
+
+
+def draw(model: nn.Module, images: Tensor, ratio: float) -> TokenMask:
+    """The plan of `random_masking`: the same draw, the same order."""
+    batch, num_patches = images.shape[0], model.pos_embed.shape[1] - 1
+    noise = torch.rand(batch, num_patches, device=images.device)
+    return TokenMask.from_scores(noise, masking.keep_count(num_patches, ratio))
+
+
+def encode(model: nn.Module, images: Tensor, plan: TokenMask, features: bool = False) -> Tensor:
+    """Latents; as `features` in the dtype in which the model itself returns them."""
+    proj, pos = model.patch_embed.proj, model.pos_embed
+    cls_pos, pos = pos.split([1, pos.shape[1] - 1], 1)
+    x = ops.patch_embed(images, proj.weight, proj.bias, plan, pos=pos, prefix=model.cls_token + cls_pos)
+    x, delta = run_blocks(model.blocks, x)
+    return layers.last_norm(model.norm, x, delta) if features else layers.norm(model.norm, x, delta)[1]
+
+
+def decode(model: nn.Module, latent: Tensor, plan: TokenMask, pred: str = "full") -> Tensor:
+    x = layers.linear(model.decoder_embed, latent)
+    order = "position" if pred == "full" else "visible_first"
+    x = ops.restore_tokens(x, plan, model.mask_token, pos=model.decoder_pos_embed, prefix=1, order=order)
+    if pred == "masked":
+        x, delta = run_tail(model.decoder_blocks, x, plan.max_masked)
+        return layers.linear(model.decoder_pred, layers.norm(model.decoder_norm, x, delta)[1])
+    x, delta = run_blocks(model.decoder_blocks, x)
+    return layers.linear(model.decoder_pred, layers.norm(model.decoder_norm, x, delta)[1])[:, 1:]
+
+
+def score(model: nn.Module, images: Tensor, pred: Tensor, plan: TokenMask, rows: str, reduction: str) -> Tensor:
+    norm = "mae" if model.norm_pix_loss else "none"
+    patch = tuple(model.patch_embed.proj.kernel_size)
+    loss = ops.patch_loss(pred, images, plan, patch, norm=norm, rows=rows, reduction=reduction)
+    return loss.to(torch.promote_types(pred.dtype, images.dtype))
+
+
+def forward_encoder(self: nn.Module, x: Tensor, mask_ratio: float, *args, **kwargs):
+    if args or kwargs or not _usual(self, x) or not _ratio(mask_ratio):
+        return _swap.original(self, "forward_encoder")(x, mask_ratio, *args, **kwargs)
+    plan = draw(self, x, mask_ratio)
+    return encode(self, x, plan, features=True), plan.mask.to(torch.get_default_dtype()), plan.ids_restore
+
+
+def forward_decoder(self: nn.Module, x: Tensor, ids_restore: Tensor, *args, **kwargs):
+    if args or kwargs or self.decoder_pos_embed.shape[1] != ids_restore.shape[1] + 1:
+        return _swap.original(self, "forward_decoder")(x, ids_restore, *args, **kwargs)
+    plan = TokenMask.from_ids_restore(ids_restore, x.shape[1] - 1)
+    return decode(self, x, plan)
+
+
+def forward_loss(self: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, *args, **kwargs):
+    if args or kwargs or not _usual(self, imgs) or pred.ndim != 3 or mask.shape != pred.shape[:2]:
+        return _swap.original(self, "forward_loss")(imgs, pred, mask, *args, **kwargs)
+    # The mask may hold any weights, so every patch is scored, as in the original.
+    every = TokenMask.all_visible(*pred.shape[:2], pred.device).complement()
+    each = score(self, imgs, pred, every, "all", "none").view(mask.shape)
+    return (each * mask).sum() / mask.sum()
+
+
+def forward(self: nn.Module, imgs: Tensor, mask_ratio: float | None = None, *args, **kwargs):
+    mask_ratio = _swap.setting(self, "ratio") if mask_ratio is None else mask_ratio
+    if args or kwargs or not _usual(self, imgs) or not _ratio(mask_ratio):
+        return _swap.original(self, "forward")(imgs, mask_ratio, *args, **kwargs)
+    plan = draw(self, imgs, mask_ratio)
+    which = _swap.setting(self, "pred", "full")
+    if plan.total_masked == 0:  # the original divides zero by zero
+        pred = decode(self, encode(self, imgs, plan), plan)
+        mask = plan.mask.to(torch.get_default_dtype())
+        return self.forward_loss(imgs, pred, mask), pred, mask
+    pred = decode(self, encode(self, imgs, plan), plan, which)
+    loss = score(self, imgs, pred, plan, "all" if which == "full" else "masked", "mean")
+    return loss, pred, plan.mask.to(torch.get_default_dtype())
