@@ -1,0 +1,235 @@
+"""What every family of the drop-in must keep: `DropIn`, subclassed by each test file."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import maefast
+
+
+def tensors(out) -> list[Tensor]:
+    return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    if not want.is_floating_point():
+        return 0.0 if torch.equal(got, want) else float("inf")
+    got, want = got.detach().double(), want.detach().double()
+    return ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+def gradient_error(got: nn.Module, want: nn.Module) -> float:
+    """Of all gradients together; each must exist in both or in neither."""
+    pairs = []
+    for (name, p), (_, q) in zip(got.named_parameters(), want.named_parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), f"{name}: gradient in one of the two only"
+        if p.grad is not None:
+            pairs.append((p.grad.double().flatten(), q.grad.double().flatten()))
+    assert pairs
+    mine, theirs = (torch.cat(side) for side in zip(*pairs))
+    # Every gradient by itself too, measured by the largest, because some are zero but for rounding.
+    scale = max(b.norm().item() for _, b in pairs)
+    each = max((a - b).norm().item() for a, b in pairs) / scale
+    return max(relative(mine, theirs), each)
+
+
+class DropIn:
+    """Subclass as ``class TestX(DropIn)``.
+
+    make() builds a small float32 model (in train mode, dropout off), the same for the same torch seed. inputs(dtype) gives
+    the arguments of a call, (args, kwargs). loss(out) is the scalar that is trained, from what the model returns.
+    `options` go to accelerate, `families` is what the report must name, `replaced` the number of notes at least.
+    """
+
+    options: dict = {}
+    families: tuple[str, ...] = ()
+    replaced = 1
+    compiles = True
+    double = 1e-10  # float64: relative error of outputs; gradients 10 times that
+    single = 2e-5  # float32, the same
+    bf16_slack = 1.5  # error in bfloat16 autocast, over the model's own against float32
+
+    def make(self) -> nn.Module:
+        raise NotImplementedError
+
+    def inputs(self, dtype: torch.dtype) -> tuple[tuple, dict]:
+        raise NotImplementedError
+
+    def loss(self, out) -> Tensor:
+        raise NotImplementedError
+
+    # --- helpers --------------------------------------------------------------------------------------------
+
+    def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.make().to(dtype)
+        # Many start at zero (mask tokens, biases), where errors do not show.
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p) * 0.02)
+        return model
+
+    def accelerate(self, model: nn.Module) -> nn.Module:
+        return maefast.accelerate(model, **self.options)
+
+    def pair(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+        """(as it was, accelerated) with equal weights."""
+        model = self.build(dtype)
+        return model, self.accelerate(copy.deepcopy(model))
+
+    def call(self, model: nn.Module, dtype: torch.dtype = torch.float32, seed: int = 1):
+        torch.manual_seed(2)
+        args, kwargs = self.inputs(dtype)
+        torch.manual_seed(seed)
+        return model(*args, **kwargs)
+
+    def compare(self, dtype: torch.dtype, tolerance: float) -> None:
+        model, fast = self.pair(dtype)
+        want, got = self.call(model, dtype), self.call(fast, dtype)
+        assert type(want) is type(got)
+        assert len(tensors(want)) == len(tensors(got))
+        for a, b in zip(tensors(got), tensors(want)):
+            assert a.dtype is b.dtype and a.shape == b.shape
+            assert relative(a, b) < tolerance
+        self.loss(want).backward()
+        self.loss(got).backward()
+        assert gradient_error(fast, model) < 10 * tolerance
+
+    # --- tests ----------------------------------------------------------------------------------------------
+
+    def test_report(self):
+        model = self.accelerate(self.build())
+        report = maefast.report(model)
+        assert set(self.families) <= set(report.families)
+        assert len(report.replaced) >= self.replaced
+        assert not report.kept, str(report)
+        assert "agree" in str(report)
+
+    def test_float64(self):
+        self.compare(torch.float64, self.double)
+
+    def test_float32(self):
+        self.compare(torch.float32, self.single)
+
+    def test_bfloat16(self):
+        """Not further from float32 than the model's own code is, up to chance."""
+        exact = self.loss(self.call(self.build()))
+        model, fast = self.pair()
+        with torch.autocast("cpu", torch.bfloat16):
+            want, got = self.call(model), self.call(fast)
+        for a, b in zip(tensors(got), tensors(want)):
+            assert a.dtype is b.dtype and a.shape == b.shape
+        truth = self.build()
+        reference = self.call(truth)
+        for a, b, t in zip(tensors(got), tensors(want), tensors(reference)):
+            assert relative(a, t) <= self.bf16_slack * relative(b, t) + 2e-3
+        for net, out in ((model, want), (fast, got), (truth, reference)):
+            self.loss(out).backward()
+        assert gradient_error(fast, truth) <= self.bf16_slack * gradient_error(model, truth) + 2e-3
+        assert exact.isfinite()
+
+    def test_random_numbers(self):
+        model, fast = self.pair()
+        states = []
+        for net in (model, fast):
+            self.call(net)
+            states.append(torch.get_rng_state())
+        assert torch.equal(*states)
+
+    def test_50_steps(self):
+        """A seeded run gives the same losses."""
+        curves = []
+        for net in self.pair():
+            optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+            torch.manual_seed(3)
+            losses = []
+            for step in range(50):
+                loss = self.loss(self.call(net, seed=step))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            curves.append(torch.tensor(losses))
+        assert curves[0][-1] < curves[0][0]
+        assert torch.allclose(*curves, rtol=2e-3, atol=1e-5), (curves[0] - curves[1]).abs().max()
+
+    def test_checkpoints(self):
+        """Saved before, loaded after, and the other way round."""
+        model, fast = self.pair()
+        assert list(model.state_dict()) == list(fast.state_dict())
+        torch.manual_seed(9)
+        other = {k: torch.randn_like(v) * 0.05 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        fast.load_state_dict(other)
+        model.load_state_dict(copy.deepcopy(fast.state_dict()))
+        for a, b in zip(tensors(self.call(fast)), tensors(self.call(model))):
+            assert relative(a, b) < 10 * self.single
+        assert [n for n, _ in model.named_parameters()] == [n for n, _ in fast.named_parameters()]
+
+    def test_restore(self):
+        model = self.build()
+        kinds = [type(m) for m in model.modules()]
+        state = [dict(vars(m)) for m in model.modules()]
+        want = self.call(model)
+        fast = self.accelerate(model)
+        assert fast is model and [type(m) for m in model.modules()] != kinds
+        assert [type(m).__name__ for m in model.modules()] == [k.__name__ for k in kinds]
+        assert all(isinstance(m, k) for m, k in zip(model.modules(), kinds))
+        assert maefast.restore(model) is model
+        assert [type(m) for m in model.modules()] == kinds
+        assert [set(vars(m)) for m in model.modules()] == [set(s) for s in state]
+        for a, b in zip(tensors(self.call(model)), tensors(want)):
+            assert torch.equal(a, b)
+        with pytest.raises(ValueError, match="not accelerated"):
+            maefast.report(model)
+
+    def test_copies(self):
+        """deepcopy (EMA) and pickling keep the model accelerated, and apart."""
+        fast = self.accelerate(self.build())
+        want = tensors(self.call(fast))
+        copies = [copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))]
+        with torch.no_grad():
+            for p in fast.parameters():
+                p.zero_()
+        for other in copies:
+            assert [type(m) for m in other.modules()] == [type(m) for m in fast.modules()]
+            assert all(torch.equal(a, b) for a, b in zip(tensors(self.call(other)), want))
+
+    def test_eval(self):
+        model, fast = self.pair()
+        model.eval()
+        assert fast.eval() is fast and not any(m.training for m in fast.modules())
+        with torch.no_grad():
+            for a, b in zip(tensors(self.call(fast)), tensors(self.call(model))):
+                assert relative(a, b) < self.single
+        with torch.inference_mode():
+            assert self.loss(self.call(fast)).isfinite()
+
+    def test_twice(self):
+        """Accelerating again changes nothing."""
+        fast = self.accelerate(self.build())
+        kinds = [type(m) for m in fast.modules()]
+        assert [type(m) for m in self.accelerate(fast).modules()] == kinds
+
+    def test_compile(self):
+        if not self.compiles:
+            pytest.skip("the model's own code does not compile either")
+        torch._dynamo.reset()
+        model, fast = self.pair()
+        compiled = torch.compile(fast, backend="aot_eager")
+        want, got = self.call(model), self.call(compiled)
+        for a, b in zip(tensors(got), tensors(want)):
+            assert relative(a, b) < self.single
+        self.loss(want).backward()
+        self.loss(got).backward()
+        assert gradient_error(fast, model) < 10 * self.single
+
+    def test_unverified(self):
+        fast = maefast.accelerate(self.build(), **self.options, verify=False)
+        assert "verify=False" in str(maefast.report(fast))
+        assert not maefast.report(fast).kept
