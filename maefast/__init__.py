@@ -23,7 +23,22 @@ _FROM = {
     "report": "integrations",
     "restore": "integrations",
 }
-__all__ = sorted((*_LAZY, *_FROM, "__version__", "backend", "ops"))
+__all__ = [
+    "Cells",
+    "__version__",
+    "accelerate",
+    "backend",
+    "doctor",
+    "integrations",
+    "kernels",
+    "masking",
+    "models",
+    "nn",
+    "ops",
+    "report",
+    "restore",
+    "sparsify",
+]
 
 if TYPE_CHECKING:
     from . import doctor, integrations, kernels, masking, models, nn

@@ -32,17 +32,17 @@ def accelerate(
 ) -> nn.Module:
     """Run a masked model on maefast's kernels. The model is changed in place and returned.
 
-    Outputs, random draws, parameters, buffers, hooks and `state_dict` stay as they are; `report` says what is replaced.
-    Works before or after `.to()`, DDP, FSDP, `torch.compile` and loading a checkpoint; before is better, because sharded
-    parameters cannot be checked.
+    Outputs, random draws, parameters, buffers, hooks and `state_dict` stay as they are; `report` says what is
+    replaced. Works before or after `.to()`, DDP, FSDP, `torch.compile` and loading a checkpoint; before FSDP is better,
+    because sharded parameters cannot be checked.
 
     Args:
         model: any module; models are recognised inside wrappers too.
         pred: "full" keeps the model's predictions as they are. "masked" lets models that return predictions of all
             patches (MAE, ViTMAE) predict the masked ones only, [B, masked, K] ordered as in ``ids_restore``: faster,
             same loss and gradients, another shape of `pred`.
-        repair_positions: fill frozen position tables that are all zero (a fresh HF ViTMAE has such) with the sine-cosine
-            tables of the paper. Without it they raise a warning.
+        repair_positions: fill frozen position tables that are all zero (a fresh HF ViTMAE has such) with the
+            sine-cosine tables of the paper. Without it they raise a warning.
         verify: compare with the model's own code, forward and gradients, before replacing it. Costs a few steps at
             batch 2; False trusts the structure.
 
@@ -131,8 +131,8 @@ def _conclude(model: nn.Module, found: Report, errors: list[float], unchecked: s
         return
     if errors:
         found.checks.append(
-            "compared with the model's own code: outputs, gradients and random draws agree (largest relative difference "
-            f"{max(errors):.0e})"
+            "compared with the model's own code: outputs, gradients and random draws agree "
+            f"(largest relative difference {max(errors):.0e})"
         )
     if not verify:
         found.checks.append("not compared with the model's own code (verify=False)")

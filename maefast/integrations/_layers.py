@@ -77,7 +77,7 @@ def mlp(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
 
 
 def still(module: nn.Module | None) -> bool:
-    """A dropout or identity that does nothing now. Stochastic depth is not asked: it is called, and draws as it does."""
+    """A dropout or identity that does nothing now. Stochastic depth is not asked: it is called, and draws."""
     if module is None or type(module) is nn.Identity:
         return True
     return isinstance(module, nn.Dropout) and (module.p == 0 or not module.training) and not hooked(module)

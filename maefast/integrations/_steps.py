@@ -26,8 +26,8 @@ class Step:
     """Methods of one module to be replaced together.
 
     Attributes:
-        module: whose. methods: name -> fast function. texts: name of the method ("" for the module) -> what serves it now,
-            for the report.
+        module: whose. methods: name -> fast function. texts: name of the method ("" for the module) -> what serves it
+            now, for the report.
         probe: runs the module on a small input and returns what is compared, gradients included.
         settings: kept on the module for the fast functions, see `_swap.setting`. path: name of the module in the model.
     """

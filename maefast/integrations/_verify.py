@@ -50,7 +50,7 @@ def compare(module: nn.Module, call: Callable[[], Any]) -> float:
         The largest relative difference found.
 
     Raises:
-        Mismatch: what differs by more than rounding: outputs, gradients of small parameters, or the random numbers drawn.
+        Mismatch: what differs by more than rounding: outputs, gradients of small parameters, or the numbers drawn.
     """
     with _same_state(module) as again:
         with plain():

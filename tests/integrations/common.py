@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -42,12 +43,12 @@ def gradient_error(got: nn.Module, want: nn.Module) -> float:
 class DropIn:
     """Subclass as ``class TestX(DropIn)``.
 
-    make() builds a small float32 model (in train mode, dropout off), the same for the same torch seed. inputs(dtype) gives
-    the arguments of a call, (args, kwargs). loss(out) is the scalar that is trained, from what the model returns.
+    make() builds a small float32 model (in train mode, dropout off), the same for the same torch seed. inputs(dtype)
+    gives the arguments of a call, (args, kwargs). loss(out) is the scalar that is trained, from what the model returns.
     `options` go to accelerate, `families` is what the report must name, `replaced` the number of notes at least.
     """
 
-    options: dict = {}
+    options: ClassVar[dict] = {}
     families: tuple[str, ...] = ()
     replaced = 1
     compiles = True
@@ -95,7 +96,7 @@ class DropIn:
         assert type(want) is type(got)
         assert len(tensors(want)) == len(tensors(got))
         for a, b in zip(tensors(got), tensors(want)):
-            assert a.dtype is b.dtype and a.shape == b.shape
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
             assert relative(a, b) < tolerance
         self.loss(want).backward()
         self.loss(got).backward()
@@ -124,12 +125,12 @@ class DropIn:
         with torch.autocast("cpu", torch.bfloat16):
             want, got = self.call(model), self.call(fast)
         for a, b in zip(tensors(got), tensors(want)):
-            assert a.dtype is b.dtype and a.shape == b.shape
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
         truth = self.build()
         reference = self.call(truth)
         for a, b, t in zip(tensors(got), tensors(want), tensors(reference)):
             assert relative(a, t) <= self.bf16_slack * relative(b, t) + 2e-3
-        for net, out in ((model, want), (fast, got), (truth, reference)):
+        for out in (want, got, reference):
             self.loss(out).backward()
         assert gradient_error(fast, truth) <= self.bf16_slack * gradient_error(model, truth) + 2e-3
         assert exact.isfinite()
@@ -177,7 +178,8 @@ class DropIn:
         state = [dict(vars(m)) for m in model.modules()]
         want = self.call(model)
         fast = self.accelerate(model)
-        assert fast is model and [type(m) for m in model.modules()] != kinds
+        assert fast is model
+        assert [type(m) for m in model.modules()] != kinds
         assert [type(m).__name__ for m in model.modules()] == [k.__name__ for k in kinds]
         assert all(isinstance(m, k) for m, k in zip(model.modules(), kinds))
         assert maefast.restore(model) is model
@@ -203,7 +205,8 @@ class DropIn:
     def test_eval(self):
         model, fast = self.pair()
         model.eval()
-        assert fast.eval() is fast and not any(m.training for m in fast.modules())
+        assert fast.eval() is fast
+        assert not any(m.training for m in fast.modules())
         with torch.no_grad():
             for a, b in zip(tensors(self.call(fast)), tensors(self.call(model))):
                 assert relative(a, b) < self.single
