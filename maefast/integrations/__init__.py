@@ -78,12 +78,13 @@ def accelerate(
             found.add(step.path, name, True, text)
         return True
 
-    _blocks(model, found, perform)
-    for path, module, family in _recognised(model):
-        if family.NAME not in found.families:
-            found.families.append(family.NAME)
-        for step in family.steps(module, options, lambda name, text, path=path: found.add(path, name, False, text)):
-            perform(step.under(path))
+    with _verify.same_random_state(model):
+        _blocks(model, found, perform)
+        for path, module, family in _recognised(model):
+            if family.NAME not in found.families:
+                found.families.append(family.NAME)
+            for step in family.steps(module, options, lambda name, text, path=path: found.add(path, name, False, text)):
+                perform(step.under(path))
     _conclude(model, found, errors, unchecked, verify)
     return model
 

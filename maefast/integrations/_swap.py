@@ -119,17 +119,17 @@ def original(module: nn.Module, name: str) -> Callable:
 def _accelerated(base: type, methods: Methods) -> type:
     found = _classes.get((base, methods))
     if found is None:
-        body = {name: _method(getattr(base, name), fast) for name, fast in methods}
+        body = {name: _method(base, name, fast) for name, fast in methods}
         body |= {BASE: base, METHODS: methods, "__reduce_ex__": _reduce_ex}
         body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         found = _classes[base, methods] = type(base)(base.__name__, (base,), body)
     return found
 
 
-def _method(original: Callable, fast: Callable) -> Callable:
-    @wraps(original)  # whoever looks at the signature (HF's Trainer does) finds the old one
+def _method(base: type, name: str, fast: Callable) -> Callable:
+    @wraps(getattr(base, name))  # whoever looks at the signature (HF's Trainer does) finds the old one
     def method(self, *args, **kwargs):
-        return (original if _plain else fast)(self, *args, **kwargs)
+        return (getattr(base, name) if _plain else fast)(self, *args, **kwargs)
 
     return method
 

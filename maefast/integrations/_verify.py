@@ -140,9 +140,16 @@ def _gradient_difference(want: dict, got: dict, tolerance: float) -> float:
 
 
 @contextmanager
+def same_random_state(module: nn.Module) -> Iterator[None]:
+    """Afterwards torch's generators are where they were."""
+    cuda = any(p.is_cuda for p in module.parameters())
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):  # manual_seed seeds them all
+        yield
+
+
+@contextmanager
 def _same_state(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Fixed random states inside, restored afterwards with the module's buffers; the value starts over again."""
-    device = example(module).device
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     python = random.getstate()
 
@@ -151,8 +158,7 @@ def _same_state(module: nn.Module) -> Iterator[Callable[[], None]]:
         random.seed(0)
         _restore(module, buffers)
 
-    devices = range(torch.cuda.device_count()) if device.type == "cuda" else []  # manual_seed seeds them all
-    with torch.random.fork_rng(devices=devices):
+    with same_random_state(module):
         again()
         try:
             yield again
