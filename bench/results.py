@@ -1,9 +1,11 @@
 """The JSON of a run: written, read and checked in one place.
 
-    {"schema": 1, "kind": "micro" | "step", "environment": {...}, "settings": {...}, "peers": [names], "records": [...]}
+    {"schema": 1, "kind": "micro" | "step" | "dropin", "environment": {...}, "settings": {...}, "peers": [names],
+     "records": [...]}
 
-A micro record is one variant of one op at one shape; a step record is one peer at one model size. Both carry the
-shapes and dtype they were measured at, and either times or, under "error", why there are none.
+A micro record is one variant of one op at one shape; a step record is one peer at one model size; a dropin record is
+somebody else's model, as it is or accelerated. All carry the shapes and dtype they were measured at, and either times
+or, under "error", why there are none.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from bench.environment import ROOT
 SCHEMA = 1
 WRONG = 4  # exit status of a benchmark that found a wrong result, as against one that merely could not run
 RESULTS = ROOT / "bench" / "results"
-KINDS = ("micro", "step")
+KINDS = ("micro", "step", "dropin")
 _ENVIRONMENT = ("date", "kind", "device", "cpu", "cpu_threads", "torch", "triton", "maefast", "commit", "dirty")
 _RECORD = {
     "micro": ("op", "variant", "shape", "dtype", "direction"),
     "step": ("peer", "preset", "shape", "dtype"),
+    "dropin": ("peer", "family", "preset", "shape", "dtype"),
 }
-_TIMES = {"micro": ("median_s", "low_s", "high_s"), "step": ("step_s", "low_s", "high_s", "peak_bytes")}
+_STEP = ("step_s", "low_s", "high_s", "peak_bytes")
+_TIMES = {"micro": ("median_s", "low_s", "high_s"), "step": _STEP, "dropin": _STEP}
 
 
 def document(kind: str, environment: dict, settings: dict, peers: list[str], records: list[dict]) -> dict:

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bench import environment, results, timing
@@ -132,19 +133,50 @@ def measure(
         "mask_ratio": chosen.get("mask_ratio", 0.75),
         "part": chosen.get("part", "step"),
     }
-    batch, config = request["batch"], model.config
     steps = steps or (2 if device == "cpu" else 10)
     budget = BUDGET.get(preset, 120.0) if budget is None else budget
     names = list(dict.fromkeys(["maefast", *(chosen.get("peers", DEFAULT_PEERS) if peers is None else peers)]))
-    workers = {name: Peer(name) for name in names}
     base = {
         "preset": preset,
         "dtype": dtype,
-        "shape": {"batch": batch, "img_size": list(model.img_size), "patch_size": list(model.patch_size)},
+        "shape": {"batch": request["batch"], "img_size": list(model.img_size), "patch_size": list(model.patch_size)},
     }
+    records = race(names, request, base, "plain", rounds, steps, budget)
+    settings = {
+        "steps_a_round": steps,
+        "budget_s": budget,
+        "model": model.config,
+        "mask_ratio": request["mask_ratio"],
+        "part": request["part"],
+        "optimizer": "AdamW, fused" if request["part"] == "step" else None,
+    }
+    return results.document("step", environment.describe(device), settings, names, records)
+
+
+def race(
+    names: list[str],
+    request: dict,
+    base: dict,
+    reference: str,
+    rounds: int | None,
+    steps: int,
+    budget: float,
+    required: int = 1,
+) -> list[dict]:
+    """Build the named peers, each in its process, compare them, time them in turn; one record a peer.
+
+    Args:
+        names: the first is what ratios are about. The first `required` must run; one of the others that cannot be
+            built has an "error" in its record.
+        request: for the workers' `build`. base: goes into every record. reference: the peer whose losses are right.
+        rounds, steps, budget: see `measure`.
+    """
+    ours, dtype = names[0], request["dtype"]
+    workers = {name: Peer(name) for name in names}
     try:
-        first, failed = _build(workers, **request)
-        _agree(first, dtype)
+        first, failed = _build(workers, names[:required], **request)
+        _agree(first, dtype, reference)
+        _warm_up(workers, dtype, reference)
         samples, losses = _time(workers, rounds, steps, budget)
         memory = {name: worker.ask(do="memory") for name, worker in workers.items()}
     finally:
@@ -159,35 +191,33 @@ def measure(
             continue
         low, high = timing.quartiles(samples[name])
         median = statistics.median(samples[name])
+        notes = {key: value for key, value in first[name].items() if key not in ("loss", "grad_norm", "parameters")}
+        compiled = {}
+        if name.endswith("_compiled") and f"{ours}_compiled" in samples:
+            compiled["ratio_compiled"] = timing.ratio(samples[name], samples[f"{ours}_compiled"])
         records.append(
             {
                 **record,
-                "ratio": timing.ratio(samples[name], samples["maefast"]),
+                "ratio": timing.ratio(samples[name], samples[ours]),
+                **compiled,
                 "step_s": median,
                 "low_s": low,
                 "high_s": high,
                 "rounds": len(samples[name]),
-                "images_per_s": batch / median,
+                "images_per_s": request["batch"] / median,
                 **memory[name],
-                "memory_ratio": memory[name]["peak_bytes"] / memory["maefast"]["peak_bytes"],
+                "memory_ratio": memory[name]["peak_bytes"] / memory[ours]["peak_bytes"],
                 "first_loss": first[name]["loss"],
                 "grad_norm": first[name]["grad_norm"],
                 "last_loss": losses[name],
                 "parameters": first[name]["parameters"],
+                **notes,
             }
         )
-    settings = {
-        "steps_a_round": steps,
-        "budget_s": budget,
-        "model": config,
-        "mask_ratio": request["mask_ratio"],
-        "part": request["part"],
-        "optimizer": "AdamW, fused" if request["part"] == "step" else None,
-    }
-    return results.document("step", environment.describe(device), settings, names, records)
+    return records
 
 
-def _build(workers: dict[str, Peer], **request) -> tuple[dict, dict]:
+def _build(workers: dict[str, Peer], required: list[str], **request) -> tuple[dict, dict]:
     """Build all at once; those that fail leave `workers`. Returns (answers, failures)."""
     for name, worker in workers.items():
         worker.send(do="build", peer=name, **request)
@@ -196,32 +226,45 @@ def _build(workers: dict[str, Peer], **request) -> tuple[dict, dict]:
         try:
             answers[name] = workers[name].receive()
         except RuntimeError as error:
-            if name == "maefast":
+            if name in required:
                 raise
             failed[name] = str(error)
             workers.pop(name).close()
     return answers, failed
 
 
-def _agree(first: dict[str, dict], dtype: str) -> None:
-    """All against the plain model if it is there, else against the first."""
-    reference = first.get("plain") or next(iter(first.values()))
+def _agree(first: dict[str, dict], dtype: str, reference: str = "plain") -> None:
+    """All against the reference if it is there, else against the first."""
+    right = first.get(reference) or next(iter(first.values()))
     problems = []
     for name, answer in first.items():
         for what, tolerance in zip(("loss", "grad_norm"), AGREE[dtype], strict=True):
-            error = abs(answer[what] - reference[what]) / abs(reference[what])
+            error = abs(answer[what] - right[what]) / abs(right[what])
             if not error <= tolerance:  # NaN too
-                problems.append(f"{name}: {what} {answer[what]:.7g}, expected {reference[what]:.7g} ({error:.1e} off)")
+                problems.append(f"{name}: {what} {answer[what]:.7g}, expected {right[what]:.7g} ({error:.1e} off)")
     if problems:
         raise Disagreement("the peers do not compute the same thing, so no time is given: " + "; ".join(problems))
+
+
+def _warm_up(workers: dict[str, Peer], dtype: str, reference: str) -> None:
+    """Compilation, allocators, optimiser state. The loss after the first updates must agree, too; to the tolerance of
+    gradients, because that is what it tells of."""
+    answers = {name: worker.ask(do="run", steps=1)["loss"] for name, worker in workers.items()}
+    right = answers.get(reference, next(iter(answers.values())))
+    tolerance = AGREE[dtype][1]
+    problems = [
+        f"{name}: loss {loss:.7g} after two updates, expected {right:.7g}"
+        for name, loss in answers.items()
+        if not abs(loss - right) <= tolerance * abs(right)
+    ]
+    if problems:
+        raise Disagreement("the peers do not train alike, so no time is given: " + "; ".join(problems))
 
 
 def _time(
     workers: dict[str, Peer], rounds: int | None, steps: int, budget: float
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    # The first round warms up (compilation, allocators, optimiser state) and tells how long the others will take.
-    for worker in workers.values():
-        worker.ask(do="run", steps=1)
+    # The first round tells how long the others will take.
     start = time.monotonic()
     for worker in workers.values():
         worker.ask(do="run", steps=steps)
@@ -246,32 +289,40 @@ def _time(
 
 def show(doc: dict) -> None:
     """Print the table of a step run."""
+    first = doc["records"][0]
+    size = "x".join(map(str, first["shape"]["img_size"]))
+    encoder = doc["settings"].get("part") == "encoder"
+    what = "encoder forward and backward of" if encoder else "one training step of"
+    print_table(doc, f"{first['preset']}: {size} images", what, NAMES)
+
+
+def print_table(doc: dict, title: str, what: str, names: dict[str, str]) -> None:
+    """One row a peer, the fastest first; the first record's peer is what ratios are about."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     env, records = doc["environment"], doc["records"]
-    encoder = doc["settings"].get("part") == "encoder"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("time vs maefast", "step ms", "images/s", "peak MB", "memory vs maefast"):
-        table.add_column(name, justify="right")
-    table.add_column("encoder forward and backward of" if encoder else "one training step of")
-    for r in sorted((r for r in records if "error" not in r), key=lambda r: r["ratio"]):
-        ours = r["peer"] == "maefast"
-        table.add_row(
-            "1" if ours else f"{r['ratio']:.2f}x",
-            f"{r['step_s'] * 1e3:.1f}",
-            f"{r['images_per_s']:.0f}",
-            f"{r['peak_bytes'] / 2**20:.0f}",
-            "1" if ours else f"{r['memory_ratio']:.2f}x",
-            NAMES[r["peer"]],
-            style="bold" if ours else None,
-        )
     first = records[0]
-    size = "x".join(map(str, first["shape"]["img_size"]))
+    ours = names[first["peer"]]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in (f"time vs {ours}", "step ms", "images/s", "peak MB", f"memory vs {ours}"):
+        table.add_column(name, justify="right")
+    table.add_column(what)
+    for r in sorted((r for r in records if "error" not in r), key=lambda r: r["ratio"]):
+        one = r is first
+        table.add_row(
+            "1" if one else f"{r['ratio']:.2f}x",
+            f"{r['step_s'] * 1e3:.1f}",
+            f"{r['images_per_s']:.{0 if r['images_per_s'] >= 10 else 1}f}",
+            f"{r['peak_bytes'] / 2**20:.0f}",
+            "1" if one else f"{r['memory_ratio']:.2f}x",
+            names[r["peer"]],
+            style="bold" if one else None,
+        )
     console = Console(width=None if Console().is_terminal else 110)
     console.print(
-        f"{first['preset']}: {size} images, batch {first['shape']['batch']}, {first['dtype']}"
+        f"{title}, batch {first['shape']['batch']}, {first['dtype']}"
         f"{' autocast' if first['dtype'] != 'float32' else ''}; {env['device']}, {env['cpu_threads']} threads, "
         f"torch {env['torch']}",
         highlight=False,
@@ -279,48 +330,50 @@ def show(doc: dict) -> None:
     console.print(table)
     for r in records:
         if "error" in r:
-            console.print(f"{NAMES.get(r['peer'], r['peer'])} not timed: {r['error']}", highlight=False, markup=False)
+            console.print(f"{names.get(r['peer'], r['peer'])} not timed: {r['error']}", highlight=False, markup=False)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m bench.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="demo")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every comparison of steps takes."""
     parser.add_argument("--batch", type=int)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--peers", nargs="+", choices=PEERS)
-    parser.add_argument("--compile", action="store_true", help="also time the torch.compile'd plain model")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, help="timed steps a round")
     parser.add_argument("--budget", type=float, help="seconds for the timed rounds, where --rounds is not given")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args(argv)
+
+
+def finish(name: str, args: argparse.Namespace, run: Callable[[], dict], show: Callable[[dict], None]) -> int:
+    """Run, print and write; the exit status."""
     if args.device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
-            print("bench.step: no CUDA device here", file=sys.stderr)
+            print(f"{name}: no CUDA device here", file=sys.stderr)
             return 3
-    peers = tuple(args.peers or PRESETS[args.preset].get("peers", DEFAULT_PEERS))
-    peers = (*peers, "plain_compiled") if args.compile else peers
     try:
-        doc = measure(
-            args.preset,
-            args.batch,
-            args.dtype,
-            args.device,
-            peers=peers,
-            rounds=args.rounds,
-            steps=args.steps,
-            budget=args.budget,
-        )
+        doc = run()
     except RuntimeError as error:
-        print(f"bench.step: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return results.WRONG if isinstance(error, Disagreement) else 1
     show(doc)
     if args.json:
         print(f"written: {results.write(args.json, doc)}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m bench.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="demo")
+    parser.add_argument("--peers", nargs="+", choices=PEERS)
+    parser.add_argument("--compile", action="store_true", help="also time the torch.compile'd plain model")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    peers = tuple(args.peers or PRESETS[args.preset].get("peers", DEFAULT_PEERS))
+    peers = (*peers, "plain_compiled") if args.compile else peers
+    given = {"peers": peers, "rounds": args.rounds, "steps": args.steps, "budget": args.budget}
+    return finish("bench.step", args, lambda: measure(args.preset, args.batch, args.dtype, args.device, **given), show)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,37 @@ NAMES = {
     "plain_compiled": "plain model, torch.compile",
     "maefast_compiled": "maefast, torch.compile",
 }
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
+BATCHES = 2
+
+
+@dataclass
+class Task:
+    """What a worker trains: loss(*inputs) for each inputs of `data` in turn; `notes` go into its answer."""
+
+    model: nn.Module
+    loss: Loss
+    data: list[tuple[Tensor, ...]]
+    notes: dict = field(default_factory=dict)
+
+
+def load(peer: str, config: dict) -> None:
+    """Import what `task` will need."""
+    if peer == "hf":
+        import transformers  # noqa: F401
+
+
+def task(peer: str, *, config: dict, batch: int, device: str, part: str, tokens: int, mask_ratio: float) -> Task:
+    """A peer with random images and noise, the same for all peers."""
+    model, loss = build(peer, config, mask_ratio, device, part)
+    generator = torch.Generator().manual_seed(1)
+    channels, (height, width) = config["in_chans"], config["img_size"]
+    data = []
+    for _ in range(BATCHES):
+        images = torch.randn(batch, channels, height, width, generator=generator)
+        noise = torch.rand(batch, tokens, generator=generator)
+        data.append((images.to(device), noise.to(device)))
+    return Task(model, loss, data)
 
 
 def build(peer: str, config: dict, mask_ratio: float, device: str, part: str = "step") -> tuple[nn.Module, Loss]:

@@ -1,14 +1,17 @@
-"""One peer in a process of its own, so that its peak memory is its own. `bench.step` talks to it in JSON lines.
+"""One peer in a process of its own, so that its peak memory is its own. `bench.step` and `bench.dropin` talk to it in
+JSON lines.
 
-    -> {"do": "build", ...}             <- {"loss": ..., "grad_norm": ..., "parameters": ...}
+    -> {"do": "build", ...}             <- {"loss": ..., "grad_norm": ..., "parameters": ..., notes of the task}
     -> {"do": "run", "steps": 2}        <- {"seconds": [...], "loss": ...}
     -> {"do": "memory"}                 <- {"peak_bytes": ...}
-An exception comes back as {"error": "..."}.
+An exception comes back as {"error": "..."}. What is trained comes from a module of this package, the `source`:
+load(peer, **request) imports what it needs, task(peer, ...) -> Task builds it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -19,9 +22,6 @@ from pathlib import Path
 import torch
 
 from bench.environment import exact_float32
-from bench.peers import models
-
-BATCHES = 2
 
 
 class Worker:
@@ -32,36 +32,30 @@ class Worker:
         batch: int,
         dtype: str,
         device: str,
-        tokens: int,
-        mask_ratio: float,
-        part: str,
+        part: str = "step",
+        source: str = "models",
+        **what,
     ) -> dict:
         self.device, self.bf16, self.part = device, dtype == "bfloat16", part
         exact_float32()
-        if peer == "hf":
-            import transformers  # noqa: F401  before the baseline: a library in memory is not a step's memory
+        module = importlib.import_module(f"bench.peers.{source}")
+        module.load(peer, config)  # before the baseline: a library in memory is not a step's memory
         self.baseline = resident_bytes()
-        self.model, self.loss = models.build(peer, config, mask_ratio, device, part)
-        generator = torch.Generator().manual_seed(1)
-        channels, (height, width) = config["in_chans"], config["img_size"]
-        self.data = []
-        for _ in range(BATCHES):
-            images = torch.randn(batch, channels, height, width, generator=generator)
-            noise = torch.rand(batch, tokens, generator=generator)
-            self.data.append((images.to(device), noise.to(device)))
+        self.task = module.task(peer, config=config, batch=batch, device=device, part=part, **what)
         self.done = 0
 
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = [p for p in self.task.model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
         reset_peak(device)
+        torch.manual_seed(2)  # models that draw their masks themselves draw the same ones
         loss = self._backward()
         norm = torch.stack([p.grad.double().norm() for p in parameters if p.grad is not None]).norm()
         count = sum(p.numel() for p in parameters)
-        return {"loss": loss.item(), "grad_norm": norm.item(), "parameters": count}
+        return {"loss": loss.item(), "grad_norm": norm.item(), "parameters": count, **self.task.notes}
 
     def run(self, steps: int) -> dict:
         """One step that is not counted (another process was here just now), then `steps` steps."""
@@ -92,10 +86,10 @@ class Worker:
         return loss.detach()
 
     def _backward(self) -> torch.Tensor:
-        images, noise = self.data[self.done % BATCHES]
+        inputs = self.task.data[self.done % len(self.task.data)]
         self.done += 1
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            loss = self.loss(images, noise)
+            loss = self.task.loss(*inputs)
         loss.backward()
         return loss
 

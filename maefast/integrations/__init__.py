@@ -7,21 +7,28 @@ code on a small random input (`_verify`); what differs, is overridden or unknown
     family file      recognises
     transformer      pre-norm transformer blocks of timm, MAE, VideoMAE, JEPA, DeiT, Hugging Face
     mae              MaskedAutoencoderViT of facebookresearch/mae and its forks
+    hf_vitmae        ViTMAEForPreTraining and ViTMAEModel of transformers 4 and 5
+    hf_videomae      VideoMAEForPreTraining and VideoMAEModel of transformers 4 and 5
+    timm_vit         VisionTransformer of timm, with PatchDropout and without
+    lightly          MaskedVisionTransformerTIMM, its decoder and MAEDecoderTIMM of lightly
+    spark            SparK of keyu-tian/SparK and its forks, around any convnet
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 
 from torch import nn
 
-from maefast.integrations import _swap, _verify, mae, transformer
+from maefast.integrations import _layers as layers
+from maefast.integrations import _swap, _verify, hf_videomae, hf_vitmae, lightly, mae, spark, timm_vit, transformer
 from maefast.integrations._report import Note, Report
 from maefast.integrations._steps import Options, Step
 
-FAMILIES: tuple[ModuleType, ...] = (mae,)
+FAMILIES: tuple[ModuleType, ...] = (mae, hf_vitmae, hf_videomae, spark, timm_vit, lightly)
 _REPORT = "_maefast_report"
 
 __all__ = ["FAMILIES", "Note", "Report", "accelerate", "report", "restore"]
@@ -79,40 +86,53 @@ def accelerate(
         return True
 
     with _verify.same_random_state(model):
-        _blocks(model, found, perform)
+        _blocks(model, found, errors, unchecked, verify)
         for path, module, family in _recognised(model):
             if family.NAME not in found.families:
                 found.families.append(family.NAME)
-            for step in family.steps(module, options, lambda name, text, path=path: found.add(path, name, False, text)):
+            for step in family.steps(module, options, partial(_note, found, path)):
                 perform(step.under(path))
     _conclude(model, found, errors, unchecked, verify)
     return model
 
 
-def _blocks(model: nn.Module, found: Report, perform: Callable[[Step, bool], bool]) -> None:
-    """Every transformer block; blocks of one kind and size are compared once."""
-    answers: dict[tuple, bool] = {}
+def _blocks(model: nn.Module, found: Report, errors: list[float], unchecked: set[str], verify: bool) -> None:
+    """Every transformer block; blocks of one kind are compared once."""
+    answers: dict[tuple, str | None] = {}
     for path, block, layout in list(transformer.find(model)):
-        if reason := _swap.overriding(block, "forward"):
+        if reason := _swap.overriding(block, "forward") or transformer.unknown(block, layout):
             found.add(path, "", False, reason)
             continue
-        norm = layout.norms(block)[0]
-        key = (type(block), norm.normalized_shape, block.training)
-        step = Step(
-            block,
-            {"forward": transformer.FORWARDS[layout]},
-            {"": transformer.text(block, layout)},
-            lambda block=block, layout=layout: block(transformer.probe(block, layout)),
-            path=path,
-        )
-        if answers.get(key, True):
-            answers[key] = perform(step, key not in answers)
-        else:
-            found.add(path, "forward", False, "not what it looks like: as the first block of its kind")
+        kind = transformer.kind(block) if verify else ()
+        if kind not in answers:
+            answers[kind] = _differs(block, layout, errors, unchecked) if verify else None
+        if answers[kind] is not None:
+            found.add(path, "forward", False, answers[kind])
+            continue
+        _swap.swap(block, {"forward": transformer.FORWARDS[layout]}, **transformer.settings(block, layout))
+        found.add(path, "", True, transformer.text(block, layout))
+
+
+def _differs(block: nn.Module, layout: type, errors: list[float], unchecked: set[str]) -> str | None:
+    """Why the fast forward does not serve this kind of block, or None."""
+    try:
+        errors.append(transformer.compare(block, layout))
+    except _verify.Mismatch as mismatch:
+        return f"not what it looks like: {mismatch}"
+    except transformer.Unsuitable as reason:
+        unchecked.add(str(reason))
+    return None
+
+
+def _note(found: Report, path: str, name: str, text: str, done: bool = False) -> None:
+    """What a family has to say about a part of its model: why it stays as it is, or what was done to it."""
+    found.add(path, name, done, text)
 
 
 def _recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType]]:
     for path, module in list(model.named_modules()):
+        if layers.wrapper(module):
+            continue  # what it wraps comes next
         for family in FAMILIES:
             if family.recognise(module):
                 yield path, module, family

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dis
+from types import CodeType, FunctionType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from maefast import ops
 
@@ -12,13 +16,111 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether somebody watches one of the modules: then it is called as it is."""
-    return any(getattr(module, name) for module in modules for name in _HOOKS)
+    """Whether somebody watches one of the modules, wraps it, or gave it another forward: then it is called as it is.
+    FSDP does, to have the parameters there in time."""
+    return _watched_everywhere() or any(touched(module) for module in modules)
+
+
+def touched(m: nn.Module) -> bool:
+    """`hooked` for one module, without hooks on every module of the process."""
+    own = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(own) or "forward" in m.__dict__ or wrapper(m)
+
+
+def _watched_everywhere() -> bool:
+    """Hooks on every module of the process."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def wrapper(module: nn.Module) -> bool:
+    """Whether a module answers for another one inside it, as those of FSDP1, torch.compile and checkpointing do."""
+    return type(module).__getattr__ is not nn.Module.__getattr__
+
+
+def reads(module: nn.Module, method: str = "forward") -> set[str] | None:
+    """Names of its own attributes that the forward of a module uses, methods that it calls included.
+
+    None where they cannot be told: the forward is no plain function, or it writes attributes. So code with switches
+    that we do not know is noticed, which no comparison shows while they are off.
+    """
+    found, todo, seen = set(), [method], set()
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        function = getattr(type(module), name)
+        if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+            return None
+        if any(step.opname == "STORE_ATTR" for step in dis.get_instructions(function)):
+            return None
+        for used in _names(function.__code__):
+            if used in vars(module) or any(used in vars(module)[k] for k in ("_parameters", "_buffers", "_modules")):
+                found.add(used)
+            elif hasattr(type(module), used) and not hasattr(nn.Module, used):
+                is_method = isinstance(getattr(type(module), used), FunctionType)
+                (todo.append if is_method else found.add)(used)
+    return found
+
+
+def beyond(module: nn.Module, needed: set[str], known: set[str], method: str = "forward") -> str:
+    """What keeps the forward of a module from being one that we know, or ""."""
+    used = reads(module, method)
+    if used is None:
+        return "code that cannot be looked into"
+    if not needed <= used:
+        return f"no {', '.join(sorted(needed - used))}"
+    return ", ".join(sorted(used - needed - known))
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names that code may look up on an object: more than it does, never fewer."""
+    found = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found |= _names(constant)
+        elif isinstance(constant, str):  # getattr(self, "name")
+            found.add(constant)
+    return found
+
+
+def ignores(module: nn.Module, argument: str) -> bool:
+    """Whether the forward of a module never looks at its argument of this name."""
+    for step in dis.get_instructions(type(module).forward):
+        names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        if step.opname.startswith("LOAD_FAST") and argument in names:
+            return False
+    return True
+
+
+def plain_tensor(t: Tensor) -> bool:
+    """Not a subclass: those are quantised, sharded or otherwise not what the kernels take."""
+    return type(t) is nn.Parameter or type(t) is Tensor
+
+
+def watched(*roots: nn.Module) -> bool:
+    """Whether something inside would see what its module is given or returns, and expects tensors: a hook, or FSDP."""
+    return any(
+        hooked(module) or type(module).__name__ == "FullyShardedDataParallel"
+        for root in roots
+        for module in root.modules()
+    )
+
+
+def only_sharded(module: nn.Module) -> bool:
+    """Whether all hooks of a module are FSDP2's: they gather parameters, cast whatever passes, and look at nothing."""
+    hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
+    return bool(hooks) and all(type(getattr(hook, "__self__", None)).__name__ == "FSDPState" for hook in hooks)
 
 
 def plain_linear(module: nn.Module) -> bool:
     """A torch Linear and nothing else: not quantised, not adapted, not sharded, not watched."""
-    return type(module) is nn.Linear and not hooked(module)
+    return type(module) is nn.Linear and plain_tensor(module.weight) and not hooked(module)
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -29,7 +131,7 @@ def plain_norm(module: nn.Module) -> bool:
     """A LayerNorm over the last dimension with weight and bias: torch's, or timm's class of the same meaning."""
     if not isinstance(module, nn.LayerNorm) or module.weight is None or module.bias is None or hooked(module):
         return False
-    if len(module.normalized_shape) != 1:
+    if len(module.normalized_shape) != 1 or not module.eps > 0 or not plain_tensor(module.weight):
         return False
     kind = type(module)
     # timm's fast path for autocast computes in 16 bits, ours in float32: only without it they are the same.
@@ -51,12 +153,14 @@ def last_norm(module: nn.Module, x: Tensor, delta: Tensor | None = None) -> Tens
     if not plain_norm(module):
         return module(x if delta is None else x + delta)
     stream = x.dtype if delta is None else torch.promote_types(x.dtype, delta.dtype)
+    if stream.itemsize == 2 and x.is_cuda and torch.is_autocast_enabled("cuda"):
+        return module(x if delta is None else x + delta)  # answers in float32 there
     return ops.add_norm(x, delta, module.weight, module.bias, module.eps, dtype=stream)[1]
 
 
 def gelu(module: nn.Module) -> str | None:
     """How a GELU approximates ("none" or "tanh"), or None for another activation."""
-    if hooked(module):
+    if not isinstance(module, nn.Module) or hooked(module):
         return None
     if type(module) is nn.GELU:
         return module.approximate
@@ -78,9 +182,12 @@ def mlp(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
 
 def still(module: nn.Module | None) -> bool:
     """A dropout or identity that does nothing now. Stochastic depth is not asked: it is called, and draws."""
-    if module is None or type(module) is nn.Identity:
+    if module is None:
         return True
-    return isinstance(module, nn.Dropout) and (module.p == 0 or not module.training) and not hooked(module)
+    kind = type(module)
+    if kind is nn.Identity:
+        return not hooked(module)
+    return kind is nn.Dropout and (module.p == 0 or not module.training) and not hooked(module)
 
 
 def then(x: Tensor, *modules: nn.Module | None) -> Tensor:
@@ -106,6 +213,14 @@ def strided_patches(conv: nn.Module) -> str | None:
 def conv_dtype_fits(images: Tensor, conv: nn.Module) -> bool:
     """Whether images and weights go together as the convolution itself would have it."""
     return images.dtype is conv.weight.dtype or torch.is_autocast_enabled(images.device.type)
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a convolution or linear layer with this weight answers here."""
+    device = weight.device.type
+    if weight.dtype is not torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def share_dtype(*tensors: Tensor) -> torch.dtype:

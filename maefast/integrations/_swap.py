@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 Methods = tuple[tuple[str, Callable], ...]  # ((name, fast function), ...), sorted
@@ -38,7 +40,13 @@ def plain():
 
 
 def is_plain() -> bool:
-    return _plain
+    """Whether original code runs: asked for, or because something is at work that our kernels cannot go through:
+    `torch.func` (their gradients have no batching rule) or `torch.jit.trace` (they cannot be written to a file)."""
+    return _plain or (not torch.compiler.is_compiling() and _transformed())
+
+
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()
 
 
 def definer(kind: type, name: str) -> type | None:
@@ -46,9 +54,17 @@ def definer(kind: type, name: str) -> type | None:
     return next((base for base in kind.__mro__ if name in vars(base)), None)
 
 
+def own(module: nn.Module, name: str) -> bool:
+    """Whether the object has a method of its own. Its class's, bound, is none: transformers 4 leaves such behind."""
+    value = vars(module).get(name)
+    return name in vars(module) and not (
+        isinstance(value, MethodType) and value.__self__ is module and value.__func__ is getattr(type(module), name)
+    )
+
+
 def overridden(module: nn.Module, name: str, root: type) -> str | None:
     """Why method `name` is not the one of `root` and the classes under it: who overrides it, or None."""
-    if name in vars(module):
+    if own(module, name):
         return f"this object has its own {name}"
     owner = definer(type(module), name)
     if owner is None:
@@ -58,7 +74,7 @@ def overridden(module: nn.Module, name: str, root: type) -> str | None:
 
 def overriding(module: nn.Module, name: str) -> str | None:
     """Who overrides a method that a class under it has too, or None: for families without a fixed list of methods."""
-    if name in vars(module):
+    if own(module, name):
         return f"this object has its own {name}"
     found = {}  # function -> class; HF's layers repeat the same function, wrapped once more, in every subclass
     for kind in type(module).__mro__:
@@ -78,9 +94,9 @@ def swap(module: nn.Module, methods: Mapping[str, Callable], **settings: Any) ->
     kind = type(module)
     before = dict(vars(kind).get(METHODS, ()))
     base = kind.__dict__.get(BASE, kind)
+    _drop_leftovers(module, methods)
     module.__class__ = _accelerated(base, tuple(sorted({**before, **methods}.items())))
-    if settings:
-        module.__dict__[SETTINGS] = {**module.__dict__.get(SETTINGS, {}), **settings}
+    module.__dict__[SETTINGS] = {**module.__dict__.get(SETTINGS, {}), **settings}
 
 
 def unswap(module: nn.Module, names: tuple[str, ...] | None = None) -> bool:
@@ -89,6 +105,7 @@ def unswap(module: nn.Module, names: tuple[str, ...] | None = None) -> bool:
     ours = next((k for k in kind.__mro__ if BASE in vars(k)), None)
     if ours is None:
         return False
+    _drop_leftovers(module, [name for name, _ in vars(ours)[METHODS]])
     left = () if names is None else tuple((n, f) for n, f in vars(ours)[METHODS] if n not in names)
     new = _accelerated(vars(ours)[BASE], left) if left else vars(ours)[BASE]
     if kind is not ours:  # FSDP2 made a class of its own on top of ours
@@ -100,6 +117,13 @@ def unswap(module: nn.Module, names: tuple[str, ...] | None = None) -> bool:
     if not left:
         module.__dict__.pop(SETTINGS, None)
     return True
+
+
+def _drop_leftovers(module: nn.Module, names: Iterable[str]) -> None:
+    """Methods of the class that stand, bound, in the object too would outlive the class."""
+    for name in names:
+        if name in vars(module) and not own(module, name):
+            del vars(module)[name]
 
 
 def methods(module: nn.Module) -> tuple[str, ...]:
@@ -122,14 +146,30 @@ def _accelerated(base: type, methods: Methods) -> type:
         body = {name: _method(base, name, fast) for name, fast in methods}
         body |= {BASE: base, METHODS: methods, "__reduce_ex__": _reduce_ex}
         body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        found = _classes[base, methods] = type(base)(base.__name__, (base,), body)
+        found = _classes[base, methods] = type(base)(base.__name__, (*_between(base, methods), base), body)
     return found
+
+
+def _between(base: type, methods: Methods) -> tuple[type, ...]:
+    """A class between ours and `base`, where methods of `base` say ``super(type(self), self)`` (SparK's do).
+
+    From our class that leads to `base` again, without end; this class answers with what stands under `base`.
+    """
+    body: dict[str, Any] = {METHODS: ()}
+    for name, _ in methods:
+        code = getattr(inspect.unwrap(getattr(base, name)), "__code__", None)
+        if code is not None and {"super", "type"} <= set(code.co_names):
+            under = next((kind for kind in base.__mro__[1:] if name in vars(kind)), None)
+            body |= {} if under is None else {name: vars(under)[name]}
+    return (type(base.__name__, (), body),) if len(body) > 1 else ()
 
 
 def _method(base: type, name: str, fast: Callable) -> Callable:
     @wraps(getattr(base, name))  # whoever looks at the signature (HF's Trainer does) finds the old one
     def method(self, *args, **kwargs):
-        return (getattr(base, name) if _plain else fast)(self, *args, **kwargs)
+        # Objects made from the class, as by its from_pretrained, were not accelerated: they have no settings.
+        ours = not _plain and SETTINGS in self.__dict__
+        return (fast if ours else getattr(base, name))(self, *args, **kwargs)
 
     return method
 

@@ -33,18 +33,21 @@ def example(module: nn.Module) -> Tensor | None:
 
 def unsuitable(module: nn.Module) -> str | None:
     """Why `module` cannot be run here and now, or None."""
-    parameter = example(module)
-    if parameter is None:
+    if example(module) is None:
         return "it has no parameters"
-    if any(p.is_meta for p in module.parameters()):
-        return "its parameters are on the meta device"
-    if any(type(p).__name__ in ("DTensor", "FlatParameter") or p.numel() == 0 for p in module.parameters()):
-        return "its parameters are sharded"
+    if any(_flattened(p) for p in module.parameters()):
+        return "FSDP1 has flattened its parameters"
     return None
 
 
-def compare(module: nn.Module, call: Callable[[], Any]) -> float:
-    """Run `call` on the original and on the accelerated code of `module`.
+def _flattened(parameter: Tensor) -> bool:
+    """By FSDP1, or the part of an original parameter that it leaves in its place."""
+    empty = parameter.numel() == 0 and not _lacking(parameter)
+    return empty or type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_fsdp_flattened")
+
+
+def compare(module: nn.Module, call: Callable[[], Any], fresh: bool = False) -> float:
+    """Run `call` on the original and on the accelerated code of `module`; `fresh` gives it random parameters meanwhile.
 
     Returns:
         The largest relative difference found.
@@ -52,7 +55,7 @@ def compare(module: nn.Module, call: Callable[[], Any]) -> float:
     Raises:
         Mismatch: what differs by more than rounding: outputs, gradients of small parameters, or the numbers drawn.
     """
-    with _same_state(module) as again:
+    with whole(module, fresh), _same_state(module) as again:
         with plain():
             want = _attempt("the model's own code", module, call)
         again()
@@ -100,6 +103,8 @@ def _difference(module: nn.Module, want: tuple, got: tuple) -> float:
             if a is not b and a != b:
                 raise Mismatch(f"output {i} is {a!r}, and {b!r} accelerated")
             continue
+        if a.is_meta or b.is_meta:
+            raise Mismatch(f"output {i} is on the meta device, where nothing can be compared")
         if a.shape != b.shape or a.dtype is not b.dtype:
             raise Mismatch(f"output {i} is {a.dtype} {tuple(a.shape)}, and {b.dtype} {tuple(b.shape)} accelerated")
         error = _relative(a, b)
@@ -137,6 +142,63 @@ def _gradient_difference(want: dict, got: dict, tolerance: float) -> float:
             raise Mismatch(f"the gradient of {name} differs by {error:.1e} (relative)")
         worst = max(worst, error)
     return worst
+
+
+def _lacking(tensor: Tensor | None) -> bool:
+    """Whether a parameter or buffer has no values of its own here: on the meta device, or sharded by FSDP2."""
+    return tensor is not None and (tensor.is_meta or type(tensor.data).__name__ == "DTensor")
+
+
+@contextmanager
+def whole(module: nn.Module, fresh: bool = False) -> Iterator[None]:
+    """Inside, parameters that are not here are random ones of the full size, and no hooks would gather them.
+
+    `fresh` makes all of them random and none of 16 bits: neither layer scales of 1e-5, nor projections that start at
+    zero, nor coarse rounding can hide a difference then.
+    """
+    if not fresh and not any(map(_lacking, (*module.parameters(), *module.buffers()))):
+        yield
+        return
+    names = (
+        "_parameters",
+        "_buffers",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+    )
+    kept = [(part, {name: vars(part)[name] for name in names}) for part in module.modules()]
+    tied: dict[int, nn.Parameter] = {}
+    try:
+        for part, old in kept:
+            vars(part).update({name: {} for name in names})
+            for key, p in old["_parameters"].items():
+                if p is not None and (_lacking(p) or (fresh and type(p) is nn.Parameter and p.is_floating_point())):
+                    p = tied.setdefault(id(p), nn.Parameter(_random_like(p, key, fresh), fresh or p.requires_grad))
+                part._parameters[key] = p
+            for key, b in old["_buffers"].items():
+                if _lacking(b):
+                    b = _random_like(b, key, fresh)
+                elif fresh and b is not None and b.is_floating_point():
+                    b = b.to(torch.promote_types(b.dtype, torch.float32))
+                part._buffers[key] = b
+        yield
+    finally:
+        for part, old in kept:
+            vars(part).update(old)
+
+
+def _random_like(tensor: Tensor, name: str, wide: bool) -> Tensor:
+    """Weights of matrices that keep a unit variance, scales around one, biases around zero."""
+    device = "cpu" if tensor.is_meta else tensor.device
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+    value = torch.randn(tensor.shape, device=device)
+    if tensor.ndim > 1:
+        value *= max(1, tensor[0].numel()) ** -0.5
+    else:
+        value = 0.3 * value + (0 if "bias" in name else 1)
+    return value.to(torch.promote_types(tensor.dtype, torch.float32) if wide else tensor.dtype)
 
 
 @contextmanager

@@ -54,24 +54,23 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
         if name in _swap.methods(model):
             done.add(name)
 
-    images, noise = probe_images(model), 0.75
     yield from step(
         "forward_encoder",
         forward_encoder,
         "mask in one kernel, visible patches only embedded",
-        lambda: model.forward_encoder(images, noise),
+        lambda: model.forward_encoder(probe_images(model), 0.75),
     )
     yield from step(
         "forward_decoder",
         forward_decoder,
         "mask tokens, order and positions in one pass",
-        lambda: model.forward_decoder(*_latent(model, images)),
+        lambda: model.forward_decoder(*_latent(model)),
     )
     yield from step(
         "forward_loss",
         forward_loss,
         "pixels read in place, no target tensor",
-        lambda: model.forward_loss(images, *_prediction(model, images)),
+        lambda: model.forward_loss(*_prediction(model)),
     )
     missing = [name for name in ("forward_encoder", "forward_decoder", "forward_loss") if name not in done]
     if missing and not kept["forward"]:
@@ -81,7 +80,7 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
         text += "; pred='masked': [B, masked, K] in plan order"
     ratio = inspect.signature(model.forward).parameters.get("mask_ratio")
     ratio = 0.75 if ratio is None else ratio.default
-    yield from step("forward", forward, text, lambda: _whole(model, images), pred=options.pred, ratio=ratio)
+    yield from step("forward", forward, text, lambda: _whole(model), pred=options.pred, ratio=ratio)
 
 
 # --- probes -------------------------------------------------------------------------------------------------
@@ -98,7 +97,8 @@ def probe_images(model: nn.Module) -> Tensor:
     return images
 
 
-def _latent(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def _latent(model: nn.Module) -> tuple[Tensor, Tensor]:
+    images = probe_images(model)
     batch, num_patches = images.shape[0], model.pos_embed.shape[1] - 1
     order = torch.rand(batch, num_patches, device=images.device).argsort(1)
     width = model.norm.normalized_shape[0] if hasattr(model.norm, "normalized_shape") else model.pos_embed.shape[-1]
@@ -106,14 +106,15 @@ def _latent(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return latent, order
 
 
-def _prediction(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    target = _swap.original(model, "patchify")(images) if _swap.methods(model) else model.patchify(images)
-    pred = torch.randn_like(target).requires_grad_()
-    return pred, (torch.rand(target.shape[:2], device=images.device) < 0.7).to(torch.get_default_dtype())
+def _prediction(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    images = probe_images(model)
+    pred = torch.randn_like(model.patchify(images)).requires_grad_()
+    return images, pred, (torch.rand(pred.shape[:2], device=images.device) < 0.7).to(torch.get_default_dtype())
 
 
-def _whole(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _whole(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """The model's outputs; where masked predictions were asked for, those of the original in the same order."""
+    images = probe_images(model)
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         noise = torch.rand(len(images), model.pos_embed.shape[1] - 1, device=images.device)
     loss, pred, mask = model(images)
@@ -138,6 +139,11 @@ def _usual(model: nn.Module, images: Tensor) -> bool:
     if size is not None:
         fits = fits and tuple(images.shape[2:]) == ((size, size) if isinstance(size, int) else tuple(size))
     return fits and layers.conv_dtype_fits(images, proj)
+
+
+def _embeds(model: nn.Module) -> bool:
+    """Whether the weights of the patch embedding may be read: nobody watches it or shards it by itself."""
+    return layers.strided_patches(model.patch_embed.proj) is None and not layers.hooked(model.patch_embed)
 
 
 def _ratio(ratio: object) -> bool:
@@ -179,7 +185,7 @@ def score(model: nn.Module, images: Tensor, pred: Tensor, plan: TokenMask, rows:
 
 
 def forward_encoder(self: nn.Module, x: Tensor, mask_ratio: float, *args, **kwargs):
-    if args or kwargs or not _usual(self, x) or not _ratio(mask_ratio):
+    if args or kwargs or not _usual(self, x) or not _embeds(self) or not _ratio(mask_ratio):
         return _swap.original(self, "forward_encoder")(x, mask_ratio, *args, **kwargs)
     plan = draw(self, x, mask_ratio)
     return encode(self, x, plan, features=True), plan.mask.to(torch.get_default_dtype()), plan.ids_restore
@@ -203,7 +209,7 @@ def forward_loss(self: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, *arg
 
 def forward(self: nn.Module, imgs: Tensor, mask_ratio: float | None = None, *args, **kwargs):
     mask_ratio = _swap.setting(self, "ratio") if mask_ratio is None else mask_ratio
-    if args or kwargs or not _usual(self, imgs) or not _ratio(mask_ratio):
+    if args or kwargs or not _usual(self, imgs) or not _embeds(self) or not _ratio(mask_ratio):
         return _swap.original(self, "forward")(imgs, mask_ratio, *args, **kwargs)
     plan = draw(self, imgs, mask_ratio)
     which = _swap.setting(self, "pred", "full")

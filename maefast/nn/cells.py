@@ -176,15 +176,16 @@ class PendingNorm:
     The running statistics move once, at the first `run`.
     """
 
-    def __init__(self, cells: Cells, residual: Cells | None = None, **args) -> None:
-        self.x, self.residual, self.args, self.done = cells.rows, residual, args, [False]
+    def __init__(self, cells: Cells, **args) -> None:
+        self.x, self.residual, self.args, self.done = cells.rows, None, args, [False]
 
     def plus(self, other: Cells) -> PendingNorm | None:
         """With a residual, if there is none yet and it can take one."""
         if self.residual is not None or other.dtype is not self.x.dtype:
             return None
         new = object.__new__(PendingNorm)
-        new.x, new.residual, new.args, new.done = self.x, other, self.args, self.done
+        # Its values, not the object: after ``other += norm`` that object waits for this norm itself.
+        new.x, new.residual, new.args, new.done = self.x, other.rows, self.args, self.done
         return new
 
     def run(self, act: str) -> Tensor:
@@ -192,8 +193,7 @@ class PendingNorm:
         if self.done[0] and args["training"]:
             args.update(running_mean=None, running_var=None)
         self.done[0] = True
-        residual = None if self.residual is None else self.residual.rows
-        return ops.batch_norm_act(self.x, act=act, residual=residual, **args)
+        return ops.batch_norm_act(self.x, act=act, residual=self.residual, **args)
 
 
 def pending(norm: PendingNorm, like: Cells) -> Cells:

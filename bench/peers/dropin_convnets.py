@@ -1,0 +1,76 @@
+"""Masked convnets for `dropin_models`: how to build them, what a step is given, and its loss."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bench.peers.dropin_models import Family
+from bench.peers.dropin_vits import images
+
+
+def public_spark(sizes: dict) -> nn.Module:
+    from bench.peers.checkouts import old_timm
+
+    old_timm()
+    from decoder import LightDecoder
+    from models import build_sparse_encoder  # registers its ResNets with timm
+    from spark import SparK
+
+    name, side = sizes["encoder"], sizes["img_size"]
+    encoder = build_sparse_encoder(name, input_size=side, drop_path_rate=sizes["drop_path"])
+    decoder = LightDecoder(encoder.downsample_raito, width=sizes["decoder_width"], sbn=False)
+    return SparK(encoder, decoder, mask_ratio=sizes["mask_ratio"], densify_norm="bn" if "resnet" in name else "ln")
+
+
+def public_fcmae(sizes: dict) -> nn.Module:
+    from models.fcmae import FCMAE
+
+    return FCMAE(**sizes)
+
+
+SPARK = {"encoder": "resnet50", "mask_ratio": 0.6, "drop_path": 0.0}
+FCMAE = {"mask_ratio": 0.6, "norm_pix_loss": True}
+FAMILIES = {
+    "spark": Family(
+        "SparK ResNet-50",
+        {
+            "base": {**SPARK, "img_size": 224, "decoder_width": 768, "batch": 16},
+            "toy": {**SPARK, "img_size": 64, "decoder_width": 64, "batch": 2},
+        },
+        public_spark,
+        None,
+        images,
+        lambda model, pixels: model(pixels),
+        needs="keyu-tian/SparK (its folder pretrain), and of timm where that is not installed",
+        convnet=True,
+    ),
+    "fcmae": Family(
+        "FCMAE ConvNeXt V2-T",
+        {
+            "base": {
+                **FCMAE,
+                "img_size": 224,
+                "depths": [3, 3, 9, 3],
+                "dims": [96, 192, 384, 768],
+                "decoder_depth": 1,
+                "decoder_embed_dim": 512,
+                "batch": 16,
+            },
+            "toy": {
+                **FCMAE,
+                "img_size": 96,
+                "depths": [1, 1, 1, 1],
+                "dims": [8, 16, 24, 32],
+                "decoder_depth": 1,
+                "decoder_embed_dim": 16,
+                "batch": 2,
+            },
+        },
+        public_fcmae,
+        None,
+        images,
+        lambda model, pixels: model(pixels)[0],
+        needs="facebookresearch/ConvNeXt-V2, of timm where that is not installed, and MinkowskiEngine",
+        convnet=True,
+    ),
+}

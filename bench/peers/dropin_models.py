@@ -1,0 +1,157 @@
+"""Other people's masked models, as they are and accelerated: the source of the workers of `bench.dropin`.
+
+A model comes from the installed package, from a checkout that the user names, or else from our own description of its
+structure in `tests/integrations/models/`. `origin` in a record says which.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bench.environment import ROOT, version
+from bench.peers import checkouts
+from bench.peers.models import BATCHES, Task
+
+# "tuned" is as it is, with torch's attention put in where its code has none.
+PEERS = ("accelerated", "as_is", "tuned", "accelerated_compiled", "as_is_compiled", "tuned_compiled")
+NAMES = {
+    "accelerated": "accelerated",
+    "as_is": "as it is",
+    "tuned": "as it is, with SDPA put in",
+    "accelerated_compiled": "accelerated, torch.compile",
+    "as_is_compiled": "as it is, torch.compile",
+    "tuned_compiled": "as it is, with SDPA put in, torch.compile",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One public system.
+
+    Attributes:
+        title: for tables. presets: name -> sizes; "batch" is the default batch.
+        public: sizes -> model, from the package or a checkout. own: the same from our description.
+        inputs: sizes, batch, generator -> what a step is given.
+        loss: model, *inputs -> scalar, as its training loop has it. fast_loss: where the loop is to call maefast.
+        tune: put into the model what its own code could easily have had.
+        package: the package of `public`, where there is one. needs: what must be checked out in its place.
+        convnet: run in channels-last memory.
+    """
+
+    title: str
+    presets: dict[str, dict]
+    public: Callable[[dict], nn.Module]
+    own: Callable[[dict], nn.Module] | None
+    inputs: Callable[[dict, int, torch.Generator], tuple[Tensor, ...]]
+    loss: Callable[..., Tensor]
+    fast_loss: Callable[..., Tensor] | None = None
+    tune: Callable[[nn.Module], None] | None = None
+    package: str | None = None
+    needs: str = ""
+    convnet: bool = False
+
+    def sizes(self, preset: str) -> dict:
+        return {key: value for key, value in self.presets[preset].items() if key != "batch"}
+
+
+def families() -> dict[str, Family]:
+    from bench.peers import dropin_convnets, dropin_vits
+
+    return {**dropin_vits.FAMILIES, **dropin_convnets.FAMILIES}
+
+
+def load(peer: str, config: dict) -> None:
+    """Import what `task` will need, by a toy model of the family."""
+    import maefast  # noqa: F401
+
+    if peer.endswith("_compiled"):
+        import torch._inductor.config as inductor
+
+        inductor.fallback_random = True  # the random numbers of eager torch, so that all draw the same masks
+    checkouts.use(config["checkouts"])
+    family = families()[config["family"]]
+    make(family, family.sizes("toy"), config["checkouts"])
+
+
+def make(family: Family, sizes: dict, paths: list[str]) -> tuple[nn.Module, dict]:
+    """A model with weights drawn from seed 0, and where it comes from.
+
+    Raises:
+        ImportError: no package, no checkout and no description of our own.
+    """
+    torch.manual_seed(0)
+    if paths and not family.needs:
+        raise ImportError(f"{family.title} is taken from {family.package} alone; leave --checkout out")
+    if not paths and family.package and version(family.package):
+        model = family.public(sizes)
+        origin = {"origin": "package", "code": f"{family.package} {version(family.package)}"}
+    elif paths:
+        try:
+            model = family.public(sizes)
+        except ImportError as error:
+            raise ImportError(f"{error}; {family.title} needs --checkout of {family.needs}") from error
+        origin = {"origin": "checkout", "code": checkouts.origin(model, paths)}
+    else:
+        try:
+            if family.own is None:
+                raise ImportError("no description of our own")
+            model = family.own(sizes)
+        except ImportError as error:
+            ways = [f"pip install {family.package}"] if family.package else []
+            ways += [f"give --checkout of {family.needs}"] if family.needs else []
+            raise ImportError(f"{family.title} is not here ({error}): {' or '.join(ways)}") from error
+        file = Path(inspect.getfile(type(model))).resolve()
+        origin = {"origin": "structure", "code": os.path.relpath(file, ROOT)}
+    # Many parameters start constant (mask tokens, scales, position tables), where an error would not show.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model, origin
+
+
+def task(peer: str, *, config: dict, batch: int, device: str, part: str) -> Task:
+    """A peer with random inputs, the same for all peers.
+
+    Raises:
+        ValueError: unknown peer. ImportError: see `make`. RuntimeError: nothing was accelerated.
+    """
+    if peer not in PEERS:
+        raise ValueError(f"unknown peer {peer!r}; choose from {', '.join(PEERS)}")
+    family, sizes = families()[config["family"]], config["sizes"]
+    model, notes = make(family, sizes, config["checkouts"])
+    layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
+    model = model.to(device, memory_format=layout).train()
+    loss = family.loss
+    if peer.startswith("accelerated"):
+        import maefast
+
+        maefast.accelerate(model)
+        report = maefast.report(model)
+        if not report.replaced:
+            raise RuntimeError(f"nothing was accelerated: {'; '.join(report.checks)}")
+        notes = {**notes, "report": str(report)}
+        loss = family.fast_loss or loss
+    elif peer.startswith("tuned"):
+        family.tune(model)
+
+    def step(*inputs: Tensor) -> Tensor:
+        return loss(model, *inputs)
+
+    generator = torch.Generator().manual_seed(1)
+    data = [family.inputs(sizes, batch, generator) for _ in range(BATCHES)]
+    data = [tuple(_place(t, device, layout) for t in inputs) for inputs in data]
+    if peer.endswith("_compiled"):
+        step = torch.compile(step, dynamic=False)
+    return Task(model, step, data, notes)
+
+
+def _place(tensor: Tensor, device: str, layout: torch.memory_format) -> Tensor:
+    return tensor.to(device, memory_format=layout) if tensor.ndim == 4 else tensor.to(device)

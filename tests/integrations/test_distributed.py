@@ -1,0 +1,298 @@
+"""Two gloo processes with an accelerated model learn what one process with the model as it was does.
+
+`alone` is that one process: it draws the masks of both, one after the other, and takes the mean of their losses.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+import maefast
+from maefast import ops
+from tests.integrations.common import relative
+from tests.integrations.models.mae import Block, MaskedAutoencoderViT
+
+WORLD, STEPS, BATCH = 2, 3, 2
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}  # of what three steps change in the parameters
+FULL = StateDictOptions(full_state_dict=True)
+
+
+def mae(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return MaskedAutoencoderViT(
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        decoder_embed_dim=16,
+        decoder_depth=2,
+        decoder_num_heads=2,
+        norm_pix_loss=True,
+    ).to(dtype)
+
+
+def vit_mae(dtype: torch.dtype) -> nn.Module:
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    torch.manual_seed(0)
+    model = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            image_size=32,
+            patch_size=8,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            decoder_hidden_size=16,
+            decoder_num_hidden_layers=2,
+            decoder_num_attention_heads=2,
+            decoder_intermediate_size=32,
+            norm_pix_loss=True,
+        )
+    )
+    with torch.no_grad():  # a fresh one has empty position tables
+        for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+            table.normal_(std=0.02)
+    return model.to(dtype)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    if isinstance(model, MaskedAutoencoderViT):
+        return [*model.blocks, *model.decoder_blocks]
+    return [*model.vit.layers, *model.decoder.decoder_layers]
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def loss_of(model: nn.Module, step: int, rank: int, dtype: torch.dtype) -> Tensor:
+    torch.manual_seed(1000 + 10 * step + rank)
+    images = torch.randn(BATCH, 3, 32, 32, dtype=dtype)
+    out = model(images)
+    return out[0] if isinstance(out, tuple) else out.loss
+
+
+def train(model: nn.Module, losses_of: Callable[[int], Tensor]) -> list[float]:
+    # Momentum and no AdamW: that one makes large steps of gradients which are zero but for rounding.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    losses = []
+    for step in range(STEPS):
+        loss = losses_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def alone(model: nn.Module, dtype: torch.dtype) -> list[float]:
+    return train(model, lambda step: sum(loss_of(model, step, rank, dtype) for rank in range(WORLD)) / WORLD)
+
+
+def together(model: nn.Module, dtype: torch.dtype) -> list[float]:
+    losses = torch.tensor(train(model, lambda step: loss_of(model, step, dist.get_rank(), dtype)))
+    dist.all_reduce(losses)
+    return (losses / WORLD).tolist()
+
+
+# --- the two processes --------------------------------------------------------------------------------------
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def fsdp2(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp2_parts(model: nn.Module) -> nn.Module:
+    """Parts that accelerated code reads parameters of are sharded by themselves too."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    kinds = (nn.LayerNorm, nn.Linear, nn.Conv2d)
+    for module in [m for m in model.modules() if isinstance(m, kinds)]:
+        fully_shard(module, mesh=mesh)
+    return fsdp2(model)
+
+
+def fsdp2_halves(model: nn.Module) -> nn.Module:
+    """Attention, feed-forward and patch embedding by themselves."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in blocks_of(model):
+        fully_shard(block.attn if hasattr(block, "attn") else block.attention, mesh=mesh)
+        fully_shard(block.mlp, mesh=mesh)
+    fully_shard(model.patch_embed if hasattr(model, "patch_embed") else model.vit.embeddings, mesh=mesh)
+    return fsdp2(model)
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    kinds = {type(block) for block in blocks_of(model)}
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=ModuleWrapPolicy(kinds), use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+
+def fsdp1_parts(model: nn.Module) -> nn.Module:
+    kinds = {type(b.attn if hasattr(b, "attn") else b.attention) for b in blocks_of(model)} | {nn.Conv2d}
+    kinds |= {type(b.mlp) for b in blocks_of(model)}
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=ModuleWrapPolicy(kinds), use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+
+def accelerated(model: nn.Module, wrap: Callable, order: str) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # "nothing to accelerate here" among them
+        warnings.filterwarnings("ignore", ".*[Pp]osition", UserWarning)
+        if order == "after":
+            return maefast.accelerate(wrap(model))
+        model = wrap(maefast.accelerate(model))
+        if order == "restored":
+            maefast.restore(model)
+        if order == "again":
+            maefast.accelerate(maefast.restore(model))
+        return model
+
+
+def compare(make: Callable, wrap: Callable, order: str, dtype: torch.dtype = torch.float32, recompute=False) -> None:
+    """Losses and parameters after three steps, in every process; then weights go out and come back."""
+    reference = make(dtype)
+    start = copy.deepcopy(reference.state_dict())
+    want = alone(reference, dtype)
+
+    model = make(dtype)
+    if recompute == "wrapper":
+        apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, Block))
+    elif recompute:
+        model.gradient_checkpointing_enable()
+    model = accelerated(model, wrap, order)
+    with mock.patch.object(ops, "attention", wraps=ops.attention) as kernel:
+        got = together(model, dtype)
+    calls = 0 if order == "restored" else STEPS * len(blocks_of(reference)) * (2 if recompute else 1)
+    if wrap in (ddp, fsdp2, fsdp1):  # where less than a block is sharded, it runs as it was
+        assert kernel.call_count == calls
+    assert torch.allclose(torch.tensor(got), torch.tensor(want), rtol=1e-5), (got, want)
+
+    trained = get_model_state_dict(model, options=FULL)
+    if dist.get_rank() == 0 or wrap is ddp:
+        assert list(trained) == list(start)
+        for name, value in reference.state_dict().items():
+            change = trained[name] - start[name]
+            wanted = value - start[name]
+            scale = max(wanted.norm().item(), 1e-4)
+            assert (change - wanted).norm().item() <= TOLERANCE[dtype] * scale, name
+    set_model_state_dict(model, start, options=FULL)
+    assert torch.allclose(torch.tensor(together(model, dtype)), torch.tensor(want), rtol=1e-5)
+
+
+def mixed_precision(make: Callable, order: str) -> None:
+    """bfloat16 by FSDP2, which casts what goes into every block: as the model's own code under the same policy."""
+    losses = []
+    for fast in (False, True):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+        def wrap(model, policy=policy):
+            mesh = init_device_mesh("cpu", (WORLD,))
+            for block in blocks_of(model):
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+        model = make(torch.float32)
+        model = accelerated(model, wrap, order) if fast else wrap(model)
+        losses.append(torch.tensor(together(model, torch.float32)))
+    assert relative(losses[1], losses[0]) < 1e-2, losses
+    assert losses[1].isfinite().all()
+
+
+def process(rank: int, store: str, cases: list[tuple]) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    try:
+        for function, *arguments in cases:
+            try:
+                function(*arguments)
+            except Exception as error:
+                names = [getattr(a, "__name__", a) for a in (function, *arguments)]
+                raise AssertionError(f"{' '.join(map(str, names))}: {error}") from error
+    finally:
+        dist.destroy_process_group()
+
+
+def run(tmp_path, *cases: tuple) -> None:
+    torch.multiprocessing.spawn(process, (str(tmp_path / "store"), list(cases)), nprocs=WORLD)
+
+
+# --- tests --------------------------------------------------------------------------------------------------
+
+ORDERS = ("before", "after", "restored", "again")
+
+
+def test_ddp(tmp_path):
+    run(
+        tmp_path,
+        *[(compare, mae, ddp, order) for order in ORDERS],
+        (compare, mae, ddp, "before", torch.float64),
+        (compare, mae, ddp, "before", torch.float32, "wrapper"),
+        (compare, vit_mae, ddp, "before"),
+        (compare, vit_mae, ddp, "after"),
+    )
+
+
+def test_fsdp2(tmp_path):
+    run(
+        tmp_path,
+        *[(compare, mae, fsdp2, order) for order in ORDERS],
+        (compare, mae, fsdp2, "before", torch.float64),
+        (compare, mae, fsdp2, "before", torch.float32, "wrapper"),
+        (compare, mae, fsdp2, "after", torch.float32, "wrapper"),
+        (compare, mae, fsdp2_parts, "before"),
+        (compare, mae, fsdp2_parts, "after"),
+        (compare, mae, fsdp2_halves, "before"),
+        (compare, mae, fsdp2_halves, "after"),
+        (mixed_precision, mae, "before"),
+        (mixed_precision, mae, "after"),
+    )
+
+
+def test_fsdp2_of_transformers(tmp_path):
+    run(
+        tmp_path,
+        (compare, vit_mae, fsdp2, "before"),
+        (compare, vit_mae, fsdp2, "after"),
+        (compare, vit_mae, fsdp2, "before", torch.float32, True),
+        (compare, vit_mae, fsdp2_parts, "before"),
+        (compare, vit_mae, fsdp2_halves, "before"),
+        (mixed_precision, vit_mae, "before"),
+    )
+
+
+@pytest.mark.parametrize("make", [mae, vit_mae])
+def test_fsdp1(make, tmp_path):
+    run(
+        tmp_path,
+        (compare, make, fsdp1, "before"),
+        (compare, make, fsdp1, "after"),
+        (compare, make, fsdp1, "again"),
+        (compare, make, fsdp1_parts, "before"),
+        (compare, make, fsdp1_parts, "after"),
+    )
