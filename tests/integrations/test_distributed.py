@@ -164,7 +164,9 @@ def accelerated(model: nn.Module, wrap: Callable, order: str) -> nn.Module:
         warnings.simplefilter("error", UserWarning)  # "nothing to accelerate here" among them
         warnings.filterwarnings("ignore", ".*[Pp]osition", UserWarning)
         if order == "after":
-            return maefast.accelerate(wrap(model))
+            model = maefast.accelerate(wrap(model))
+            assert "wrapped_module" not in str(maefast.report(model))
+            return model
         model = wrap(maefast.accelerate(model))
         if order == "restored":
             maefast.restore(model)
