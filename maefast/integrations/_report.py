@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
+# Names under which FSDP1, torch.compile and checkpointing hold the module they wrap; state dicts leave them out too.
+WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+
+
 @dataclass(frozen=True)
 class Note:
     """One finding about one part of the model.
@@ -64,7 +68,8 @@ def _table(notes: Iterable[Note]) -> list[str]:
     """Lines "where  what"; modules that differ in their number only share one."""
     groups: dict[tuple[str, str], list[str]] = {}
     for note in notes:
-        where = ".".join(part for part in (note.path, note.method) if part) or "the model"
+        path = [part for part in note.path.split(".") if part not in WRAPPERS]
+        where = ".".join(part for part in (*path, note.method) if part) or "the model"
         groups.setdefault((re.sub(r"\.\d+", ".*", where), note.text), []).append(where)
     rows = [(_span(key, names), text) for (key, text), names in groups.items()]
     width = max(len(where) for where, _ in rows)
