@@ -9,6 +9,8 @@ code on a small random input (`_verify`); what differs, is overridden or unknown
     mae              MaskedAutoencoderViT of facebookresearch/mae and its forks
     hf_vitmae        ViTMAEForPreTraining and ViTMAEModel of transformers 4 and 5
     hf_videomae      VideoMAEForPreTraining and VideoMAEModel of transformers 4 and 5
+    videomae         PretrainVisionTransformer of VideoMAE v1 and v2
+    jepa             encoders and predictors of I-JEPA and V-JEPA
     timm_vit         VisionTransformer of timm, with PatchDropout and without
     lightly          MaskedVisionTransformerTIMM, its decoder and MAEDecoderTIMM of lightly
     spark            SparK of keyu-tian/SparK and its forks, around any convnet
@@ -24,11 +26,23 @@ from types import ModuleType
 from torch import nn
 
 from maefast.integrations import _layers as layers
-from maefast.integrations import _swap, _verify, hf_videomae, hf_vitmae, lightly, mae, spark, timm_vit, transformer
+from maefast.integrations import (
+    _swap,
+    _verify,
+    hf_videomae,
+    hf_vitmae,
+    jepa,
+    lightly,
+    mae,
+    spark,
+    timm_vit,
+    transformer,
+    videomae,
+)
 from maefast.integrations._report import Note, Report
 from maefast.integrations._steps import Options, Step
 
-FAMILIES: tuple[ModuleType, ...] = (mae, hf_vitmae, hf_videomae, spark, timm_vit, lightly)
+FAMILIES: tuple[ModuleType, ...] = (mae, hf_vitmae, hf_videomae, videomae, jepa, spark, timm_vit, lightly)
 _REPORT = "_maefast_report"
 
 __all__ = ["FAMILIES", "Note", "Report", "accelerate", "report", "restore"]

@@ -265,7 +265,7 @@ def _plan(index: Tensor, num_tokens: int) -> TokenMask:
 def _predict(
     self: nn.Module, x: Tensor, context: object, targets: object, mask_token: Tensor, video: bool
 ) -> Tensor | None:
-    """Predictions [M * E * B, K, D_encoder] for M target masks after E context masks; None: to be left to the original."""
+    """Predictions [M * E * B, K, D_encoder] for M target masks after E context masks; None: ask the original."""
     embed, table = self.predictor_embed, self.predictor_pos_embed
     num_contexts = len(context) if isinstance(context, list) else 1
     if not isinstance(x, Tensor) or x.ndim != 3 or not num_contexts or not len(x) or len(x) % num_contexts:
