@@ -2,8 +2,8 @@
 
 Same weights, inputs, random draws, dtype and optimiser (fused AdamW); each in its own process; timed in turn, in
 shuffled rounds. If losses or gradients disagree, no time is printed. The model as it is runs at its best: with SDPA
-where its code offers it (where not, a further peer has it put in), convnets in channels-last memory, with --compile also
-compiled.
+where its code offers it (where not, a further peer has it put in), convnets in channels-last memory, with --compile
+also compiled.
 """
 
 from __future__ import annotations

@@ -78,12 +78,15 @@ fi
 
 # --- the plan ----------------------------------------------------------------------------------------------
 
-declare -A SECONDS_FOR=([build]=150 [tests]=230 [micro]=80 [step]=60)
+declare -A SECONDS_FOR=([build]=150 [tests]=230 [micro]=80 [step]=50 [dropin]=50)
 if [[ $MODE == build ]]; then TOTAL=3600 SECONDS_FOR[build]=3600; fi  # no benchmark waits behind it
 TESTS=("$PYTHON" -m pytest tests -m gpu -q -rfE --color=no -p no:cacheprovider "--junitxml=$OUT/gpu_tests.xml")
 [[ " ${optional[*]-} " == *" xdist "* ]] || TESTS+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
 MICRO=("$PYTHON" -m bench.micro --device cuda --quick --no-compile --budget $((SECONDS_FOR[micro] - 20)) --json "$OUT/micro_cuda.json")
 STEP=("$PYTHON" -m bench.step --device cuda --preset vit_b --batch 64 --dtype bfloat16 --budget 20 --json "$OUT/step_cuda.json")
+FAMILY=hf_vitmae
+[[ " ${optional[*]-} " == *" transformers "* ]] && FAMILY=mae  # the same model, from our own description
+DROPIN=("$PYTHON" -m bench.dropin --device cuda --family "$FAMILY" --batch 64 --dtype bfloat16 --budget 15 --json "$OUT/dropin_cuda.json")
 
 say "gpu_check: GPU ${GPU/|/, compute capability }"
 "$PYTHON" -c "import sys, torch; print('python', sys.version.split()[0], 'torch', torch.__version__, 'CUDA', torch.version.cuda)"
@@ -96,7 +99,8 @@ printf '  %-6s at most %3d s  %s\n' \
   build "${SECONDS_FOR[build]}" "cmake for architecture $ARCH, into $STAGE" \
   tests "${SECONDS_FOR[tests]}" "${TESTS[*]}" \
   micro "${SECONDS_FOR[micro]}" "${MICRO[*]}" \
-  step "${SECONDS_FOR[step]}" "${STEP[*]}"
+  step "${SECONDS_FOR[step]}" "${STEP[*]}" \
+  dropin "${SECONDS_FOR[dropin]}" "${DROPIN[*]}"
 if [[ $MODE == dry ]]; then
   [[ $GPU == none:* ]] && echo "without --dry-run this would stop here with status 3: no GPU"
   exit 0
@@ -183,10 +187,12 @@ cd "$STAGE" || exit 1
 TAIL=30 part tests "${TESTS[@]}"
 part micro "${MICRO[@]}"
 part step "${STEP[@]}"
+part dropin "${DROPIN[@]}"
 
 # --- the verdict, last -------------------------------------------------------------------------------------
 
 say "summary"
 "$PYTHON" -m bench.gpu_summary "$OUT" \
   "build=${STATUS[build]}:${TOOK[build]}" "tests=${STATUS[tests]}:${TOOK[tests]}" \
-  "micro=${STATUS[micro]}:${TOOK[micro]}" "step=${STATUS[step]}:${TOOK[step]}"
+  "micro=${STATUS[micro]}:${TOOK[micro]}" "step=${STATUS[step]}:${TOOK[step]}" \
+  "dropin=${STATUS[dropin]}:${TOOK[dropin]}"

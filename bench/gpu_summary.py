@@ -11,7 +11,7 @@ from pathlib import Path
 from bench import results
 from bench.micro import tables
 
-BENCHMARKS = ("micro", "step")
+BENCHMARKS = ("micro", "step", "dropin")
 
 
 def counts(report: Path) -> dict[str, int]:
@@ -72,9 +72,8 @@ def lines(out: Path) -> list[str]:
         else:
             for r in doc["records"]:
                 if "error" not in r:
-                    found.append(
-                        f"{r['ratio']:>7.2f}x {r['peer']}, step {r['step_s'] * 1e3:.1f} ms, {r['preset']} {r['dtype']}"
-                    )
+                    what = " ".join([*([r["family"]] if "family" in r else []), r["preset"], r["dtype"]])
+                    found.append(f"{r['ratio']:>7.2f}x {r['peer']}, step {r['step_s'] * 1e3:.1f} ms, {what}")
     return found
 
 

@@ -31,7 +31,7 @@ def run(*arguments: str, out, **env) -> subprocess.CompletedProcess:
 def test_dry_run(tmp_path):
     done = run("--dry-run", out=tmp_path)
     assert done.returncode == 0, done.stderr
-    for part in ("build", "tests", "micro", "step"):
+    for part in ("build", "tests", "micro", "step", "dropin"):
         assert f"  {part} " in done.stdout
     assert "-m gpu" in done.stdout
     assert not list(tmp_path.iterdir())
@@ -62,7 +62,7 @@ def test_help_shows_the_head_of_the_script(tmp_path):
 
 
 GOOD = {"tests": 10, "failures": 0, "errors": 0, "skipped": 2}
-FINE = {"build": "0", "tests": "0", "micro": "0", "step": "0"}
+FINE = {"build": "0", "tests": "0", "micro": "0", "step": "0", "dropin": "0"}
 
 
 @pytest.mark.parametrize(
