@@ -1,9 +1,9 @@
 """lightly's masked vision transformers on timm: the encoder `MaskedVisionTransformerTIMM`, and the decoders
 `MaskedVisionTransformerDecoderTIMM` and `MAEDecoderTIMM`.
 
-Of the encoder, `preprocess` embeds only the tokens in `idx_keep`, and `encode` keeps sums pending between the blocks. Of
-the decoders, `decode` does the same, and `preprocess` puts mask tokens and positions in place in two passes, not seven.
-The encoder and decoder on torchvision are not served: their blocks are torch's own attention modules.
+Of the encoder, `preprocess` embeds only the tokens in `idx_keep`, and `encode` keeps sums pending between the blocks.
+Of the decoders, `decode` does the same, and `preprocess` puts mask tokens and positions in place in two passes, not
+seven. The encoder and decoder on torchvision are not served: their blocks hold torch's own attention modules.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from maefast.integrations import _layers as layers
 from maefast.integrations import _swap, timm_vit
 from maefast.integrations._steps import Options, Step
 from maefast.ops import TokenMask

@@ -16,16 +16,17 @@ from maefast import ops
 from maefast.integrations import _layers as layers
 from maefast.integrations import _swap
 from maefast.integrations._steps import Options, Step
-from maefast.integrations.transformer import run_blocks
+from maefast.integrations.transformer import is_fast, run_blocks
 from maefast.ops import TokenMask
 
 NAME = "timm ViT"
 METHODS = ("forward", "forward_features", "forward_head", "_pos_embed")
 MODULES = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks", "norm")
 # What the forwards of timm's classes use; with anything else the fused embedding is not taken.
-PATCH_EMBED = set("proj norm flatten output_fmt img_size patch_size grid_size strict_img_size dynamic_img_pad".split())
+PATCH_EMBED = {"proj", "norm", "flatten", "output_fmt", "img_size", "patch_size", "grid_size", "strict_img_size"}
+PATCH_EMBED |= {"dynamic_img_pad"}
 PATCH_DROP = {"prob", "num_prefix_tokens", "ordered", "return_indices", "training"}
-POS_EMBED = set("cls_token reg_token pos_embed dynamic_img_size patch_embed no_embed_class pos_drop".split())
+POS_EMBED = {"cls_token", "reg_token", "pos_embed", "dynamic_img_size", "patch_embed", "no_embed_class", "pos_drop"}
 POS_EMBED |= {"num_prefix_tokens", "num_reg_tokens"}
 
 
@@ -45,12 +46,15 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
     if reason := _swap.overridden(model, "forward_features", root):
         keep("forward_features", reason)
         return
-    text = "sums pending between blocks"
+    text = "sums pending between blocks" if any(map(is_fast, model.blocks)) else ""
     reason = _swap.overridden(model, "_pos_embed", root) or not_fused(model) or _unknown_dropout(model.patch_drop)
     if reason is None:
-        text = "patches that the dropout keeps embedded only; " + text
+        text = "patches that the dropout keeps embedded only" + ("; " + text if text else "")
     elif type(model.patch_drop) is not nn.Identity:
         keep("patch_drop", f"{reason}, so all patches are embedded")
+    if not text:
+        keep("forward_features", "there is nothing to fuse: its blocks run as they are")
+        return
     fused = (type(model.patch_embed), type(model.patch_drop)) if reason is None else None
     probe = images_for(model)
     yield Step(
@@ -91,7 +95,8 @@ def images_for(vit: nn.Module) -> Tensor:
     proj = vit.patch_embed.proj
     size = getattr(vit.patch_embed, "img_size", None) or [4 * k for k in proj.kernel_size]
     size = (size, size) if isinstance(size, int) else tuple(size)
-    return torch.randn(2, proj.in_channels, *size, device=proj.weight.device, dtype=proj.weight.dtype)
+    channels = getattr(vit, "in_chans", proj.in_channels)  # a convnet may stand before the projection
+    return torch.randn(2, channels, *size, device=proj.weight.device, dtype=proj.weight.dtype)
 
 
 def _both(model: nn.Module, images: Tensor) -> list[Tensor]:
