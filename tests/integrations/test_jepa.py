@@ -93,7 +93,7 @@ def test_encoder(make, masks):
 
 def test_kept_patches_only(monkeypatch):
     _, fast = pair(models.ImageEncoder)
-    monkeypatch.setattr(fast.patch_embed, "forward", lambda x: pytest.fail("the whole grid was embedded"))
+    monkeypatch.setattr(models.PatchEmbed, "forward", lambda self, x: pytest.fail("the whole grid was embedded"))
     seen = []
     rows = jepa.ops.linear
     embed = jepa.ops.patch_embed

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import maefast
 from maefast.integrations import videomae
 from tests.integrations.common import DropIn, gradient_error, relative
-from tests.integrations.models.videomae import VideoMAE, VideoMAE2, engine_target
+from tests.integrations.models.videomae import PatchEmbed, VideoMAE, VideoMAE2, engine_target
 
 N = 32
 
@@ -116,7 +116,7 @@ def test_only_kept_tubelets_and_one_plan(monkeypatch):
     calls = []
     inner = videomae._uniform
     monkeypatch.setattr(videomae, "_uniform", lambda *masks: calls.append(len(masks)) or inner(*masks))
-    monkeypatch.setattr(fast.encoder.patch_embed, "forward", lambda x: pytest.fail("all tubelets were embedded"))
+    monkeypatch.setattr(PatchEmbed, "forward", lambda self, x: pytest.fail("all tubelets were embedded"))
     fast(videos(), tube_mask())
     assert calls == [1]
     seen = []
