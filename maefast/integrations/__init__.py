@@ -14,6 +14,7 @@ code on a small random input (`_verify`); what differs, is overridden or unknown
     timm_vit         VisionTransformer of timm, with PatchDropout and without
     lightly          MaskedVisionTransformerTIMM, its decoder and MAEDecoderTIMM of lightly
     spark            SparK of keyu-tian/SparK and its forks, around any convnet
+    fcmae            FCMAE of facebookresearch/ConvNeXt-V2, whose encoder is MinkowskiEngine's
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from maefast.integrations import _layers as layers
 from maefast.integrations import (
     _swap,
     _verify,
+    fcmae,
     hf_videomae,
     hf_vitmae,
     jepa,
@@ -42,7 +44,7 @@ from maefast.integrations import (
 from maefast.integrations._report import Note, Report
 from maefast.integrations._steps import Options, Step
 
-FAMILIES: tuple[ModuleType, ...] = (mae, hf_vitmae, hf_videomae, videomae, jepa, spark, timm_vit, lightly)
+FAMILIES: tuple[ModuleType, ...] = (mae, hf_vitmae, hf_videomae, videomae, jepa, spark, timm_vit, lightly, fcmae)
 _REPORT = "_maefast_report"
 
 __all__ = ["FAMILIES", "Note", "Report", "accelerate", "report", "restore"]

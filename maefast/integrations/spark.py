@@ -2,8 +2,8 @@
 
 There every convolution runs on the whole map and is multiplied by the mask, and norms gather the active sites. Here
 the encoder gets packed cells (`maefast.Cells`) in the place of the map: the user's own network runs as it is, and its
-sparse layers know what to do with either. So the parameters, running statistics and random draws are the model's own. The
-decoder is dense; its batch norms take ReLU6 and the next skip into their pass.
+sparse layers know what to do with either. So the parameters, running statistics and random draws are the model's own.
+The decoder is dense; its batch norms take ReLU6 and the next skip into their pass.
 
 ``vis=True``, masks of other shapes, other image sizes, and an encoder called by itself go through the model's own code.
 """

@@ -49,7 +49,7 @@ def sparse_to_fcmae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix, key = (FCMAE, full.removeprefix(FCMAE)) if full.startswith(FCMAE) else ("", full)
         stem, _, kind = key.rpartition(".")
         if kind == "kernel":
-            key, value = f"{stem}.weight", _dense_kernel(full, value)
+            key, value = f"{stem}.weight", dense_kernel(value, full)
         elif stem.endswith((".ln", ".linear")):
             key = f"{stem.rpartition('.')[0]}.{kind}"
         elif kind == "bias" and value.ndim == 2:
@@ -80,8 +80,12 @@ def fcmae_to_sparse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _dense_kernel(name: str, kernel: Tensor) -> Tensor:
-    """[k * k, Cin, Cout] -> [Cout, Cin, k, k], [k * k, C] -> [C, 1, k, k]."""
+def dense_kernel(kernel: Tensor, name: str = "kernel") -> Tensor:
+    """MinkowskiEngine's [k * k, Cin, Cout] -> [Cout, Cin, k, k], [k * k, C] -> [C, 1, k, k]; a view.
+
+    Raises:
+        ValueError: `name` is not square.
+    """
     side = math.isqrt(kernel.shape[0])
     if kernel.ndim not in (2, 3) or side * side != kernel.shape[0]:
         raise ValueError(f"{name!r} is no square kernel: its shape is {tuple(kernel.shape)}")
