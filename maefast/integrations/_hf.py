@@ -40,9 +40,13 @@ def usual_call(model: nn.Module, kwargs: dict) -> bool:
     config = model.config
     if not harmless(kwargs) or not getattr(config, "return_dict", True) or getattr(config, "is_causal", None):
         return False
-    wanted = {key: kwargs.get(key, getattr(config, key, False)) for key in ("output_hidden_states", "output_attentions")}
+    wanted = {
+        key: kwargs.get(key, getattr(config, key, False)) for key in ("output_hidden_states", "output_attentions")
+    }
     if wanted["output_attentions"]:
-        say_once("attention weights are asked for: the layers that return them run their own attention, not fused kernels")
+        say_once(
+            "attention weights are asked for: the layers that return them run their own attention, not fused kernels"
+        )
     if any(map(given, wanted.values())):
         return False
     return not (getattr(model, "_output_capturing_hooks_installed", False) and collecting())
@@ -54,8 +58,12 @@ def answer(output: Any, kwargs: dict) -> Any:
 
 
 def output_class(module: nn.Module, name: str) -> type | None:
-    """The class `name` that is known where the module's forward was written."""
-    return getattr(inspect.unwrap(type(module).forward), "__globals__", {}).get(name)
+    """The class `name` that is known where the module's forward was written, or one that it overrides."""
+    for kind in type(module).__mro__:
+        found = getattr(inspect.unwrap(vars(kind).get("forward", kind)), "__globals__", {}).get(name)
+        if found is not None:
+            return found
+    return None
 
 
 def inner(module: nn.Module) -> nn.Module:

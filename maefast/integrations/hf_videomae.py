@@ -2,8 +2,8 @@
 
 Replaced are the embeddings (visible tubelets only), the loop over encoder layers, the decoder (its last layer computes
 masked tokens only) and the loss (no target tensor). The mask is read once, which is the only host sync; masks that keep
-different numbers of tubelets in the videos of a batch go to the model's own code. The position tables are plain tensors of
-the model, and stay that.
+different numbers of tubelets in the videos of a batch go to the model's own code. The position tables are plain
+tensors of the model, and stay that.
 """
 
 from __future__ import annotations
@@ -190,6 +190,8 @@ def model_forward(self: nn.Module, pixel_values: Tensor, bool_masked_pos=None, *
     if args or layers.hooked(self.encoder) or not _hf.usual_call(self, kwargs):
         return _swap.original(self, "forward")(pixel_values, bool_masked_pos, *args, **kwargs)
     x = self.embeddings(pixel_values, bool_masked_pos)
+    if not x.numel():  # nothing is visible: for the attention to refuse
+        return _swap.original(self, "forward")(pixel_values, bool_masked_pos, **kwargs)
     at = run_blocks(self.encoder.layer, x)
     x = at.value() if self.layernorm is None else layers.last_norm(self.layernorm, *at)
     return _hf.answer(_swap.setting(self, "output")(last_hidden_state=x), kwargs)

@@ -2,8 +2,8 @@
 
 Replaced are the embeddings (mask in one kernel, visible patches only embedded), the loop over encoder layers, the
 decoder (mask tokens and positions put in place in one pass) and the loss (no target tensor). Hidden states, attention
-weights, attention masks and `return_dict` go the way they always went. A fresh model, not `from_pretrained`, has position
-tables that are frozen and all zero, see `_check_table`.
+weights and attention masks go the way they always went. A fresh model, not `from_pretrained`, has position tables that
+are frozen and all zero, see `_check_table`.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ def agree(want, got, tolerance=2e-5) -> None:
     want, got = tensors(want), tensors(got)
     assert len(want) == len(got)
     for a, b in zip(want, got):
-        assert a.shape == b.shape and a.dtype is b.dtype
+        assert a.shape == b.shape
+        assert a.dtype is b.dtype
         assert relative(b, a) < tolerance
 
 
@@ -137,18 +138,17 @@ def test_interpolation(size):
 def test_hidden_states_and_attentions():
     models = pair(attn_implementation="eager")
     _hf._said.clear()
-    for _ in range(2):
+    for first in (True, False):
         want, got = both(models, images(), output_hidden_states=True)
-        assert len(got.hidden_states) == len(want.hidden_states) == 3 and got.attentions is None
+        assert len(got.hidden_states) == len(want.hidden_states) == 3
+        assert got.attentions is None
         agree(want, got)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             want, got = both(models, images(), output_attentions=True)
         assert len(got.attentions) == len(want.attentions) == 2
         agree(want, got)
-        assert [str(w.message) for w in caught if "attention weights" in str(w.message)] == (
-            [] if _ else ["maefast: " + next(iter(_hf._said))]
-        )
+        assert sum("attention weights" in str(w.message) for w in caught) == first
     # What transformers leaves behind at the layers does not slow down the next step, nor outlive `restore`.
     assert all(map(is_fast, layers_of(models[1])))
     agree(*both(models, images()))
@@ -156,7 +156,8 @@ def test_hidden_states_and_attentions():
     assert not maefast.report(models[1]).kept
     maefast.restore(models[1])
     for layer, other in zip(layers_of(models[1]), layers_of(models[0])):
-        assert type(layer) is type(other) and not _swap.own(layer, "forward")
+        assert type(layer) is type(other)
+        assert not _swap.own(layer, "forward")
         assert "maefast" not in inspect.unwrap(layer.forward.__func__).__module__
 
 
@@ -197,7 +198,8 @@ def test_ratios(ratio, pred):
     models = pair(mask_ratio=ratio, options={"pred": pred})
     want, got = both(models, images())
     if ratio == 0:
-        assert want.loss.isnan() and got.loss.isnan()
+        assert want.loss.isnan()
+        assert got.loss.isnan()
     else:
         agree(want.loss, got.loss)
     agree(want.mask, got.mask)
@@ -211,7 +213,7 @@ def test_whole_bfloat16(norm):
     models = [m.bfloat16() for m in pair(norm_pix_loss=norm)]
     want, got = both(models, images().bfloat16(), noise=torch.rand(3, 16))
     agree(want, got, 3e-2)
-    agree(*(tuple(maefast.accelerate(m)(images().bfloat16(), noise=torch.rand(3, 16)).loss.shape) for m in models))
+    assert got.loss.dtype is torch.float32
 
 
 def test_channels_and_plain_pixels():
@@ -235,7 +237,8 @@ def test_masked_predictions():
     models[1].decoder.register_forward_hook(lambda module, args, out: seen.append((args[1], out.logits)))
     again = both(models[1:], images())[0]
     agree(got.logits, again.logits)
-    assert torch.equal(seen[0][0], want.ids_restore) and seen[0][1].shape == (3, 16, 192)
+    assert torch.equal(seen[0][0], want.ids_restore)
+    assert seen[0][1].shape == (3, 16, 192)
 
 
 @pytest.mark.skipif(FIVE, reason="forward_loss is a method of transformers 4")
@@ -308,7 +311,7 @@ def test_overrides():
         models = pair(kind)
         agree(*both(models, images()))
         kept = {n.method for n in maefast.report(models[1]).kept if not n.path}
-        assert kept == {"forward"} or kept == {"forward", "forward_loss"}
+        assert kept - {"forward_loss"} == {"forward"}
 
 
 def test_overridden_parts():
@@ -330,7 +333,7 @@ def test_overridden_parts():
     assert kept == {
         "vit.embeddings.forward": "this object has its own random_masking",
         ".decoder.forward": "this object has its own forward",
-    } or set(kept) == {"vit.embeddings.forward", ".decoder.forward", "decoder.forward"}
+    }
 
 
 # --- position tables ----------------------------------------------------------------------------------------
@@ -347,13 +350,16 @@ def fresh() -> nn.Module:
 
 def test_zero_tables_warn():
     assert not transformers.ViTMAEForPreTraining(config()).decoder.decoder_pos_embed.any(), "repaired upstream?"
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="frozen and all zero") as caught:
         model = maefast.accelerate(fresh())
     texts = [str(w.message) for w in caught]
     assert any("decoder_pos_embed is frozen and all zero: all masked patches" in t for t in texts)
     assert any("position_embeddings is frozen and all zero: the encoder cannot tell" in t for t in texts)
     assert all("repair_positions=True" in t for t in texts)
-    assert {n.method for n in maefast.report(model).kept} == {"decoder.decoder_pos_embed", "embeddings.position_embeddings"}
+    assert {n.method for n in maefast.report(model).kept} == {
+        "decoder.decoder_pos_embed",
+        "embeddings.position_embeddings",
+    }
     assert not model.decoder.decoder_pos_embed.any()
 
 
@@ -367,9 +373,7 @@ def test_zero_tables_repaired():
     torch.testing.assert_close(model.decoder.decoder_pos_embed, decoder.decoder_pos_embed, rtol=0, atol=1e-6)
     assert not model.decoder.decoder_pos_embed.requires_grad
     wide = type(decoder)(config(decoder_hidden_size=32), 16)
-    torch.testing.assert_close(
-        model.vit.embeddings.position_embeddings, wide.decoder_pos_embed, rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(model.vit.embeddings.position_embeddings, wide.decoder_pos_embed, rtol=0, atol=1e-6)
 
 
 def test_trained_tables_stay():
