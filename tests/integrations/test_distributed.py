@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
@@ -106,9 +107,14 @@ def alone(model: nn.Module, dtype: torch.dtype) -> list[float]:
 
 
 def together(model: nn.Module, dtype: torch.dtype) -> list[float]:
-    losses = torch.tensor(train(model, lambda step: loss_of(model, step, dist.get_rank(), dtype)))
-    dist.all_reduce(losses)
-    return (losses / WORLD).tolist()
+    return [mean(loss) for loss in train(model, lambda step: loss_of(model, step, dist.get_rank(), dtype))]
+
+
+def mean(loss: Tensor | float) -> float:
+    """Of the losses of all processes."""
+    total = torch.tensor(float(loss), dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item() / WORLD
 
 
 # --- the two processes --------------------------------------------------------------------------------------
@@ -203,7 +209,7 @@ def compare(make: Callable, wrap: Callable, order: str, dtype: torch.dtype = tor
             scale = max(wanted.norm().item(), 1e-4)
             assert (change - wanted).norm().item() <= TOLERANCE[dtype] * scale, name
     set_model_state_dict(model, start, options=FULL)
-    assert torch.allclose(torch.tensor(together(model, dtype)), torch.tensor(want), rtol=1e-5)
+    assert mean(loss_of(model, 0, dist.get_rank(), dtype)) == pytest.approx(want[0], rel=1e-5)
 
 
 def mixed_precision(make: Callable, order: str) -> None:
@@ -240,8 +246,20 @@ def process(rank: int, store: str, cases: list[tuple]) -> None:
         dist.destroy_process_group()
 
 
+def launch(store: str, cases: list[tuple]) -> None:
+    """Both processes come from one that has only imported things, which takes longer than the cases do."""
+    import transformers.models.vit_mae.modeling_vit_mae  # noqa: F401
+
+    torch.multiprocessing.start_processes(process, (store, cases), nprocs=WORLD, start_method="fork")
+
+
 def run(tmp_path, *cases: tuple) -> None:
-    torch.multiprocessing.spawn(process, (str(tmp_path / "store"), list(cases)), nprocs=WORLD)
+    parent = multiprocessing.get_context("spawn").Process(target=launch, args=(str(tmp_path / "store"), list(cases)))
+    parent.start()
+    parent.join(300)
+    if parent.is_alive():
+        parent.kill()
+    assert parent.exitcode == 0, "see what it wrote to stderr"
 
 
 # --- tests --------------------------------------------------------------------------------------------------
@@ -266,35 +284,24 @@ def test_fsdp2(tmp_path):
         *[(compare, mae, fsdp2, order) for order in ORDERS],
         (compare, mae, fsdp2, "before", torch.float64),
         (compare, mae, fsdp2, "before", torch.float32, "wrapper"),
-        (compare, mae, fsdp2, "after", torch.float32, "wrapper"),
         (compare, mae, fsdp2_parts, "before"),
         (compare, mae, fsdp2_parts, "after"),
         (compare, mae, fsdp2_halves, "before"),
-        (compare, mae, fsdp2_halves, "after"),
         (mixed_precision, mae, "before"),
-        (mixed_precision, mae, "after"),
-    )
-
-
-def test_fsdp2_of_transformers(tmp_path):
-    run(
-        tmp_path,
         (compare, vit_mae, fsdp2, "before"),
         (compare, vit_mae, fsdp2, "after"),
         (compare, vit_mae, fsdp2, "before", torch.float32, True),
-        (compare, vit_mae, fsdp2_parts, "before"),
         (compare, vit_mae, fsdp2_halves, "before"),
-        (mixed_precision, vit_mae, "before"),
+        (mixed_precision, vit_mae, "after"),
     )
 
 
-@pytest.mark.parametrize("make", [mae, vit_mae])
-def test_fsdp1(make, tmp_path):
+def test_fsdp1(tmp_path):
     run(
         tmp_path,
-        (compare, make, fsdp1, "before"),
-        (compare, make, fsdp1, "after"),
-        (compare, make, fsdp1, "again"),
-        (compare, make, fsdp1_parts, "before"),
-        (compare, make, fsdp1_parts, "after"),
+        *[(compare, make, fsdp1, order) for make in (mae, vit_mae) for order in ("before", "after")],
+        (compare, mae, fsdp1, "again"),
+        (compare, mae, fsdp1_parts, "before"),
+        (compare, mae, fsdp1_parts, "after"),
+        (compare, vit_mae, fsdp1_parts, "before"),
     )
