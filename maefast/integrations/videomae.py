@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ def _is_pair(module: nn.Module) -> bool:
 def _is_encoder(module: nn.Module) -> bool:
     return (
         isinstance(getattr(getattr(module, "patch_embed", None), "proj", None), nn.Conv3d)
+        and isinstance(getattr(module.patch_embed, "img_size", None), (tuple, list))
         and isinstance(getattr(module, "pos_embed", None), Tensor)
         and all(isinstance(getattr(module, name, None), nn.Module) for name in ("blocks", "norm", "head"))
         and _parameters(module, "forward_features") == ["x", "mask"]
@@ -67,77 +69,73 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
     if not _is_pair(model):
         yield from _part(model, keep)
         return
-    shares = False
-    for name in ("encoder", "decoder"):  # first, so that the probe of the pair runs through them
-        part = getattr(model, name)
-        for step in _part(part, lambda method, why, name=name: keep(f"{name}.{method}", why)):
+    for name in ("encoder", "decoder"):  # first, so that the probe of the pair runs through them; noted on their own
+        for step in _part(getattr(model, name), lambda method, why: None):
             yield step.under(name)
-    if "forward_features" in _swap.methods(model.encoder):
-        shares = _swap.overriding(model.encoder, "forward") is None
-    if reason := _swap.overriding(model, "forward"):
+    encoder = next((part for part in model.encoder.modules() if _is_encoder(part)), None)
+    reason = _swap.overriding(model, "forward") or (None if encoder else "the encoder is unknown")
+    if reason:
         keep("forward", reason)
         return
     decodes = "decode_mask" in _parameters(model, "forward")
-    videos, mask = _videos(model), _mask(model.pos_embed.shape[1], next(model.parameters()).device)
-    if videos is None:
-        keep("forward", "the encoder is unknown")
-        return
     yield Step(
         model,
         {"forward": forward},
         {"forward": "mask tokens, order and positions in one pass; one plan for encoder and decoder"},
-        lambda: _probe(model, (videos, mask), *([(videos, mask, _fewer(mask))] if decodes else [])),
-        {"shares": shares, "decodes": decodes},
+        lambda: _pair_probe(model, encoder, decodes),
+        {"shares": _swap.overriding(model.encoder, "forward") is None, "decodes": decodes},
     )
 
 
 def _part(part: nn.Module, keep: Callable[[str, str], None]) -> Iterator[Step]:
     """The step of an encoder or decoder, once."""
-    if _is_encoder(part) and "forward_features" not in _swap.methods(part):
-        reason = layers.strided_patches(part.patch_embed.proj) or _swap.overriding(part, "forward_features")
-        if reason:
-            keep("forward_features", reason)
-            return
-        videos = _tubelets(part)
-        mask = _mask(part.pos_embed.shape[1], videos.device)
-        yield Step(
-            part,
-            {"forward_features": forward_features},
-            {"forward_features": "visible tubelets only embedded"},
-            lambda: _probe(part, (videos, mask), method="forward_features"),
-        )
-    elif _is_decoder(part) and "forward" not in _swap.methods(part):
-        if reason := _swap.overriding(part, "forward"):
-            keep("forward", reason)
-            return
-        weight = part.head.weight
-        x = torch.randn(2, 7, weight.shape[1], device=weight.device, dtype=weight.dtype)
-        yield Step(
-            part,
-            {"forward": decoder_forward},
-            {"forward": "last block on the predicted tokens only"},
-            lambda: _probe(part, (x, 4), (x, 0)),
-        )
+    if _is_encoder(part):
+        name, fast, text = "forward_features", forward_features, "visible tubelets only embedded"
+        reason, probe = layers.strided_patches(part.patch_embed.proj), _encoder_probe
+    elif _is_decoder(part):
+        name, fast, text = "forward", decoder_forward, "last block on the predicted tokens only"
+        reason, probe = None, _decoder_probe
+    else:
+        return
+    if reason := reason or _swap.overriding(part, name):
+        keep(name, reason)
+    elif name not in _swap.methods(part):
+        yield Step(part, {name: fast}, {name: text}, lambda: probe(part))
 
 
 # --- probes -------------------------------------------------------------------------------------------------
 
 
-def _probe(module: nn.Module, *calls: tuple, method: str = "__call__") -> list[Tensor]:
-    """Outputs of several calls, without checkpoints: their default kind refuses the gradients that are compared."""
+def _pair_probe(model: nn.Module, encoder: nn.Module, decodes: bool) -> list[Tensor]:
+    videos, mask = _tubelets(encoder), _mask(encoder)
+    calls = [(videos, mask), (videos, mask, _fewer(mask))]
+    with _no_checkpoints(model):
+        return [model(*args) for args in calls[: 1 + decodes]]
+
+
+def _encoder_probe(encoder: nn.Module) -> Tensor:
+    with _no_checkpoints(encoder):
+        return encoder.forward_features(_tubelets(encoder), _mask(encoder))
+
+
+def _decoder_probe(decoder: nn.Module) -> list[Tensor]:
+    weight = decoder.head.weight
+    x = torch.randn(2, 7, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    with _no_checkpoints(decoder):
+        return [decoder(x, count) for count in (4, 0)]
+
+
+@contextmanager
+def _no_checkpoints(module: nn.Module) -> Iterator[None]:
+    """Inside, blocks are called without checkpoints: their default kind refuses the gradients that are compared."""
     kept = [(part, name) for part in module.modules() for name in CHECKPOINTS if getattr(part, name, False)]
     try:
         for part, name in kept:
             setattr(part, name, False)
-        return [getattr(module, method)(*args) for args in calls]
+        yield
     finally:
         for part, name in kept:
             setattr(part, name, True)
-
-
-def _videos(model: nn.Module) -> Tensor | None:
-    encoder = next((m for m in model.encoder.modules() if _is_encoder(m)), None)
-    return None if encoder is None else _tubelets(encoder)
 
 
 def _tubelets(encoder: nn.Module) -> Tensor:
@@ -149,9 +147,10 @@ def _tubelets(encoder: nn.Module) -> Tensor:
     return torch.randn(2, proj.in_channels, frames, height, width, device=proj.weight.device, dtype=proj.weight.dtype)
 
 
-def _mask(num_tokens: int, device: torch.device) -> Tensor:
+def _mask(encoder: nn.Module) -> Tensor:
     """Few visible tokens, other ones in each sample: bool [2, N]."""
-    rank = torch.rand(2, num_tokens, device=device).argsort(1)
+    num_tokens = encoder.pos_embed.shape[1]
+    rank = torch.rand(2, num_tokens, device=encoder.patch_embed.proj.weight.device).argsort(1)
     return rank >= max(1, min(num_tokens // 4, 16))
 
 
@@ -254,7 +253,8 @@ def forward(self: nn.Module, x: Tensor, mask: Tensor, *args, **kwargs):
     if counts is None or not 0 < counts[0] < num_tokens or (decode is not None and counts[1] == 0):
         return _swap.original(self, "forward")(x, mask, *args, **kwargs)
     plan = _plan(mask, counts[0])
-    share = _swap.setting(self, "shares") and not _swap.is_plain() and not layers.hooked(self.encoder)
+    share = _swap.setting(self, "shares") and "forward_features" in _swap.methods(self.encoder)
+    share = share and not layers.hooked(self.encoder) and not _swap.is_plain()
     latent = layers.linear(self.encoder_to_decoder, self.encoder(x, plan if share else mask))
     pos = self.pos_embed.detach().to(x.device, x.dtype)
     if decode is None or counts[2] == num_tokens:

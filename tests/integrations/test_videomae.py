@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import maefast
 from maefast.integrations import videomae
 from tests.integrations.common import DropIn, gradient_error, relative
-from tests.integrations.models.videomae import PatchEmbed, VideoMAE, VideoMAE2, engine_target
+from tests.integrations.models.videomae import Encoder, PatchEmbed, VideoMAE, VideoMAE2, engine_target
 
 N = 32
 
@@ -127,6 +127,12 @@ def test_only_kept_tubelets_and_one_plan(monkeypatch):
     assert calls == [1, 1, 1]
 
 
+def test_encoder_restored_alone():
+    model, fast = pair(VideoMAE)
+    maefast.restore(fast.encoder)
+    same(model, fast, videos(), tube_mask())
+
+
 def test_uneven_masks_are_left_to_the_original():
     """Its reshape mixes samples where the counts differ, and raises where they do not divide."""
     model, fast = pair(VideoMAE)
@@ -183,6 +189,31 @@ def test_positions_stay_out_of_the_state():
 class Subclass(VideoMAE):
     def forward(self, x, mask):
         return super().forward(x, mask) * 2
+
+
+class OwnFeatures(Encoder):
+    def forward_features(self, x, mask):
+        return super().forward_features(x, mask) * 2
+
+
+class OwnEncoder(Encoder):
+    """Looks at the mask: it must be the mask."""
+
+    def forward(self, x, mask):
+        return super().forward(x, mask) * mask.sum()
+
+
+@pytest.mark.parametrize("kind", [OwnFeatures, OwnEncoder])
+def test_encoder_with_overrides(kind):
+    def make():
+        model = VideoMAE()
+        model.encoder.__class__ = kind
+        return model
+
+    model, fast = pair(make)
+    kept = [(note.path, note.method) for note in maefast.report(fast).kept]
+    assert kept == ([("encoder", "forward_features")] if kind is OwnFeatures else [])
+    same(model, fast, videos(), tube_mask())
 
 
 def test_override_stays():
