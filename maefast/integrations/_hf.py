@@ -84,6 +84,12 @@ def moved(table: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     return copies[key][1]
 
 
+def own_attention(attn: nn.Module) -> bool:
+    """Whether the model runs an attention function of somebody else's, registered with transformers under a name."""
+    name = getattr(getattr(attn, "config", None), "_attn_implementation", None)
+    return name not in (None, "eager", "sdpa", "flex_attention") and not str(name).startswith("flash_attention")
+
+
 # --- recording ----------------------------------------------------------------------------------------------
 
 

@@ -168,7 +168,7 @@ def _method(base: type, name: str, fast: Callable) -> Callable:
     @wraps(getattr(base, name))  # whoever looks at the signature (HF's Trainer does) finds the old one
     def method(self, *args, **kwargs):
         # Objects made from the class, as by its from_pretrained, were not accelerated: they have no settings.
-        ours = not _plain and SETTINGS in self.__dict__
+        ours = SETTINGS in self.__dict__ and not is_plain()
         return (fast if ours else getattr(base, name))(self, *args, **kwargs)
 
     return method

@@ -66,8 +66,8 @@ class Timm:
     @staticmethod
     def fits(block: nn.Module) -> bool:
         attn = getattr(block, "attn", None)
-        parts = (getattr(attn, "qkv", None), getattr(attn, "proj", None))
-        fits = all(isinstance(part, nn.Linear) for part in parts) and _norms(block, "norm1", "norm2")
+        parts = (getattr(attn, "qkv", None), getattr(attn, "proj", None))  # adapters may stand in their place
+        fits = all(isinstance(part, nn.Module) for part in parts) and _norms(block, "norm1", "norm2")
         return fits and isinstance(getattr(block, "mlp", None), nn.Module)
 
     @staticmethod
@@ -206,6 +206,8 @@ class HuggingFace5:
         attn = block.attention
         if _hf.recorded(attn) or not all(layers.plain_linear(part) for part in (attn.q_proj, attn.k_proj, attn.v_proj)):
             return "the attention is watched or adapted"
+        if _hf.own_attention(attn):
+            return "the attention is computed by a function that was registered for it"
         if block.training and getattr(attn, "attention_dropout", 0.0):
             return "dropout inside the attention is on"
         if getattr(attn, "num_key_value_groups", 1) != 1:
@@ -271,6 +273,8 @@ class HuggingFace4:
         watched = _hf.recorded(attn) or layers.hooked(block.attention, block.attention.output)
         if watched or not all(layers.plain_linear(part) for part in (attn.query, attn.key, attn.value)):
             return "the attention is watched or adapted"
+        if _hf.own_attention(attn):
+            return "the attention is computed by a function that was registered for it"
         if (block.training and getattr(attn, "dropout_prob", 0.0)) or not layers.still(getattr(attn, "dropout", None)):
             return "dropout inside the attention is on"
         return None
