@@ -62,7 +62,8 @@ def origin(model: nn.Module, paths: list[str]) -> str:
     file = Path(inspect.getfile(type(model))).resolve()
     for path in map(Path, paths):
         if file.is_relative_to(path.resolve()):
-            return f"{path.name.replace('+', '/')}: {file.relative_to(path.resolve())}"
+            name = path.name if "+" in path.name else "/".join(path.resolve().parts[-2:])
+            return f"{name.replace('+', '/')}: {file.relative_to(path.resolve())}"
     raise ImportError(f"{type(model).__name__} comes from {file}, which is in none of the checkouts")
 
 

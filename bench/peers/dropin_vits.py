@@ -212,6 +212,12 @@ def timm_vit(sizes: dict) -> nn.Module:
     return VisionTransformer(**sizes)
 
 
+def own_timm(sizes: dict) -> nn.Module:
+    from tests.integrations.models.timm_vit import VisionTransformer
+
+    return VisionTransformer(**sizes)
+
+
 def labelled(sizes: dict, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return *images(sizes, batch, generator), torch.randint(sizes["num_classes"], (batch,), generator=generator)
 
@@ -230,10 +236,26 @@ def public_jepa(sizes: dict) -> nn.Module:
     return VisionTransformer(**{**sizes, "img_size": [sizes["img_size"]]}, norm_layer=NORM)
 
 
+def own_jepa(sizes: dict) -> nn.Module:
+    from tests.integrations.models import jepa as parts
+
+    width, patch = sizes["embed_dim"], sizes["patch_size"]
+    model = parts.ImageEncoder(width, sizes["depth"], sizes["num_heads"])
+    model.patch_embed = parts.PatchEmbed((patch, patch), width, sizes["img_size"])
+    model.pos_embed = parts.table(num_patches(sizes), width)
+    return model
+
+
 def public_lightly(sizes: dict) -> nn.Module:
     from lightly.models.modules.masked_vision_transformer_timm import MaskedVisionTransformerTIMM
 
     return MaskedVisionTransformerTIMM(timm_vit({**sizes, "num_classes": 0}))
+
+
+def own_lightly(sizes: dict) -> nn.Module:
+    from tests.integrations.models.lightly import MaskedVisionTransformerTIMM
+
+    return MaskedVisionTransformerTIMM(own_timm(sizes))
 
 
 def kept(sizes: dict, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,7 +312,7 @@ FAMILIES = {
             "toy": {**TOY, "num_classes": 10, "patch_drop_rate": 0.5, "batch": 2},
         },
         timm_vit,
-        None,
+        own_timm,
         labelled,
         lambda model, pixels, labels: F.cross_entropy(model(pixels), labels),
         package="timm",
@@ -300,7 +322,7 @@ FAMILIES = {
         "I-JEPA context encoder",
         {"base": {**VIT_B, "batch": 16}, "toy": {**TOY, "batch": 2}},
         public_jepa,
-        None,
+        own_jepa,
         context,
         lambda model, pixels, tokens, target: F.smooth_l1_loss(model(pixels, [tokens]), target),
         tune=partial(put_in_sdpa, pairs=True),
@@ -310,7 +332,7 @@ FAMILIES = {
         "lightly's masked ViT",
         {"base": {**VIT_B, "batch": 16}, "toy": {**TOY, "batch": 2}},
         public_lightly,
-        None,
+        own_lightly,
         kept,
         lambda model, pixels, tokens, target: F.smooth_l1_loss(model.encode(pixels, idx_keep=tokens), target),
         package="lightly",

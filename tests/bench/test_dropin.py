@@ -23,7 +23,8 @@ def config(family: str, **more) -> dict:
 
 def build(peer: str, family: str, dtype: str) -> dict:
     one = worker.Worker()
-    given = {"batch": 2, "dtype": dtype, "device": "cpu", "source": "dropin_models"}
+    batch = FAMILIES[family].presets["toy"]["batch"]
+    given = {"batch": batch, "dtype": dtype, "device": "cpu", "source": "dropin_models"}
     try:
         answer = one.build(peer, config(family), **given)
     except ImportError as error:
