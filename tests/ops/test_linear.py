@@ -74,6 +74,19 @@ def test_compiles_whole(library, dynamic):
             torch.testing.assert_close(a, b)
 
 
+@needs_onednn
+def test_inductor_takes_symbolic_sizes(monkeypatch):
+    """Its own lowering of oneDNN's product does not."""
+    monkeypatch.setattr(family, "_choice", ("onednn", "test"))
+    monkeypatch.setattr(family, "MIN_WORK", 0)
+    weight, bias = torch.randn(6, 8, requires_grad=True), torch.randn(6, requires_grad=True)
+    compiled = torch.compile(lambda x: ops.linear(x, weight, bias).square().sum(), fullgraph=True, dynamic=True)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    got = torch.autograd.grad(compiled(x), [x, weight, bias])
+    for a, b in zip(got, torch.autograd.grad(F.linear(x, weight, bias).square().sum(), [x, weight, bias])):
+        torch.testing.assert_close(a, b)
+
+
 def test_choice_is_measured_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("MAEFAST_LINEAR", raising=False)
