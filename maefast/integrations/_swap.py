@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 Methods = tuple[tuple[str, Callable], ...]  # ((name, fast function), ...), sorted
 
@@ -41,12 +42,15 @@ def plain():
 
 def is_plain() -> bool:
     """Whether original code runs: asked for, or because something is at work that our kernels cannot go through:
-    `torch.func` (their gradients have no batching rule) or `torch.jit.trace` (they cannot be written to a file)."""
+    `torch.func` and forward-mode gradients (they have no rules for either) or `torch.jit.trace` (they cannot be written
+    to a file)."""
     return _plain or (not torch.compiler.is_compiling() and _transformed())
 
 
 def _transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()
+    if forward_ad._current_level >= 0 or torch.jit.is_tracing():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def definer(kind: type, name: str) -> type | None:

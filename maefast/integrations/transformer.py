@@ -366,13 +366,17 @@ def _usual(layout: type, block: nn.Module, x: object) -> bool:
 
 def watched(block: nn.Module) -> bool:
     """Whether somebody watches a module inside the block: its own code runs then, and shows it what it always did."""
-    return layers.hooked() or any(_watched(part) for part in block._modules.values() if part is not None)
-
-
-def _watched(part: nn.Module) -> bool:
-    if layers.touched(part) and (layers.wrapper(part) or _hf.recorded(part)):
+    if layers.hooked():
         return True
-    return any(_watched(inner) for inner in part._modules.values() if inner is not None)
+    todo = list(block._modules.values())
+    for part in todo:  # grows meanwhile; asked at every call, so no generators
+        if part is None:
+            continue
+        if layers.touched(part) and (layers.wrapper(part) or _hf.recorded(part)):
+            return True
+        if part._modules:
+            todo.extend(part._modules.values())
+    return False
 
 
 def timm_forward(self: nn.Module, *args, **kwargs):

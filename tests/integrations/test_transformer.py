@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
@@ -539,6 +540,11 @@ def test_transforms_of_functions():
         found.append(torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x))
     for name, grad in found[0].items():
         assert relative(found[1][name], grad) < 1e-9 or grad.norm() < 1e-9, name
+    tangents = []
+    for net in (block, fast):
+        with forward_ad.dual_level(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            tangents.append(forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.ones_like(x)))).tangent)
+    assert relative(*tangents) < 1e-12
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(fast.eval(), x)
