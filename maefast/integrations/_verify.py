@@ -66,11 +66,25 @@ def compare(module: nn.Module, call: Callable[[], Any], fresh: bool = False) -> 
 def _attempt(whose: str, module: nn.Module, call: Callable[[], Any]) -> tuple:
     device = example(module).device
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False), _full_float32():
             leaves = tree_leaves(call())
             return leaves, _gradients(module, leaves), _drawn(device)
     except Exception as error:
         raise Mismatch(f"{whose} raised {type(error).__name__} on a small random input: {error}") from error
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Without TF32, whose rounding differs from one library to the next by more than the tolerance."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = False
+        yield
+    finally:
+        for flag, value in zip(flags, before):
+            flag.allow_tf32 = value
 
 
 def _gradients(module: nn.Module, leaves: list) -> dict[str, Tensor | None]:
