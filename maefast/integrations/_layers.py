@@ -104,12 +104,8 @@ def plain_tensor(t: Tensor) -> bool:
 
 
 def watched(*roots: nn.Module) -> bool:
-    """Whether something inside would see what its module is given or returns, and expects tensors: a hook, or FSDP."""
-    return any(
-        hooked(module) or type(module).__name__ == "FullyShardedDataParallel"
-        for root in roots
-        for module in root.modules()
-    )
+    """`hooked`, for everything inside: whether something would see what a module is given or returns."""
+    return _watched_everywhere() or any(touched(module) for root in roots for module in root.modules())
 
 
 def only_sharded(module: nn.Module) -> bool:

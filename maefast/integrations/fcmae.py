@@ -7,8 +7,8 @@ the active sites of the whole batch, as that code does. Mask, predictions and lo
 One case differs: a visible site whose stem features are all exactly zero is no site for MinkowskiEngine, and is one
 here. It takes a norm without bias over equal numbers, such as a black patch before the first step.
 
-Without MinkowskiEngine such a model cannot be built; `PublicFCMAE` of `maefast.models.fcmae` stands for it then, with
-the same parameters under the same names.
+Without MinkowskiEngine such a model cannot be built; `maefast.models.public_fcmae` stands for it then, with the
+same parameters under the same names.
 """
 
 from __future__ import annotations
@@ -212,15 +212,16 @@ def _drop(path: nn.Module, y: Tensor, plan: CellMask) -> Tensor:
     rate = _rate(path)
     if rate == 0:
         return y
-    kept = 1 / (1 - rate) if rate < 1 and getattr(path, "scale_by_keep", True) else 1.0
-    factor = torch.tensor(_draw(path, rate, plan.batch, kept), dtype=y.dtype).to(y.device, non_blocking=True)
+    factor = torch.tensor(_draw(path, rate, plan.batch)).to(y.device, non_blocking=True)
+    if rate < 1 and getattr(path, "scale_by_keep", True):
+        factor = factor / (1 - rate)
     return (Cells(y, plan) * factor[:, None, None, None]).rows
 
 
 @torch.compiler.disable
-def _draw(path: nn.Module, rate: float, batch: int, kept: float) -> list[float]:
+def _draw(path: nn.Module, rate: float, batch: int) -> list[float]:
     uniform = _source(path)
-    return [kept if uniform(0, 1) > rate else 0.0 for _ in range(batch)]
+    return [float(uniform(0, 1) > rate) for _ in range(batch)]
 
 
 # --- the decoder and the loss -------------------------------------------------------------------------------

@@ -285,3 +285,14 @@ def test_whole_samples_without_a_plan_of_their_own():
     whole = CellMask.all_visible(3, (1, 1))
     conv = nn.Conv2d(3, 6, 3, 1, 1).double()
     torch.testing.assert_close(conv(Cells.pack(images, whole)).dense(), conv(images), rtol=1e-12, atol=1e-12)
+
+
+def test_a_norm_added_in_place_takes_the_values_of_then():
+    """``x += norm(shortcut)``: afterwards x is the sum, which must not be what the norm waits for."""
+    torch.manual_seed(0)
+    plan = CellMask.all_visible(2, (2, 2))
+    norm = nn.BatchNorm2d(4)
+    x, shortcut = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
+    cells = Cells.pack(x, plan)
+    cells += norm(Cells.pack(shortcut, plan))
+    torch.testing.assert_close(cells.dense(), x + norm(shortcut))
