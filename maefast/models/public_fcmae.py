@@ -97,7 +97,7 @@ class SparseEncoder(nn.Module):
             self.stages.append(nn.Sequential(*(SparseBlock(width) for _ in range(depth))))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Images [B, C, H, W], mask [B, L] of zeros (visible) and ones -> [B, C', H / 32, W / 32], masked sites zero."""
+        """Images [B, C, H, W], mask [B, L] of zeros (visible) and ones -> [B, D, H / 32, W / 32], masked sites zero."""
         side = int(mask.shape[1] ** 0.5)
         visible = 1 - mask.view(-1, 1, side, side).type_as(x)
         for i, (layer, stage) in enumerate(zip(self.downsample_layers, self.stages)):
