@@ -219,4 +219,5 @@ def forward(self: nn.Module, imgs: Tensor, mask_ratio: float | None = None, *arg
         return self.forward_loss(imgs, pred, mask), pred, mask
     pred = decode(self, encode(self, imgs, plan), plan, which)
     loss = score(self, imgs, pred, plan, "all" if which == "full" else "masked", "mean")
-    return loss, pred, plan.mask.to(torch.get_default_dtype())
+    mask = plan.mask.to(torch.get_default_dtype())
+    return loss.to(torch.promote_types(loss.dtype, mask.dtype)), pred, mask  # the original multiplies by this mask

@@ -274,7 +274,8 @@ def forward(self: nn.Module, inp_bchw: Tensor, active_b1ff: Tensor | None = None
     maps = self.sparse_encoder(Cells.pack(inp_bchw, plan))
     rec = self.dense_decoder([_densify(self, i, level) for i, level in enumerate(reversed(maps))])
     loss = ops.patch_loss(_patches(self, rec), inp_bchw, plan.tokens, self.downsample_raito, norm="mae", rows="all")
-    return loss.to(torch.promote_types(rec.dtype, inp_bchw.dtype))
+    # The original divides by a count in the default dtype.
+    return loss.to(torch.promote_types(layers.share_dtype(rec, inp_bchw), torch.get_default_dtype()))
 
 
 def _densify(model: nn.Module, i: int, level: Cells | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import maefast
 
@@ -84,9 +84,14 @@ class DropIn:
         model = self.build(dtype)
         return model, self.accelerate(copy.deepcopy(model))
 
-    def call(self, model: nn.Module, dtype: torch.dtype = torch.float32, seed: int = 1):
+    def call(
+        self, model: nn.Module, dtype: torch.dtype = torch.float32, seed: int = 1, cast: torch.dtype | None = None
+    ):
+        """On inputs of this dtype, the same each time; floating ones are handed over as `cast`, if that is given."""
         torch.manual_seed(2)
         args, kwargs = self.inputs(dtype)
+        if cast is not None:
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to(cast) if t.is_floating_point() else t, (args, kwargs))
         torch.manual_seed(seed)
         return model(*args, **kwargs)
 
@@ -134,6 +139,19 @@ class DropIn:
             self.loss(out).backward()
         assert gradient_error(fast, truth) <= self.bf16_slack * gradient_error(model, truth) + 2e-3
         assert exact.isfinite()
+
+    def test_bfloat16_weights(self):
+        """A model that is bfloat16 as a whole: same dtypes, not further from the truth than its own code, up to chance."""
+        model, fast = self.pair(torch.bfloat16)
+        truth = copy.deepcopy(model).float()
+        want, got = self.call(model, torch.bfloat16), self.call(fast, torch.bfloat16)
+        exact = self.call(truth, torch.bfloat16, cast=torch.float32)
+        for a, b, t in zip(tensors(got), tensors(want), tensors(exact), strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            assert relative(a, t) <= self.bf16_slack * relative(b, t) + 2e-2
+        for out in (want, got, exact):
+            self.loss(out).backward()
+        assert gradient_error(fast, truth) <= self.bf16_slack * gradient_error(model, truth) + 2e-2
 
     def test_random_numbers(self):
         model, fast = self.pair()
