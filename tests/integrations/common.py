@@ -141,7 +141,7 @@ class DropIn:
         assert exact.isfinite()
 
     def test_bfloat16_weights(self):
-        """A model that is bfloat16 as a whole: same dtypes, not further from the truth than its own code, up to chance."""
+        """A model that is bfloat16 as a whole: same dtypes, no further from the truth than its own code."""
         model, fast = self.pair(torch.bfloat16)
         truth = copy.deepcopy(model).float()
         want, got = self.call(model, torch.bfloat16), self.call(fast, torch.bfloat16)
