@@ -56,8 +56,8 @@ def accelerate(
     """Run a masked model on maefast's kernels. The model is changed in place and returned.
 
     Outputs, random draws, parameters, buffers, hooks and `state_dict` stay as they are; `report` says what is
-    replaced. Works before or after `.to()`, DDP, FSDP, `torch.compile` and loading a checkpoint; before FSDP1 is better,
-    which leaves nothing to compare with.
+    replaced. Works before or after `.to()`, DDP, FSDP, `torch.compile` and loading a checkpoint; before FSDP1 is
+    better, which leaves nothing to compare with.
 
     Args:
         model: any module; models are recognised inside wrappers too.

@@ -170,11 +170,9 @@ def decode(model: nn.Module, latent: Tensor, plan: TokenMask, pred: str = "full"
     x = layers.linear(model.decoder_embed, latent)
     order = "position" if pred == "full" else "visible_first"
     x = ops.restore_tokens(x, plan, model.mask_token, pos=model.decoder_pos_embed, prefix=1, order=order)
-    if pred == "masked":
-        x, delta = run_tail(model.decoder_blocks, x, plan.max_masked)
-        return layers.linear(model.decoder_pred, layers.norm(model.decoder_norm, x, delta)[1])
-    x, delta = run_blocks(model.decoder_blocks, x)
-    return layers.linear(model.decoder_pred, layers.norm(model.decoder_norm, x, delta)[1])[:, 1:]
+    # The last block is asked for what is predicted only: the class token never is.
+    x, delta = run_tail(model.decoder_blocks, x, plan.num_tokens if pred == "full" else plan.max_masked)
+    return layers.linear(model.decoder_pred, layers.norm(model.decoder_norm, x, delta)[1])
 
 
 def score(model: nn.Module, images: Tensor, pred: Tensor, plan: TokenMask, rows: str, reduction: str) -> Tensor:

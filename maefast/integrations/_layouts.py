@@ -1,0 +1,296 @@
+"""Layouts of pre-norm transformer blocks: where a block keeps its parts, and when each of them may be fused.
+
+A layout is a class of static functions of a block: `fits` (is it one), `norms`, `attend` (the first branch, from the
+normed tokens to what is added to them; `count` asks for the last tokens only), `feed` (the second), `passes` (whether a
+call with further arguments is the plain one), `problem` (why the attention runs as it was).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from maefast import ops
+from maefast.integrations import _hf, _swap
+from maefast.integrations import _layers as layers
+
+
+class Timm:
+    """norm1, attn (qkv, proj, num_heads), norm2, mlp (fc1, act, fc2); maybe drop_path, layer scale, q and v biases."""
+
+    name = "timm"
+    # (attributes that the forward of a part must use, those that it may use) to be computed by us. Any other attribute
+    # may be a switch that changes what it computes.
+    BLOCK = (
+        {"norm1", "attn", "norm2", "mlp"},
+        {"training", "drop_path", "drop_path1", "drop_path2", "ls1", "ls2", "gamma_1", "gamma_2"},
+    )
+    ATTENTION = (
+        {"qkv", "proj", "num_heads", "scale"},
+        {"training", "attn_drop", "proj_drop", "proj_drop_prob", "q_norm", "k_norm", "norm", "gate", "q_bias", "v_bias"}
+        | {"head_dim", "attn_dim", "dim", "embed_dim", "fused_attn", "fast_attn", "use_sdpa"},
+    )
+    MLP = {"fc1", "act", "fc2"}, {"training", "drop", "drop1", "drop2", "norm"}
+
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        attn = getattr(block, "attn", None)
+        parts = (getattr(attn, "qkv", None), getattr(attn, "proj", None))  # adapters may stand in their place
+        fits = all(isinstance(part, nn.Module) for part in parts) and _norms(block, "norm1", "norm2")
+        return fits and isinstance(getattr(block, "mlp", None), nn.Module)
+
+    @staticmethod
+    def unknown(block: nn.Module) -> str | None:
+        """Why the block's own forward is kept whatever it computes now, or None."""
+        found = layers.beyond(block, *Timm.BLOCK)
+        return None if not found else f"its forward uses {found}, which maefast does not know"
+
+    @staticmethod
+    def settings(block: nn.Module) -> dict:
+        """Kept on the block: the classes of attention and MLP whose forward we know; others are called as they are."""
+        attn, mlp = block.attn, block.mlp
+        known = {
+            "attn": None if layers.beyond(attn, *Timm.ATTENTION) else type(attn),
+            "mlp": None if layers.beyond(mlp, *Timm.MLP) else type(mlp),
+        }
+        # V-JEPA hands down a mask that its attention never looks at.
+        known["ignored"] = ("mask",) if known["attn"] and layers.ignores(attn, "mask") else ()
+        return known
+
+    @staticmethod
+    def passes(block: nn.Module, args: tuple, kwargs: dict) -> bool:
+        """Whether a call with these further arguments is the plain one."""
+        ignored = _swap.setting(block, "ignored", ()) if type(block.attn) is _swap.setting(block, "attn") else ()
+        return not any(_hf.given(a) for a in args) and not any(
+            _hf.given(v) for k, v in kwargs.items() if k not in ignored
+        )
+
+    @staticmethod
+    def norms(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+        return block.norm1, block.norm2
+
+    @staticmethod
+    def attend(block: nn.Module, y: Tensor, count: int | None) -> Tensor:
+        attn = block.attn
+        if Timm.problem(block):
+            out = attn(y)
+            out = out[0] if isinstance(out, tuple) else out
+            out = out if count is None else out[:, -count:]
+        else:
+            q_bias = getattr(attn, "q_bias", None)
+            bias = attn.qkv.bias
+            if q_bias is not None:  # VideoMAE: keys have no bias
+                bias = torch.cat([q_bias, torch.zeros_like(q_bias), attn.v_bias])
+            heads = _attention(y, attn.qkv.weight, bias, attn.num_heads, attn.scale, count)
+            out = layers.then(layers.linear(attn.proj, heads), getattr(attn, "proj_drop", None))
+        gamma = getattr(block, "gamma_1", None)
+        out = out if gamma is None else gamma * out
+        return layers.then(out, getattr(block, "ls1", None), _either(block, "drop_path1", "drop_path"))
+
+    @staticmethod
+    def problem(block: nn.Module) -> str | None:
+        """Why the attention is called as it is, or None where it is fused."""
+        attn = block.attn
+        if type(attn) is not _swap.setting(block, "attn"):
+            return "the attention is of a kind that maefast does not know"
+        if layers.hooked(attn) or not layers.plain_linear(attn.qkv):
+            return "the attention is watched or adapted"
+        if not isinstance(getattr(attn, "scale", None), float):
+            return "the scale of the attention is learned"
+        for name in ("q_norm", "k_norm", "norm"):
+            if not layers.still(getattr(attn, name, None)):
+                return "the attention normalises queries, keys or its output"
+        if getattr(attn, "gate", None) is not None:
+            return "the attention is gated"
+        # Some take the rate of this dropout and ask the attention itself whether it trains.
+        drop = getattr(attn, "attn_drop", None)
+        if not layers.still(drop) or (attn.training and getattr(drop, "p", 0) > 0):
+            return "dropout inside the attention is on"
+        if getattr(attn, "proj_drop_prob", 0) > 0:  # V-JEPA drops with it inside, in evaluation too
+            return "dropout inside the attention is on"
+        return None
+
+    @staticmethod
+    def feed(block: nn.Module, y: Tensor) -> Tensor:
+        mlp = block.mlp
+        inner = [getattr(mlp, name, None) for name in ("drop", "drop1", "drop2", "norm")]
+        known = type(mlp) is _swap.setting(block, "mlp") and not layers.hooked(mlp)
+        if not known or not all(layers.still(part) for part in inner):
+            out = mlp(y)
+        else:
+            out = layers.mlp(mlp.fc1, mlp.act, mlp.fc2, y)
+        gamma = getattr(block, "gamma_2", None)
+        out = out if gamma is None else gamma * out
+        return layers.then(out, getattr(block, "ls2", None), _either(block, "drop_path2", "drop_path"))
+
+
+class HuggingFace5:
+    """layernorm_before, attention (q_proj, k_proj, v_proj, o_proj), layernorm_after, mlp (fc1, activation_fn, fc2)."""
+
+    name = "transformers 5"
+
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        attn, mlp = getattr(block, "attention", None), getattr(block, "mlp", None)
+        names = ("q_proj", "k_proj", "v_proj", "o_proj")
+        parts = [getattr(attn, name, None) for name in names]
+        parts += [getattr(mlp, "fc1", None), getattr(mlp, "fc2", None)]
+        return all(isinstance(part, nn.Linear) for part in parts) and _norms(block, *HuggingFace5._names(block))
+
+    @staticmethod
+    def _names(block: nn.Module) -> tuple[str, str]:
+        return ("norm1", "norm2") if hasattr(block, "norm1") else ("layernorm_before", "layernorm_after")
+
+    @staticmethod
+    def passes(block: nn.Module, args: tuple, kwargs: dict) -> bool:
+        return _hf_passes(args, kwargs)
+
+    @staticmethod
+    def norms(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+        first, second = HuggingFace5._names(block)
+        return getattr(block, first), getattr(block, second)
+
+    @staticmethod
+    def attend(block: nn.Module, y: Tensor, count: int | None) -> Tensor:
+        attn = block.attention
+        if HuggingFace5.problem(block):
+            out = attn(y)[0]
+            out = out if count is None else out[:, -count:]
+        else:
+            out = _attention_of_three(
+                y, (attn.q_proj, attn.k_proj, attn.v_proj), attn.num_attention_heads, attn.scaling, count
+            )
+            out = layers.linear(attn.o_proj, out)
+        return layers.then(out, *(getattr(block, name, None) for name in ("dropout", "layer_scale1", "drop_path")))
+
+    @staticmethod
+    def feed(block: nn.Module, y: Tensor) -> Tensor:
+        mlp = block.mlp
+        act = getattr(mlp, "activation_fn", None)
+        out = mlp(y) if layers.hooked(mlp) or act is None else layers.mlp(mlp.fc1, act, mlp.fc2, y)
+        return layers.then(out, *(getattr(block, name, None) for name in ("dropout", "layer_scale2", "drop_path")))
+
+    @staticmethod
+    def problem(block: nn.Module) -> str | None:
+        attn = block.attention
+        if _hf.recorded(attn) or not all(layers.plain_linear(part) for part in (attn.q_proj, attn.k_proj, attn.v_proj)):
+            return "the attention is watched or adapted"
+        if _hf.own_attention(attn):
+            return "the attention is computed by a function that was registered for it"
+        if block.training and getattr(attn, "attention_dropout", 0.0):
+            return "dropout inside the attention is on"
+        if getattr(attn, "num_key_value_groups", 1) != 1:
+            return "keys and values have fewer heads than queries"
+        return None
+
+
+class HuggingFace4:
+    """attention.attention (query, key, value), attention.output.dense, intermediate.dense, output.dense; VideoMAE in
+    transformers 5 too."""
+
+    name = "transformers 4"
+
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        attn = getattr(getattr(block, "attention", None), "attention", None)
+        dense = [getattr(getattr(block, name, None), "dense", None) for name in ("intermediate", "output")]
+        dense.append(getattr(getattr(getattr(block, "attention", None), "output", None), "dense", None))
+        parts = [getattr(attn, name, None) for name in ("query", "key", "value")] + dense
+        if not all(isinstance(part, nn.Linear) for part in parts):
+            return False
+        # BEiT and its kin look alike, but scale their layers, drop some, and shift scores by relative positions.
+        known = {"attention", "intermediate", "output", "layernorm_before", "layernorm_after"}
+        alike = set(dict(block.named_children())) == known
+        alike = alike and set(dict(attn.named_children())) <= {"query", "key", "value", "dropout"}
+        return alike and _norms(block, "layernorm_before", "layernorm_after")
+
+    @staticmethod
+    def passes(block: nn.Module, args: tuple, kwargs: dict) -> bool:
+        # The last module adds to the stream by itself: it is either bypassed or called by the model's own code.
+        return _hf_passes(args, kwargs) and not layers.hooked(block.output)
+
+    @staticmethod
+    def norms(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+        return block.layernorm_before, block.layernorm_after
+
+    @staticmethod
+    def attend(block: nn.Module, y: Tensor, count: int | None) -> Tensor:
+        attn, output = block.attention.attention, block.attention.output
+        if HuggingFace4.problem(block):
+            out = block.attention(y)
+            out = out[0] if isinstance(out, tuple) else out
+            return out if count is None else out[:, -count:]
+        scale = getattr(attn, "scaling", attn.attention_head_size**-0.5)
+        parts, biases = (attn.query, attn.key, attn.value), None
+        if getattr(attn, "q_bias", None) is not None:  # VideoMAE: keys have no bias
+            biases = [attn.q_bias, None, attn.v_bias]
+        out = _attention_of_three(y, parts, attn.num_attention_heads, scale, count, biases)
+        return layers.then(layers.linear(output.dense, out), output.dropout)
+
+    @staticmethod
+    def feed(block: nn.Module, y: Tensor) -> Tensor:
+        first, last = block.intermediate, block.output
+        if layers.hooked(first):
+            out = layers.linear(last.dense, first(y))
+        else:
+            out = layers.mlp(first.dense, first.intermediate_act_fn, last.dense, y)
+        return layers.then(out, last.dropout)
+
+    @staticmethod
+    def problem(block: nn.Module) -> str | None:
+        attn = block.attention.attention
+        watched = _hf.recorded(attn) or layers.hooked(block.attention, block.attention.output)
+        if watched or not all(layers.plain_linear(part) for part in (attn.query, attn.key, attn.value)):
+            return "the attention is watched or adapted"
+        if _hf.own_attention(attn):
+            return "the attention is computed by a function that was registered for it"
+        if (block.training and getattr(attn, "dropout_prob", 0.0)) or not layers.still(getattr(attn, "dropout", None)):
+            return "dropout inside the attention is on"
+        return None
+
+
+LAYOUTS = (Timm, HuggingFace5, HuggingFace4)
+
+
+def _norms(block: nn.Module, *names: str) -> bool:
+    return all(isinstance(getattr(block, name, None), nn.LayerNorm) for name in names)
+
+
+def _either(block: nn.Module, *names: str) -> nn.Module | None:
+    return next((getattr(block, name) for name in names if getattr(block, name, None) is not None), None)
+
+
+def _hf_passes(args: tuple, kwargs: dict) -> bool:
+    """No attention mask, nothing unknown, and nobody asks for the attention weights."""
+    return not any(_hf.given(a) for a in args) and _hf.harmless(kwargs) and not kwargs.get("output_attentions")
+
+
+def _attention(y: Tensor, weight: Tensor, bias: Tensor | None, heads: int, scale: float, count: int | None) -> Tensor:
+    """[B, S, D] -> [B, S or count, H * d], before the output projection; weight [3 * H * d, D], rows q, k, v."""
+    if count is None:
+        qkv = ops.linear(y, weight, bias).unflatten(-1, (3, heads, -1))
+        return ops.attention(qkv, scale=scale).flatten(-2)
+    width = weight.shape[0] // 3
+    weight_q, weight_kv = weight.split([width, 2 * width])
+    bias_q, bias_kv = (None, None) if bias is None else bias.split([width, 2 * width])
+    q = ops.linear(y[:, -count:], weight_q, bias_q).unflatten(-1, (heads, -1))
+    kv = ops.linear(y, weight_kv, bias_kv).unflatten(-1, (2, heads, -1))
+    return ops.attention(q, kv, scale=scale).flatten(-2)
+
+
+def _attention_of_three(
+    y: Tensor,
+    parts: tuple[nn.Linear, ...],
+    heads: int,
+    scale: float,
+    count: int | None,
+    biases: list[Tensor | None] | None = None,
+) -> Tensor:
+    """The same from separate projections: one product with their weights side by side."""
+    weight = torch.cat([part.weight for part in parts])
+    biases = [part.bias for part in parts] if biases is None else biases
+    bias = None
+    if any(b is not None for b in biases):
+        zeros = [part.weight.new_zeros(part.out_features) if b is None else b for part, b in zip(parts, biases)]
+        bias = torch.cat(zeros)
+    return _attention(y, weight, bias, heads, scale, count)
