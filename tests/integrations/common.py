@@ -92,6 +92,8 @@ class DropIn:
         args, kwargs = self.inputs(dtype)
         if cast is not None:
             args, kwargs = tree_map_only(Tensor, lambda t: t.to(cast) if t.is_floating_point() else t, (args, kwargs))
+        device = next(model.parameters()).device
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
         torch.manual_seed(seed)
         return model(*args, **kwargs)
 
@@ -249,6 +251,28 @@ class DropIn:
         self.loss(want).backward()
         self.loss(got).backward()
         assert gradient_error(fast, model) < 10 * self.single
+
+    @pytest.mark.gpu
+    def test_cuda(self, monkeypatch):
+        """float32 without TF32, bfloat16 autocast as on a CPU, and the same bits twice."""
+        for flags in (torch.backends.cuda.matmul, torch.backends.cudnn):
+            monkeypatch.setattr(flags, "allow_tf32", False)
+        model = self.build().cuda()
+        fast = self.accelerate(copy.deepcopy(model))
+        assert not maefast.report(fast).kept, str(maefast.report(fast))
+        want, got, again = self.call(model), self.call(fast), self.call(fast)
+        for a, b, c in zip(tensors(got), tensors(want), tensors(again), strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            assert relative(a, b) < 10 * self.single
+            assert torch.equal(a, c)
+        self.loss(want).backward()
+        self.loss(got).backward()
+        assert gradient_error(fast, model) < 100 * self.single
+        with torch.autocast("cuda", torch.bfloat16):
+            half, theirs = self.call(fast), self.call(model)
+        for a, b, t in zip(tensors(half), tensors(theirs), tensors(want), strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            assert relative(a, t) <= self.bf16_slack * relative(b, t) + 2e-3
 
     def test_unverified(self):
         fast = maefast.accelerate(self.build(), **self.options, verify=False)
