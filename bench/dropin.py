@@ -1,9 +1,9 @@
 """One training step of somebody else's model, as it is and after `maefast.accelerate`.
 
 Same weights, inputs, random draws, dtype and optimiser (fused AdamW); each in its own process; timed in turn, in
-shuffled rounds. If losses or gradients disagree, no time is printed. The model as it is runs at its best: with SDPA
-where its code offers it (where not, a further peer has it put in), convnets in channels-last memory, with --compile
-also compiled.
+shuffled rounds. If losses or gradients disagree, no time is printed. The model as it is runs at its best: transformers
+with SDPA and, as another peer, with attention written out; convnets in channels-last memory; with --compile also
+compiled.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def measure(
     batch = batch or chosen.presets[preset]["batch"]
     steps = steps or (2 if device == "cpu" else 10)
     budget = BUDGET[preset] if budget is None else budget
-    names = [*PEERS, "tuned"] if chosen.tune else [*PEERS]
+    names = [*PEERS, chosen.variant] if chosen.tune else [*PEERS]
     names += [f"{name}_compiled" for name in names if compiled]
     size = [sizes["img_size"]] * 2
     base = {

@@ -134,10 +134,10 @@ def dropin(doc: dict) -> str:
     aim = AIM_DROPIN[env["kind"]].get(first["family"], {}).get(first["dtype"])
     if aim and first["dtype"] == "float32" and first["family"] in ("mae", "hf_vitmae") and "AMD" not in env["cpu"]:
         aim = 1.2
-    best = min(timed[name]["ratio"] for name in ("as_is", "tuned") if name in timed)
+    best = min(timed[name]["ratio"] for name in ("as_is", "tuned", "written") if name in timed)
     if first["preset"] == "base" and aim and best < aim:
         text += f"\nShort of the aim of {aim}x over the model as it is ({best:.2f}x).\n"
-    names = ("as_is_compiled", "tuned_compiled")
+    names = ("as_is_compiled", "tuned_compiled", "written_compiled")
     ratios = [timed[name]["ratio_compiled"] for name in names if "ratio_compiled" in timed.get(name, {})]
     if env["kind"] == "cuda" and first["preset"] == "base" and ratios and min(ratios) < AIM_COMPILED:
         text += f"\nShort of the aim of {AIM_COMPILED}x, compiled against compiled ({min(ratios):.2f}x).\n"

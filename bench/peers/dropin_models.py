@@ -19,15 +19,19 @@ from bench.environment import ROOT, version
 from bench.peers import checkouts
 from bench.peers.models import BATCHES, Task
 
-# "tuned" is as it is, with torch's attention put in where its code has none.
-PEERS = ("accelerated", "as_is", "tuned", "accelerated_compiled", "as_is_compiled", "tuned_compiled")
+# Attention the other way: "tuned" has SDPA put in where the code writes its scores, "written" writes them where the
+# code takes SDPA, which on a CPU is slow in bfloat16.
+BASES = ("accelerated", "as_is", "tuned", "written")
+PEERS = (*BASES, *(f"{name}_compiled" for name in BASES))
 NAMES = {
     "accelerated": "accelerated",
     "as_is": "as it is",
     "tuned": "as it is, with SDPA put in",
+    "written": "as it is, attention written out",
     "accelerated_compiled": "accelerated, torch.compile",
     "as_is_compiled": "as it is, torch.compile",
     "tuned_compiled": "as it is, with SDPA put in, torch.compile",
+    "written_compiled": "as it is, attention written out, torch.compile",
 }
 
 
@@ -40,7 +44,7 @@ class Family:
         public: sizes -> model, from the package or a checkout. own: the same from our description.
         inputs: sizes, batch, generator -> what a step is given.
         loss: model, *inputs -> scalar, as its training loop has it. fast_loss: where the loop is to call maefast.
-        tune: put into the model what its own code could easily have had.
+        tune: give the model's attention its other form; variant: the peer that this makes.
         package: the package of `public`, where there is one. needs: what must be checked out in its place.
         convnet: run in channels-last memory.
     """
@@ -53,6 +57,7 @@ class Family:
     loss: Callable[..., Tensor]
     fast_loss: Callable[..., Tensor] | None = None
     tune: Callable[[nn.Module], None] | None = None
+    variant: str = "tuned"
     package: str | None = None
     needs: str = ""
     convnet: bool = False
@@ -139,7 +144,7 @@ def task(peer: str, *, config: dict, batch: int, device: str, part: str) -> Task
             raise RuntimeError(f"nothing was accelerated: {'; '.join(report.checks)}")
         notes = {**notes, "report": str(report)}
         loss = family.fast_loss or loss
-    elif peer.startswith("tuned"):
+    elif peer.startswith(family.variant):
         family.tune(model)
 
     def step(*inputs: Tensor) -> Tensor:

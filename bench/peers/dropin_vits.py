@@ -52,6 +52,15 @@ def put_in_sdpa(model: nn.Module, pairs: bool) -> None:
             module.forward = MethodType(forward, module)
 
 
+def write_out(model: nn.Module) -> None:
+    """Attention as products and a softmax in the place of SDPA, by the switch that transformers and timm have."""
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "eager"
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+
+
 # --- MAE and ViTMAE -----------------------------------------------------------------------------------------
 
 
@@ -274,6 +283,8 @@ FAMILIES = {
         None,
         images,
         lambda model, pixels: model(pixel_values=pixels).loss,
+        tune=write_out,
+        variant="written",
         package="transformers",
     ),
     "mae": Family(
@@ -283,6 +294,8 @@ FAMILIES = {
         own_mae,
         images,
         lambda model, pixels: model(pixels)[0],
+        tune=write_out,
+        variant="written",
         needs="facebookresearch/mae, and of timm where that is not installed",
     ),
     "hf_videomae": Family(
@@ -292,6 +305,8 @@ FAMILIES = {
         None,
         frames_first,
         lambda model, pixels, mask: model(pixel_values=pixels, bool_masked_pos=mask).loss,
+        tune=write_out,
+        variant="written",
         package="transformers",
     ),
     "videomae": Family(
@@ -315,6 +330,8 @@ FAMILIES = {
         own_timm,
         labelled,
         lambda model, pixels, labels: F.cross_entropy(model(pixels), labels),
+        tune=write_out,
+        variant="written",
         package="timm",
         needs="huggingface/pytorch-image-models",
     ),
@@ -335,6 +352,8 @@ FAMILIES = {
         own_lightly,
         kept,
         lambda model, pixels, tokens, target: F.smooth_l1_loss(model.encode(pixels, idx_keep=tokens), target),
+        tune=write_out,
+        variant="written",
         package="lightly",
         needs="lightly-ai/lightly, and of timm where that is not installed",
     ),

@@ -15,6 +15,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
+        self.fused_attn = True
         self.qkv = nn.Linear(dim, 3 * dim)
         self.attn_drop = nn.Dropout(0.0)
         self.proj = nn.Linear(dim, dim)
@@ -22,8 +23,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        rate = self.attn_drop.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, scale=self.scale)
+        if self.fused_attn:
+            rate = self.attn_drop.p if self.training else 0.0
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, scale=self.scale)
+        else:
+            x = self.attn_drop((q * self.scale @ k.mT).softmax(-1)) @ v
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 

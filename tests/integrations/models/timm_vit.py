@@ -49,6 +49,7 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
         self.norm = nn.Identity()
+        self.fused_attn = True
         self.gate = nn.Linear(dim, dim) if gated else None
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -57,9 +58,12 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         rate = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attn_mask, dropout_p=rate, is_causal=is_causal, scale=self.scale
-        )
+        if self.fused_attn or attn_mask is not None or is_causal:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, dropout_p=rate, is_causal=is_causal, scale=self.scale
+            )
+        else:
+            out = self.attn_drop((q * self.scale @ k.mT).softmax(-1)) @ v
         out = self.norm(out.transpose(1, 2).flatten(2))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
