@@ -83,10 +83,10 @@ def accelerate(
     errors: list[float] = []
     unchecked: set[str] = set()
 
-    def perform(step: Step, check: bool = True) -> bool:
+    def perform(step: Step) -> None:
         _swap.swap(step.module, step.methods, **step.settings)
         try:
-            if verify and check:
+            if verify:
                 reason = _verify.unsuitable(step.module)
                 if reason is None:
                     errors.append(_verify.compare(step.module, step.probe))
@@ -96,18 +96,21 @@ def accelerate(
             _swap.unswap(step.module, tuple(step.methods))
             for name in step.methods:
                 found.add(step.path, name, False, f"not what it looks like: {mismatch}")
-            return False
+            return
         for name, text in step.texts.items():
             found.add(step.path, name, True, text)
-        return True
 
-    with _verify.same_random_state(model):
-        _blocks(model, found, errors, unchecked, verify)
-        for path, module, family in _recognised(model):
-            if family.NAME not in found.families:
-                found.families.append(family.NAME)
-            for step in family.steps(module, options, partial(_note, found, path)):
-                perform(step.under(path))
+    try:
+        with _verify.same_random_state(model):
+            _blocks(model, found, errors, unchecked, verify)
+            for path, module, family in _recognised(model):
+                if family.NAME not in found.families:
+                    found.families.append(family.NAME)
+                for step in family.steps(module, options, partial(_note, found, path)):
+                    perform(step.under(path))
+    except BaseException:
+        restore(model)  # nothing is half done
+        raise
     _conclude(model, found, errors, unchecked, verify)
     return model
 

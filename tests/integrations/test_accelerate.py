@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import maefast
-from maefast.integrations import _swap, _verify
+from maefast.integrations import _swap, _verify, mae
 from maefast.integrations._report import Report
 from tests.integrations.common import relative
 from tests.integrations.models.mae import MaskedAutoencoderViT
@@ -157,6 +157,17 @@ def test_pickle_of_a_class_with_its_own_way():
     model = maefast.accelerate(Own(**SIZES))
     with pytest.raises(TypeError, match="restore"):
         copy.deepcopy(model)
+
+
+def test_interrupted_nothing_is_half_done(monkeypatch):
+    def interrupt(model, options, keep):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mae, "steps", interrupt)
+    model = build()
+    with pytest.raises(KeyboardInterrupt):
+        maefast.accelerate(model)
+    assert not any(_swap.methods(module) for module in model.modules())
 
 
 def test_restore_a_part():
