@@ -336,6 +336,8 @@ def _decodes(
             return False
     if hidden_states.ndim != 3 or not len(hidden_states) or hidden_states.shape[1] < 1:
         return False
+    if layers.hooked(self.decoder_norm, self.decoder_pred):  # would see tokens left out that nobody predicts
+        return False
     if plan is None:
         count = ids_restore.shape[-1]
         if ids_restore.ndim != 2 or ids_restore.dtype not in (torch.int32, torch.int64):

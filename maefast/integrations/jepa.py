@@ -285,8 +285,12 @@ def _predict(
     full = torch.cat([x, tokens[:, None].expand(shape)], 3).flatten(0, 2)
     # What V-JEPA hands to its blocks; those that run as they are may look at it.
     extra = {"mask": torch.cat([context[0], targets[0]], 1)} if video else {}
-    at = run_tail(self.predictor_blocks, full, targets.shape[2], **extra)
-    return layers.linear(self.predictor_proj, layers.norm(self.predictor_norm, *at)[1])
+    count = targets.shape[2]
+    if layers.hooked(self.predictor_norm):  # somebody looks at all tokens
+        y = layers.norm(self.predictor_norm, *run_blocks(self.predictor_blocks, full, **extra))[1][:, -count:]
+    else:
+        y = layers.norm(self.predictor_norm, *run_tail(self.predictor_blocks, full, count, **extra))[1]
+    return layers.linear(self.predictor_proj, y)
 
 
 def image_predictor_forward(self: nn.Module, x: Tensor, masks_x: list[Tensor] | Tensor, masks: list[Tensor] | Tensor):

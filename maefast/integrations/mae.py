@@ -167,12 +167,19 @@ def encode(model: nn.Module, images: Tensor, plan: TokenMask, features: bool = F
 
 
 def decode(model: nn.Module, latent: Tensor, plan: TokenMask, pred: str = "full") -> Tensor:
+    # The last block is asked for what is predicted only (the class token never is), unless somebody looks at the rest.
+    watched = layers.hooked(model.decoder_norm, model.decoder_pred)
+    order = "position" if pred == "full" or watched else "visible_first"
     x = layers.linear(model.decoder_embed, latent)
-    order = "position" if pred == "full" else "visible_first"
     x = ops.restore_tokens(x, plan, model.mask_token, pos=model.decoder_pos_embed, prefix=1, order=order)
-    # The last block is asked for what is predicted only: the class token never is.
-    x, delta = run_tail(model.decoder_blocks, x, plan.num_tokens if pred == "full" else plan.max_masked)
-    return layers.linear(model.decoder_pred, layers.norm(model.decoder_norm, x, delta)[1])
+    if watched:
+        x, delta = run_blocks(model.decoder_blocks, x)
+    else:
+        x, delta = run_tail(model.decoder_blocks, x, plan.num_tokens if pred == "full" else plan.max_masked)
+    out = layers.linear(model.decoder_pred, layers.norm(model.decoder_norm, x, delta)[1])
+    if not watched:
+        return out
+    return out[:, 1:] if pred == "full" else ops.gather_tokens(out, plan, "masked", prefix=1, keep_prefix=False)
 
 
 def score(model: nn.Module, images: Tensor, pred: Tensor, plan: TokenMask, rows: str, reduction: str) -> Tensor:

@@ -274,6 +274,27 @@ class DropIn:
             assert (a.dtype, a.shape) == (b.dtype, b.shape)
             assert relative(a, t) <= self.bf16_slack * relative(b, t) + 2e-3
 
+    def test_hooks(self):
+        """A hook on a norm outside of the blocks sees what it saw."""
+        model, fast = self.pair()
+        norms = [name for name, m in model.named_modules() if type(m) is nn.LayerNorm and ".0." not in name]
+        for name in norms[-3:]:
+            seen = []
+
+            def look(module, args, out, seen=seen):
+                seen.append(out)
+
+            handles = [net.get_submodule(name).register_forward_hook(look) for net in (model, fast)]
+            self.call(model)
+            half = len(seen)
+            self.call(fast)
+            for handle in handles:
+                handle.remove()
+            assert len(seen) == 2 * half, name
+            for a, b in zip(seen[half:], seen[:half]):
+                assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+                assert relative(a, b) < 10 * self.single, name
+
     def test_unverified(self):
         fast = maefast.accelerate(self.build(), **self.options, verify=False)
         assert "verify=False" in str(maefast.report(fast))

@@ -134,7 +134,15 @@ def test_the_class_of_others_stays():
 def test_hooks_fire_and_see_the_same():
     model = build()
     fast = maefast.accelerate(copy.deepcopy(model))
-    for where in ("blocks.0", "blocks.1.attn", "blocks.1.mlp.fc1", "decoder_blocks.0.norm2", "norm", "decoder_pred"):
+    for where in (
+        "blocks.0",
+        "blocks.1.attn",
+        "blocks.1.mlp.fc1",
+        "decoder_blocks.0.norm2",
+        "norm",
+        "decoder_norm",
+        "decoder_pred",
+    ):
         seen = []
 
         def look(module, args, out, seen=seen):
