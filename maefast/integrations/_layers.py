@@ -195,7 +195,7 @@ def then(x: Tensor, *modules: nn.Module | None) -> Tensor:
 
 def strided_patches(conv: nn.Module) -> str | None:
     """Why a convolution is not a linear map of disjoint patches, or None if it is."""
-    if not isinstance(conv, (nn.Conv2d, nn.Conv3d)) or type(conv) not in (nn.Conv2d, nn.Conv3d):
+    if type(conv) not in (nn.Conv2d, nn.Conv3d):
         return f"the patch embedding is a {type(conv).__name__}, not a convolution"
     if hooked(conv):
         return "the patch embedding has hooks"

@@ -4,6 +4,8 @@ A name and a structure do not prove what a fork of a fork computes. So `accelera
 numbers drawn before it trusts its own code with a part of a model.
 """
 
+# ruff: noqa: NPY002  the models in question draw from numpy's global generator
+
 from __future__ import annotations
 
 import random
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -104,7 +107,8 @@ def _drawn(device: torch.device) -> tuple:
     state = [torch.get_rng_state()]
     if device.type == "cuda":
         state.append(torch.cuda.get_rng_state(device))
-    return tuple(bytes(s.numpy()) for s in state), random.getstate()
+    _, keys, position, *_ = np.random.get_state()
+    return tuple(bytes(s.numpy()) for s in state), random.getstate(), keys.tobytes(), position
 
 
 def _difference(module: nn.Module, want: tuple, got: tuple) -> float:
@@ -227,11 +231,12 @@ def same_random_state(module: nn.Module) -> Iterator[None]:
 def _same_state(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Fixed random states inside, restored afterwards with the module's buffers; the value starts over again."""
     buffers = {name: b.clone() for name, b in module.named_buffers()}
-    python = random.getstate()
+    python, legacy = random.getstate(), np.random.get_state()
 
     def again() -> None:
         torch.manual_seed(0)
         random.seed(0)
+        np.random.seed(0)  # the public FCMAE draws its stochastic depth there
         _restore(module, buffers)
 
     with same_random_state(module):
@@ -241,6 +246,7 @@ def _same_state(module: nn.Module) -> Iterator[Callable[[], None]]:
         finally:
             _restore(module, buffers)
             random.setstate(python)
+            np.random.set_state(legacy)
 
 
 @torch.no_grad()

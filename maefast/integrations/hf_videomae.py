@@ -163,9 +163,7 @@ def embeddings_forward(self: nn.Module, pixel_values: Tensor, bool_masked_pos) -
         return _swap.original(self, "forward")(pixel_values, masked)
     proj = patches.projection
     # The original adds positions in the dtype in which its convolution answers.
-    device = pixel_values.device.type
-    cast = torch.is_autocast_enabled(device) and proj.weight.dtype is not torch.float64
-    pos = _hf.moved(table, pixel_values, torch.get_autocast_dtype(device) if cast else proj.weight.dtype)
+    pos = _hf.moved(table, pixel_values, layers.product_dtype(proj.weight))
     return ops.patch_embed(pixel_values.transpose(1, 2), proj.weight, proj.bias, plan, pos=pos)
 
 

@@ -126,11 +126,16 @@ def is_fast(block: nn.Module) -> bool:
     return not watched(block) and (layers.only_sharded(block) or not _hf.recorded(block))
 
 
+def _pends(block: nn.Module) -> bool:
+    """`is_fast`, and not recomputed in the backward: reentrant checkpointing wants plain tensors."""
+    return is_fast(block) and not (getattr(block, "gradient_checkpointing", False) and block.training)
+
+
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *args, **kwargs) -> Pending:
     """x through all blocks; further arguments go to blocks that run as they are."""
     at = Pending(x)
     for block in blocks:
-        if is_fast(block) and not (getattr(block, "gradient_checkpointing", False) and block.training):
+        if _pends(block):
             at = block(at)
         else:
             out = block(at.value(), *args, **kwargs)
@@ -141,8 +146,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *args, **kwargs) -> Pendi
 def run_tail(blocks: nn.ModuleList, x: Tensor, count: int, *args, **kwargs) -> Pending:
     """The last `count` tokens of the output of all blocks; further arguments go to blocks that run as they are."""
     last = blocks[-1] if len(blocks) else None
-    fast = last is not None and is_fast(last) and not (getattr(last, "gradient_checkpointing", False) and last.training)
-    if not fast or _drops(last):
+    if last is None or not _pends(last) or _drops(last):
         at = run_blocks(blocks, x, *args, **kwargs)
         return Pending(at.x[:, -count:], None if at.delta is None else at.delta[:, -count:])
     return last(Tail(*run_blocks(blocks[:-1], x, *args, **kwargs), count))

@@ -40,6 +40,26 @@ def gradient_error(got: nn.Module, want: nn.Module) -> float:
     return max(relative(mine, theirs), each)
 
 
+def both(models, *args, seed=3, **kwargs) -> list:
+    """What each model returns from the same random state."""
+    outs = []
+    for model in models:
+        torch.manual_seed(seed)
+        outs.append(model(*args, **kwargs))
+    return outs
+
+
+def agree(want, got, tolerance=2e-5) -> None:
+    """Equal outputs, up to rounding."""
+    assert type(want) is type(got)
+    want, got = tensors(want), tensors(got)
+    assert len(want) == len(got)
+    for a, b in zip(want, got):
+        assert a.shape == b.shape
+        assert a.dtype is b.dtype
+        assert relative(b, a) < tolerance
+
+
 class DropIn:
     """Subclass as ``class TestX(DropIn)``.
 

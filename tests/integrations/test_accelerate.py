@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -215,6 +217,8 @@ X = torch.arange(4.0)
         (lambda self, x: (x * self.scale, x), "returns 1 values"),
         (lambda self, x: x * self.scale.detach(), "gradients reach"),
         (lambda self, x: x * self.scale + 0 * torch.rand(1), "random numbers"),
+        (lambda self, x: x * self.scale + 0 * random.random(), "random numbers"),
+        (lambda self, x: x * self.scale + 0 * np.random.uniform(), "random numbers"),  # noqa: NPY002
         (lambda self, x: 1 / 0, "ZeroDivisionError"),
         (lambda self, x: x * (2 * self.scale - self.scale.detach()), "gradient of scale"),
     ],
@@ -225,6 +229,22 @@ def test_a_difference_is_found(fast, message):
     with pytest.raises(_verify.Mismatch, match=message):
         _verify.compare(model, lambda: model(X))
     assert model.count == 0
+
+
+class Noisy(Tiny):
+    def forward(self, x):
+        return x * self.scale * np.random.uniform()  # noqa: NPY002
+
+
+def test_numbers_of_numpy_are_drawn_again():
+    """As the stochastic depth of the public FCMAE is: both draw the same, and nobody notices afterwards."""
+    model = Noisy()
+    _swap.swap(model, {"forward": Noisy.forward})
+    before = np.random.get_state()  # noqa: NPY002
+    assert _verify.compare(model, lambda: model(X)) == 0
+    after = np.random.get_state()  # noqa: NPY002
+    assert np.array_equal(before[1], after[1])
+    assert before[2] == after[2]
 
 
 def test_equal_code_passes():

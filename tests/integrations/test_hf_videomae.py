@@ -12,7 +12,7 @@ import maefast
 from maefast.integrations import _hf, _swap, hf_videomae
 from maefast.integrations.transformer import is_fast
 from maefast.ops import TokenMask
-from tests.integrations.common import DropIn, gradient_error, relative, tensors
+from tests.integrations.common import DropIn, agree, both, gradient_error, relative, tensors
 
 transformers = pytest.importorskip("transformers")
 
@@ -59,24 +59,6 @@ def pair(kind=None, **changes) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     model = randomised((kind or transformers.VideoMAEForPreTraining)(config(**changes)))
     return model, maefast.accelerate(copy.deepcopy(model))
-
-
-def both(models, *args, seed=3, **kwargs) -> list:
-    outs = []
-    for model in models:
-        torch.manual_seed(seed)
-        outs.append(model(*args, **kwargs))
-    return outs
-
-
-def agree(want, got, tolerance=2e-5) -> None:
-    assert type(want) is type(got)
-    want, got = tensors(want), tensors(got)
-    assert len(want) == len(got)
-    for a, b in zip(want, got):
-        assert a.shape == b.shape
-        assert a.dtype is b.dtype
-        assert relative(b, a) < tolerance
 
 
 class TestVideoMAE(DropIn):

@@ -12,7 +12,7 @@ from torch import nn
 import maefast
 from maefast.integrations import _hf, _swap, hf_vitmae
 from maefast.integrations.transformer import is_fast
-from tests.integrations.common import DropIn, gradient_error, relative, tensors
+from tests.integrations.common import DropIn, agree, both, gradient_error
 
 transformers = pytest.importorskip("transformers")
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
@@ -50,24 +50,6 @@ def pair(kind=None, options=None, **changes) -> tuple[nn.Module, nn.Module]:
 
 def images(batch=3, size=(32, 32), channels=3) -> torch.Tensor:
     return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(5))
-
-
-def both(models, *args, seed=3, **kwargs) -> list:
-    outs = []
-    for model in models:
-        torch.manual_seed(seed)
-        outs.append(model(*args, **kwargs))
-    return outs
-
-
-def agree(want, got, tolerance=2e-5) -> None:
-    assert type(want) is type(got)
-    want, got = tensors(want), tensors(got)
-    assert len(want) == len(got)
-    for a, b in zip(want, got):
-        assert a.shape == b.shape
-        assert a.dtype is b.dtype
-        assert relative(b, a) < tolerance
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
