@@ -2,7 +2,8 @@
 
 One file for each family of models, which says how to recognise it by its structure and replaces some of its methods
 (`_swap`); transformer blocks of any model are `transformer`. What is replaced is first compared with the model's own
-code on a small random input (`_verify`); what differs, is overridden or unknown stays, and the report says why.
+code on a small random input (`_verify`), and runs as long as all that this code reads is as it was then (`_guards`);
+what differs, is overridden or unknown stays, and the report says why.
 
     family file      recognises
     transformer      pre-norm transformer blocks of timm, MAE, VideoMAE, JEPA, DeiT, Hugging Face
@@ -41,6 +42,7 @@ from maefast.integrations import (
     transformer,
     videomae,
 )
+from maefast.integrations._guards import Guards, Runs, Unguarded, in_mode
 from maefast.integrations._report import Note, Report
 from maefast.integrations._steps import Options, Step
 
@@ -84,21 +86,23 @@ def accelerate(
     unchecked: set[str] = set()
 
     def perform(step: Step) -> None:
-        _swap.swap(step.module, step.methods, **step.settings)
         try:
-            if verify:
-                reason = _verify.unsuitable(step.module)
-                if reason is None:
-                    errors.append(_verify.compare(step.module, step.probe))
-                else:
-                    unchecked.add(reason)
-        except _verify.Mismatch as mismatch:
+            guards = step.guards()
+            _swap.swap(step.module, step.methods, guards, **step.settings)
+            texts = dict(step.texts)
+            if verify and (reason := _verify.unsuitable(step.module)):
+                unchecked.add(reason)
+            elif verify:
+                error, only = _verify.agreement(step.module, step.probe)
+                errors.append(error)
+                texts = _limit(guards.values(), texts, only)
+        except (_verify.Mismatch, Unguarded) as reason:
             _swap.unswap(step.module, tuple(step.methods))
             for name in step.methods:
-                found.add(step.path, name, False, f"not what it looks like: {mismatch}")
+                found.add(step.path, name, False, _reason(reason), detail=getattr(reason, "detail", ""))
             return
-        for name, text in step.texts.items():
-            found.add(step.path, name, True, text)
+        for name, text in texts.items():
+            found.add(step.path, name, True, text, swapped=True)
 
     try:
         with _verify.same_random_state(model):
@@ -115,32 +119,57 @@ def accelerate(
     return model
 
 
+def _reason(why: Exception) -> str:
+    return str(why) if isinstance(why, Unguarded) else f"not what it looks like: {why}"
+
+
+def _limit(guards: Iterable[Guards], texts: dict[str, str], only: bool | None) -> dict[str, str]:
+    """Lets methods run in one mode only, if `only` says which; the texts that say so."""
+    if only is None:
+        return texts
+    for guard in guards:
+        guard.mode = only
+    return {name: f"{text}; {in_mode(not only)}, and runs as it was" for name, text in texts.items()}
+
+
 def _blocks(model: nn.Module, found: Report, errors: list[float], unchecked: set[str], verify: bool) -> None:
     """Every transformer block; blocks of one kind are compared once."""
-    answers: dict[tuple, str | None] = {}
+    answers: dict[tuple, tuple[str | None, bool | None, str]] = {}
     for path, block, layout in list(transformer.find(model)):
         if reason := _swap.overriding(block, "forward") or transformer.unknown(block, layout):
             found.add(path, "", False, reason)
             continue
+        settings = transformer.settings(block, layout)
+        try:
+            guards = transformer.guards(block, layout, settings)
+        except Unguarded as reason:
+            found.add(path, "", False, str(reason))
+            continue
         kind = transformer.kind(block) if verify else ()
         if kind not in answers:
-            answers[kind] = _differs(block, layout, errors, unchecked) if verify else None
-        if answers[kind] is not None:
-            found.add(path, "forward", False, answers[kind])
+            answers[kind] = _compared(block, layout, errors, unchecked) if verify else (None, None, "")
+        differs, only, detail = answers[kind]
+        if differs is not None:
+            found.add(path, "", False, differs, detail=detail)
             continue
-        _swap.swap(block, {"forward": transformer.FORWARDS[layout]}, **transformer.settings(block, layout))
-        found.add(path, "", True, transformer.text(block, layout))
+        _swap.swap(block, {"forward": transformer.FORWARDS[layout]}, {"forward": guards}, **settings)
+        texts = _limit([guards], {"": transformer.text(block, layout)}, only)
+        found.add(path, "", True, texts[""], swapped=True)
 
 
-def _differs(block: nn.Module, layout: type, errors: list[float], unchecked: set[str]) -> str | None:
-    """Why the fast forward does not serve this kind of block, or None."""
+def _compared(
+    block: nn.Module, layout: type, errors: list[float], unchecked: set[str]
+) -> tuple[str | None, bool | None, str]:
+    """(why the fast forward does not serve this kind of block or None, the only mode that it serves, a traceback)."""
     try:
-        errors.append(transformer.compare(block, layout))
+        error, only = transformer.compare(block, layout)
+        errors.append(error)
+        return None, only, ""
     except _verify.Mismatch as mismatch:
-        return f"not what it looks like: {mismatch}"
+        return _reason(mismatch), None, mismatch.detail
     except transformer.Unsuitable as reason:
         unchecked.add(str(reason))
-    return None
+        return None, None, ""
 
 
 def _note(found: Report, path: str, name: str, text: str, done: bool = False) -> None:
@@ -160,8 +189,11 @@ def _recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType]]
 
 def _conclude(model: nn.Module, found: Report, errors: list[float], unchecked: set[str], verify: bool) -> None:
     model.__dict__[_REPORT] = found
+    for module in model.modules():
+        runs = _swap.setting(module, _swap.RUNS, {})
+        runs.update({name: Runs() for name in runs})  # those of the comparison do not count
     if not found.replaced:
-        why = "; ".join(dict.fromkeys(f"{n.path or n.method or 'model'}: {n.text}" for n in found.kept))
+        why = found.why()
         if not why:
             why = f"{type(model).__name__} holds no transformer blocks that maefast knows and is none of " + ", ".join(
                 family.NAME for family in FAMILIES
@@ -181,14 +213,16 @@ def _conclude(model: nn.Module, found: Report, errors: list[float], unchecked: s
 
 
 def report(model: nn.Module) -> Report:
-    """What `accelerate` replaced in `model`, what it did not, and why; print it.
+    """What `accelerate` replaced in `model`, what it did not, and why, and what has run since; print it.
+
+    Calls under `torch.compile` are not counted.
 
     Raises:
         ValueError: the model was never accelerated (or was restored).
     """
     for module in model.modules():
         if _REPORT in vars(module):
-            return vars(module)[_REPORT]
+            return vars(module)[_REPORT].now(module)
     raise ValueError("this model is not accelerated: call maefast.accelerate(model) first")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,18 +12,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from maefast.integrations import _layers as layers
 from maefast.integrations import _swap
+from maefast.integrations._guards import warn_once
 
 # Arguments that change nothing in a vision model's arithmetic. `Trainer` sends the number of items to whoever takes it.
 HARMLESS = frozenset(("output_hidden_states", "output_attentions", "return_dict", "use_cache", "num_items_in_batch"))
 
-_said: set[str] = set()
+# Of a model and its configuration, read by `usual_call` at every call.
+LIVE = frozenset(("config.return_dict", "config.output_hidden_states", "config.output_attentions", "config.is_causal"))
+LIVE |= {"config.use_return_dict", "_output_capturing_hooks_installed", "gradient_checkpointing"}
+
 _moved = WeakIdKeyDictionary()
-
-
-def say_once(text: str) -> None:
-    if text not in _said and not torch.compiler.is_compiling():
-        _said.add(text)
-        warnings.warn(f"maefast: {text}", stacklevel=3)
 
 
 def given(argument: object) -> bool:
@@ -44,7 +41,7 @@ def usual_call(model: nn.Module, kwargs: dict) -> bool:
         key: kwargs.get(key, getattr(config, key, False)) for key in ("output_hidden_states", "output_attentions")
     }
     if wanted["output_attentions"]:
-        say_once(
+        warn_once(
             "attention weights are asked for: the layers that return them run their own attention, not fused kernels"
         )
     if any(map(given, wanted.values())):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dis
-from types import CodeType, FunctionType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,62 +37,6 @@ def _watched_everywhere() -> bool:
 def wrapper(module: nn.Module) -> bool:
     """Whether a module answers for another one inside it, as those of FSDP1, torch.compile and checkpointing do."""
     return type(module).__getattr__ is not nn.Module.__getattr__
-
-
-def reads(module: nn.Module, method: str = "forward") -> set[str] | None:
-    """Names of its own attributes that the forward of a module uses, methods that it calls included.
-
-    None where they cannot be told: the forward is no plain function, or it writes attributes. So code with switches
-    that we do not know is noticed, which no comparison shows while they are off.
-    """
-    found, todo, seen = set(), [method], set()
-    while todo:
-        name = todo.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        function = getattr(type(module), name)
-        if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
-            return None
-        if any(step.opname == "STORE_ATTR" for step in dis.get_instructions(function)):
-            return None
-        for used in _names(function.__code__):
-            if used in vars(module) or any(used in vars(module)[k] for k in ("_parameters", "_buffers", "_modules")):
-                found.add(used)
-            elif hasattr(type(module), used) and not hasattr(nn.Module, used):
-                is_method = isinstance(getattr(type(module), used), FunctionType)
-                (todo.append if is_method else found.add)(used)
-    return found
-
-
-def beyond(module: nn.Module, needed: set[str], known: set[str], method: str = "forward") -> str:
-    """What keeps the forward of a module from being one that we know, or ""."""
-    used = reads(module, method)
-    if used is None:
-        return "code that cannot be looked into"
-    if not needed <= used:
-        return f"no {', '.join(sorted(needed - used))}"
-    return ", ".join(sorted(used - needed - known))
-
-
-def _names(code: CodeType) -> set[str]:
-    """Names that code may look up on an object: more than it does, never fewer."""
-    found = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            found |= _names(constant)
-        elif isinstance(constant, str):  # getattr(self, "name")
-            found.add(constant)
-    return found
-
-
-def ignores(module: nn.Module, argument: str) -> bool:
-    """Whether the forward of a module never looks at its argument of this name."""
-    for step in dis.get_instructions(type(module).forward):
-        names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-        if step.opname.startswith("LOAD_FAST") and argument in names:
-            return False
-    return True
 
 
 def plain_tensor(t: Tensor) -> bool:
@@ -176,9 +117,10 @@ def mlp(fc1: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor:
     return linear(fc2, ops.bias_gelu(ops.linear(x, fc1.weight), fc1.bias, approximate=kind))
 
 
-def still(module: nn.Module | None) -> bool:
-    """A dropout or identity that does nothing now. Stochastic depth is not asked: it is called, and draws."""
-    if module is None:
+def still(module: nn.Module | float | None) -> bool:
+    """A dropout or identity that does nothing now, or a rate of zero. Stochastic depth is not asked: it is called, and
+    draws."""
+    if module is None or (isinstance(module, (int, float)) and module == 0):
         return True
     kind = type(module)
     if kind is nn.Identity:
@@ -206,6 +148,11 @@ def strided_patches(conv: nn.Module) -> str | None:
     return None
 
 
+def convolution(module: nn.Module) -> nn.Module:
+    """The patch convolution itself, or the one inside an adapter."""
+    return next((part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.Conv3d))), module)
+
+
 def conv_dtype_fits(images: Tensor, conv: nn.Module) -> bool:
     """Whether images and weights go together as the convolution itself would have it."""
     return images.dtype is conv.weight.dtype or torch.is_autocast_enabled(images.device.type)
@@ -224,3 +171,26 @@ def share_dtype(*tensors: Tensor) -> torch.dtype:
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
     return dtype
+
+
+def takes(images: object, conv: nn.Module, ndim: int = 4, channels: int = 1) -> bool:
+    """Images that a patch convolution may take: a batch that is not empty, channels in this dimension, on its device.
+
+    False for what stands in the place of a convolution (an adapter), too.
+    """
+    return (
+        strided_patches(conv) is None
+        and isinstance(images, Tensor)
+        and images.ndim == ndim
+        and len(images) > 0
+        and images.shape[channels] == conv.in_channels
+        and images.device == conv.weight.device
+        and images.is_floating_point()
+        and conv_dtype_fits(images, conv)
+    )
+
+
+def handed_out(pred: Tensor) -> Tensor:
+    """Predictions that somebody may write into before the backward, of which the loss kernel keeps its own. The
+    originals keep a difference, and leave them free."""
+    return pred.clone() if pred.requires_grad else pred

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maefast import ops
-from maefast.integrations import _hf, _swap
+from maefast.integrations import _code, _hf, _swap
 from maefast.integrations import _layers as layers
 
 
@@ -31,6 +31,11 @@ class Timm:
         | {"head_dim", "attn_dim", "dim", "embed_dim", "fused_attn", "fast_attn", "use_sdpa"},
     )
     MLP = {"fc1", "act", "fc2"}, {"training", "drop", "drop1", "drop2", "norm"}
+    # What we look at, at every call; the rest of what they use is guarded.
+    LIVE = ("norm1", "norm2", "drop_path", "drop_path1", "drop_path2", "ls1", "ls2", "gamma_1", "gamma_2")
+    LIVE_ATTENTION = ("qkv", "proj", "attn_drop", "proj_drop", "proj_drop_prob")
+    LIVE_ATTENTION += ("q_norm", "k_norm", "norm", "gate", "q_bias", "v_bias")
+    LIVE_MLP = ("fc1", "fc2", "drop", "drop1", "drop2", "norm")
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -42,7 +47,7 @@ class Timm:
     @staticmethod
     def unknown(block: nn.Module) -> str | None:
         """Why the block's own forward is kept whatever it computes now, or None."""
-        found = layers.beyond(block, *Timm.BLOCK)
+        found = _code.beyond(block, *Timm.BLOCK)
         return None if not found else f"its forward uses {found}, which maefast does not know"
 
     @staticmethod
@@ -50,12 +55,20 @@ class Timm:
         """Kept on the block: the classes of attention and MLP whose forward we know; others are called as they are."""
         attn, mlp = block.attn, block.mlp
         known = {
-            "attn": None if layers.beyond(attn, *Timm.ATTENTION) else type(attn),
-            "mlp": None if layers.beyond(mlp, *Timm.MLP) else type(mlp),
+            "attn": None if _code.beyond(attn, *Timm.ATTENTION) else type(attn),
+            "mlp": None if _code.beyond(mlp, *Timm.MLP) else type(mlp),
         }
         # V-JEPA hands down a mask that its attention never looks at.
-        known["ignored"] = ("mask",) if known["attn"] and layers.ignores(attn, "mask") else ()
+        known["ignored"] = ("mask",) if known["attn"] and _code.ignores(attn, "mask") else ()
         return known
+
+    @staticmethod
+    def live(block: nn.Module, settings: dict) -> frozenset[str]:
+        attn = [f"attn.{name}" for name in Timm.LIVE_ATTENTION] if settings["attn"] else ["attn"]
+        if isinstance(getattr(block.attn, "scale", None), Tensor):  # learned: the attention is called
+            attn.append("attn.scale")
+        mlp = _live_mlp("mlp", block.mlp, "act", Timm.LIVE_MLP) if settings["mlp"] else ["mlp"]
+        return frozenset((*Timm.LIVE, *attn, *mlp))
 
     @staticmethod
     def passes(block: nn.Module, args: tuple, kwargs: dict) -> bool:
@@ -102,32 +115,46 @@ class Timm:
                 return "the attention normalises queries, keys or its output"
         if getattr(attn, "gate", None) is not None:
             return "the attention is gated"
-        # Some take the rate of this dropout and ask the attention itself whether it trains.
+        # Some hold a rate in the place of this dropout, some take its rate and ask the attention whether it trains.
         drop = getattr(attn, "attn_drop", None)
         if not layers.still(drop) or (attn.training and getattr(drop, "p", 0) > 0):
-            return "dropout inside the attention is on"
+            return DROPS
         if getattr(attn, "proj_drop_prob", 0) > 0:  # V-JEPA drops with it inside, in evaluation too
-            return "dropout inside the attention is on"
+            return DROPS
         return None
 
     @staticmethod
-    def feed(block: nn.Module, y: Tensor) -> Tensor:
+    def activation(block: nn.Module) -> nn.Module | None:
+        """The activation of an MLP whose layers are run one by one; None where the MLP is called as it is."""
         mlp = block.mlp
         inner = [getattr(mlp, name, None) for name in ("drop", "drop1", "drop2", "norm")]
         known = type(mlp) is _swap.setting(block, "mlp") and not layers.hooked(mlp)
-        if not known or not all(layers.still(part) for part in inner):
-            out = mlp(y)
-        else:
-            out = layers.mlp(mlp.fc1, mlp.act, mlp.fc2, y)
+        return mlp.act if known and all(layers.still(part) for part in inner) else None
+
+    @staticmethod
+    def feed(block: nn.Module, y: Tensor) -> Tensor:
+        mlp, act = block.mlp, Timm.activation(block)
+        out = mlp(y) if act is None else layers.mlp(mlp.fc1, act, mlp.fc2, y)
         gamma = getattr(block, "gamma_2", None)
         out = out if gamma is None else gamma * out
         return layers.then(out, getattr(block, "ls2", None), _either(block, "drop_path2", "drop_path"))
+
+
+DROPS = "dropout inside the attention is on"
 
 
 class HuggingFace5:
     """layernorm_before, attention (q_proj, k_proj, v_proj, o_proj), layernorm_after, mlp (fc1, activation_fn, fc2)."""
 
     name = "transformers 5"
+    LIVE = ("norm1", "norm2", "layernorm_before", "layernorm_after", "dropout", "layer_scale1", "layer_scale2")
+    LIVE_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "attention_dropout")
+
+    @staticmethod
+    def live(block: nn.Module, settings: dict) -> frozenset[str]:
+        attn = [f"attention.{name}" for name in HuggingFace5.LIVE_ATTENTION]
+        mlp = _live_mlp("mlp", block.mlp, "activation_fn", ("fc1", "fc2"))
+        return frozenset((*HuggingFace5.LIVE, "drop_path", *attn, *mlp))
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -135,7 +162,8 @@ class HuggingFace5:
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
         parts = [getattr(attn, name, None) for name in names]
         parts += [getattr(mlp, "fc1", None), getattr(mlp, "fc2", None)]
-        return all(isinstance(part, nn.Linear) for part in parts) and _norms(block, *HuggingFace5._names(block))
+        # Linear layers, or adapters in their place.
+        return all(isinstance(part, nn.Module) for part in parts) and _norms(block, *HuggingFace5._names(block))
 
     @staticmethod
     def _names(block: nn.Module) -> tuple[str, str]:
@@ -165,10 +193,13 @@ class HuggingFace5:
 
     @staticmethod
     def feed(block: nn.Module, y: Tensor) -> Tensor:
-        mlp = block.mlp
-        act = getattr(mlp, "activation_fn", None)
-        out = mlp(y) if layers.hooked(mlp) or act is None else layers.mlp(mlp.fc1, act, mlp.fc2, y)
+        mlp, act = block.mlp, HuggingFace5.activation(block)
+        out = mlp(y) if act is None else layers.mlp(mlp.fc1, act, mlp.fc2, y)
         return layers.then(out, *(getattr(block, name, None) for name in ("dropout", "layer_scale2", "drop_path")))
+
+    @staticmethod
+    def activation(block: nn.Module) -> nn.Module | None:
+        return None if layers.hooked(block.mlp) else getattr(block.mlp, "activation_fn", None)
 
     @staticmethod
     def problem(block: nn.Module) -> str | None:
@@ -178,7 +209,7 @@ class HuggingFace5:
         if _hf.own_attention(attn):
             return "the attention is computed by a function that was registered for it"
         if block.training and getattr(attn, "attention_dropout", 0.0):
-            return "dropout inside the attention is on"
+            return DROPS
         if getattr(attn, "num_key_value_groups", 1) != 1:
             return "keys and values have fewer heads than queries"
         return None
@@ -189,6 +220,15 @@ class HuggingFace4:
     transformers 5 too."""
 
     name = "transformers 4"
+    LIVE = ("layernorm_before", "layernorm_after", "attention.output.dense", "attention.output.dropout")
+    LIVE += ("output.dense", "output.dropout")
+    LIVE_ATTENTION = ("query", "key", "value", "dropout", "dropout_prob", "q_bias", "v_bias")
+
+    @staticmethod
+    def live(block: nn.Module, settings: dict) -> frozenset[str]:
+        attn = [f"attention.attention.{name}" for name in HuggingFace4.LIVE_ATTENTION]
+        mlp = _live_mlp("intermediate", block.intermediate, "intermediate_act_fn", ("dense",))
+        return frozenset((*HuggingFace4.LIVE, *attn, *mlp))
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -196,7 +236,7 @@ class HuggingFace4:
         dense = [getattr(getattr(block, name, None), "dense", None) for name in ("intermediate", "output")]
         dense.append(getattr(getattr(getattr(block, "attention", None), "output", None), "dense", None))
         parts = [getattr(attn, name, None) for name in ("query", "key", "value")] + dense
-        if not all(isinstance(part, nn.Linear) for part in parts):
+        if not all(isinstance(part, nn.Module) for part in parts):  # linear layers, or adapters in their place
             return False
         # BEiT and its kin look alike, but scale their layers, drop some, and shift scores by relative positions.
         known = {"attention", "intermediate", "output", "layernorm_before", "layernorm_after"}
@@ -229,12 +269,16 @@ class HuggingFace4:
 
     @staticmethod
     def feed(block: nn.Module, y: Tensor) -> Tensor:
-        first, last = block.intermediate, block.output
-        if layers.hooked(first):
+        first, last, act = block.intermediate, block.output, HuggingFace4.activation(block)
+        if act is None:
             out = layers.linear(last.dense, first(y))
         else:
-            out = layers.mlp(first.dense, first.intermediate_act_fn, last.dense, y)
+            out = layers.mlp(first.dense, act, last.dense, y)
         return layers.then(out, last.dropout)
+
+    @staticmethod
+    def activation(block: nn.Module) -> nn.Module | None:
+        return None if layers.hooked(block.intermediate) else block.intermediate.intermediate_act_fn
 
     @staticmethod
     def problem(block: nn.Module) -> str | None:
@@ -245,7 +289,7 @@ class HuggingFace4:
         if _hf.own_attention(attn):
             return "the attention is computed by a function that was registered for it"
         if (block.training and getattr(attn, "dropout_prob", 0.0)) or not layers.still(getattr(attn, "dropout", None)):
-            return "dropout inside the attention is on"
+            return DROPS
         return None
 
 
@@ -254,6 +298,12 @@ LAYOUTS = (Timm, HuggingFace5, HuggingFace4)
 
 def _norms(block: nn.Module, *names: str) -> bool:
     return all(isinstance(getattr(block, name, None), nn.LayerNorm) for name in names)
+
+
+def _live_mlp(path: str, mlp: nn.Module, act: str, names: tuple[str, ...]) -> list[str]:
+    """A GELU is passed over, so it is guarded; another activation is called."""
+    called = () if layers.gelu(getattr(mlp, act, None)) is not None else (act,)
+    return [f"{path}.{name}" for name in (*names, *called)]
 
 
 def _either(block: nn.Module, *names: str) -> nn.Module | None:

@@ -1,10 +1,14 @@
-"""What `accelerate` did to a model: a list of notes, readable as text."""
+"""What `accelerate` did to a model, and what has run since: a list of notes, readable as text."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from maefast.integrations import _swap
 
 # Names under which FSDP1, torch.compile and checkpointing hold the module they wrap; state dicts leave them out too.
 WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
@@ -15,14 +19,23 @@ class Note:
     """One finding about one part of the model.
 
     Attributes:
-        path: name of the module ("" is the model). method: which of its methods, or "".
-        replaced: whether maefast serves it now. text: by what, or why not.
+        path: name of the module ("" is the model). method: which of its methods, or "". replaced: whether maefast serves
+            it now. text: by what, or why not. swapped: the note stands for a method that was replaced ("" for forward).
+        detail: the traceback of an error, for `Report.verbose`. runs: what has run since, see `report`.
     """
 
     path: str
     method: str
     replaced: bool
     text: str
+    swapped: bool = False
+    detail: str = field(default="", compare=False)
+    runs: str = field(default="", compare=False)
+
+    @property
+    def where(self) -> str:
+        path = [part for part in self.path.split(".") if part not in WRAPPERS]
+        return ".".join(part for part in (*path, self.method) if part) or "the model"
 
 
 @dataclass
@@ -46,33 +59,70 @@ class Report:
     def kept(self) -> list[Note]:
         return [note for note in self.notes if not note.replaced]
 
-    def add(self, path: str, method: str, replaced: bool, text: str) -> None:
-        note = Note(path, method, replaced, text)
+    def add(
+        self, path: str, method: str, replaced: bool, text: str, *, swapped: bool = False, detail: str = ""
+    ) -> None:
+        note = Note(path, method, replaced, text, swapped, detail)
         if note not in self.notes:
             self.notes.append(note)
+
+    def now(self, model: nn.Module) -> Report:
+        """The report of `model` as it is now: what has been restored since, and what ran how often."""
+        return replace(self, notes=[_now(note, model) for note in self.notes])
+
+    def why(self) -> str:
+        """Why everything stays, in one line."""
+        return "; ".join(f"{where}: {text}" for where, text in _rows((n.where, n.text) for n in self.kept))
+
+    def verbose(self) -> str:
+        """The report with the traceback of every error that kept a part as it was."""
+        found = dict.fromkeys(note.detail for note in self.notes if note.detail)
+        return "\n\n".join([str(self), *found])
 
     def __str__(self) -> str:
         what = f" ({', '.join(self.families)})" if self.families else ""
         lines = [f"maefast.accelerate: {self.model}{what}"]
-        for title, notes in (("replaced", self.replaced), ("not replaced", self.kept)):
-            if notes:
+        runs = [(note.where, note.runs) for note in self.notes if note.runs]
+        for title, rows in (
+            ("replaced", [(note.where, note.text) for note in self.replaced]),
+            ("not replaced", [(note.where, note.text) for note in self.kept]),
+            ("calls since then", runs),
+        ):
+            if rows:
                 lines.append(f"  {title}")
-                lines += _table(notes)
+                lines += _table(rows)
         if not self.replaced:
             lines.append("  nothing is replaced; the model runs as it was")
         return "\n".join([*lines, *(f"  {text}" for text in self.checks)])
 
 
-def _table(notes: Iterable[Note]) -> list[str]:
-    """Lines "where  what"; modules that differ in their number only share one."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for note in notes:
-        path = [part for part in note.path.split(".") if part not in WRAPPERS]
-        where = ".".join(part for part in (*path, note.method) if part) or "the model"
-        groups.setdefault((re.sub(r"\.\d+", ".*", where), note.text), []).append(where)
-    rows = [(_span(key, names), text) for (key, text), names in groups.items()]
+def _now(note: Note, model: nn.Module) -> Note:
+    if not note.swapped:
+        return note
+    path, _, method = f"{note.path}.{note.method or 'forward'}".rpartition(".")
+    try:
+        module = model.get_submodule(path.strip("."))
+    except AttributeError:  # wrapped, or exchanged, since
+        return note
+    if method not in _swap.methods(module):
+        return replace(note, replaced=False, text="restored, or exchanged for another module", swapped=False)
+    runs = _swap.setting(module, _swap.RUNS, {}).get(method)
+    return replace(note, runs="" if runs is None else runs.text())
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines "where  what"."""
+    rows = _rows(rows)
     width = max(len(where) for where, _ in rows)
     return [f"    {where:<{width}}  {text}" for where, text in rows]
+
+
+def _rows(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(where, what); modules that differ in their number only share one row."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for where, text in rows:
+        groups.setdefault((re.sub(r"\.\d+", ".*", where), text), []).append(where)
+    return [(_span(key, names), text) for (key, text), names in groups.items()]
 
 
 def _span(pattern: str, names: list[str]) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from maefast.integrations._guards import Guards
+
 
 @dataclass(frozen=True)
 class Options:
@@ -29,6 +31,9 @@ class Step:
         module: whose. methods: name -> fast function. texts: name of the method ("" for the module) -> what serves it
             now, for the report.
         probe: runs the module on a small input and returns what is compared, gradients included.
+        live: dotted names under the module of what the fast functions read themselves at every call, whatever it is:
+            everything else that the originals read is guarded (`_guards`). `blocks.*.attn` stands for any number.
+        beside: paths of parts whose forward is passed over as well.
         settings: kept on the module for the fast functions, see `_swap.setting`. path: name of the module in the model.
     """
 
@@ -36,8 +41,14 @@ class Step:
     methods: Mapping[str, Callable]
     texts: Mapping[str, str]
     probe: Callable[[], Any]
+    live: frozenset[str] = frozenset()
+    beside: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     path: str = ""
+
+    def guards(self) -> dict[str, Guards]:
+        """For `_swap.swap`. Raises `Unguarded`."""
+        return {name: Guards(self.module, (name,), self.live, self.beside) for name in self.methods}
 
     def under(self, path: str) -> Step:
         """The same step of a model that stands at `path`."""

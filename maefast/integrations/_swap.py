@@ -5,7 +5,7 @@ hooks, `isinstance`, `state_dict`, `deepcopy`, pickling, DDP, FSDP and `torch.co
 user stays untouched, and `unswap` puts the old class back.
 
 Every replaced method is a plain function ``fast(self, ...)`` at the top level of a module of `maefast.integrations`. It
-hands anything that it does not serve to `original`.
+hands anything that it does not serve to `fall_back`, and runs only while its guards hold (`_guards`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from maefast.integrations._guards import Guards, Runs, warn_once
+
 Methods = tuple[tuple[str, Callable], ...]  # ((name, fast function), ...), sorted
 
 _classes: dict[tuple[type, Methods], type] = {}
 _plain = False
 BASE, METHODS, SETTINGS = "_maefast_base", "_maefast_methods", "_maefast_settings"
+GUARDS, RUNS = "guards", "runs"  # settings: name of the method -> Guards, Runs
+UNUSUAL = "of another size, dtype, device or argument than maefast serves"
+# Types of a first argument that only accelerated code makes, which has asked `runs_fast` before.
+HANDED: set[type] = set()
 
 
 @contextmanager
@@ -93,14 +99,20 @@ def root_class(kind: type, names: tuple[str, ...]) -> type | None:
     return next((base for base in reversed(kind.__mro__) if all(hasattr(base, name) for name in names)), None)
 
 
-def swap(module: nn.Module, methods: Mapping[str, Callable], **settings: Any) -> None:
-    """Replace methods of `module` (more of them, if some are already). `settings` are read back by `setting`."""
+def swap(
+    module: nn.Module, methods: Mapping[str, Callable], guards: Mapping[str, Guards] | None = None, **settings: Any
+) -> None:
+    """Replace methods of `module` (more of them, if some are already), each with its guards. `settings` are read back by
+    `setting`."""
     kind = type(module)
     before = dict(vars(kind).get(METHODS, ()))
     base = kind.__dict__.get(BASE, kind)
     _drop_leftovers(module, methods)
     module.__class__ = _accelerated(base, tuple(sorted({**before, **methods}.items())))
-    module.__dict__[SETTINGS] = {**module.__dict__.get(SETTINGS, {}), **settings}
+    kept = {**module.__dict__.get(SETTINGS, {}), **settings}
+    kept[GUARDS] = {**kept.get(GUARDS, {}), **(guards or {})}
+    kept[RUNS] = {**kept.get(RUNS, {}), **{name: Runs() for name in methods}}
+    module.__dict__[SETTINGS] = kept
 
 
 def unswap(module: nn.Module, names: tuple[str, ...] | None = None) -> bool:
@@ -118,6 +130,9 @@ def unswap(module: nn.Module, names: tuple[str, ...] | None = None) -> bool:
             kind.__name__, bases, {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
         )
     module.__class__ = new
+    settings = module.__dict__.get(SETTINGS, {})
+    for kind in (GUARDS, RUNS):
+        settings[kind] = {n: v for n, v in settings.get(kind, {}).items() if n in dict(left)}
     if not left:
         module.__dict__.pop(SETTINGS, None)
     return True
@@ -139,9 +154,45 @@ def setting(module: nn.Module, name: str, default: Any = None) -> Any:
     return module.__dict__.get(SETTINGS, {}).get(name, default)
 
 
+def fall_back(module: nn.Module, name: str, why: str = UNUSUAL) -> Callable:
+    """The method as it was, bound, for a call that ours does not serve; counted as run for this reason."""
+    if not torch.compiler.is_compiling():
+        runs = module.__dict__[SETTINGS][RUNS][name]
+        runs.fast -= 1
+        runs.fell_back(why)
+    return original(module, name)
+
+
 def original(module: nn.Module, name: str) -> Callable:
     """The method as it was, bound."""
     return getattr(getattr(type(module), BASE), name).__get__(module)
+
+
+def runs_fast(module: nn.Module, name: str) -> bool:
+    """Whether the method is replaced and its guards hold now."""
+    return name in methods(module) and not is_plain() and _allowed(module, module.__dict__.get(SETTINGS), name)
+
+
+def _allowed(module: nn.Module, settings: dict | None, name: str) -> bool:
+    """Whether the guards hold. Objects made from the class, as by its from_pretrained, were not accelerated: they have
+    no settings."""
+    if settings is None:
+        return False
+    guards = settings[GUARDS].get(name)
+    if guards is None:
+        return True
+    if torch.compiler.is_compiling():
+        return guards.failing_traced(module) is None
+    reason = guards.failing(module)
+    if reason is None:
+        return True
+    settings[RUNS][name].fell_back(reason)
+    if guards.mode is None or module.training is guards.mode:
+        warn_once(
+            f"{type(module).__name__}.{name} runs as it was, because {reason} after maefast.accelerate(model); call it "
+            "again to have the present state compared"
+        )
+    return False
 
 
 def _accelerated(base: type, methods: Methods) -> type:
@@ -171,9 +222,14 @@ def _between(base: type, methods: Methods) -> tuple[type, ...]:
 def _method(base: type, name: str, fast: Callable) -> Callable:
     @wraps(getattr(base, name))  # whoever looks at the signature (HF's Trainer does) finds the old one
     def method(self, *args, **kwargs):
-        # Objects made from the class, as by its from_pretrained, were not accelerated: they have no settings.
-        ours = SETTINGS in self.__dict__ and not is_plain()
-        return (fast if ours else getattr(base, name))(self, *args, **kwargs)
+        settings = self.__dict__.get(SETTINGS)
+        if args and type(args[0]) in HANDED:
+            settings[RUNS][name].fast += not torch.compiler.is_compiling()
+        elif is_plain() or not _allowed(self, settings, name):
+            return getattr(base, name)(self, *args, **kwargs)
+        elif not torch.compiler.is_compiling():
+            settings[RUNS][name].fast += 1
+        return fast(self, *args, **kwargs)
 
     return method
 

@@ -1,7 +1,10 @@
 """Whether accelerated code computes what the model's own code does: both run on the same small input.
 
-A name and a structure do not prove what a fork of a fork computes. So `accelerate` compares outputs, gradients and the
-numbers drawn before it trusts its own code with a part of a model.
+A name and a structure do not prove what a fork of a fork computes. So `accelerate` compares outputs, gradients, the
+numbers drawn and what is written to buffers and attributes before it trusts its own code with a part of a model: while
+training and evaluating, with fresh random weights (neither zeros, NaN nor layer scales of 1e-5 hide a difference then),
+with the model's own choice of frozen parameters and with none frozen. The model is left as it was, and its hooks are set
+aside meanwhile.
 """
 
 # ruff: noqa: NPY002  the models in question draw from numpy's global generator
@@ -9,6 +12,7 @@ numbers drawn before it trusts its own code with a part of a model.
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,17 +20,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
+from maefast.integrations._guards import same
 from maefast.integrations._swap import plain
 
 # Relative error (Frobenius) of outputs and gradients that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-SMALL = 2**17  # parameters of up to this many values have their gradients compared: every layer has some
+SMALL = 2**17  # parameters of up to this many values have their gradients compared whole, larger ones by projections
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_OWN_STATE = ("_parameters", "_buffers", "_modules", "training", "_maefast_settings", "_maefast_report", *_HOOKS)
 
 
 class Mismatch(Exception):
-    """The accelerated code computes something else, or the model could not be run on the probe."""
+    """The accelerated code computes something else, or could not be compared. `detail` is the traceback of an error."""
+
+    detail = ""
 
 
 def example(module: nn.Module) -> Tensor | None:
@@ -49,31 +60,99 @@ def _flattened(parameter: Tensor) -> bool:
     return empty or type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_fsdp_flattened")
 
 
-def compare(module: nn.Module, call: Callable[[], Any], fresh: bool = False) -> float:
-    """Run `call` on the original and on the accelerated code of `module`; `fresh` gives it random parameters meanwhile.
+def agreement(module: nn.Module, call: Callable[[], Any]) -> tuple[float, bool | None]:
+    """Compare the original and the accelerated code of `module`, training and evaluating, with random weights.
+
+    Args:
+        call: runs the module on a small input, and returns what is compared.
+
+    Returns:
+        The largest relative difference found, and the only mode that may run accelerated (training or not; None: both).
+
+    Raises:
+        Mismatch: what differs, by more than rounding, in both modes or as soon as other parameters are frozen.
+    """
+    fresh: dict[int, nn.Parameter] = {}
+
+    def run(training: bool, thawed: bool) -> float | Mismatch:
+        try:
+            with mode(module, training):
+                return compare(module, call, fresh, thawed)
+        except Mismatch as mismatch:
+            return mismatch
+
+    trained, evaluated = run(True, True), run(False, False)
+    if isinstance(trained, float) and isinstance(evaluated, float):
+        return max(trained, evaluated), None
+    if isinstance(trained, float) and isinstance(run(True, False), float):
+        return trained, True
+    if isinstance(evaluated, float) and isinstance(run(False, True), float):
+        return evaluated, False
+    raise trained if isinstance(trained, Mismatch) else evaluated
+
+
+@contextmanager
+def mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, all parts train, or all evaluate."""
+    before = [(part, part.training) for part in module.modules()]
+    try:
+        for part, _ in before:
+            part.training = training
+        yield
+    finally:
+        for part, was in before:
+            part.training = was
+
+
+def compare(
+    module: nn.Module, call: Callable[[], Any], fresh: dict[int, nn.Parameter] | None = None, thawed: bool = False
+) -> float:
+    """Run `call` on the original and on the accelerated code of `module`, as it is or with `fresh` random parameters,
+    which are kept there for the next comparison; `thawed`: with gradients of all of them.
 
     Returns:
         The largest relative difference found.
 
     Raises:
-        Mismatch: what differs by more than rounding: outputs, gradients of small parameters, or the numbers drawn.
+        Mismatch: what differs by more than rounding.
     """
-    with whole(module, fresh), _same_state(module) as again:
+    with whole(module, fresh, thawed), _no_global_hooks(), _same_state(module) as state:
         with plain():
-            want = _attempt("the model's own code", module, call)
-        again()
-        got = _attempt("the accelerated code", module, call)
-    return _difference(module, want, got)
+            want = _attempt(True, module, call, state)
+        state.again()
+        got = _attempt(False, module, call, state)
+        return _difference(module, want, got)
 
 
-def _attempt(whose: str, module: nn.Module, call: Callable[[], Any]) -> tuple:
+def _attempt(own: bool, module: nn.Module, call: Callable[[], Any], state: _State) -> tuple:
     device = example(module).device
     try:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False), _full_float32():
             leaves = tree_leaves(call())
-            return leaves, _gradients(module, leaves), _drawn(device)
+            return leaves, _gradients(module, leaves), _drawn(device), state.written()
     except Exception as error:
-        raise Mismatch(f"{whose} raised {type(error).__name__} on a small random input: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        # The model's own code runs first: what it does not take is a fault of the input that was made up for it.
+        text = (
+            f"maefast could not make up an input for it, so nothing was compared ({what})"
+            if own
+            else f"the accelerated code raised {what}"
+        )
+        mismatch = Mismatch(text)
+        mismatch.detail = traceback.format_exc()
+        raise mismatch from error
+
+
+@contextmanager
+def _no_global_hooks() -> Iterator[None]:
+    kept = [(name, getattr(torch_module, name).copy()) for name in _GLOBAL_HOOKS]
+    try:
+        for name, _ in kept:
+            getattr(torch_module, name).clear()
+        yield
+    finally:
+        for name, hooks in kept:
+            getattr(torch_module, name).update(hooks)
 
 
 @contextmanager
@@ -92,15 +171,24 @@ def _full_float32() -> Iterator[None]:
 
 def _gradients(module: nn.Module, leaves: list) -> dict[str, Tensor | None]:
     scored = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-    small = {n: p for n, p in module.named_parameters() if p.requires_grad and p.numel() <= SMALL}
-    if not scored or not small:
+    wanted = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if not scored or not wanted:
         return {}
     generator = torch.Generator().manual_seed(1)
     total = 0.0
     for t in scored:
         weight = torch.randn(t.shape, generator=generator).to(t.device)
         total = total + (t.to(torch.promote_types(t.dtype, torch.float32)) * weight).sum()
-    return dict(zip(small, torch.autograd.grad(total, list(small.values()), allow_unused=True)))
+    found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
+    return {name: None if g is None else _projected(g) for name, g in zip(wanted, found)}
+
+
+def _projected(grad: Tensor) -> Tensor:
+    """A gradient, or random projections of the rows of a large one."""
+    if grad.numel() <= SMALL or grad.ndim < 2:
+        return grad
+    rows = grad.flatten(1) if len(grad) > 1 else grad.flatten(0, -2)
+    return rows @ torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(2)).to(rows)
 
 
 def _drawn(device: torch.device) -> tuple:
@@ -131,7 +219,16 @@ def _difference(module: nn.Module, want: tuple, got: tuple) -> float:
         worst = max(worst, error)
     if want[2] != got[2]:
         raise Mismatch("the accelerated code draws other random numbers")
+    for name in {**want[3], **got[3]}:
+        if not _written_alike(want[3].get(name), got[3].get(name), tolerance):
+            raise Mismatch(f"it writes {name}, which the accelerated code does not, or not as it does")
     return max(worst, _gradient_difference(want[1], got[1], tolerance))
+
+
+def _written_alike(a: object, b: object, tolerance: float) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype is b.dtype and _relative(a, b) <= tolerance
+    return same(a, b)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -168,36 +265,33 @@ def _lacking(tensor: Tensor | None) -> bool:
 
 
 @contextmanager
-def whole(module: nn.Module, fresh: bool = False) -> Iterator[None]:
+def whole(module: nn.Module, fresh: dict[int, nn.Parameter] | None = None, thawed: bool = False) -> Iterator[None]:
     """Inside, parameters that are not here are random ones of the full size, and no hooks would gather them.
 
-    `fresh` makes all of them random and none of 16 bits: neither layer scales of 1e-5, nor projections that start at
-    zero, nor coarse rounding can hide a difference then.
+    With `fresh` all of them are random, none of 16 bits, and no hook is called; it keeps them, by the id of the model's
+    own. `thawed` has all of them require gradients.
     """
-    if not fresh and not any(map(_lacking, (*module.parameters(), *module.buffers()))):
+    if fresh is None and not any(map(_lacking, (*module.parameters(), *module.buffers()))):
         yield
         return
-    names = (
-        "_parameters",
-        "_buffers",
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-    )
+    made = {} if fresh is None else fresh
+    names = ("_parameters", "_buffers", *_HOOKS)
     kept = [(part, {name: vars(part)[name] for name in names}) for part in module.modules()]
-    tied: dict[int, nn.Parameter] = {}
     try:
         for part, old in kept:
             vars(part).update({name: {} for name in names})
             for key, p in old["_parameters"].items():
-                if p is not None and (_lacking(p) or (fresh and type(p) is nn.Parameter and p.is_floating_point())):
-                    p = tied.setdefault(id(p), nn.Parameter(_random_like(p, key, fresh), fresh or p.requires_grad))
+                if p is not None and (
+                    _lacking(p) or (fresh is not None and type(p) is nn.Parameter and p.is_floating_point())
+                ):
+                    if id(p) not in made:
+                        made[id(p)] = nn.Parameter(_random_like(p, key, fresh is not None))
+                    p = made[id(p)].requires_grad_(thawed or p.requires_grad)
                 part._parameters[key] = p
             for key, b in old["_buffers"].items():
                 if _lacking(b):
-                    b = _random_like(b, key, fresh)
-                elif fresh and b is not None and b.is_floating_point():
+                    b = _random_like(b, key, fresh is not None)
+                elif fresh is not None and b is not None and b.is_floating_point():
                     b = b.to(torch.promote_types(b.dtype, torch.float32))
                 part._buffers[key] = b
         yield
@@ -207,15 +301,19 @@ def whole(module: nn.Module, fresh: bool = False) -> Iterator[None]:
 
 
 def _random_like(tensor: Tensor, name: str, wide: bool) -> Tensor:
-    """Weights of matrices that keep a unit variance, scales around one, biases around zero."""
+    """Weights of matrices that keep a unit variance, scales around one, biases around zero, tables of half a unit."""
     device = "cpu" if tensor.is_meta else tensor.device
     if not tensor.is_floating_point():
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-    value = torch.randn(tensor.shape, device=device)
-    if tensor.ndim > 1:
-        value *= max(1, tensor[0].numel()) ** -0.5
+    if tensor.ndim < 2:
+        scale = 0.3
+    elif tensor.ndim == 3 and len(tensor) == 1:  # tokens and positions
+        scale = 0.5
     else:
-        value = 0.3 * value + (0 if "bias" in name else 1)
+        scale = max(1, tensor[0].numel()) ** -0.5
+    value = torch.empty(tensor.shape, device=device).uniform_(-1, 1).mul_(3**0.5 * scale)
+    if tensor.ndim < 2 and "bias" not in name:
+        value += 1
     return value.to(torch.promote_types(tensor.dtype, torch.float32) if wide else tensor.dtype)
 
 
@@ -227,30 +325,69 @@ def same_random_state(module: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _same_state(module: nn.Module) -> Iterator[Callable[[], None]]:
-    """Fixed random states inside, restored afterwards with the module's buffers; the value starts over again."""
-    buffers = {name: b.clone() for name, b in module.named_buffers()}
-    python, legacy = random.getstate(), np.random.get_state()
+class _State:
+    """Buffers and plain attributes of a module and its parts, as they were, with fixed random states to start from."""
 
-    def again() -> None:
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.buffers = {name: b.clone() for name, b in module.named_buffers()}
+        self.attributes = [(path, part, _copied(part)) for path, part in module.named_modules()]
+
+    def again(self) -> None:
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)  # the public FCMAE draws its stochastic depth there
-        _restore(module, buffers)
+        self.restore()
 
+    def written(self) -> dict[str, Any]:
+        """What has changed: name -> value now."""
+        found = {}
+        for name, buffer in self.module.named_buffers():
+            before = self.buffers.get(name)
+            if before is None or before.shape != buffer.shape or not torch.equal(before, buffer):
+                found[name] = buffer.clone()
+        for path, part, before in self.attributes:
+            now = _copied(part)
+            for name in {**before, **now}:
+                if name not in now or name not in before or not same(before[name][1], now[name][1]):
+                    found[f"{path}.{name}" if path else name] = now.get(name, (None, None))[1]
+        return found
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, buffer in self.module.named_buffers():
+            if name in self.buffers:
+                buffer.copy_(self.buffers[name])
+        for _, part, before in self.attributes:
+            own = vars(part)
+            for name in [n for n in own if n not in before and n not in _OWN_STATE]:
+                del own[name]
+            for name, (value, copy) in before.items():
+                if copy is not value:  # filled in place
+                    value.clear()
+                    (value.extend if isinstance(value, list) else value.update)(copy)
+                own[name] = value
+
+
+def _copied(part: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Plain attributes: name -> (value, a copy of it where it may be changed in place)."""
+    return {
+        name: (value, value.copy() if isinstance(value, (list, dict, set)) else value)
+        for name, value in vars(part).items()
+        if name not in _OWN_STATE
+    }
+
+
+@contextmanager
+def _same_state(module: nn.Module) -> Iterator[_State]:
+    """Fixed random states inside, restored afterwards with buffers and attributes; `again` starts over."""
+    python, legacy = random.getstate(), np.random.get_state()
+    state = _State(module)
     with same_random_state(module):
-        again()
+        state.again()
         try:
-            yield again
+            yield state
         finally:
-            _restore(module, buffers)
+            state.restore()
             random.setstate(python)
             np.random.set_state(legacy)
-
-
-@torch.no_grad()
-def _restore(module: nn.Module, buffers: dict[str, Tensor]) -> None:
-    for name, buffer in module.named_buffers():
-        if name in buffers:
-            buffer.copy_(buffers[name])

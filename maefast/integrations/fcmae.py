@@ -32,6 +32,12 @@ METHODS = ("forward", "forward_encoder", "forward_decoder", "forward_loss", "gen
 MODULES = ("encoder", "proj", "decoder", "pred")
 BLOCK = ("dwconv", "norm", "pwconv1", "act", "pwconv2", "grn", "drop_path")
 EPS = 1e-6  # of a GRN, written into its code
+# What our methods read at every call, see `Step.live`.
+SPARSE = {f"downsample_layers.{name}" for name in ("0.0", "0.1.weight", "*.*.ln", "*.*.kernel", "*.*.bias")}
+SPARSE |= {f"stages.*.*.{name}" for name in ("dwconv.kernel", "dwconv.bias", "norm.ln", "drop_path.drop_prob")}
+SPARSE |= {f"stages.*.*.{name}" for name in ("pwconv1.linear", "pwconv2.linear", "grn.gamma", "grn.beta")}
+DENSE = {f"decoder.*.{name}" for name in ("dwconv", "norm.weight", "norm.bias", "pwconv1", "act", "pwconv2")}
+DENSE |= {f"decoder.*.{name}" for name in ("grn.gamma", "grn.beta", "drop_path")} | {"proj", "pred", "mask_token"}
 
 
 def recognise(module: nn.Module) -> bool:
@@ -79,20 +85,23 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
     kept["forward_loss"] = kept["forward_loss"] or kept["patchify"]
     images, mask = _probe(model)
 
-    def step(name: str, fast: Callable, text: str, probe: Callable, **settings) -> Iterator[Step]:
+    def step(
+        name: str, fast: Callable, text: str, probe: Callable, live: set = frozenset(), **settings
+    ) -> Iterator[Step]:
         path, _, method = name.rpartition(".")
         if kept[name]:
             keep(name, kept[name])
             return
         module = model.get_submodule(path)
-        yield Step(module, {method: fast}, {method: text}, probe, settings, path)
+        yield Step(module, {method: fast}, {method: text}, probe, frozenset(live), settings=settings, path=path)
         if method not in _swap.methods(module):
             kept[name] = "it is not what it looks like"
 
     text = "active cells alone, from the parameters of the sparse layers; nothing of MinkowskiEngine runs"
-    yield from step("encoder.forward", encode, text, lambda: model.encoder(images, mask))
+    yield from step("encoder.forward", encode, text, lambda: model.encoder(images, mask), SPARSE)
     text = "pointwise layers as matrix products, norms and GELU fused"
-    yield from step("forward_decoder", forward_decoder, text, lambda: model.forward_decoder(*_latent(model, mask)))
+    latent = _latent(model, mask)
+    yield from step("forward_decoder", forward_decoder, text, lambda: model.forward_decoder(*latent), DENSE)
     text = "pixels read in place, no target tensor"
     yield from step("forward_loss", forward_loss, text, lambda: model.forward_loss(images, *_scored(model, mask)))
     parts = ("encoder.forward", "forward_encoder", "forward_decoder", "forward_loss")
@@ -102,7 +111,8 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
     ratio = inspect.signature(model.forward).parameters.get("mask_ratio")
     settings = {"ratio": 0.6 if ratio is None else ratio.default, "counted": kept["gen_random_mask"] is None}
     text = "one plan through encoder, decoder and loss; the encoder's map is never made"
-    yield from step("forward", forward, text, lambda: model(images), **settings)
+    live = DENSE | {f"encoder.{name}" for name in SPARSE}
+    yield from step("forward", forward, text, lambda: model(images), live, **settings)
 
 
 # --- probes -------------------------------------------------------------------------------------------------
@@ -167,11 +177,11 @@ def _source(path: nn.Module):
 
 def encode(self: nn.Module, x: Tensor, mask: Tensor, *args, **kwargs):
     if args or kwargs or not _stem_fits(self, x, mask) or not _ready(self):
-        return _swap.original(self, "forward")(x, mask, *args, **kwargs)
+        return _swap.fall_back(self, "forward")(x, mask, *args, **kwargs)
     visible = mask == 0
     counts = torch.stack([visible.sum(1), (mask == 1).sum(1)]).tolist()
     if any(kept + removed != mask.shape[1] for kept, removed in zip(*counts)) or not sum(counts[0]):
-        return _swap.original(self, "forward")(x, mask)
+        return _swap.fall_back(self, "forward")(x, mask)
     return cells(self, x, _plan(~visible, counts[0])).dense()
 
 
@@ -269,8 +279,15 @@ def _decoder(decoder: nn.Module, x: Tensor) -> Tensor:
 
 def forward_decoder(self: nn.Module, x: Tensor, mask: Tensor, *args, **kwargs):
     side = int(mask.shape[1] ** 0.5) if mask.ndim == 2 else -1
-    if args or kwargs or x.ndim != 4 or tuple(x.shape[2:]) != (side, side) or side * side != mask.shape[1]:
-        return _swap.original(self, "forward_decoder")(x, mask, *args, **kwargs)
+    if (
+        args
+        or kwargs
+        or x.ndim != 4
+        or not len(x)
+        or tuple(x.shape[2:]) != (side, side)
+        or side * side != mask.shape[1]
+    ):
+        return _swap.fall_back(self, "forward_decoder")(x, mask, *args, **kwargs)
     x = _point(self.proj, x)
     weight = mask.view(-1, 1, side, side).to(x.dtype)
     x = x * (1 - weight) + self.mask_token * weight
@@ -286,10 +303,10 @@ def _square(model: nn.Module, images: Tensor) -> bool:
 def forward_loss(self: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, *args, **kwargs):
     rows = pred.flatten(2).transpose(1, 2) if pred.ndim == 4 else pred
     if args or kwargs or not _square(self, imgs) or rows.ndim != 3 or mask.shape != rows.shape[:2]:
-        return _swap.original(self, "forward_loss")(imgs, pred, mask, *args, **kwargs)
+        return _swap.fall_back(self, "forward_loss")(imgs, pred, mask, *args, **kwargs)
     # The mask may hold any weights, so every patch is scored, as in the original.
     every = TokenMask.all_visible(*rows.shape[:2], rows.device).complement()
-    each = _score(self, imgs, rows, every, "none").view(mask.shape)
+    each = _score(self, imgs, layers.handed_out(rows), every, "none").view(mask.shape)
     return (each * mask).sum() / mask.sum()
 
 
@@ -302,7 +319,7 @@ def _score(model: nn.Module, images: Tensor, rows: Tensor, plan: TokenMask, redu
 def forward(self: nn.Module, imgs: Tensor, labels: object = None, mask_ratio: float | None = None, *args, **kwargs):
     ratio = _swap.setting(self, "ratio") if mask_ratio is None else mask_ratio
     if args or kwargs or not _square(self, imgs) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
-        return _swap.original(self, "forward")(imgs, labels, ratio, *args, **kwargs)
+        return _swap.fall_back(self, "forward")(imgs, labels, ratio, *args, **kwargs)
     mask = self.gen_random_mask(imgs, ratio)
     number = (imgs.shape[2] // self.patch_size) ** 2
     keep = int(number * (1 - ratio))
@@ -320,4 +337,4 @@ def forward(self: nn.Module, imgs: Tensor, labels: object = None, mask_ratio: fl
         x = torch.where(plan.mask[:, None], self.mask_token.to(x.dtype), x)
     pred = _point(self.pred, _decoder(self.decoder, x))
     loss = _score(self, imgs, pred.flatten(2).transpose(1, 2), plan.tokens, "mean")
-    return loss, pred, mask
+    return loss, layers.handed_out(pred), mask

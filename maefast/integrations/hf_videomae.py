@@ -33,13 +33,19 @@ def _is_encoder(module: nn.Module) -> bool:
     embeddings, encoder = getattr(module, "embeddings", None), getattr(module, "encoder", None)
     return (
         isinstance(getattr(embeddings, "position_embeddings", None), Tensor)
-        and isinstance(getattr(getattr(embeddings, "patch_embeddings", None), "projection", None), nn.Conv3d)
+        and isinstance(_projection(embeddings), nn.Conv3d)
         and isinstance(getattr(encoder, "layer", None), nn.ModuleList)
         and hasattr(module, "layernorm")
         and hasattr(getattr(module, "config", None), "tubelet_size")
         and _hf.output_class(module, "BaseModelOutput") is not None
         and _hf.output_class(_hf.inner(encoder), "BaseModelOutput") is not None
     )
+
+
+def _projection(embeddings: object) -> nn.Module | None:
+    """The convolution, maybe inside an adapter."""
+    found = getattr(getattr(embeddings, "patch_embeddings", None), "projection", None)
+    return layers.convolution(found) if isinstance(found, nn.Module) else None
 
 
 def _is_whole(module: nn.Module) -> bool:
@@ -72,6 +78,7 @@ def _encoder_steps(model: nn.Module, keep: Callable[..., None]) -> Iterator[Step
             {"forward": embeddings_forward},
             {"forward": "visible tubelets only embedded"},
             lambda: embeddings(*_videos(model)),
+            frozenset(("patch_embeddings.projection", "position_embeddings")),
             path="embeddings",
         )
     inside = _swap.overriding(encoder, "forward")
@@ -85,7 +92,8 @@ def _encoder_steps(model: nn.Module, keep: Callable[..., None]) -> Iterator[Step
         {"forward": model_forward},
         {"forward": "encoder layers in one run" + FALLBACK},
         lambda: model(*_videos(model)),
-        {"output": _hf.output_class(model, "BaseModelOutput")},
+        frozenset(("embeddings", "layernorm", "encoder.layer")) | _hf.LIVE,
+        settings={"output": _hf.output_class(model, "BaseModelOutput")},
     )
 
 
@@ -99,7 +107,8 @@ def _whole_steps(model: nn.Module, keep: Callable[..., None]) -> Iterator[Step]:
             {"forward": decoder_forward},
             {"forward": "last layer for masked tokens only"},
             lambda: decoder(_tokens(decoder), 5),
-            {"output": _hf.output_class(decoder, "VideoMAEDecoderOutput")},
+            frozenset(("decoder_layers", "norm", "head")) | _hf.LIVE,
+            settings={"output": _hf.output_class(decoder, "VideoMAEDecoderOutput")},
             path="decoder",
         )
     if reason := _swap.overriding(model, "forward"):
@@ -113,7 +122,8 @@ def _whole_steps(model: nn.Module, keep: Callable[..., None]) -> Iterator[Step]:
         {"forward": forward},
         {"forward": "one plan through encoder, decoder and loss, no target tensor"},
         lambda: model(*_videos(videomae)),
-        {"output": _hf.output_class(model, "VideoMAEForPreTrainingOutput"), "statistics": statistics},
+        frozenset(("videomae", "decoder", "encoder_to_decoder", "mask_token", "position_embeddings")) | _hf.LIVE,
+        settings={"output": _hf.output_class(model, "VideoMAEForPreTrainingOutput"), "statistics": statistics},
     )
 
 
@@ -124,7 +134,7 @@ def _videos(model: nn.Module) -> tuple[Tensor, Tensor]:
     """Two videos, one of low contrast, where the epsilon of normalised targets shows; nine in ten tubelets masked."""
     embeddings = _hf.inner(model.embeddings)
     patches = _hf.inner(embeddings.patch_embeddings)
-    like, count = patches.projection.weight, embeddings.position_embeddings.shape[1]
+    like, count = layers.convolution(patches.projection).weight, embeddings.position_embeddings.shape[1]
     shape = (2, model.config.num_frames, like.shape[1], *patches.image_size)
     videos = torch.randn(shape, device=like.device, dtype=like.dtype)
     videos[1] *= 1e-3
@@ -160,7 +170,7 @@ def embeddings_forward(self: nn.Module, pixel_values: Tensor, bool_masked_pos) -
         plan = _plan(bool_masked_pos, pixel_values, table.shape[1])
     if not fits or (plan is None and bool_masked_pos is not None):
         masked = bool_masked_pos.mask if isinstance(bool_masked_pos, TokenMask) else bool_masked_pos
-        return _swap.original(self, "forward")(pixel_values, masked)
+        return _swap.fall_back(self, "forward")(pixel_values, masked)
     proj = patches.projection
     # The original adds positions in the dtype in which its convolution answers.
     pos = _hf.moved(table, pixel_values, layers.product_dtype(proj.weight))
@@ -169,13 +179,9 @@ def embeddings_forward(self: nn.Module, pixel_values: Tensor, bool_masked_pos) -
 
 def _videos_fit(videos: object, patches: nn.Module, count: int) -> bool:
     proj = patches.projection
-    if layers.strided_patches(proj) or torch.jit.is_tracing():
+    if torch.jit.is_tracing():
         return False
-    if not isinstance(videos, Tensor) or videos.ndim != 5 or not len(videos) or not videos.is_floating_point():
-        return False
-    if videos.shape[2] != proj.in_channels or tuple(videos.shape[3:]) != tuple(patches.image_size):
-        return False
-    if videos.device != proj.weight.device or not layers.conv_dtype_fits(videos, proj):
+    if not layers.takes(videos, proj, 5, 2) or tuple(videos.shape[3:]) != tuple(patches.image_size):
         return False
     sizes, kernel = (videos.shape[1], *videos.shape[3:]), proj.kernel_size
     if any(size < k or size % k for size, k in zip(sizes, kernel)):
@@ -186,10 +192,10 @@ def _videos_fit(videos: object, patches: nn.Module, count: int) -> bool:
 
 def model_forward(self: nn.Module, pixel_values: Tensor, bool_masked_pos=None, *args, **kwargs):
     if args or layers.hooked(self.encoder) or not _hf.usual_call(self, kwargs):
-        return _swap.original(self, "forward")(pixel_values, bool_masked_pos, *args, **kwargs)
+        return _swap.fall_back(self, "forward")(pixel_values, bool_masked_pos, *args, **kwargs)
     x = self.embeddings(pixel_values, bool_masked_pos)
     if not x.numel():  # nothing is visible: for the attention to refuse
-        return _swap.original(self, "forward")(pixel_values, bool_masked_pos, **kwargs)
+        return _swap.fall_back(self, "forward")(pixel_values, bool_masked_pos, **kwargs)
     at = run_blocks(self.encoder.layer, x)
     x = at.value() if self.layernorm is None else layers.last_norm(self.layernorm, *at)
     return _hf.answer(_swap.setting(self, "output")(last_hidden_state=x), kwargs)
@@ -201,8 +207,8 @@ def model_forward(self: nn.Module, pixel_values: Tensor, bool_masked_pos=None, *
 def decoder_forward(self: nn.Module, hidden_states: Tensor, return_token_num: int):
     count = return_token_num
     fits = isinstance(hidden_states, Tensor) and hidden_states.ndim == 3 and isinstance(count, (int, torch.SymInt))
-    if not fits or not 0 < count <= hidden_states.shape[1]:
-        return _swap.original(self, "forward")(hidden_states, return_token_num)
+    if not fits or not len(hidden_states) or not 0 < count <= hidden_states.shape[1]:
+        return _swap.fall_back(self, "forward")(hidden_states, return_token_num)
     x, delta = run_tail(self.decoder_layers, hidden_states, count)
     logits = layers.linear(self.head, layers.norm(self.norm, x, delta)[1])
     return _swap.setting(self, "output")(logits=logits)
@@ -213,7 +219,7 @@ def forward(self: nn.Module, pixel_values: Tensor, bool_masked_pos, *args, **kwa
     if not args and _scores(self, pixel_values):
         plan = _plan(bool_masked_pos, pixel_values, self.position_embeddings.shape[1])
     if plan is None:
-        return _swap.original(self, "forward")(pixel_values, bool_masked_pos, *args, **kwargs)
+        return _swap.fall_back(self, "forward")(pixel_values, bool_masked_pos, *args, **kwargs)
     options = {k: v for k, v in kwargs.items() if k != "return_dict"}
     # The mask is read once: our own code takes the plan in its place.
     ours = is_fast(self.videomae) and is_fast(_hf.inner(self.videomae).embeddings)
@@ -224,7 +230,7 @@ def forward(self: nn.Module, pixel_values: Tensor, bool_masked_pos, *args, **kwa
     logits = self.decoder(x, plan.max_masked).logits
     output = _swap.setting(self, "output")(
         loss=_score(self, pixel_values, logits, plan),
-        logits=logits,
+        logits=layers.handed_out(logits),
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )

@@ -25,6 +25,7 @@ from maefast.ops import TokenMask
 
 NAME = "transformers ViTMAE"
 FALLBACK = "; hidden states and attention weights, where asked for, come from the model's own code"
+DECODER = frozenset(f"decoder_{name}" for name in ("embed", "pos_embed", "layers", "norm", "pred")) | {"mask_token"}
 ALL_ZERO = {
     "embeddings": "the encoder cannot tell where a patch comes from",
     "decoder": "all masked patches of an image get the same prediction",
@@ -47,7 +48,7 @@ def _is_encoder(module: nn.Module) -> bool:
     return (
         hasattr(embeddings, "random_masking")
         and all(isinstance(getattr(embeddings, name, None), Tensor) for name in ("cls_token", "position_embeddings"))
-        and isinstance(getattr(getattr(embeddings, "patch_embeddings", None), "projection", None), nn.Conv2d)
+        and isinstance(getattr(getattr(embeddings, "patch_embeddings", None), "projection", None), nn.Module)
         and isinstance(getattr(module, "layernorm", None), nn.Module)
         and _layers_of(module) is not None
         and hasattr(getattr(module, "config", None), "mask_ratio")
@@ -100,6 +101,7 @@ def _encoder_steps(model: nn.Module, options: Options, keep: Callable[..., None]
             {"forward": embeddings_forward},
             {"forward": text},
             lambda: embeddings(_images(model)),
+            frozenset(("patch_embeddings.projection", "position_embeddings", "cls_token", "config.mask_ratio")),
             path="embeddings",
         )
     reason = _swap.overriding(model, "forward")
@@ -116,7 +118,8 @@ def _encoder_steps(model: nn.Module, options: Options, keep: Callable[..., None]
         {"forward": model_forward},
         {"forward": "encoder layers in one run" + FALLBACK},
         lambda: model(_images(model)),
-        {"output": _hf.output_class(model, "ViTMAEModelOutput")},
+        frozenset(("embeddings", "layers", "encoder.layer", "layernorm")) | _hf.LIVE,
+        settings={"output": _hf.output_class(model, "ViTMAEModelOutput")},
     )
 
 
@@ -131,7 +134,8 @@ def _whole_steps(model: nn.Module, options: Options, keep: Callable[..., None]) 
             {"forward": decoder_forward},
             {"forward": "mask tokens, order and positions in one pass"},
             lambda: decoder(*_latent(model, decoder)),
-            {"output": _hf.output_class(decoder, "ViTMAEDecoderOutput")},
+            DECODER | _hf.LIVE,
+            settings={"output": _hf.output_class(decoder, "ViTMAEDecoderOutput")},
             path="decoder",
         )
     inside = _swap.overriding(model, "patchify")
@@ -158,7 +162,8 @@ def _whole_steps(model: nn.Module, options: Options, keep: Callable[..., None]) 
         {"forward": forward},
         {"forward": text},
         lambda: _outputs(model),
-        {"output": _hf.output_class(model, "ViTMAEForPreTrainingOutput"), "pred": options.pred},
+        frozenset(("vit", "decoder", "config.mask_ratio")) | _hf.LIVE,
+        settings={"output": _hf.output_class(model, "ViTMAEForPreTrainingOutput"), "pred": options.pred},
     )
 
 
@@ -167,7 +172,8 @@ def _whole_steps(model: nn.Module, options: Options, keep: Callable[..., None]) 
 
 def _grid(vit: nn.Module) -> tuple[int, int]:
     patches = _hf.inner(_hf.inner(vit.embeddings).patch_embeddings)
-    height, width = (size // k for size, k in zip(patches.image_size, patches.projection.kernel_size))
+    kernel = layers.convolution(patches.projection).kernel_size
+    height, width = (size // k for size, k in zip(patches.image_size, kernel))
     return height, width
 
 
@@ -202,7 +208,7 @@ def _check_table(
 def _images(vit: nn.Module) -> Tensor:
     """Two images, one of low contrast, where the epsilon of normalised targets shows."""
     patches = _hf.inner(_hf.inner(vit.embeddings).patch_embeddings)
-    like = patches.projection.weight
+    like = layers.convolution(patches.projection).weight
     images = torch.randn(2, like.shape[1], *patches.image_size, device=like.device, dtype=like.dtype)
     images[1] *= 1e-3
     return images
@@ -242,7 +248,7 @@ def embeddings_forward(
     self: nn.Module, pixel_values: Tensor, noise: Tensor | None = None, interpolate_pos_encoding: bool = False
 ):
     if not _embeds(self, pixel_values, noise, interpolate_pos_encoding):
-        return _swap.original(self, "forward")(pixel_values, noise, interpolate_pos_encoding)
+        return _swap.fall_back(self, "forward")(pixel_values, noise, interpolate_pos_encoding)
     proj, pos = self.patch_embeddings.projection, self.position_embeddings
     height, width = (size // k for size, k in zip(pixel_values.shape[2:], proj.kernel_size))
     batch, num_patches = len(pixel_values), height * width
@@ -261,9 +267,9 @@ def _embeds(self: nn.Module, images: object, noise: object, interpolate: object)
     """Whether the embeddings are of the kind that the kernels serve."""
     patches = self.patch_embeddings
     proj = patches.projection
-    if layers.hooked(patches) or layers.strided_patches(proj) or torch.jit.is_tracing():
+    if layers.hooked(patches) or torch.jit.is_tracing():
         return False
-    if not _images_fit(images, proj) or not 0 <= self.config.mask_ratio <= 1:
+    if not layers.takes(images, proj) or not 0 <= self.config.mask_ratio <= 1:
         return False
     sizes, kernel = tuple(images.shape[2:]), proj.kernel_size
     if any(size < k or size % k for size, k in zip(sizes, kernel)):
@@ -277,25 +283,13 @@ def _embeds(self: nn.Module, images: object, noise: object, interpolate: object)
     return fits and tuple(noise.shape) == (len(images), count)
 
 
-def _images_fit(images: object, proj: nn.Module) -> bool:
-    return (
-        isinstance(images, Tensor)
-        and images.ndim == 4
-        and len(images) > 0
-        and images.shape[1] == proj.in_channels
-        and images.device == proj.weight.device
-        and images.is_floating_point()
-        and layers.conv_dtype_fits(images, proj)
-    )
-
-
 def model_forward(self: nn.Module, pixel_values: Tensor | None = None, noise: Tensor | None = None, *args, **kwargs):
     options = dict(kwargs)
     interpolate = options.pop("interpolate_pos_encoding", None)
     encoder = getattr(self, "encoder", None)
     watched = encoder is not None and layers.hooked(encoder)
     if args or watched or pixel_values is None or not _hf.usual_call(self, options):
-        return _swap.original(self, "forward")(pixel_values, noise, *args, **kwargs)
+        return _swap.fall_back(self, "forward")(pixel_values, noise, *args, **kwargs)
     x, mask, ids_restore = self.embeddings(pixel_values, noise=noise, interpolate_pos_encoding=bool(interpolate))
     x, delta = run_blocks(_layers_of(self), x)
     latent = layers.last_norm(self.layernorm, x, delta)
@@ -310,7 +304,7 @@ def decoder_forward(self: nn.Module, hidden_states: Tensor, ids_restore, interpo
     plan, pred = ids_restore if isinstance(ids_restore, Order) else (None, "full")
     if not _decodes(self, hidden_states, ids_restore if plan is None else plan.slot, plan, interpolate_pos_encoding):
         ids_restore = ids_restore if plan is None else plan.ids_restore
-        out = _swap.original(self, "forward")(hidden_states, ids_restore, interpolate_pos_encoding)
+        out = _swap.fall_back(self, "forward")(hidden_states, ids_restore, interpolate_pos_encoding)
         if pred == "masked":
             out.logits = _masked_rows(out.logits, plan)
         return out
@@ -380,10 +374,10 @@ def forward_loss(
 ) -> Tensor:
     fits = isinstance(mask, Tensor) and isinstance(pred, Tensor) and mask.shape == pred.shape[:2]
     if not fits or not _scores(self, pixel_values, pred, interpolate_pos_encoding):
-        return _swap.original(self, "forward_loss")(pixel_values, pred, mask, interpolate_pos_encoding)
+        return _swap.fall_back(self, "forward_loss")(pixel_values, pred, mask, interpolate_pos_encoding)
     # The mask may hold any weights, so every patch is scored, as in the original.
     every = TokenMask.all_visible(*pred.shape[:2], pred.device).complement()
-    each = _score(self, pixel_values, pred, every, "all", "none").view(mask.shape)
+    each = _score(self, pixel_values, layers.handed_out(pred), every, "all", "none").view(mask.shape)
     return (each * mask).sum() / mask.sum()
 
 
@@ -392,7 +386,7 @@ def forward(self: nn.Module, pixel_values: Tensor | None = None, noise: Tensor |
     return_dict = kwargs.get("return_dict")
     fits = not args and getattr(self.config, "return_dict", True) and _scores(self, pixel_values, None, interpolate)
     if not fits or int(_tokens(self, pixel_values) * (1 - self.config.mask_ratio)) == _tokens(self, pixel_values):
-        return _swap.original(self, "forward")(pixel_values, noise, *args, **kwargs)  # without a mask it divides by 0
+        return _swap.fall_back(self, "forward")(pixel_values, noise, *args, **kwargs)  # without a mask it divides by 0
     options = {k: v for k, v in kwargs.items() if k != "return_dict"}
     outputs = self.vit(pixel_values, noise=noise, **options)
     latent, ids_restore, pred = outputs.last_hidden_state, outputs.ids_restore, _swap.setting(self, "pred")
@@ -406,7 +400,7 @@ def forward(self: nn.Module, pixel_values: Tensor | None = None, noise: Tensor |
     loss = _score(self, pixel_values, logits, plan, "all" if pred == "full" else "masked", "mean")
     output = _swap.setting(self, "output")(
         loss=loss,
-        logits=logits,
+        logits=layers.handed_out(logits),
         mask=outputs.mask,
         ids_restore=ids_restore,
         hidden_states=outputs.hidden_states,

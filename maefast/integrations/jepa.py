@@ -26,6 +26,10 @@ NAME = "JEPA"
 # Arguments of the two kinds of predictors, and what the report says of them.
 IMAGE, VIDEO = ["x", "masks_x", "masks"], ["ctxt", "tgt", "masks_ctxt", "masks_tgt", "mask_index"]
 PREDICTOR = "positions gathered without copies, last block on the predicted tokens only"
+# What our methods read at every call, see `Step.live`.
+ENCODES = frozenset(("patch_embed.proj", "pos_embed", "blocks", "norm", "out_layers", "use_activation_checkpointing"))
+PREDICTS = frozenset(f"predictor_{name}" for name in ("embed", "pos_embed", "blocks", "norm", "proj"))
+PREDICTS |= {"mask_token", "mask_tokens", "use_activation_checkpointing"}
 
 
 def recognise(module: nn.Module) -> bool:
@@ -34,7 +38,7 @@ def recognise(module: nn.Module) -> bool:
 
 def _is_encoder(module: nn.Module) -> bool:
     return (
-        isinstance(getattr(getattr(module, "patch_embed", None), "proj", None), (nn.Conv2d, nn.Conv3d))
+        isinstance(getattr(getattr(module, "patch_embed", None), "proj", None), nn.Module)
         and isinstance(getattr(module, "pos_embed", None), Tensor)
         and all(isinstance(getattr(module, name, None), nn.Module) for name in ("blocks", "norm"))
         and hasattr(type(module), "interpolate_pos_encoding")
@@ -64,17 +68,17 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
         reason = reason or layers.strided_patches(model.patch_embed.proj)
         reason = reason or _swap.overriding(model, "interpolate_pos_encoding")
         fast, text = encoder_forward, "kept patches only embedded"
-        probe = _encoder_probe
+        probe, live = _encoder_probe, ENCODES
     elif _arguments(model) == IMAGE:
-        fast, text, probe = image_predictor_forward, PREDICTOR, _image_predictor_probe
+        fast, text, probe, live = image_predictor_forward, PREDICTOR, _image_predictor_probe, PREDICTS
     else:
         if getattr(model, "mask_tokens", None) is None:
             reason = reason or "it has no mask tokens and predicts from noisy targets; its blocks are accelerated"
-        fast, text, probe = video_predictor_forward, PREDICTOR, _video_predictor_probe
+        fast, text, probe, live = video_predictor_forward, PREDICTOR, _video_predictor_probe, PREDICTS
     if reason:
         keep("forward", reason)
         return
-    yield Step(model, {"forward": fast}, {"forward": text}, lambda: probe(model))
+    yield Step(model, {"forward": fast}, {"forward": text}, lambda: probe(model), live)
 
 
 # --- probes -------------------------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ def _usual(model: nn.Module, x: object) -> bool:
     proj = model.patch_embed.proj
     if layers.hooked(model.patch_embed, proj) or getattr(model, "use_activation_checkpointing", False):
         return False
-    if not isinstance(x, Tensor) or x.ndim != proj.weight.ndim or x.shape[1] != proj.in_channels or not len(x):
+    if not layers.takes(x, proj, proj.weight.ndim):
         return False
     sizes, patch = tuple(x.shape[2:]), proj.kernel_size
     tokens = 1
@@ -197,7 +201,7 @@ def _usual(model: nn.Module, x: object) -> bool:
     fits = tokens == model.pos_embed.shape[1] and all(size % k == 0 for size, k in zip(sizes, patch))
     if hasattr(model, "input_size"):  # V-JEPA compares sizes, I-JEPA the number of patches
         fits = fits and sizes[-2:] == (model.input_size,) * 2 and (len(sizes) == 2 or sizes[0] == model.num_frames)
-    return fits and x.device == proj.weight.device and layers.conv_dtype_fits(x, proj)
+    return fits
 
 
 def encoder_forward(self: nn.Module, x: Tensor, masks: list[Tensor] | Tensor | None = None):
@@ -206,7 +210,7 @@ def encoder_forward(self: nn.Module, x: Tensor, masks: list[Tensor] | Tensor | N
         index = _together(masks, len(x), self.pos_embed.shape[1], x.device)
         usual = index is not None
     if not usual:
-        return _swap.original(self, "forward")(x, masks)
+        return _swap.fall_back(self, "forward")(x, masks)
     x = _embed(self, x, index)
     video = hasattr(self, "input_size")
     extra = {"mask": None if index is None else index.flatten(0, 1)} if video else {}
@@ -295,7 +299,7 @@ def _predict(
 
 def image_predictor_forward(self: nn.Module, x: Tensor, masks_x: list[Tensor] | Tensor, masks: list[Tensor] | Tensor):
     out = _predict(self, x, masks_x, masks, self.mask_token, video=False)
-    return _swap.original(self, "forward")(x, masks_x, masks) if out is None else out
+    return _swap.fall_back(self, "forward")(x, masks_x, masks) if out is None else out
 
 
 def video_predictor_forward(
@@ -312,5 +316,5 @@ def video_predictor_forward(
         token = self.mask_tokens[mask_index % self.num_mask_tokens]
         out = _predict(self, ctxt, masks_ctxt, masks_tgt, token, video=True)
     if out is None:
-        return _swap.original(self, "forward")(ctxt, tgt, masks_ctxt, masks_tgt, mask_index)
+        return _swap.fall_back(self, "forward")(ctxt, tgt, masks_ctxt, masks_tgt, mask_index)
     return out

@@ -61,7 +61,9 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
         keep("decode", reason)
     else:
         x = _like(model.decoder_pos_embed)
-        yield Step(model, {"decode": mae_decode}, {"decode": "sums pending between blocks"}, lambda: model.decode(x))
+        live = frozenset(("decoder_pos_embed", "decoder_blocks", "decoder_norm"))
+        text = "sums pending between blocks"
+        yield Step(model, {"decode": mae_decode}, {"decode": text}, lambda: model.decode(x), live)
 
 
 def _root(kind: type, names: tuple[str, ...]) -> type:
@@ -87,7 +89,8 @@ def _encoder_steps(model: nn.Module, keep: Callable[[str, str], None]) -> Iterat
             {"preprocess": preprocess},
             {"preprocess": "tokens in idx_keep embedded only"},
             lambda: model.preprocess(images, idx_keep=_keep_half(model.vit, images)),
-            {"embed": type(model.vit.patch_embed)},
+            frozenset(("mask_token", *(f"vit.{name}" for name in timm_vit.EMBEDDING))),
+            settings={"embed": type(model.vit.patch_embed)},
         )
     else:
         keep("preprocess", reason)
@@ -99,6 +102,7 @@ def _encoder_steps(model: nn.Module, keep: Callable[[str, str], None]) -> Iterat
         {"encode": encode},
         {"encode": "sums pending between blocks"},
         lambda: (model.encode(images), model.encode(images, idx_keep=_keep_half(model.vit, images))),
+        frozenset(("preprocess", "vit.norm_pre", "vit.blocks", "vit.norm")),
     )
 
 
@@ -126,11 +130,14 @@ def _decoder_steps(model: nn.Module, keep: Callable[[str, str], None]) -> Iterat
                 model.preprocess(x, idx_mask=index),
                 model.preprocess(x, mask=mask, idx_keep=index),
             ),
+            frozenset(("pos_embed", "mask_token")),
         )
     if reason := _overridden(model, DECODER, "decode"):
         keep("decode", reason)
     else:
-        yield Step(model, {"decode": decode}, {"decode": "sums pending between blocks"}, lambda: model.decode(x))
+        live = frozenset(("blocks", "norm"))
+        text = "sums pending between blocks"
+        yield Step(model, {"decode": decode}, {"decode": text}, lambda: model.decode(x), live)
 
 
 def _like(table: Tensor) -> Tensor:
@@ -172,7 +179,7 @@ def preprocess(self: nn.Module, images: Tensor, idx_mask=None, idx_keep=None, ma
         tokens = None if plan is None else timm_vit.embed_kept(vit, images, plan)
         if tokens is not None:
             return tokens
-    return _swap.original(self, "preprocess")(images, idx_mask=idx_mask, idx_keep=idx_keep, mask=mask)
+    return _swap.fall_back(self, "preprocess")(images, idx_mask=idx_mask, idx_keep=idx_keep, mask=mask)
 
 
 def encode(self: nn.Module, images: Tensor, idx_mask=None, idx_keep=None, mask=None):
@@ -188,7 +195,7 @@ def decoder_preprocess(self: nn.Module, x: Tensor, idx_mask=None, idx_keep=None,
     else:
         usual = isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == x.shape[:2]
     if not tokens or not usual:
-        return _swap.original(self, "preprocess")(x, idx_mask=idx_mask, idx_keep=idx_keep, mask=mask)
+        return _swap.fall_back(self, "preprocess")(x, idx_mask=idx_mask, idx_keep=idx_keep, mask=mask)
     if mask is None:
         mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, idx_mask, True)
     x = torch.where(mask[..., None], token, x) + pos

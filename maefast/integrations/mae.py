@@ -24,6 +24,9 @@ NAME = "facebookresearch/mae"
 METHODS = ("forward", "forward_encoder", "forward_decoder", "forward_loss", "random_masking", "patchify")
 MODULES = ("patch_embed", "blocks", "norm", "decoder_embed", "decoder_blocks", "decoder_norm", "decoder_pred")
 TENSORS = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed")
+# What our methods read at every call, see `Step.live`.
+ENCODER = frozenset(("patch_embed.proj", "cls_token", "pos_embed", "blocks", "norm"))
+DECODER = frozenset(f"decoder_{name}" for name in ("embed", "pos_embed", "blocks", "norm", "pred")) | {"mask_token"}
 
 
 def recognise(module: nn.Module) -> bool:
@@ -32,7 +35,7 @@ def recognise(module: nn.Module) -> bool:
         and all(isinstance(getattr(module, name, None), nn.Module) for name in MODULES)
         and all(isinstance(getattr(module, name, None), Tensor) for name in TENSORS)
         and hasattr(module, "norm_pix_loss")
-        and isinstance(getattr(module.patch_embed, "proj", None), nn.Conv2d)
+        and isinstance(getattr(module.patch_embed, "proj", None), nn.Module)  # an adapter may stand in its place
     )
 
 
@@ -46,11 +49,11 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
         kept["forward_loss"] = kept["forward_loss"] or kept["patchify"]
     done = set()
 
-    def step(name: str, fast: Callable, text: str, probe: Callable, **settings) -> Iterator[Step]:
+    def step(name: str, fast: Callable, text: str, probe: Callable, live: frozenset, **settings) -> Iterator[Step]:
         if kept[name]:
             keep(name, kept[name])
             return
-        yield Step(model, {name: fast}, {name: text}, probe, settings)
+        yield Step(model, {name: fast}, {name: text}, probe, live, settings=settings)
         if name in _swap.methods(model):
             done.add(name)
 
@@ -59,18 +62,21 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
         forward_encoder,
         "mask in one kernel, visible patches only embedded",
         lambda: model.forward_encoder(probe_images(model), 0.75),
+        ENCODER,
     )
     yield from step(
         "forward_decoder",
         forward_decoder,
         "mask tokens, order and positions in one pass",
         lambda: model.forward_decoder(*_latent(model)),
+        DECODER,
     )
     yield from step(
         "forward_loss",
         forward_loss,
         "pixels read in place, no target tensor",
         lambda: model.forward_loss(*_prediction(model)),
+        frozenset(("patch_embed.proj",)),
     )
     missing = [name for name in ("forward_encoder", "forward_decoder", "forward_loss") if name not in done]
     if missing and not kept["forward"]:
@@ -80,7 +86,8 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
         text += "; pred='masked': [B, masked, K] in plan order"
     ratio = inspect.signature(model.forward).parameters.get("mask_ratio")
     ratio = 0.75 if ratio is None else ratio.default
-    yield from step("forward", forward, text, lambda: _whole(model), pred=options.pred, ratio=ratio)
+    live = ENCODER | DECODER
+    yield from step("forward", forward, text, lambda: _whole(model), live, pred=options.pred, ratio=ratio)
 
 
 # --- probes -------------------------------------------------------------------------------------------------
@@ -88,7 +95,7 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
 
 def probe_images(model: nn.Module) -> Tensor:
     """Two images, one of low contrast, where the epsilon of normalised targets shows."""
-    proj = model.patch_embed.proj
+    proj = layers.convolution(model.patch_embed.proj)
     side = round((model.pos_embed.shape[1] - 1) ** 0.5)
     size = getattr(model.patch_embed, "img_size", None) or [side * k for k in proj.kernel_size]
     size = (size, size) if isinstance(size, int) else tuple(size)
@@ -130,7 +137,7 @@ def _whole(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 def _usual(model: nn.Module, images: Tensor) -> bool:
     """Images that the model would take; what it would refuse is left to it."""
     proj = model.patch_embed.proj
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != proj.in_channels or not len(images):
+    if not layers.takes(images, proj):
         return False
     height, width = (s // k for s, k in zip(images.shape[2:], proj.kernel_size))
     fits = height * width == model.pos_embed.shape[1] - 1
@@ -138,12 +145,12 @@ def _usual(model: nn.Module, images: Tensor) -> bool:
     size = getattr(model.patch_embed, "img_size", None)
     if size is not None:
         fits = fits and tuple(images.shape[2:]) == ((size, size) if isinstance(size, int) else tuple(size))
-    return fits and layers.conv_dtype_fits(images, proj)
+    return fits
 
 
 def _embeds(model: nn.Module) -> bool:
     """Whether the weights of the patch embedding may be read: nobody watches it or shards it by itself."""
-    return layers.strided_patches(model.patch_embed.proj) is None and not layers.hooked(model.patch_embed)
+    return not layers.hooked(model.patch_embed)
 
 
 def _ratio(ratio: object) -> bool:
@@ -191,31 +198,31 @@ def score(model: nn.Module, images: Tensor, pred: Tensor, plan: TokenMask, rows:
 
 def forward_encoder(self: nn.Module, x: Tensor, mask_ratio: float, *args, **kwargs):
     if args or kwargs or not _usual(self, x) or not _embeds(self) or not _ratio(mask_ratio):
-        return _swap.original(self, "forward_encoder")(x, mask_ratio, *args, **kwargs)
+        return _swap.fall_back(self, "forward_encoder")(x, mask_ratio, *args, **kwargs)
     plan = draw(self, x, mask_ratio)
     return encode(self, x, plan, features=True), plan.mask.to(torch.get_default_dtype()), plan.ids_restore
 
 
 def forward_decoder(self: nn.Module, x: Tensor, ids_restore: Tensor, *args, **kwargs):
-    if args or kwargs or self.decoder_pos_embed.shape[1] != ids_restore.shape[1] + 1:
-        return _swap.original(self, "forward_decoder")(x, ids_restore, *args, **kwargs)
+    if args or kwargs or not len(x) or self.decoder_pos_embed.shape[1] != ids_restore.shape[1] + 1:
+        return _swap.fall_back(self, "forward_decoder")(x, ids_restore, *args, **kwargs)
     plan = TokenMask.from_ids_restore(ids_restore, x.shape[1] - 1)
     return decode(self, x, plan)
 
 
 def forward_loss(self: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, *args, **kwargs):
     if args or kwargs or not _usual(self, imgs) or pred.ndim != 3 or mask.shape != pred.shape[:2]:
-        return _swap.original(self, "forward_loss")(imgs, pred, mask, *args, **kwargs)
+        return _swap.fall_back(self, "forward_loss")(imgs, pred, mask, *args, **kwargs)
     # The mask may hold any weights, so every patch is scored, as in the original.
     every = TokenMask.all_visible(*pred.shape[:2], pred.device).complement()
-    each = score(self, imgs, pred, every, "all", "none").view(mask.shape)
+    each = score(self, imgs, layers.handed_out(pred), every, "all", "none").view(mask.shape)
     return (each * mask).sum() / mask.sum()
 
 
 def forward(self: nn.Module, imgs: Tensor, mask_ratio: float | None = None, *args, **kwargs):
     mask_ratio = _swap.setting(self, "ratio") if mask_ratio is None else mask_ratio
     if args or kwargs or not _usual(self, imgs) or not _embeds(self) or not _ratio(mask_ratio):
-        return _swap.original(self, "forward")(imgs, mask_ratio, *args, **kwargs)
+        return _swap.fall_back(self, "forward")(imgs, mask_ratio, *args, **kwargs)
     plan = draw(self, imgs, mask_ratio)
     which = _swap.setting(self, "pred", "full")
     if plan.total_masked == 0:  # the original divides zero by zero
@@ -225,4 +232,5 @@ def forward(self: nn.Module, imgs: Tensor, mask_ratio: float | None = None, *arg
     pred = decode(self, encode(self, imgs, plan), plan, which)
     loss = score(self, imgs, pred, plan, "all" if which == "full" else "masked", "mean")
     mask = plan.mask.to(torch.get_default_dtype())
-    return loss.to(torch.promote_types(loss.dtype, mask.dtype)), pred, mask  # the original multiplies by this mask
+    # The original multiplies by this mask.
+    return loss.to(torch.promote_types(loss.dtype, mask.dtype)), layers.handed_out(pred), mask

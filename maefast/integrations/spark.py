@@ -55,6 +55,7 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
         {"forward": decode},
         {"forward": "batch norm with ReLU6, and batch norm with the skip, in one pass"},
         lambda: _reconstruct(model),
+        frozenset() if _unlike(decoder) else _live_decoder(decoder),
         path="dense_decoder",
     )
     odd = _swap.overriding(decoder, "forward") or _unlike(decoder)
@@ -80,20 +81,45 @@ def _kept(model: nn.Module) -> str | None:
 
 def _all(model: nn.Module, decoder: Step | None) -> Iterator[Step]:
     layered = list(_sparse(model))
-    if decoder is not None:
-        layered.append((decoder.module, decoder.methods))
     teller = next((name for module, _ in layered if (name := _teller(module))), None)
     counted = _swap.overridden(model, "mask", _swap.root_class(type(model), METHODS)) is None
-    for module, methods in layered:  # the sparse layers' are of no effect until `forward` gives them cells
+    for module, methods in layered:  # of no effect until `forward` gives them cells
         _swap.swap(module, methods)
+    if decoder is not None:
+        layered.append((decoder.module, decoder.methods))
+        _swap.swap(decoder.module, decoder.methods, decoder.guards())
     texts = {"forward": "encoder on the active cells alone, densified in one pass, no target tensor in the loss"}
     if decoder is not None:
         texts["dense_decoder.forward"] = decoder.texts["forward"]
     settings = {"teller": teller, "counted": counted}
-    yield Step(model, {"forward": forward}, texts, lambda: _whole(model), settings)
+    names = {id(module): name for name, module in model.named_modules()}
+    beside = tuple(names[id(module)] for module, _ in layered)
+    yield Step(model, {"forward": forward}, texts, lambda: _whole(model), _live(model, beside), beside, settings)
     if "forward" not in _swap.methods(model):
         for module, _ in layered:
             _swap.unswap(module)
+
+
+def _live(model: nn.Module, beside: tuple[str, ...]) -> frozenset[str]:
+    """What our methods read at every call, see `Step.live`: parts that are called, and what is in sparse layers."""
+    called = {"sparse_encoder", "dense_decoder", "densify_norms", "densify_projs", "mask_tokens", ACTIVE}
+    inside = {f"dense_decoder.{name}" for name in _live_decoder(model.dense_decoder)}
+    for path in beside:
+        if path == "dense_decoder":
+            continue
+        part = model.get_submodule(path)
+        kept = (*part._parameters, *part._buffers, *part._modules)
+        inside |= {f"{path}.{name}" for name in kept}
+    return frozenset(called | inside)
+
+
+def _live_decoder(decoder: nn.Module) -> frozenset[str]:
+    """Convolutions and norms of its blocks; what is passed over is the forward of a block, and its ReLU6."""
+    found = {"proj"}
+    for i, up in enumerate(decoder.dec):
+        names = (".up_sample", *(f".conv.{j}" for j in (0, 1, 3, 4))) if _up_block(up) else ("",)
+        found |= {f"dec.{i}{name}" for name in names}
+    return frozenset(found)
 
 
 def _sparse(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[str, Callable]]]:
@@ -231,8 +257,8 @@ LAYERS: dict[type[nn.Module], Callable] = {
 
 def decode(self: nn.Module, to_dec: list[Tensor | None]):
     maps = list(to_dec)
-    if not maps or maps[0] is None:
-        return _swap.original(self, "forward")(to_dec)
+    if not maps or maps[0] is None or not len(maps[0]):
+        return _swap.fall_back(self, "forward")(to_dec)
     maps += [None] * (len(self.dec) + 1 - len(maps))
     x = maps[0]
     for i, up in enumerate(self.dec, 1):
@@ -256,21 +282,20 @@ def _usual(model: nn.Module, images: Tensor) -> bool:
 
 
 def forward(self: nn.Module, inp_bchw: Tensor, active_b1ff: Tensor | None = None, vis: bool = False, *args, **kwargs):
-    original = _swap.original(self, "forward")
     if args or kwargs or vis or not _usual(self, inp_bchw):
-        return original(inp_bchw, active_b1ff, vis, *args, **kwargs)
+        return _swap.fall_back(self, "forward")(inp_bchw, active_b1ff, vis, *args, **kwargs)
     keep = None
     if active_b1ff is None:
         active_b1ff = self.mask(inp_bchw.shape[0], inp_bchw.device)
         keep = self.len_keep if _swap.setting(self, "counted") else None  # no sync where the count is known
     shape = (len(inp_bchw), 1, self.fmap_h, self.fmap_w)
     if active_b1ff.dtype is not torch.bool or tuple(active_b1ff.shape) != shape:
-        return original(inp_bchw, active_b1ff)
+        return _swap.fall_back(self, "forward")(inp_bchw, active_b1ff)
     if teller := _swap.setting(self, "teller"):
         setattr(sys.modules[teller], ACTIVE, active_b1ff)
     plan = CellMask.from_bool(~active_b1ff[:, 0], keep)
     if not plan.total or not plan.tokens.total_masked:
-        return original(inp_bchw, active_b1ff)
+        return _swap.fall_back(self, "forward")(inp_bchw, active_b1ff)
     maps = self.sparse_encoder(Cells.pack(inp_bchw, plan))
     rec = self.dense_decoder([_densify(self, i, level) for i, level in enumerate(reversed(maps))])
     loss = ops.patch_loss(_patches(self, rec), inp_bchw, plan.tokens, self.downsample_raito, norm="mae", rows="all")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from maefast import ops
+from maefast.integrations import _code, _swap
 from maefast.integrations import _layers as layers
-from maefast.integrations import _swap
 from maefast.integrations._steps import Options, Step
 from maefast.integrations.transformer import is_fast, run_blocks
 from maefast.ops import TokenMask
@@ -28,6 +28,10 @@ PATCH_EMBED |= {"dynamic_img_pad"}
 PATCH_DROP = {"prob", "num_prefix_tokens", "ordered", "return_indices", "training"}
 POS_EMBED = {"cls_token", "reg_token", "pos_embed", "dynamic_img_size", "patch_embed", "no_embed_class", "pos_drop"}
 POS_EMBED |= {"num_prefix_tokens", "num_reg_tokens"}
+# What our methods read at every call, see `Step.live`: parts of the embedding, and parts that are called.
+EMBEDDING = ("patch_embed.proj", "patch_embed.norm", "cls_token", "reg_token", "pos_embed", "pos_drop")
+LIVE = frozenset((*EMBEDDING, "patch_drop.prob", "patch_drop.ordered", "norm_pre", "blocks", "norm"))
+CALLED = frozenset(("patch_embed", "pos_embed", "cls_token", "reg_token", "_pos_embed", "patch_drop"))
 
 
 def recognise(module: nn.Module) -> bool:
@@ -36,7 +40,7 @@ def recognise(module: nn.Module) -> bool:
         and all(isinstance(getattr(module, name, None), nn.Module) for name in MODULES)
         and all(hasattr(module, name) for name in ("cls_token", "pos_embed", "num_prefix_tokens", "no_embed_class"))
         and isinstance(module.blocks, nn.Sequential)
-        and isinstance(getattr(module.patch_embed, "proj", None), nn.Conv2d)
+        and isinstance(getattr(module.patch_embed, "proj", None), nn.Module)  # an adapter may stand in its place
     )
 
 
@@ -62,7 +66,8 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
         {"forward_features": forward_features},
         {"forward_features": text},
         lambda: _both(model, probe),
-        {"fused": fused},
+        LIVE if fused else LIVE | CALLED,
+        settings={"fused": fused},
     )
 
 
@@ -70,9 +75,9 @@ def not_fused(vit: nn.Module) -> str | None:
     """Why the embedding is not the one that we know, whatever the images are, or None."""
     if reason := layers.strided_patches(vit.patch_embed.proj):
         return reason
-    if unknown := layers.beyond(vit.patch_embed, {"proj"}, PATCH_EMBED):
+    if unknown := _code.beyond(vit.patch_embed, {"proj"}, PATCH_EMBED):
         return f"the patch embedding uses {unknown}, which maefast does not know"
-    if unknown := layers.beyond(vit, {"cls_token", "pos_embed", "pos_drop"}, POS_EMBED, "_pos_embed"):
+    if unknown := _code.beyond(vit, {"cls_token", "pos_embed", "pos_drop"}, POS_EMBED, "_pos_embed"):
         return f"_pos_embed uses {unknown}, which maefast does not know"
     if vit.pos_embed is None:
         return "there are no positions"
@@ -84,7 +89,7 @@ def not_fused(vit: nn.Module) -> str | None:
 def _unknown_dropout(module: nn.Module) -> str | None:
     if type(module) is nn.Identity:
         return "there is no patch dropout"
-    unknown = layers.beyond(module, {"prob", "num_prefix_tokens", "ordered"}, PATCH_DROP)
+    unknown = _code.beyond(module, {"prob", "num_prefix_tokens", "ordered"}, PATCH_DROP)
     if not unknown and getattr(module, "return_indices", False):
         unknown = "return_indices"
     return f"the patch dropout uses {unknown}, which maefast does not know" if unknown else None
@@ -92,7 +97,7 @@ def _unknown_dropout(module: nn.Module) -> str | None:
 
 def images_for(vit: nn.Module) -> Tensor:
     """Two small random images for the comparison."""
-    proj = vit.patch_embed.proj
+    proj = layers.convolution(vit.patch_embed.proj)
     size = getattr(vit.patch_embed, "img_size", None) or [4 * k for k in proj.kernel_size]
     size = (size, size) if isinstance(size, int) else tuple(size)
     channels = getattr(vit, "in_chans", proj.in_channels)  # a convnet may stand before the projection
@@ -119,15 +124,13 @@ def usual_images(vit: nn.Module, images: object) -> bool:
     """Images that the embedding would take; what it would refuse is left to it."""
     embed = vit.patch_embed
     proj = embed.proj
-    if not isinstance(images, Tensor) or not layers.plain_tensor(images) or images.ndim != 4 or not len(images):
+    if not layers.takes(images, proj) or not layers.plain_tensor(images):
         return False
     size = getattr(embed, "img_size", None)
     size = (size, size) if isinstance(size, int) else size
     if size is None or tuple(images.shape[1:]) != (proj.in_channels, *size):
         return False
-    if any(s % k for s, k in zip(size, proj.kernel_size)) or not layers.conv_dtype_fits(images, proj):
-        return False
-    return images.device == proj.weight.device
+    return not any(s % k for s, k in zip(size, proj.kernel_size))
 
 
 def usual_embedding(vit: nn.Module) -> bool:
@@ -206,5 +209,5 @@ def through(blocks: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 def forward_features(self: nn.Module, x: Tensor, *args, **kwargs):
     unusual = any(given is not None and given is not False for given in (*args, *kwargs.values()))
     if unusual or getattr(self, "grad_checkpointing", False):
-        return _swap.original(self, "forward_features")(x, *args, **kwargs)
+        return _swap.fall_back(self, "forward_features")(x, *args, **kwargs)
     return through(self.blocks, self.norm, _tokens(self, x))

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from maefast.integrations import _hf, _swap, _verify
 from maefast.integrations import _layers as layers
+from maefast.integrations._guards import Guards
 from maefast.integrations._layouts import LAYOUTS, HuggingFace4, HuggingFace5, Timm
-
-WHAT = "fused attention, residual + norm, bias + GELU"
 
 
 class Pending(NamedTuple):
@@ -43,6 +42,12 @@ class Tail(NamedTuple):
     count: int
 
 
+_swap.HANDED.update((Pending, Tail))
+
+
+WATCHED = "a module inside has a hook, another forward or a wrapper"
+
+
 # --- computing ----------------------------------------------------------------------------------------------
 
 
@@ -59,8 +64,13 @@ def _forward(layout: type, block: nn.Module, x, args: tuple, kwargs: dict):
         return _run(layout, block, *x)
     if isinstance(x, Tail):
         return _run(layout, block, *x)
-    if not _usual(layout, block, x) or watched(block) or not layout.passes(block, args, kwargs):
-        return _swap.original(block, "forward")(x, *args, **kwargs)
+    if not _usual(layout, block, x):
+        return _swap.fall_back(block, "forward")(x, *args, **kwargs)
+    if watched(block):
+        return _swap.fall_back(block, "forward", WATCHED)(x, *args, **kwargs)
+    if not layout.passes(block, args, kwargs):
+        given = [k for k, v in kwargs.items() if _hf.given(v)] or ["further positional arguments"]
+        return _swap.fall_back(block, "forward", f"it was called with {', '.join(given)}")(x, *args, **kwargs)
     return _run(layout, block, x, None).value()
 
 
@@ -97,7 +107,7 @@ def watched(block: nn.Module) -> bool:
 
 def timm_forward(self: nn.Module, *args, **kwargs):
     if not args:  # the first argument by its name, whatever that is
-        return _swap.original(self, "forward")(**kwargs)
+        return _swap.fall_back(self, "forward")(**kwargs)
     return _forward(Timm, self, args[0], args[1:], kwargs)
 
 
@@ -121,7 +131,7 @@ FORWARDS = {Timm: timm_forward, HuggingFace5: hf5_forward, HuggingFace4: hf4_for
 
 def is_fast(block: nn.Module) -> bool:
     """Whether the block takes `Pending` and `Tail`, and nobody wants to see what it returns on the way."""
-    if "forward" not in _swap.methods(block) or _swap.is_plain():
+    if not _swap.runs_fast(block, "forward"):
         return False
     return not watched(block) and (layers.only_sharded(block) or not _hf.recorded(block))
 
@@ -133,9 +143,9 @@ def _pends(block: nn.Module) -> bool:
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *args, **kwargs) -> Pending:
     """x through all blocks; further arguments go to blocks that run as they are."""
-    at = Pending(x)
+    at, some = Pending(x), bool(x.numel())  # the blocks' own code answers for none
     for block in blocks:
-        if _pends(block):
+        if some and _pends(block):
             at = block(at)
         else:
             out = block(at.value(), *args, **kwargs)
@@ -146,7 +156,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *args, **kwargs) -> Pendi
 def run_tail(blocks: nn.ModuleList, x: Tensor, count: int, *args, **kwargs) -> Pending:
     """The last `count` tokens of the output of all blocks; further arguments go to blocks that run as they are."""
     last = blocks[-1] if len(blocks) else None
-    if last is None or not _pends(last) or _drops(last):
+    if last is None or not x.numel() or not _pends(last) or _drops(last):
         at = run_blocks(blocks, x, *args, **kwargs)
         return Pending(at.x[:, -count:], None if at.delta is None else at.delta[:, -count:])
     return last(Tail(*run_blocks(blocks[:-1], x, *args, **kwargs), count))
@@ -182,11 +192,33 @@ def unknown(block: nn.Module, layout: type) -> str | None:
     return layout.unknown(block) if hasattr(layout, "unknown") else None
 
 
+def guards(block: nn.Module, layout: type, settings: dict) -> Guards:
+    """Of the block's own forward.
+
+    Raises:
+        Unguarded: it reads or writes what cannot be guarded.
+    """
+    return Guards(block, ("forward",), layout.live(block, settings))
+
+
 def text(block: nn.Module, layout: type) -> str:
     """What serves the (accelerated) block now, for the report."""
     with _verify.whole(block):  # sharded parameters would pass for strange ones
-        problem = layout.problem(block)
-    return WHAT if problem is None else f"residual + norm, bias + GELU; {problem}, so it runs as it was"
+        modes = [_parts(block, layout, training) for training in (True, False)]
+    if modes[0] == modes[1]:
+        return modes[0]
+    return f"{modes[1]} (in training: {modes[0]})"
+
+
+def _parts(block: nn.Module, layout: type, training: bool) -> str:
+    with _verify.mode(block, training):
+        problem, act = layout.problem(block), layout.activation(block)
+    attention = "fused attention" if problem is None else f"attention as it was, because {problem}"
+    if layers.gelu(act) is not None:
+        mlp = "bias + GELU"
+    else:
+        mlp = "MLP as it was" if act is None else f"{getattr(act, '__name__', type(act).__name__)} as it was"
+    return f"{attention}; residual + norm, {mlp}" if problem else f"{attention}, residual + norm, {mlp}"
 
 
 def probe(block: nn.Module, layout: type) -> Tensor:
@@ -211,28 +243,19 @@ def kind(block: nn.Module) -> tuple:
     return tuple(parts), tuple(tensors)
 
 
-def compare(block: nn.Module, layout: type) -> float:
-    """The largest relative difference between the fast forward and the block's own, training and evaluating. Both run
-    with random weights. The block is left as it was.
+def compare(block: nn.Module, layout: type) -> tuple[float, bool | None]:
+    """`_verify.agreement` of the fast forward and the block's own. The block is left as it was.
 
     Raises:
-        Mismatch: they differ.
+        Mismatch: they differ. Unsuitable: they cannot be compared.
     """
     if (reason := _verify.unsuitable(block)) is not None:
         raise Unsuitable(reason)
-    trains = [(part, part.training) for part in block.modules()]
     _swap.swap(block, {"forward": FORWARDS[layout]}, **settings(block, layout))
-    worst = 0.0
     try:
-        for training in (True, False):
-            for part, _ in trains:
-                part.training = training
-            worst = max(worst, _verify.compare(block, lambda: block(probe(block, layout)), fresh=True))
+        return _verify.agreement(block, lambda: block(probe(block, layout)))
     finally:
         _swap.unswap(block)
-        for part, training in trains:
-            part.training = training
-    return worst
 
 
 class Unsuitable(Exception):

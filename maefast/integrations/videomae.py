@@ -23,6 +23,7 @@ from maefast.integrations.transformer import Pending, run_blocks, run_tail
 from maefast.ops import TokenMask
 
 NAME = "VideoMAE"
+LIVE = ("encoder_to_decoder", "decoder", "mask_token", "pos_embed")  # of the pair, see `Step.live`
 CHECKPOINTS = ("use_checkpoint", "with_cp")  # the switch of v1, of v2
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -34,7 +35,7 @@ def recognise(module: nn.Module) -> bool:
 def _is_pair(module: nn.Module) -> bool:
     return (
         all(isinstance(getattr(module, name, None), nn.Module) for name in ("encoder", "decoder"))
-        and isinstance(getattr(module, "encoder_to_decoder", None), nn.Linear)
+        and isinstance(getattr(module, "encoder_to_decoder", None), nn.Module)
         and all(isinstance(getattr(module, name, None), Tensor) for name in ("mask_token", "pos_embed"))
         and _parameters(module, "forward")[:2] == ["x", "mask"]
     )
@@ -42,7 +43,7 @@ def _is_pair(module: nn.Module) -> bool:
 
 def _is_encoder(module: nn.Module) -> bool:
     return (
-        isinstance(getattr(getattr(module, "patch_embed", None), "proj", None), nn.Conv3d)
+        isinstance(layers.convolution(getattr(getattr(module, "patch_embed", None), "proj", nn.Identity())), nn.Conv3d)
         and isinstance(getattr(module.patch_embed, "img_size", None), (tuple, list))
         and isinstance(getattr(module, "pos_embed", None), Tensor)
         and all(isinstance(getattr(module, name, None), nn.Module) for name in ("blocks", "norm", "head"))
@@ -53,7 +54,7 @@ def _is_encoder(module: nn.Module) -> bool:
 def _is_decoder(module: nn.Module) -> bool:
     return (
         all(isinstance(getattr(module, name, None), nn.Module) for name in ("blocks", "norm"))
-        and isinstance(getattr(module, "head", None), nn.Linear)
+        and isinstance(getattr(module, "head", None), nn.Module)
         and _parameters(module, "forward") == ["x", "return_token_num"]
     )
 
@@ -78,12 +79,16 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
         keep("forward", reason)
         return
     decodes = "decode_mask" in _parameters(model, "forward")
+    shares = _is_encoder(model.encoder) and _swap.overriding(model.encoder, "forward") is None  # hands on what it gets
     yield Step(
         model,
         {"forward": forward},
         {"forward": "mask tokens, order and positions in one pass; one plan for encoder and decoder"},
         lambda: _pair_probe(model, encoder, decodes),
-        {"shares": _swap.overriding(model.encoder, "forward") is None, "decodes": decodes},
+        frozenset(
+            (*(("encoder.forward_features", "encoder.head", "encoder.pos_embed") if shares else ("encoder",)), *LIVE)
+        ),
+        settings={"shares": shares, "decodes": decodes},
     )
 
 
@@ -91,16 +96,18 @@ def _part(part: nn.Module, keep: Callable[[str, str], None]) -> Iterator[Step]:
     """The step of an encoder or decoder, once."""
     if _is_encoder(part):
         name, fast, text = "forward_features", forward_features, "visible tubelets only embedded"
+        live = frozenset(("patch_embed.proj", "pos_embed", "blocks", "norm", *CHECKPOINTS))
         reason, probe = layers.strided_patches(part.patch_embed.proj), _encoder_probe
     elif _is_decoder(part):
         name, fast, text = "forward", decoder_forward, "last block on the predicted tokens only"
+        live = frozenset(("blocks", "norm", "head", *CHECKPOINTS))
         reason, probe = None, _decoder_probe
     else:
         return
     if reason := reason or _swap.overriding(part, name):
         keep(name, reason)
     elif name not in _swap.methods(part):
-        yield Step(part, {name: fast}, {name: text}, lambda: probe(part))
+        yield Step(part, {name: fast}, {name: text}, lambda: probe(part), live)
 
 
 # --- probes -------------------------------------------------------------------------------------------------
@@ -119,8 +126,9 @@ def _encoder_probe(encoder: nn.Module) -> Tensor:
 
 
 def _decoder_probe(decoder: nn.Module) -> list[Tensor]:
-    weight = decoder.head.weight
-    x = torch.randn(2, 7, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    like = next(decoder.parameters())
+    width = decoder.blocks[0].norm1.normalized_shape[-1] if len(decoder.blocks) else decoder.head.in_features
+    x = torch.randn(2, 7, width, device=like.device, dtype=like.dtype)
     with _no_checkpoints(decoder):
         return [decoder(x, count) for count in (4, 0)]
 
@@ -188,7 +196,7 @@ def _plan(mask: Tensor, visible: int) -> TokenMask:
 def _usual(encoder: nn.Module, x: Tensor) -> bool:
     """Videos that the encoder would take; what it would refuse is left to it."""
     embed, proj = encoder.patch_embed, encoder.patch_embed.proj
-    if not isinstance(x, Tensor) or x.ndim != 5 or x.shape[1] != proj.in_channels or layers.hooked(embed, proj):
+    if not layers.takes(x, proj, 5) or layers.hooked(embed, proj):
         return False
     sizes, patch = tuple(x.shape[2:]), proj.kernel_size
     grid = [size // k for size, k in zip(sizes, patch)]
@@ -196,7 +204,6 @@ def _usual(encoder: nn.Module, x: Tensor) -> bool:
         sizes[1:] == tuple(embed.img_size)
         and all(size % k == 0 for size, k in zip(sizes, patch))
         and encoder.pos_embed.shape[1] == grid[0] * grid[1] * grid[2]
-        and layers.conv_dtype_fits(x, proj)
     )
 
 
@@ -219,7 +226,7 @@ def forward_features(self: nn.Module, x: Tensor, mask: Tensor | TokenMask, *args
             plan = _plan(mask, count[0]) if count and 0 < count[0] < mask.shape[1] else None
     if plan is None:
         mask = mask.mask if isinstance(mask, TokenMask) else mask
-        return _swap.original(self, "forward_features")(x, mask, *args, **kwargs)
+        return _swap.fall_back(self, "forward_features")(x, mask, *args, **kwargs)
     proj = self.patch_embed.proj
     # The table, once a step and not once a sample, in the dtype that the convolution would have given.
     pos = self.pos_embed.detach().to(x.device, layers.product_dtype(proj.weight))
@@ -229,9 +236,9 @@ def forward_features(self: nn.Module, x: Tensor, mask: Tensor | TokenMask, *args
 
 
 def decoder_forward(self: nn.Module, x: Tensor, return_token_num: int, *args, **kwargs):
-    usual = isinstance(x, Tensor) and x.ndim == 3 and isinstance(return_token_num, int)
+    usual = isinstance(x, Tensor) and x.ndim == 3 and len(x) > 0 and isinstance(return_token_num, int)
     if args or kwargs or not usual or not 0 <= return_token_num <= x.shape[1]:
-        return _swap.original(self, "forward")(x, return_token_num, *args, **kwargs)
+        return _swap.fall_back(self, "forward")(x, return_token_num, *args, **kwargs)
     count = return_token_num or x.shape[1]
     if _checkpointed(self):
         at = Pending(_through_checkpoints(self, x)[:, -count:])
@@ -251,10 +258,10 @@ def forward(self: nn.Module, x: Tensor, mask: Tensor, *args, **kwargs):
         # Most often what is decoded is what is masked: then the third mask is all False.
         counts = _uniform(mask) if decode is None else _uniform(mask, decode, ~(mask ^ decode))
     if counts is None or not 0 < counts[0] < num_tokens or (decode is not None and counts[1] == 0):
-        return _swap.original(self, "forward")(x, mask, *args, **kwargs)
+        return _swap.fall_back(self, "forward")(x, mask, *args, **kwargs)
     plan = _plan(mask, counts[0])
-    share = _swap.setting(self, "shares") and "forward_features" in _swap.methods(self.encoder)
-    share = share and not layers.hooked(self.encoder) and not _swap.is_plain()
+    share = _swap.setting(self, "shares") and not layers.hooked(self.encoder)
+    share = share and _swap.runs_fast(self.encoder, "forward_features")
     latent = layers.linear(self.encoder_to_decoder, self.encoder(x, plan if share else mask))
     pos = self.pos_embed.detach().to(x.device, x.dtype)
     if decode is None or counts[2] == num_tokens:

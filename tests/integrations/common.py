@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import maefast
+from tests.integrations import sweep
 
 
 def tensors(out) -> list[Tensor]:
@@ -75,6 +78,7 @@ class DropIn:
     double = 1e-10  # float64: relative error of outputs; gradients 10 times that
     single = 2e-5  # float32, the same
     bf16_slack = 1.5  # error in bfloat16 autocast, over the model's own against float32
+    sweeps = False  # every method and attribute is changed; for one class of a family
 
     def make(self) -> nn.Module:
         raise NotImplementedError
@@ -319,3 +323,80 @@ class DropIn:
         fast = maefast.accelerate(self.build(), **self.options, verify=False)
         assert "verify=False" in str(maefast.report(fast))
         assert not maefast.report(fast).kept
+
+    # --- what somebody changes ------------------------------------------------------------------------------
+
+    def step(self, model: nn.Module) -> tuple:
+        """Outputs and gradients of one training step in float64."""
+        np.random.seed(4)  # noqa: NPY002  the public FCMAE draws there
+        out = self.call(model, torch.float64)
+        self.loss(out).backward()
+        return (*tensors(out), *(p.grad for p in model.parameters()))
+
+    def test_changes_afterwards(self):
+        """Whatever is changed on an accelerated model, on object or class, changes its result as it does the model's
+        own, or both refuse; and once it is changed back, the model runs fast again."""
+        if not self.sweeps:
+            pytest.skip("swept by another class of the family")
+        model, fast = self.pair(torch.float64)
+        wrong = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for change in sweep.changes(model):
+                found = []
+                for net in (model, fast):
+                    with change.apply(net):
+                        found.append(sweep.outcome(lambda net=net: self.step(net), net))
+                if not sweep.alike(found[1], found[0], 1e-8):
+                    wrong.append(change.name)
+            assert not wrong, wrong
+            before = self._as_it_was(fast)
+            self.step(fast)
+        assert self._as_it_was(fast) == before
+
+    @staticmethod
+    def _as_it_was(fast: nn.Module) -> str:
+        return "\n".join(
+            n.runs[n.runs.find("as it was") :] for n in maefast.report(fast).notes if "as it was" in n.runs
+        )
+
+    def test_methods_changed_before(self):
+        """A method that is another one, on object or class, when the model is accelerated."""
+        if not self.sweeps:
+            pytest.skip("swept by another class of the family")
+        wrong = []
+        for change in sweep.changes(self.build(torch.float64)):
+            if " = " in change.name:
+                continue
+            model = self.build(torch.float64)
+            with warnings.catch_warnings(), change.apply(model):
+                warnings.simplefilter("ignore")
+                want = sweep.outcome(lambda model=model: self.step(model), model)
+                model.zero_grad()
+                self.accelerate(model)
+                got = sweep.outcome(lambda model=model: self.step(model), model)
+            if not sweep.alike(got, want, 1e-8):
+                wrong.append(change.name)
+        assert not wrong, wrong
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_frozen(self, when):
+        """Any subset of the parameters frozen, before or after: exactly the gradients of the model's own code."""
+        model = self.build(torch.float64)
+        fast = copy.deepcopy(model)
+        if when == "after":
+            self.accelerate(fast)
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            for p, q in zip(model.parameters(), fast.parameters()):
+                frozen = torch.rand((), generator=generator) < 0.5
+                p.requires_grad_(not frozen)
+                q.requires_grad_(not frozen)
+                p.grad = q.grad = None
+            if when == "before":
+                self.accelerate(fast)
+            for net in (model, fast):
+                out = self.call(net, torch.float64)
+                if self.loss(out).requires_grad:
+                    self.loss(out).backward()
+            assert gradient_error(fast, model) < 10 * self.double

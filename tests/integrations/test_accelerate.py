@@ -201,7 +201,6 @@ class Tiny(nn.Module):
         self.register_buffer("count", torch.zeros(1))
 
     def forward(self, x):
-        self.count += 1
         return x * self.scale
 
 
@@ -228,7 +227,31 @@ def test_a_difference_is_found(fast, message):
     _swap.swap(model, {"forward": fast})
     with pytest.raises(_verify.Mismatch, match=message):
         _verify.compare(model, lambda: model(X))
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda self: self.count.add_(1), "count"),
+        (lambda self: setattr(self, "calls", getattr(self, "calls", 0) + 1), "calls"),
+        (lambda self: self.seen.append(1), "seen"),
+    ],
+)
+def test_what_only_the_original_writes_is_found_and_undone(write, name):
+    class Counts(Tiny):
+        def forward(self, x):
+            write(self)
+            return super().forward(x)
+
+    model = Counts()
+    model.seen = seen = []
+    _swap.swap(model, {"forward": Tiny.forward})
+    with pytest.raises(_verify.Mismatch, match=f"it writes {name}"):
+        _verify.compare(model, lambda: model(X))
     assert model.count == 0
+    assert model.seen is seen
+    assert not seen
+    assert "calls" not in vars(model)
 
 
 class Noisy(Tiny):
@@ -251,7 +274,6 @@ def test_equal_code_passes():
     model = Tiny()
     _swap.swap(model, {"forward": lambda self, x: self.scale * x})
     assert _verify.compare(model, lambda: model(X)) == 0
-    assert model.count == 0
 
 
 # --- the text -----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ def images(dtype: torch.dtype = torch.float64, batch: int = 3) -> torch.Tensor:
 
 
 class TestFCMAE(DropIn):
+    sweeps = True
     families = (NAME,)
     replaced = 4
 

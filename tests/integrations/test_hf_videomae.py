@@ -62,6 +62,7 @@ def pair(kind=None, **changes) -> tuple[nn.Module, nn.Module]:
 
 
 class TestVideoMAE(DropIn):
+    sweeps = True
     families = (hf_videomae.NAME,)
     replaced = 6
 
@@ -76,6 +77,7 @@ class TestVideoMAE(DropIn):
 
 
 class TestClassification(DropIn):
+    sweeps = True
     """All tokens, no mask: fine-tuning."""
 
     families = (hf_videomae.NAME,)

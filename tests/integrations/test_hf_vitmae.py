@@ -57,6 +57,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 
 class TestViTMAE(DropIn):
+    sweeps = True
     families = (hf_vitmae.NAME,)
     replaced = 6
 

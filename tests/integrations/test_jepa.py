@@ -34,6 +34,8 @@ class Common(DropIn):
 
 
 class TestImages(Common):
+    sweeps = True
+
     def make(self):
         return models.IJepa()
 
@@ -43,6 +45,8 @@ class TestImages(Common):
 
 class TestVideos(Common):
     """Two pairs of masks of different sizes, as V-JEPA trains with."""
+
+    sweeps = True
 
     def make(self):
         return models.VJepa()

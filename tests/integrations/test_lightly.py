@@ -43,6 +43,7 @@ class Both(nn.Module):
 
 
 class TestLightly(DropIn):
+    sweeps = True
     families = ("lightly masked ViT", "timm ViT")
     replaced = 8  # four blocks, forward_features, preprocess and encode, preprocess and decode
 
@@ -57,6 +58,7 @@ class TestLightly(DropIn):
 
 
 class TestMAEDecoder(DropIn):
+    sweeps = True
     families = ("lightly masked ViT",)
     replaced = 3
 

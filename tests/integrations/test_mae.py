@@ -30,6 +30,7 @@ def images(dtype: torch.dtype = torch.float32, batch: int = 3) -> torch.Tensor:
 
 
 class TestMAE(DropIn):
+    sweeps = True
     families = ("facebookresearch/mae",)
     replaced = 8  # four blocks, four methods
 
@@ -44,6 +45,8 @@ class TestMAE(DropIn):
 
 
 class TestWithoutNormalisation(TestMAE):
+    sweeps = False
+
     def make(self):
         return MaskedAutoencoderViT(**{**SIZES, "norm_pix_loss": False})
 

@@ -44,6 +44,8 @@ class TestResNet(SparKDropIn):
 
 
 class TestConvNeXt(SparKDropIn):
+    sweeps = True
+
     def make(self):
         return public.convnext(drop_path=0.3, size=64)
 

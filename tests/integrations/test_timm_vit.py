@@ -19,6 +19,7 @@ def images(dtype: torch.dtype = torch.float32, batch: int = 3) -> torch.Tensor:
 
 
 class TestPatchDropout(DropIn):
+    sweeps = True
     families = ("timm ViT",)
     replaced = 3  # two blocks, forward_features
 
@@ -33,6 +34,8 @@ class TestPatchDropout(DropIn):
 
 
 class TestPooled(TestPatchDropout):
+    sweeps = False
+
     def make(self):
         return VisionTransformer(
             patch_drop_rate=0.5, no_embed_class=True, global_pool="avg", pre_norm=True, ordered=True

@@ -43,10 +43,12 @@ class Common(DropIn):
 
 
 class TestV1(Common):
+    sweeps = True
     pass
 
 
 class TestV2(Common):
+    sweeps = True
     """Decoder masks, layer scale, cosine attention in the blocks (which runs as it is)."""
 
     def make(self):

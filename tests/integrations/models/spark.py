@@ -57,6 +57,9 @@ class SparseLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x if self.data_format == "channels_last" else x.permute(0, 2, 3, 1)
+        if not self.sparse:
+            done = super().forward(rows)
+            return done if self.data_format == "channels_last" else done.permute(0, 3, 1, 2)
         where = active(*rows.shape[1:3]).squeeze(1).nonzero(as_tuple=True)
         done = torch.zeros_like(rows)
         done[where] = super().forward(rows[where])
@@ -78,7 +81,7 @@ class SparseBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
         y = (self.gamma * self.pwconv2(self.act(self.pwconv1(y)))).permute(0, 3, 1, 2)
-        return x + self.drop_path(y * active(*y.shape[2:]))
+        return x + self.drop_path(y * active(*y.shape[2:]) if self.sparse else y)
 
 
 class ConvNeXt(nn.Module):
