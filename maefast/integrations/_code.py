@@ -9,16 +9,15 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from types import CodeType, FunctionType
 from typing import NamedTuple
 
 from torch import nn
 
 # Wrappers of these libraries hand on to what they wrap; what they read themselves is no switch of the model.
-LIBRARIES = frozenset(
-    "torch transformers timm lightly einops numpy functools contextlib typing warnings math logging".split()
-)
+LIBRARIES = frozenset(("torch", "transformers", "timm", "lightly", "einops", "numpy", "functools", "contextlib"))
+LIBRARIES |= {"typing", "warnings", "math", "logging"}
 _LOOKS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD")
 _STORES = ("STORE_ATTR", "DELETE_ATTR")
 _BY_NAME = frozenset(("vars", "setattr", "delattr", "eval", "exec", "__dict__"))
@@ -31,8 +30,8 @@ class Look(NamedTuple):
         names: attributes that are looked up on some object, and strings that may stand for one. called: those of them
             that may be called or handed on, not only looked into. globals: names of the module around the code.
         writes: attributes that are set on the first argument, or on what is reached from it. computed: whether names
-            are made up while it runs (``getattr(self, name)``). handed: whether the first argument goes to other code as a
-            whole, which may look up anything.
+            are made up while it runs (``getattr(self, name)``). handed: whether the first argument goes to other code
+            as a whole, which may look up anything.
     """
 
     names: frozenset[str]
@@ -43,7 +42,7 @@ class Look(NamedTuple):
     handed: bool
 
 
-@lru_cache(maxsize=None)
+@cache
 def look(code: CodeType, first: str | None = None) -> Look:
     """`first` is the name of the first argument of a function around it."""
     steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "EXTENDED_ARG", "NOP", "RESUME")]
@@ -68,7 +67,8 @@ def look(code: CodeType, first: str | None = None) -> Look:
             writes.add(step.argval)
         elif step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
             loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-            handed |= first in loaded[:-1] or (loaded[-1] == first and after not in (*_LOOKS, *_STORES))
+            asked = _asks(steps, i - 1) or after in (*_LOOKS, *_STORES)
+            handed |= first in loaded[:-1] or (loaded[-1] == first and not asked)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             inner = look(constant, first)
@@ -82,6 +82,12 @@ def look(code: CodeType, first: str | None = None) -> Look:
             names.add(constant)
             called.add(constant)
     return Look(*map(frozenset, (names, called, known, writes)), computed, handed)
+
+
+def _asks(steps: list, i: int) -> bool:
+    """Whether a function of Python that looks at no attributes but those named to it is loaded at step `i`."""
+    i -= steps[i].opname == "PUSH_NULL"
+    return steps[i].opname == "LOAD_GLOBAL" and steps[i].argval in ("getattr", "hasattr", "isinstance", "type", "len")
 
 
 def _root(steps: list, i: int) -> str | None:

@@ -241,6 +241,8 @@ def _failing(site: _Site, thing: object) -> str | None:
     own = vars(thing)
     for name, value in site.functions.items():
         if name in own and not _bound(thing, own[name], value):
+            if isinstance(value, _PLAIN):
+                return f"{site.name(name)} has changed from {_short(value)} to {_short(own[name])}"
             return f"{site.name(name)} was replaced on the object"
         if not same(getattr(site.kind, name, _MISSING), value):
             return f"{site.kind.__name__}.{name} was replaced"
@@ -333,7 +335,7 @@ class _Walk:
         return name in self.live or re.sub(r"\.\d+(?=\.|$)", ".*", name) in self.live
 
     def _object(self, path: str, thing: object, names: frozenset, called: frozenset, methods: Iterable[str]) -> None:
-        """`names`: what code elsewhere looks up on it, `called`: and may call. `methods`: those of its own that are run."""
+        """`names`: what code elsewhere looks up on it, `called`: and may call. `methods`: its own ones that are run."""
         site = self.sites.setdefault(id(thing), _Site(path, thing))
         names, called = self._names(site, thing, names, called, methods)
         if None in names or site.kind.__module__.startswith("torch.nn."):
@@ -436,9 +438,8 @@ class _Walk:
             site.values[name] = value.copy() if isinstance(value, (list, set, dict)) else value
             if isinstance(value, FunctionType):
                 self._held(value)
-            elif not isinstance(value, (*_PLAIN, list, tuple, set, dict, type)) and hasattr(value, "__dict__"):
-                if not callable(value) and where.count(".") < 3:
-                    self._object(where, value, names - {None}, called, ())
+            elif _has_attributes(value) and where.count(".") < 3:
+                self._object(where, value, names - {None}, called, ())
 
     def _held(self, function: FunctionType) -> None:
         """A function that the object holds, such as a loss: what it reads around it."""
@@ -452,6 +453,12 @@ class _Walk:
         site.children[name] = child
         if child is not None:
             self._object(site.name(name), child, names - {None}, called, ("forward",) if name in called else ())
+
+
+def _has_attributes(value: object) -> bool:
+    """Whether this is an object such as a configuration."""
+    plain = isinstance(value, (*_PLAIN, list, tuple, set, dict, type))
+    return not plain and hasattr(value, "__dict__") and not callable(value)
 
 
 def _is_method(kind: type, name: str) -> bool:

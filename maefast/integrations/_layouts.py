@@ -270,10 +270,7 @@ class HuggingFace4:
     @staticmethod
     def feed(block: nn.Module, y: Tensor) -> Tensor:
         first, last, act = block.intermediate, block.output, HuggingFace4.activation(block)
-        if act is None:
-            out = layers.linear(last.dense, first(y))
-        else:
-            out = layers.mlp(first.dense, act, last.dense, y)
+        out = layers.linear(last.dense, first(y)) if act is None else layers.mlp(first.dense, act, last.dense, y)
         return layers.then(out, last.dropout)
 
     @staticmethod

@@ -19,8 +19,8 @@ class Note:
     """One finding about one part of the model.
 
     Attributes:
-        path: name of the module ("" is the model). method: which of its methods, or "". replaced: whether maefast serves
-            it now. text: by what, or why not. swapped: the note stands for a method that was replaced ("" for forward).
+        path: name of the module ("" is the model). method: which of its methods, or "". replaced: whether maefast
+            serves it now. text: by what, or why not. swapped: whether this is about a replaced method ("" for forward).
         detail: the traceback of an error, for `Report.verbose`. runs: what has run since, see `report`.
     """
 

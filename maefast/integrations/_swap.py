@@ -102,8 +102,8 @@ def root_class(kind: type, names: tuple[str, ...]) -> type | None:
 def swap(
     module: nn.Module, methods: Mapping[str, Callable], guards: Mapping[str, Guards] | None = None, **settings: Any
 ) -> None:
-    """Replace methods of `module` (more of them, if some are already), each with its guards. `settings` are read back by
-    `setting`."""
+    """Replace methods of `module` (more of them, if some are already), each with its guards. `settings` are read back
+    by `setting`."""
     kind = type(module)
     before = dict(vars(kind).get(METHODS, ()))
     base = kind.__dict__.get(BASE, kind)

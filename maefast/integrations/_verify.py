@@ -2,9 +2,9 @@
 
 A name and a structure do not prove what a fork of a fork computes. So `accelerate` compares outputs, gradients, the
 numbers drawn and what is written to buffers and attributes before it trusts its own code with a part of a model: while
-training and evaluating, with fresh random weights (neither zeros, NaN nor layer scales of 1e-5 hide a difference then),
-with the model's own choice of frozen parameters and with none frozen. The model is left as it was, and its hooks are set
-aside meanwhile.
+training and evaluating, with fresh random weights (neither zeros, NaN nor layer scales of 1e-5 hide a difference
+then), with the model's own choice of frozen parameters and with none frozen. The model is left as it was, and its hooks
+are set aside meanwhile.
 """
 
 # ruff: noqa: NPY002  the models in question draw from numpy's global generator

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _registry, _sync
+from maefast.ops import _autograd, _registry, _sync
 
 ACTIVATIONS = ("none", "relu", "relu6")  # their codes in the raw ops
 
@@ -20,17 +19,18 @@ class NormAct(torch.autograd.Function):
         residual = None if residual is None else residual.contiguous()
         scale = rstd * weight
         y = _registry.raw("norm_act", name)(x, residual, cu, sites, mean, scale, bias.contiguous(), act)
-        # The activation's gate: from x where nothing was added, from y for relu, from x and residual for relu6.
-        gate = None if residual is None or not act else y if ACTIVATIONS[act] == "relu" else residual
-        is_tensor = isinstance(count, Tensor)
-        ctx.save_for_backward(x, gate, weight, bias, mean, rstd, scale, cu, count if is_tensor else None)
-        ctx.count = None if is_tensor else count
-        ctx.constant = count is None
-        ctx.settings = sites, groups, act, process_group, name
+        if ctx is not None:
+            # The activation's gate: from x where nothing was added, from y for relu, from x and residual for relu6.
+            gate = None if residual is None or not act else y if ACTIVATIONS[act] == "relu" else residual
+            is_tensor = isinstance(count, Tensor)
+            ctx.save_for_backward(x, gate, weight, bias, mean, rstd, scale, cu, count if is_tensor else None)
+            ctx.count = None if is_tensor else count
+            ctx.constant = count is None
+            ctx.settings = sites, groups, act, process_group, name
         return y
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("batch_norm_act/group_norm_cells")
     def backward(ctx, grad):
         x, gate, weight, bias, mean, rstd, scale, cu, count = ctx.saved_tensors
         count = ctx.count if count is None else count
@@ -81,12 +81,13 @@ class Grn(torch.autograd.Function):
         zeros = torch.zeros_like(mean)
         bias = bias.contiguous()
         y = _registry.raw("norm_act", name)(x, None, cu, sites, zeros, scale, bias, 0)
-        ctx.save_for_backward(x, weight, bias, cu, response, divisor, scale)
-        ctx.settings = sites, name
+        if ctx is not None:
+            ctx.save_for_backward(x, weight, bias, cu, response, divisor, scale)
+            ctx.settings = sites, name
         return y
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("grn")
     def backward(ctx, grad):
         x, weight, bias, cu, response, divisor, scale = ctx.saved_tensors
         sites, name = ctx.settings
@@ -106,12 +107,13 @@ class SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cu, counts, sites, name):
         mean, _ = _registry.raw("segment_stats", name)(x.reshape(-1, x.shape[-1]).contiguous(), cu, sites)
-        ctx.save_for_backward(cu)
-        ctx.shape, ctx.dtype = x.shape, x.dtype
+        if ctx is not None:
+            ctx.save_for_backward(cu)
+            ctx.shape, ctx.dtype = x.shape, x.dtype
         return mean * counts.to(mean.dtype)[:, None]
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("segment_sum")
     def backward(ctx, grad):
         (cu,) = ctx.saved_tensors
         rows = torch.repeat_interleave(grad.to(ctx.dtype), cu.diff().long(), dim=0, output_size=ctx.shape[0])

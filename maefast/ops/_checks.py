@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 def tensor(name: str, value: object, *, ndim: int | tuple[int, ...] | None = None, floating: bool = True) -> None:
     """`value` is a strided tensor with an allowed number of dimensions and (if asked) a floating dtype."""
@@ -15,7 +17,7 @@ def tensor(name: str, value: object, *, ndim: int | tuple[int, ...] | None = Non
         if value.ndim not in allowed:
             want = " or ".join(str(n) for n in allowed)
             raise ValueError(f"{name} must have {want} dimensions, got shape {tuple(value.shape)}")
-    if floating and value.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    if floating and value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}")
 
 

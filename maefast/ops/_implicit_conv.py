@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _registry
+from maefast.ops import _autograd, _registry
 
 
 class Implicit(torch.autograd.Function):
@@ -14,14 +13,14 @@ class Implicit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, neighbours, weight, bias, window, groups, name):
-        x = x.contiguous()
-        ctx.save_for_backward(x, neighbours, weight)
-        ctx.window, ctx.backend = window, name
+        if ctx is not None:
+            ctx.save_for_backward(x, neighbours, weight)
+            ctx.window, ctx.backend = window, name
         bias = None if bias is None else bias.contiguous()
         return _registry.raw("implicit_conv", name)(x, neighbours, _taps_first(weight), bias, *window)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("conv_cells")
     def backward(ctx, grad):
         x, neighbours, weight = ctx.saved_tensors
         window, name = ctx.window, ctx.backend

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from maefast.ops import _autograd
+
 
 def size(process_group: object) -> int:
     return dist.get_world_size(process_group)
@@ -37,14 +39,15 @@ def reduce(sums: Tensor, process_group: object) -> Tensor:
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, process_group):
-        ctx.process_group = process_group
+        if ctx is not None:
+            ctx.process_group = process_group
         return reduce(x, process_group)
 
     @staticmethod
     def backward(ctx, grad):
-        return reduce(grad.contiguous(), ctx.process_group), None
+        return sum_over_ranks(grad, ctx.process_group), None  # a Function again: it has every derivative
 
 
 def sum_over_ranks(x: Tensor, process_group: object) -> Tensor:
     """`reduce` with a gradient: every rank's result depends on every rank's x."""
-    return _SumOverRanks.apply(x, process_group)
+    return _autograd.apply(_SumOverRanks, x.contiguous(), process_group)

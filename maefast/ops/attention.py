@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _attention_table, _checks, _registry
+from maefast.ops import _attention_table, _autograd, _checks, _registry
 
 
 class AttentionStats(NamedTuple):
@@ -100,8 +99,10 @@ def attention(
     if not packed:  # one view of all rows; equal lengths need no cu_seqlens
         q, kv, key_bias, marked = (t if t is None else t.flatten(0, 1) for t in (q, kv, key_bias, marked))
     args = (q, kv, key_bias, marked, cu_seqlens_q, cu_seqlens_k, batch, max_q, max_k, scale, causal, stats)
-    run = attention_reference if name == "reference" else _Attention.apply
-    out, lse, entropy, mass = run(*args, *(() if name == "reference" else (name,)))
+    if name == "reference":
+        out, lse, entropy, mass = attention_reference(*args)
+    else:
+        out, lse, entropy, mass = _autograd.apply(_Attention, *args, name)
     if not packed:
         out = out.unflatten(0, (batch, max_q))
     if not stats:
@@ -236,17 +237,17 @@ class _Attention(torch.autograd.Function):
         q, kv = q.contiguous(), None if kv is None else kv.contiguous()
         key_bias = None if key_bias is None else key_bias.float().contiguous()
         marked = None if marked is None else marked.contiguous()
-        ctx.args = (batch, max_q, max_k, scale, causal)
-        ctx.backend = name
+        args = (batch, max_q, max_k, scale, causal)
         run = _registry.raw("attention", name)
-        out, lse, entropy, mass = run(q, kv, cu_q, cu_k, *ctx.args, key_bias, marked, stats)
-        ctx.save_for_backward(q, kv, out, lse, entropy, mass, cu_q, cu_k, key_bias, marked)
-        ctx.stats = stats
-        ctx.set_materialize_grads(False)
+        out, lse, entropy, mass = run(q, kv, cu_q, cu_k, *args, key_bias, marked, stats)
+        if ctx is not None:
+            ctx.save_for_backward(q, kv, out, lse, entropy, mass, cu_q, cu_k, key_bias, marked)
+            ctx.args, ctx.stats, ctx.backend = args, stats, name
+            ctx.set_materialize_grads(False)
         return out, lse, entropy, mass
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("attention")
     def backward(ctx, grad, grad_lse, grad_entropy, grad_mass):
         q, kv, out, lse, entropy, mass, cu_q, cu_k, key_bias, marked = ctx.saved_tensors
         grad = torch.zeros_like(out) if grad is None else grad.contiguous()
@@ -256,9 +257,14 @@ class _Attention(torch.autograd.Function):
             t.contiguous() if use and t is not None else None
             for use, t in zip(given, (grad_lse, grad_entropy, grad_mass))
         ]
-        need_bias = ctx.needs_input_grad[2]
+        need_q, need_kv, need_bias = ctx.needs_input_grad[:3]
         run = _registry.raw("attention_backward", ctx.backend)
         grad_q, grad_kv, grad_bias = run(
             grad, *extra, q, kv, out, lse, entropy, mass, cu_q, cu_k, *ctx.args, key_bias, marked, need_bias
         )
-        return grad_q, None if kv is None else grad_kv, grad_bias if need_bias else None, *(None,) * 10
+        return (
+            grad_q if need_q else None,
+            grad_kv if need_kv else None,
+            grad_bias if need_bias else None,
+            *(None,) * 10,
+        )

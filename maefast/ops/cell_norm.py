@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maefast.ops import _cell_norm, _checks, _dispatch, _registry, _sync
+from maefast.ops import _autograd, _cell_norm, _checks, _dispatch, _registry, _sync
 from maefast.ops._cell_norm import ACTIVATIONS
 from maefast.ops.cells import CellMask, check_cells
 
@@ -104,9 +104,8 @@ def batch_norm_act(
         rstd = (var + eps).rsqrt()
     other = None if residual is None else residual.reshape(-1, channels)
     code = ACTIVATIONS.index(act)
-    return _cell_norm.NormAct.apply(
-        x, other, weight, bias, mean, rstd, count, None, 1, channels, code, process_group, name
-    ).view(shape)
+    args = mean, rstd, count, None, 1, channels, code, process_group, name
+    return _autograd.apply(_cell_norm.NormAct, x, other, weight, bias, *args).view(shape)
 
 
 def batch_norm_act_reference(
@@ -191,9 +190,8 @@ def group_norm_cells(
             mean, var = (s.expand_as(grouped).flatten(1).contiguous() for s in (mean, var))
         rstd = (var + eps).rsqrt()
     counts = counts.to(mean.dtype)[:, None]
-    return _cell_norm.NormAct.apply(
-        rows, None, weight, bias, mean, rstd, counts, cu, sites, groups, 0, None, name
-    ).view(x.shape)
+    args = mean, rstd, counts, cu, sites, groups, 0, None, name
+    return _autograd.apply(_cell_norm.NormAct, rows, None, weight, bias, *args).view(x.shape)
 
 
 def group_norm_cells_reference(
@@ -263,9 +261,8 @@ def grn(
         cu, counts = None, rows.shape[0]
     else:
         counts = counts.to(weight.dtype)[:, None]
-    return _cell_norm.Grn.apply(
-        rows, weight, bias, counts, cu, sites, eps, eps if scope == "sample" else 0.0, name
-    ).view(x.shape)
+    args = counts, cu, sites, eps, eps if scope == "sample" else 0.0, name
+    return _autograd.apply(_cell_norm.Grn, rows, weight, bias, *args).view(x.shape)
 
 
 def grn_reference(x: Tensor, plan: CellMask | None, weight: Tensor, bias: Tensor, eps: float, scope: str) -> Tensor:
@@ -296,7 +293,7 @@ def segment_sum(x: Tensor, plan: CellMask | None, *, backend: str | None = None)
     if name == "reference":
         return segment_sum_reference(x, plan)
     cu, sites, counts = _segments(x, plan)
-    return _cell_norm.SegmentSum.apply(x, cu, counts, sites, name)
+    return _autograd.apply(_cell_norm.SegmentSum, x, cu, counts, sites, name)
 
 
 def segment_sum_reference(x: Tensor, plan: CellMask | None) -> Tensor:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _checks, _dispatch, _registry
+from maefast.ops import _autograd, _checks, _dispatch, _registry
 from maefast.ops.mask import TokenMask
 
 MASKED, OUTSIDE = -1, -2  # in the neighbour tables
@@ -171,7 +170,7 @@ def pack_cells(x: Tensor, plan: CellMask, *, backend: str | None = None) -> Tens
         return pack_cells_reference(x, plan)
     channels_last = not x.is_contiguous() and x.stride(1) == 1
     memory = x.permute(0, 2, 3, 1) if channels_last else x
-    return _PackCells.apply(memory, plan.cells, plan.slot, plan.batch, plan.grid, channels_last, name)
+    return _autograd.apply(_PackCells, memory, plan.cells, plan.slot, plan.batch, plan.grid, channels_last, name)
 
 
 def pack_cells_reference(x: Tensor, plan: CellMask) -> Tensor:
@@ -185,12 +184,13 @@ def pack_cells_reference(x: Tensor, plan: CellMask) -> Tensor:
 class _PackCells(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cells, slot, batch, grid, channels_last, name):
-        ctx.save_for_backward(slot)
-        ctx.grid, ctx.channels_last, ctx.backend = [batch, *grid], channels_last, name
+        if ctx is not None:
+            ctx.save_for_backward(slot)
+            ctx.grid, ctx.channels_last, ctx.backend = [batch, *grid], channels_last, name
         return _registry.raw("pack_cells", name)(x.contiguous(), cells, list(grid), channels_last)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("pack_cells")
     def backward(ctx, grad):
         run = _registry.raw("unpack_cells", ctx.backend)
         return run(grad.contiguous(), *ctx.saved_tensors, ctx.grid, None, ctx.channels_last), *(None,) * 6
@@ -216,7 +216,8 @@ def unpack_cells(x: Tensor, plan: CellMask, fill: Tensor | None = None, *, backe
     name = _dispatch.choose("unpack_cells", x.device.type, x.dtype, backend)
     if name == "reference":
         return unpack_cells_reference(x, plan, fill)
-    return _UnpackCells.apply(x, fill, plan.cells, plan.slot, plan.batch, plan.grid, name).permute(0, 3, 1, 2)
+    full = _autograd.apply(_UnpackCells, x, fill, plan.cells, plan.slot, plan.batch, plan.grid, name)
+    return full.permute(0, 3, 1, 2)
 
 
 def unpack_cells_reference(x: Tensor, plan: CellMask, fill: Tensor | None = None) -> Tensor:
@@ -233,14 +234,15 @@ class _UnpackCells(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, fill, cells, slot, batch, grid, name):
-        ctx.save_for_backward(cells, slot)
-        ctx.batch, ctx.grid, ctx.backend = batch, grid, name
-        ctx.fill_dtype = None if fill is None else fill.dtype
+        if ctx is not None:
+            ctx.save_for_backward(cells, slot)
+            ctx.batch, ctx.grid, ctx.backend = batch, grid, name
+            ctx.fill_dtype = None if fill is None else fill.dtype
         value = None if fill is None else fill.to(x.dtype).contiguous()
         return _registry.raw("unpack_cells", name)(x.contiguous(), slot, [batch, *grid], value, True)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("unpack_cells")
     def backward(ctx, grad):
         cells, slot = ctx.saved_tensors
         grad = grad.contiguous()

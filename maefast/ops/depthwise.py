@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _checks, _dispatch, _registry
+from maefast.ops import _autograd, _checks, _dispatch, _registry
 from maefast.ops.cells import CellMask, check_cells, pack_cells_reference, unpack_cells_reference
 
 KERNELS = (3, 5, 7)
@@ -57,7 +56,7 @@ def depthwise_cells(
         return depthwise_cells_reference(x, plan, weight, bias)
     table = plan.neighbours(-(-(size // 2) // min(x.shape[1:3])))
     taps = weight.flatten(1).t().to(wide)
-    return _Depthwise.apply(x, table, taps, None if bias is None else bias.to(wide), name)
+    return _autograd.apply(_Depthwise, x.contiguous(), table, taps, None if bias is None else bias.to(wide), name)
 
 
 def depthwise_cells_reference(x: Tensor, plan: CellMask, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,22 +72,23 @@ def depthwise_cells_reference(x: Tensor, plan: CellMask, weight: Tensor, bias: T
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, table, taps, bias, name):
-        x, taps = x.contiguous(), taps.contiguous()
-        y = _registry.raw("depthwise", name)(x, table, taps, None if bias is None else bias.contiguous(), False)
-        ctx.save_for_backward(x, table, taps)
-        ctx.backend = name
+        bias = None if bias is None else bias.contiguous()
+        y = _registry.raw("depthwise", name)(x, table, taps.contiguous(), bias, False)
+        if ctx is not None:
+            ctx.save_for_backward(x, table, taps)
+            ctx.backend = name
         return y
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("depthwise_cells")
     def backward(ctx, grad):
         x, table, taps = ctx.saved_tensors
         grad = grad.contiguous()
+        need_x, _, need_taps, need_bias, _ = ctx.needs_input_grad
         grad_x = grad_taps = grad_bias = None
-        if ctx.needs_input_grad[0]:  # the same sum with the taps turned round
-            grad_x = _registry.raw("depthwise", ctx.backend)(grad, table, taps, None, True)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        if need_x:  # the same sum with the taps turned round
+            grad_x = _registry.raw("depthwise", ctx.backend)(grad, table, taps.contiguous(), None, True)
+        if need_taps or need_bias:
             size = round(taps.shape[0] ** 0.5)
             grad_taps, grad_bias = _registry.raw("depthwise_grad_weight", ctx.backend)(x, grad, table, size)
-            grad_bias = grad_bias if ctx.needs_input_grad[3] else None
-        return grad_x, None, grad_taps, grad_bias, None
+        return grad_x, None, grad_taps if need_taps else None, grad_bias if need_bias else None, None

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _checks, _dispatch, _registry
-from maefast.ops.linear import linear
+from maefast.ops import _autograd, _checks, _dispatch, _registry
+from maefast.ops.linear import linear, linear_reference
 from maefast.ops.mask import TokenMask
 
 
@@ -69,7 +68,7 @@ def gather_tokens(
     if name == "reference":
         rows = gather_tokens_reference(x, index, cu, prefix, keep_prefix)
     else:
-        rows = _GatherTokens.apply(x, index, plan.slot, cu, most, prefix, keep_prefix, masked, name)
+        rows = _autograd.apply(_GatherTokens, x, index, plan.slot, cu, most, prefix, keep_prefix, masked, name)
     return unpack(rows, plan.batch, count, prefix if keep_prefix else 0)
 
 
@@ -108,13 +107,13 @@ def interleave_prefix(prefix_tokens: Tensor, tokens: Tensor, index: Tensor, num_
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, index, slot, cu, most, prefix, keep_prefix, masked, name):
-        ctx.save_for_backward(slot, cu)
-        ctx.args = (prefix, keep_prefix, masked)
-        ctx.backend = name
+        if ctx is not None:
+            ctx.save_for_backward(slot, cu)
+            ctx.args, ctx.backend = (prefix, keep_prefix, masked), name
         return _registry.raw("gather_tokens", name)(x.contiguous(), index, cu, most, prefix, keep_prefix)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("gather_tokens")
     def backward(ctx, grad):
         slot, cu = ctx.saved_tensors
         run = _registry.raw("gather_tokens_backward", ctx.backend)
@@ -204,8 +203,9 @@ def patch_embed(
     if name == "reference":
         rows = patch_rows_reference(volume, plan.visible, patch).to(dtype)
     else:
-        rows = _PatchRows.apply(volume, plan.visible, plan.slot, patch, dtype, name)
-    y = linear(rows, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
+        rows = _autograd.apply(_PatchRows, volume, plan.visible, plan.slot, patch, dtype, name)
+    product = linear_reference if backend == "reference" else linear
+    y = product(rows, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
     return _place(y, plan, pos, prefix, name)
 
 
@@ -222,7 +222,9 @@ def _place(y: Tensor, plan: TokenMask, pos: Tensor | None, prefix: Tensor | None
     if name == "reference":
         rows = place_tokens_reference(y, plan.visible, plan.cu_visible, plan.num_tokens, pos, prefix)
     else:
-        rows = _PlaceTokens.apply(y, plan.visible, plan.slot, plan.cu_visible, plan.num_tokens, pos, prefix, name)
+        rows = _autograd.apply(
+            _PlaceTokens, y, plan.visible, plan.slot, plan.cu_visible, plan.num_tokens, pos, prefix, name
+        )
     return unpack(rows, plan.batch, plan.keep, count)
 
 
@@ -250,16 +252,14 @@ def place_tokens_reference(
 class _PatchRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, index, slot, patch, dtype, name):
-        ctx.save_for_backward(slot)
-        ctx.args = (list(images.shape), patch, images.dtype)
-        ctx.backend = name
+        if ctx is not None:
+            ctx.save_for_backward(slot)
+            ctx.args, ctx.backend = (list(images.shape), patch, images.dtype), name
         return _registry.raw("patch_rows", name)(images.contiguous(), index, patch, dtype)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("patch_embed")
     def backward(ctx, grad):
-        if not ctx.needs_input_grad[0]:
-            return (None,) * 6
         run = _registry.raw("patch_rows_backward", ctx.backend)
         return run(grad.contiguous(), *ctx.saved_tensors, *ctx.args), *(None,) * 5
 
@@ -267,25 +267,25 @@ class _PatchRows(torch.autograd.Function):
 class _PlaceTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, visible, slot, cu_visible, num_tokens, pos, prefix, name):
-        ctx.save_for_backward(slot, cu_visible)
-        ctx.prefix = 0 if prefix is None else prefix.shape[0]
-        ctx.y_dtype = y.dtype
-        ctx.backend = name
+        if ctx is not None:
+            ctx.save_for_backward(slot, cu_visible)
+            ctx.prefix = 0 if prefix is None else prefix.shape[0]
+            ctx.y_dtype, ctx.backend = y.dtype, name
         pos = None if pos is None else pos.contiguous()
         prefix = None if prefix is None else prefix.contiguous()
         run = _registry.raw("place_tokens", name)
         return run(y.contiguous(), visible, cu_visible, num_tokens, pos, prefix)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("patch_embed")
     def backward(ctx, grad):
-        need_pos, need_prefix = ctx.needs_input_grad[5], ctx.needs_input_grad[6]
+        need_y, *_, need_pos, need_prefix, _ = ctx.needs_input_grad
         run = _registry.raw("place_tokens_backward", ctx.backend)
         grad_y, grad_pos, grad_prefix = run(
             grad.contiguous(), *ctx.saved_tensors, ctx.prefix, need_pos, need_prefix, ctx.y_dtype
         )
         return (
-            grad_y,
+            grad_y if need_y else None,
             *(None,) * 4,
             grad_pos if need_pos else None,
             grad_prefix if need_prefix else None,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _checks, _dispatch, _registry
+from maefast.ops import _autograd, _checks, _dispatch, _registry
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none", *, backend: str | None = None) -> Tensor:
@@ -27,11 +26,11 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none", *, back
     _checks.same_device(x=x, bias=bias)
     if bias is not None:
         bias = _checks.vector("bias", bias, x.shape[-1])
-        bias = bias if bias.dtype is x.dtype else bias.to(x.dtype)
+        bias = (bias if bias.dtype is x.dtype else bias.to(x.dtype)).contiguous()
     name = _dispatch.choose("bias_gelu", x.device.type, x.dtype, backend)
     if name == "reference":
         return bias_gelu_reference(x, bias, approximate == "tanh")
-    return _BiasGelu.apply(x, bias, approximate == "tanh", name)
+    return _autograd.apply(_BiasGelu, x.contiguous(), bias, approximate == "tanh", name)
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
@@ -46,19 +45,18 @@ class _BiasGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias, tanh, name):
-        x = x.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        ctx.save_for_backward(x, bias)
-        ctx.tanh, ctx.backend = tanh, name
+        if ctx is not None:
+            ctx.save_for_backward(x, bias)
+            ctx.tanh, ctx.backend = tanh, name
         out = _registry.raw("bias_gelu", name)(x.view(-1, x.shape[-1]), bias, tanh)
         return torch.ops.aten._unsafe_view.default(out, x.shape)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("bias_gelu")
     def backward(ctx, grad):
         x, bias = ctx.saved_tensors
-        need_bias = bias is not None and ctx.needs_input_grad[1]
+        need_x, need_bias = ctx.needs_input_grad[:2]
         run = _registry.raw("bias_gelu_backward", ctx.backend)
         rows = (-1, x.shape[-1])
         grad_x, grad_bias = run(grad.reshape(rows).contiguous(), x.view(rows), bias, ctx.tanh, need_bias)
-        return grad_x.view(x.shape), grad_bias if need_bias else None, None, None
+        return grad_x.view(x.shape) if need_x else None, grad_bias if need_bias else None, None, None

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _dispatch, _registry
+from maefast.ops import _autograd, _dispatch, _registry
 
 LIBRARIES = ("torch", "onednn")
 MARGIN = 1.25  # oneDNN must win by this much: a near tie must not be decided by noise
@@ -35,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         [..., N]. float32 on a CPU runs on the library that `linear_library` names, forward and both gradients;
-        everything else is `F.linear` itself.
+        everything else, and the backend "reference", is `F.linear` itself.
     """
     if (
         x.device.type != "cpu"
@@ -43,10 +42,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or weight.dtype is not torch.float32
         or x.numel() * weight.shape[0] < MIN_WORK
         or torch.is_autocast_enabled("cpu")
+        or _dispatch.forced() == "reference"
         or linear_library()[0] == "torch"
     ):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    # oneDNN falls to a loop, hundreds of times slower, on strides that are neither a matrix's nor its transpose's.
+    return _autograd.apply(_Linear, x.contiguous(), weight.contiguous(), bias)
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -153,13 +154,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        # oneDNN falls to a loop, hundreds of times slower, on strides that are neither a matrix's nor its transpose's.
-        x, weight = x.contiguous(), weight.contiguous()
-        ctx.save_for_backward(x, weight)
+        if ctx is not None:
+            ctx.save_for_backward(x, weight)
         return _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("linear")
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad

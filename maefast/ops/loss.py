@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _checks, _dispatch, _registry
+from maefast.ops import _autograd, _checks, _dispatch, _registry
 from maefast.ops.embed import as_volume, check_plan, patch_grid
 from maefast.ops.mask import TokenMask
 
@@ -96,7 +95,9 @@ def patch_loss(
     if name == "reference":
         each = patch_loss_reference(pred, as_volume(images), plan.masked, *args)
     else:
-        each = _PatchLoss.apply(pred, as_volume(images), plan.masked, plan.slot, *args, name)
+        each = _autograd.apply(
+            _PatchLoss, pred.contiguous(), as_volume(images).contiguous(), plan.masked, plan.slot, *args, name
+        )
     return _reduce(each, plan, reduction)
 
 
@@ -181,17 +182,17 @@ def patch_targets(images: Tensor, patch: list[int]) -> Tensor:
 class _PatchLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pred, images, index, slot, patch, packed, channels_first, norm, kind, beta, name):
-        pred, images = pred.contiguous(), images.contiguous()
-        ctx.args = (patch, packed, channels_first, norm, kind, beta)
-        ctx.backend = name
-        each, stats = _registry.raw("patch_loss", name)(pred, images, index, *ctx.args)
-        ctx.save_for_backward(pred, images, index, slot, stats)
+        args = (patch, packed, channels_first, norm, kind, beta)
+        each, stats = _registry.raw("patch_loss", name)(pred, images, index, *args)
+        if ctx is not None:
+            ctx.save_for_backward(pred, images, index, slot, stats)
+            ctx.args, ctx.backend = args, name
         return each
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("patch_loss")
     def backward(ctx, grad):
         run = _registry.raw("patch_loss_backward", ctx.backend)
-        need_images = ctx.needs_input_grad[1]
+        need_pred, need_images = ctx.needs_input_grad[:2]
         grad_pred, grad_images = run(grad.contiguous(), *ctx.saved_tensors, *ctx.args, need_images)
-        return grad_pred, grad_images if need_images else None, *(None,) * 9
+        return grad_pred if need_pred else None, grad_images if need_images else None, *(None,) * 9

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _checks, _dispatch, _registry
+from maefast.ops import _autograd, _checks, _dispatch, _registry
 
 
 def add_norm(
@@ -43,7 +42,7 @@ def add_norm(
     weight = _checks.vector("weight", weight, x.shape[-1])
     bias = _checks.vector("bias", bias, x.shape[-1])
     _checks.same_device(x=x, delta=delta, weight=weight, bias=bias)
-    stream = x.dtype
+    kind, stream = x.device.type, x.dtype
     if delta is not None:
         _checks.tensor("delta", delta)
         if delta.shape != x.shape:
@@ -54,18 +53,19 @@ def add_norm(
             if delta.dtype is not stream and not (stream is torch.float32 and delta.dtype.itemsize == 2):
                 delta = delta.to(stream)
     if dtype is None:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast and stream is torch.float32 else stream
+        autocast = stream is torch.float32 and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else stream
     elif dtype is not stream and not (stream is torch.float32 and dtype in (torch.float16, torch.bfloat16)):
         raise TypeError(f"y may have the dtype of the stream, {stream}, or 16 bits beside float32; not {dtype}")
     wide = torch.float64 if stream is torch.float64 else torch.float32
     if weight.dtype is not wide or bias.dtype is not wide:
         weight, bias = weight.to(wide), bias.to(wide)
 
-    name = _dispatch.choose("add_norm", x.device.type, stream, backend)
+    name = _dispatch.choose("add_norm", kind, stream, backend)
     if name == "reference":
         return add_norm_reference(x, delta, weight, bias, eps, dtype)
-    residual, y = _AddNorm.apply(x, delta, weight, bias, eps, dtype, name)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    residual, y = _autograd.apply(_AddNorm, x.contiguous(), delta, weight, bias, eps, dtype, name)
     return x if delta is None else residual, y
 
 
@@ -86,26 +86,29 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, delta, weight, bias, eps, dtype, name):
         shape = x.shape
-        x = x.contiguous()
         run = _registry.raw("add_norm", name)
         rows = None if delta is None else delta.reshape(-1, shape[-1]).contiguous()
-        residual, y, mean, rstd = run(x.view(-1, shape[-1]), rows, weight.contiguous(), bias.contiguous(), eps, dtype)
+        residual, y, mean, rstd = run(x.view(-1, shape[-1]), rows, weight, bias, eps, dtype)
         if delta is not None:
             residual = torch.ops.aten._unsafe_view.default(residual, shape)
-        ctx.save_for_backward(x if delta is None else residual, mean, rstd, weight)
-        ctx.delta_dtype = None if delta is None else delta.dtype
-        ctx.backend = name
-        ctx.set_materialize_grads(False)
+        if ctx is not None:
+            ctx.save_for_backward(x if delta is None else residual, mean, rstd, weight)
+            ctx.delta_dtype = None if delta is None else delta.dtype
+            ctx.backend = name
+            ctx.set_materialize_grads(False)
+            if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+                ctx.mark_non_differentiable(residual)  # only the norm has trainable inputs
         return residual, torch.ops.aten._unsafe_view.default(y, shape)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("add_norm")
     def backward(ctx, grad_residual, grad_y):
         residual, mean, rstd, weight = ctx.saved_tensors
+        need_x, need_delta, need_weight, need_bias = ctx.needs_input_grad[:4]
         if ctx.delta_dtype is None:
             grad_residual = None  # the residual output is a stand-in there
         if grad_y is None:
-            grad_delta = None if ctx.delta_dtype is None or grad_residual is None else grad_residual.to(ctx.delta_dtype)
+            grad_delta = None if not need_delta or grad_residual is None else grad_residual.to(ctx.delta_dtype)
             return grad_residual, grad_delta, *(None,) * 5
         run = _registry.raw("add_norm_backward", ctx.backend)
         shape, rows = residual.shape, (-1, residual.shape[-1])
@@ -117,9 +120,13 @@ class _AddNorm(torch.autograd.Function):
             mean,
             rstd,
             weight,
-            ctx.needs_input_grad[2],
+            need_weight or need_bias,  # one pass makes both
         )
         grad_x = grad_x.view(shape)
-        grad_delta = None if ctx.delta_dtype is None else grad_x.to(ctx.delta_dtype)
-        grad_weight, grad_bias = grad_tables.unbind() if ctx.needs_input_grad[2] else (None, None)
-        return grad_x, grad_delta, grad_weight, grad_bias, *(None,) * 3
+        return (
+            grad_x if need_x else None,
+            grad_x.to(ctx.delta_dtype) if need_delta else None,
+            grad_tables[0] if need_weight else None,
+            grad_tables[1] if need_bias else None,
+            *(None,) * 3,
+        )

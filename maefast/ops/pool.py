@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _dispatch, _registry
+from maefast.ops import _autograd, _dispatch, _registry
 from maefast.ops.cell_norm import segment_sum
 from maefast.ops.cells import CellMask, check_cells, pack_cells_reference, unpack_cells_reference
 
@@ -41,7 +40,7 @@ def max_pool_cells(
     name = _dispatch.choose("max_pool_cells", x.device.type, x.dtype, backend)
     if name == "reference":
         return max_pool_cells_reference(x, plan, *window)
-    return _MaxPool.apply(x, plan.neighbours(_radius(x, *window)), *window, name)
+    return _autograd.apply(_MaxPool, x, plan.neighbours(_radius(x, *window)), *window, name)
 
 
 def max_pool_cells_reference(x: Tensor, plan: CellMask, kernel, stride, padding) -> Tensor:
@@ -79,7 +78,8 @@ def avg_pool_cells(
     name = _dispatch.choose("avg_pool_cells", x.device.type, x.dtype, backend)
     if name == "reference":
         return avg_pool_cells_reference(x, plan, *window, count_include_pad)
-    return _AvgPool.apply(x, plan.neighbours(_radius(x, *window)), *window, bool(count_include_pad), name)
+    table = plan.neighbours(_radius(x, *window))
+    return _autograd.apply(_AvgPool, x, table, *window, bool(count_include_pad), name)
 
 
 def avg_pool_cells_reference(x: Tensor, plan: CellMask, kernel, stride, padding, count_include_pad) -> Tensor:
@@ -164,13 +164,15 @@ def _wide_map(x: Tensor, plan: CellMask) -> Tensor:
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, table, kernel, stride, padding, name):
-        ctx.args, ctx.backend = (list(kernel), list(stride), list(padding)), name
-        y, argmax = _registry.raw("max_pool_cells", name)(x.contiguous(), table, *ctx.args)
-        ctx.save_for_backward(argmax, table)
+        args = (list(kernel), list(stride), list(padding))
+        y, argmax = _registry.raw("max_pool_cells", name)(x.contiguous(), table, *args)
+        if ctx is not None:
+            ctx.save_for_backward(argmax, table)
+            ctx.args, ctx.backend = args, name
         return y
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("max_pool_cells")
     def backward(ctx, grad):
         run = _registry.raw("max_pool_cells_backward", ctx.backend)
         return run(grad.contiguous(), *ctx.saved_tensors, *ctx.args), *(None,) * 5
@@ -179,12 +181,14 @@ class _MaxPool(torch.autograd.Function):
 class _AvgPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, table, kernel, stride, padding, count_include_pad, name):
-        ctx.args, ctx.backend = (list(kernel), list(stride), list(padding), count_include_pad), name
-        ctx.save_for_backward(table)
-        return _registry.raw("avg_pool_cells", name)(x.contiguous(), table, *ctx.args)
+        args = (list(kernel), list(stride), list(padding), count_include_pad)
+        if ctx is not None:
+            ctx.save_for_backward(table)
+            ctx.args, ctx.backend = args, name
+        return _registry.raw("avg_pool_cells", name)(x.contiguous(), table, *args)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("avg_pool_cells")
     def backward(ctx, grad):
         run = _registry.raw("avg_pool_cells_backward", ctx.backend)
         return run(grad.contiguous(), *ctx.saved_tensors, *ctx.args), *(None,) * 6

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _checks, _dispatch, _registry
+from maefast.ops import _autograd, _checks, _dispatch, _registry
 from maefast.ops.embed import check_plan, packed_rows, prefix_rows
 from maefast.ops.mask import TokenMask
 
@@ -70,7 +69,9 @@ def restore_tokens(
     name = _dispatch.choose("restore_tokens", x.device.type, dtype, backend)
     if name == "reference":
         return restore_tokens_reference(x, plan.visible, plan.masked, plan.cu_visible, mask_token, pos, *args)
-    return _RestoreTokens.apply(x, plan.visible, plan.masked, plan.slot, plan.cu_visible, mask_token, pos, *args, name)
+    return _autograd.apply(
+        _RestoreTokens, x, plan.visible, plan.masked, plan.slot, plan.cu_visible, mask_token, pos, *args, name
+    )
 
 
 def restore_tokens_reference(
@@ -119,19 +120,19 @@ def _rank(flat: Tensor, num_tokens: int, count: Tensor, offset: Tensor | int = 0
 class _RestoreTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, visible, masked, slot, cu_visible, mask_token, pos, prefix, visible_first, pos_on_masked, name):
-        ctx.save_for_backward(visible, masked, slot, cu_visible)
-        ctx.args = (prefix, visible_first, pos_on_masked)
-        ctx.pos_rows = 0 if pos is None else pos.shape[0]
-        ctx.x_dtype = x.dtype
-        ctx.backend = name
+        args = (prefix, visible_first, pos_on_masked)
+        if ctx is not None:
+            ctx.save_for_backward(visible, masked, slot, cu_visible)
+            ctx.pos_rows = 0 if pos is None else pos.shape[0]
+            ctx.args, ctx.x_dtype, ctx.backend = args, x.dtype, name
         pos = None if pos is None else pos.contiguous()
         run = _registry.raw("restore_tokens", name)
-        return run(x.contiguous(), visible, masked, cu_visible, mask_token.contiguous(), pos, *ctx.args)
+        return run(x.contiguous(), visible, masked, cu_visible, mask_token.contiguous(), pos, *args)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("restore_tokens")
     def backward(ctx, grad):
-        need_mask_token, need_pos = ctx.needs_input_grad[5], ctx.needs_input_grad[6]
+        need_x, need_mask_token, need_pos = (ctx.needs_input_grad[i] for i in (0, 5, 6))
         run = _registry.raw("restore_tokens_backward", ctx.backend)
         grad_x, grad_mask_token, grad_pos = run(
             grad.contiguous(),
@@ -142,7 +143,7 @@ class _RestoreTokens(torch.autograd.Function):
             ctx.x_dtype,
         )
         return (
-            grad_x,
+            grad_x if need_x else None,
             *(None,) * 4,
             grad_mask_token if need_mask_token else None,
             grad_pos if need_pos else None,

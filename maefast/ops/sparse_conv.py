@@ -12,9 +12,8 @@ from collections import defaultdict
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from maefast.ops import _checks, _conv_table, _registry
+from maefast.ops import _autograd, _checks, _conv_table, _registry
 from maefast.ops._conv_table import Pair, Window
 from maefast.ops._implicit_conv import Implicit
 from maefast.ops.cells import (
@@ -88,7 +87,7 @@ def conv_cells(
     if route == "dense":
         return _dense(x, plan, weight, bias, window, groups, backend)
     neighbours = plan.neighbours(window.radius(call.cell))
-    return _RUN[route].apply(x, neighbours, weight, bias, window, groups, name)
+    return _autograd.apply(_RUN[route], x.contiguous(), neighbours, weight, bias, window, groups, name)
 
 
 def conv_cells_reference(
@@ -200,13 +199,13 @@ class _Halo(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, neighbours, weight, bias, window, groups, name):
-        x = x.contiguous()
-        ctx.save_for_backward(x, neighbours, weight)
-        ctx.window, ctx.groups, ctx.backend = window, groups, name
+        if ctx is not None:
+            ctx.save_for_backward(x, neighbours, weight)
+            ctx.window, ctx.groups, ctx.backend = window, groups, name
         return _framed_conv(x, neighbours, weight, bias, window, groups, name)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("conv_cells")
     def backward(ctx, grad):
         x, neighbours, weight = ctx.saved_tensors
         window, groups, name = ctx.window, ctx.groups, ctx.backend
@@ -244,13 +243,13 @@ class _Taps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, neighbours, weight, bias, window, groups, name):
-        x = x.contiguous()
-        ctx.save_for_backward(x, neighbours, weight)
-        ctx.window, ctx.groups, ctx.backend = window, groups, name
+        if ctx is not None:
+            ctx.save_for_backward(x, neighbours, weight)
+            ctx.window, ctx.groups, ctx.backend = window, groups, name
         return _taps_conv(x, neighbours, weight, bias, window, groups, name)
 
     @staticmethod
-    @once_differentiable
+    @_autograd.once("conv_cells")
     def backward(ctx, grad):
         x, neighbours, weight = ctx.saved_tensors
         window, groups, name = ctx.window, ctx.groups, ctx.backend

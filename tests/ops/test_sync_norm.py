@@ -37,6 +37,14 @@ def run(x, residual, grad, weight, bias, group, backend, act):
     return [y.detach(), mean, var, *torch.autograd.grad(y, leaves, grad)]
 
 
+def penalty(x, residual, grad, weight, bias, group) -> torch.Tensor:
+    """The gradient of x of a penalty on the gradient of x: the reference has it."""
+    x = x.clone().requires_grad_()
+    y = ops.batch_norm_act(x, weight, bias, residual=residual, process_group=group, backend="reference")
+    (first,) = torch.autograd.grad(y, x, grad, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), x)[0]
+
+
 def worker(rank: int, port: int, backend: str, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -48,6 +56,9 @@ def worker(rank: int, port: int, backend: str, folder: str) -> None:
                 *big, weight, bias = case(rows)
                 mine = [t.split(rows)[rank] for t in big]
                 results.append(run(*mine, weight, bias, dist.group.WORLD, backend, act))
+                if backend == "reference":
+                    doubles = (t.double() for t in (*mine, weight, bias))
+                    results[-1].append(penalty(*doubles, dist.group.WORLD))
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -70,5 +81,8 @@ def test_two_processes_are_one(backend, tmp_path):
         for i in (1, 2):  # running statistics: the same on every rank
             assert torch.equal(one[i], two[i])
             assert_close(one[i], want[i], torch.float32)
+        if backend == "reference":
+            twice = penalty(*(t.double() for t in case(rows)), None)
+            assert_close(torch.cat([one[7], two[7]]), twice, torch.float32)
         for i in (5, 6):  # parameters: each rank its own rows, for DDP to sum
             assert_close(one[i] + two[i], want[i], torch.float32)
