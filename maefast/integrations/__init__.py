@@ -21,7 +21,7 @@ what differs, is overridden or unknown stays, and the report says why.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from types import ModuleType
 

@@ -14,7 +14,7 @@ same parameters under the same names.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +85,7 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
     kept["forward_loss"] = kept["forward_loss"] or kept["patchify"]
     images, mask = _probe(model)
 
-    def step(
-        name: str, fast: Callable, text: str, probe: Callable, live: set = frozenset(), **settings
-    ) -> Iterator[Step]:
+    def step(name: str, fast: Callable, text: str, probe: Callable, live: Iterable = (), **settings) -> Iterator[Step]:
         path, _, method = name.rpartition(".")
         if kept[name]:
             keep(name, kept[name])
@@ -279,14 +277,8 @@ def _decoder(decoder: nn.Module, x: Tensor) -> Tensor:
 
 def forward_decoder(self: nn.Module, x: Tensor, mask: Tensor, *args, **kwargs):
     side = int(mask.shape[1] ** 0.5) if mask.ndim == 2 else -1
-    if (
-        args
-        or kwargs
-        or x.ndim != 4
-        or not len(x)
-        or tuple(x.shape[2:]) != (side, side)
-        or side * side != mask.shape[1]
-    ):
+    fits = x.ndim == 4 and len(x) and tuple(x.shape[2:]) == (side, side) and side * side == mask.shape[1]
+    if args or kwargs or not fits:
         return _swap.fall_back(self, "forward_decoder")(x, mask, *args, **kwargs)
     x = _point(self.proj, x)
     weight = mask.view(-1, 1, side, side).to(x.dtype)

@@ -80,14 +80,13 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
         return
     decodes = "decode_mask" in _parameters(model, "forward")
     shares = _is_encoder(model.encoder) and _swap.overriding(model.encoder, "forward") is None  # hands on what it gets
+    inside = ("encoder.forward_features", "encoder.head", "encoder.pos_embed") if shares else ("encoder",)
     yield Step(
         model,
         {"forward": forward},
         {"forward": "mask tokens, order and positions in one pass; one plan for encoder and decoder"},
         lambda: _pair_probe(model, encoder, decodes),
-        frozenset(
-            (*(("encoder.forward_features", "encoder.head", "encoder.pos_embed") if shares else ("encoder",)), *LIVE)
-        ),
+        frozenset((*inside, *LIVE)),
         settings={"shares": shares, "decodes": decodes},
     )
 

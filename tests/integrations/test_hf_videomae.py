@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import maefast
-from maefast.integrations import _hf, _swap, hf_videomae
+from maefast.integrations import _guards, _hf, _swap, hf_videomae
 from maefast.integrations.transformer import is_fast
 from maefast.ops import TokenMask
 from tests.integrations.common import DropIn, agree, both, gradient_error, relative, tensors
@@ -189,7 +189,7 @@ def test_tuple():
 
 def test_hidden_states_and_attentions():
     models = pair(attn_implementation="eager")
-    _hf._said.clear()
+    _guards._said.clear()
     for first in (True, False):
         want, got = both(models, videos(), mask(), output_hidden_states=True)
         assert len(got.hidden_states) == 3

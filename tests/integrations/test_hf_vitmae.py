@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import maefast
-from maefast.integrations import _hf, _swap, hf_vitmae
+from maefast.integrations import _guards, _swap, hf_vitmae
 from maefast.integrations.transformer import is_fast
 from tests.integrations.common import DropIn, agree, both, gradient_error
 
@@ -120,7 +120,7 @@ def test_interpolation(size):
 
 def test_hidden_states_and_attentions():
     models = pair(attn_implementation="eager")
-    _hf._said.clear()
+    _guards._said.clear()
     for first in (True, False):
         want, got = both(models, images(), output_hidden_states=True)
         assert len(got.hidden_states) == len(want.hidden_states) == 3
