@@ -120,7 +120,7 @@ def accelerate(
 
 
 def _reason(why: Exception) -> str:
-    return str(why) if isinstance(why, Unguarded) else f"not what it looks like: {why}"
+    return str(why) if isinstance(why, Unguarded) or why.detail else f"not what it looks like: {why}"
 
 
 def _limit(guards: Iterable[Guards], texts: dict[str, str], only: bool | None) -> dict[str, str]:

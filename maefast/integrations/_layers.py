@@ -138,7 +138,7 @@ def then(x: Tensor, *modules: nn.Module | None) -> Tensor:
 def strided_patches(conv: nn.Module) -> str | None:
     """Why a convolution is not a linear map of disjoint patches, or None if it is."""
     if type(conv) not in (nn.Conv2d, nn.Conv3d):
-        return f"the patch embedding is a {type(conv).__name__}, not a convolution"
+        return f"the patch embedding is of class {type(conv).__name__}, no convolution"
     if hooked(conv):
         return "the patch embedding has hooks"
     if tuple(conv.kernel_size) != tuple(conv.stride) or conv.groups != 1 or set(conv.dilation) != {1}:
@@ -150,7 +150,16 @@ def strided_patches(conv: nn.Module) -> str | None:
 
 def convolution(module: nn.Module) -> nn.Module:
     """The patch convolution itself, or the one inside an adapter."""
-    return next((part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.Conv3d))), module)
+    return _inside(module, (nn.Conv2d, nn.Conv3d))
+
+
+def inner_linear(module: nn.Module) -> nn.Module:
+    """The linear layer itself, or the one inside an adapter."""
+    return _inside(module, (nn.Linear,))
+
+
+def _inside(module: nn.Module, kinds: tuple[type, ...]) -> nn.Module:
+    return next((part for part in module.modules() if isinstance(part, kinds)), module)
 
 
 def conv_dtype_fits(images: Tensor, conv: nn.Module) -> bool:

@@ -56,7 +56,7 @@ class Timm:
         attn, mlp = block.attn, block.mlp
         known = {
             "attn": None if _code.beyond(attn, *Timm.ATTENTION) else type(attn),
-            "mlp": None if _code.beyond(mlp, *Timm.MLP) else type(mlp),
+            "mlp": None if _code.beyond(mlp, *Timm.MLP) or _is_gated(mlp) else type(mlp),
         }
         # V-JEPA hands down a mask that its attention never looks at.
         known["ignored"] = ("mask",) if known["attn"] and _code.ignores(attn, "mask") else ()
@@ -295,6 +295,12 @@ LAYOUTS = (Timm, HuggingFace5, HuggingFace4)
 
 def _norms(block: nn.Module, *names: str) -> bool:
     return all(isinstance(getattr(block, name, None), nn.LayerNorm) for name in names)
+
+
+def _is_gated(mlp: nn.Module) -> bool:
+    """A SwiGLU in timm's packed layout has the names of a plain MLP, but halves the width in between."""
+    wide, narrow = getattr(mlp.fc1, "out_features", None), getattr(mlp.fc2, "in_features", None)
+    return None not in (wide, narrow) and wide != narrow
 
 
 def _live_mlp(path: str, mlp: nn.Module, act: str, names: tuple[str, ...]) -> list[str]:

@@ -12,6 +12,7 @@ from maefast.integrations import _swap
 
 # Names under which FSDP1, torch.compile and checkpointing hold the module they wrap; state dicts leave them out too.
 WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a dotted name
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _rows(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """(where, what); modules that differ in their number only share one row."""
     groups: dict[tuple[str, str], list[str]] = {}
     for where, text in rows:
-        groups.setdefault((re.sub(r"\.\d+", ".*", where), text), []).append(where)
+        groups.setdefault((NUMBER.sub("*", where), text), []).append(where)
     return [(_span(key, names), text) for (key, text), names in groups.items()]
 
 
@@ -129,7 +130,7 @@ def _span(pattern: str, names: list[str]) -> str:
     """ "blocks.0-11" for blocks.0 to blocks.11; the pattern where the numbers have gaps."""
     if len(names) == 1:
         return names[0]
-    numbers = [[int(n) for n in re.findall(r"\.(\d+)", name)] for name in names]
+    numbers = [[int(n) for n in NUMBER.findall(name)] for name in names]
     if len(numbers[0]) == 1:
         run = sorted(n for (n,) in numbers)
         if run == list(range(run[0], run[-1] + 1)):

@@ -248,9 +248,8 @@ def _scores(model: nn.Module, videos: object) -> bool:
     if not all(isinstance(size, int) for size in patch) or patch[0] * patch[1] * patch[2] < 2:
         return False
     patches = _hf.inner(_hf.inner(_hf.inner(model.videomae).embeddings).patch_embeddings)
-    return tuple(patches.projection.kernel_size) == patch and _videos_fit(
-        videos, patches, model.position_embeddings.shape[1]
-    )
+    fits = _videos_fit(videos, patches, model.position_embeddings.shape[1])
+    return fits and tuple(patches.projection.kernel_size) == patch
 
 
 def _score(model: nn.Module, videos: Tensor, logits: Tensor, plan: TokenMask) -> Tensor:

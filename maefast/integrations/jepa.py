@@ -85,7 +85,7 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
 
 
 def _encoder_probe(model: nn.Module) -> list[Tensor]:
-    proj, num_tokens = model.patch_embed.proj, model.pos_embed.shape[1]
+    proj, num_tokens = layers.convolution(model.patch_embed.proj), model.pos_embed.shape[1]
     size = getattr(model, "input_size", None) or model.patch_embed.img_size  # V-JEPA, I-JEPA
     frames = [model.num_frames] if isinstance(proj, nn.Conv3d) else []
     like = {"device": proj.weight.device, "dtype": proj.weight.dtype}
@@ -103,7 +103,7 @@ def _kept(num_tokens: int, count: int, device: torch.device) -> Tensor:
 
 
 def _image_predictor_probe(model: nn.Module) -> Tensor:
-    weight, num_tokens = model.predictor_embed.weight, model.predictor_pos_embed.shape[1]
+    weight, num_tokens = layers.inner_linear(model.predictor_embed).weight, model.predictor_pos_embed.shape[1]
     count = max(1, min(num_tokens // 4, 8))
     contexts = [_kept(num_tokens, count + 1, weight.device) for _ in range(2)]
     targets = [_kept(num_tokens, count, weight.device) for _ in range(3)]
@@ -112,7 +112,7 @@ def _image_predictor_probe(model: nn.Module) -> Tensor:
 
 
 def _video_predictor_probe(model: nn.Module) -> Tensor:
-    weight, num_tokens = model.predictor_embed.weight, model.predictor_pos_embed.shape[1]
+    weight, num_tokens = layers.inner_linear(model.predictor_embed).weight, model.predictor_pos_embed.shape[1]
     count = max(1, min(num_tokens // 4, 8))
     x = torch.randn(2, count + 1, weight.shape[1], device=weight.device, dtype=weight.dtype)
     context, target = (_kept(num_tokens, n, weight.device) for n in (count + 1, count))
@@ -192,7 +192,7 @@ def _usual(model: nn.Module, x: object) -> bool:
     proj = model.patch_embed.proj
     if layers.hooked(model.patch_embed, proj) or getattr(model, "use_activation_checkpointing", False):
         return False
-    if not layers.takes(x, proj, proj.weight.ndim):
+    if not layers.takes(x, proj, 5 if isinstance(proj, nn.Conv3d) else 4):
         return False
     sizes, patch = tuple(x.shape[2:]), proj.kernel_size
     tokens = 1

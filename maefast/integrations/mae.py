@@ -105,11 +105,10 @@ def probe_images(model: nn.Module) -> Tensor:
 
 
 def _latent(model: nn.Module) -> tuple[Tensor, Tensor]:
-    images = probe_images(model)
-    batch, num_patches = images.shape[0], model.pos_embed.shape[1] - 1
-    order = torch.rand(batch, num_patches, device=images.device).argsort(1)
+    like, num_patches = model.mask_token, model.pos_embed.shape[1] - 1
+    order = torch.rand(2, num_patches, device=like.device).argsort(1)
     width = model.norm.normalized_shape[0] if hasattr(model.norm, "normalized_shape") else model.pos_embed.shape[-1]
-    latent = torch.randn(batch, 1 + num_patches // 4, width, device=images.device, dtype=images.dtype)
+    latent = torch.randn(2, 1 + num_patches // 4, width, device=like.device, dtype=like.dtype)
     return latent, order
 
 
@@ -189,9 +188,20 @@ def decode(model: nn.Module, latent: Tensor, plan: TokenMask, pred: str = "full"
     return out[:, 1:] if pred == "full" else ops.gather_tokens(out, plan, "masked", prefix=1, keep_prefix=False)
 
 
+def _scores(model: nn.Module, images: object, pred: object, mask: object) -> bool:
+    """Whether the loss is one that the kernel computes; what `patchify` refuses is left to it."""
+    if not all(isinstance(t, Tensor) and len(t) for t in (images, pred, mask)) or images.ndim != 4 or pred.ndim != 3:
+        return False
+    side = layers.convolution(model.patch_embed.proj).kernel_size[0]
+    height, width = images.shape[2:]
+    if mask.shape != pred.shape[:2] or height != width or height % side or not images.is_floating_point():
+        return False
+    return tuple(pred.shape) == (len(images), (height // side) ** 2, side * side * images.shape[1])
+
+
 def score(model: nn.Module, images: Tensor, pred: Tensor, plan: TokenMask, rows: str, reduction: str) -> Tensor:
     norm = "mae" if model.norm_pix_loss else "none"
-    patch = tuple(model.patch_embed.proj.kernel_size)
+    patch = tuple(layers.convolution(model.patch_embed.proj).kernel_size)
     loss = ops.patch_loss(pred, images, plan, patch, norm=norm, rows=rows, reduction=reduction)
     return loss.to(torch.promote_types(pred.dtype, images.dtype))
 
@@ -211,7 +221,7 @@ def forward_decoder(self: nn.Module, x: Tensor, ids_restore: Tensor, *args, **kw
 
 
 def forward_loss(self: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, *args, **kwargs):
-    if args or kwargs or not _usual(self, imgs) or pred.ndim != 3 or mask.shape != pred.shape[:2]:
+    if args or kwargs or not _scores(self, imgs, pred, mask):
         return _swap.fall_back(self, "forward_loss")(imgs, pred, mask, *args, **kwargs)
     # The mask may hold any weights, so every patch is scored, as in the original.
     every = TokenMask.all_visible(*pred.shape[:2], pred.device).complement()

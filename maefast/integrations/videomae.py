@@ -125,9 +125,8 @@ def _encoder_probe(encoder: nn.Module) -> Tensor:
 
 
 def _decoder_probe(decoder: nn.Module) -> list[Tensor]:
-    like = next(decoder.parameters())
-    width = decoder.blocks[0].norm1.normalized_shape[-1] if len(decoder.blocks) else decoder.head.in_features
-    x = torch.randn(2, 7, width, device=like.device, dtype=like.dtype)
+    weight = layers.inner_linear(decoder.head).weight
+    x = torch.randn(2, 7, weight.shape[1], device=weight.device, dtype=weight.dtype)
     with _no_checkpoints(decoder):
         return [decoder(x, count) for count in (4, 0)]
 
@@ -147,7 +146,7 @@ def _no_checkpoints(module: nn.Module) -> Iterator[None]:
 
 def _tubelets(encoder: nn.Module) -> Tensor:
     """Two videos of the size that the encoder takes."""
-    proj = encoder.patch_embed.proj
+    proj = layers.convolution(encoder.patch_embed.proj)
     height, width = encoder.patch_embed.img_size
     pt, ph, pw = proj.kernel_size
     frames = encoder.pos_embed.shape[1] // ((height // ph) * (width // pw)) * pt
@@ -157,7 +156,7 @@ def _tubelets(encoder: nn.Module) -> Tensor:
 def _mask(encoder: nn.Module) -> Tensor:
     """Few visible tokens, other ones in each sample: bool [2, N]."""
     num_tokens = encoder.pos_embed.shape[1]
-    rank = torch.rand(2, num_tokens, device=encoder.patch_embed.proj.weight.device).argsort(1)
+    rank = torch.rand(2, num_tokens, device=layers.convolution(encoder.patch_embed.proj).weight.device).argsort(1)
     return rank >= max(1, min(num_tokens // 4, 16))
 
 

@@ -399,3 +399,34 @@ class DropIn:
                 if self.loss(out).requires_grad:
                     self.loss(out).backward()
             assert gradient_error(fast, model) < 10 * self.double
+
+    # --- what the model's own code takes --------------------------------------------------------------------
+
+    def test_outputs_written_in_place(self):
+        """Before the backward, as for logging; the loss is computed already."""
+        models = self.pair(torch.float64)
+        outputs = tensors(self.call(models[0], torch.float64))
+        for i in (i for i, t in enumerate(outputs) if t.ndim and t.is_floating_point()):
+            found = []
+            for net in models:
+
+                def run(net=net, i=i):
+                    out = self.call(net, torch.float64)
+                    loss = self.loss(out)
+                    tensors(out)[i].detach().mul_(2)
+                    loss.backward()
+                    return tuple(p.grad for p in net.parameters())
+
+                found.append(sweep.outcome(run, net))
+            want, got = found
+            good = isinstance(want, Exception) or sweep.alike(got, want, 1e-8)
+            assert good, f"output {i}: {got if isinstance(got, Exception) else 'other gradients'}"
+
+    def test_empty_batch(self):
+        """The model's own answer (empty, or NaN) or refusal."""
+        torch.manual_seed(2)
+        given = tree_map_only(Tensor, lambda t: t[:0], self.inputs(torch.float64))
+        found = []
+        for net in self.pair(torch.float64):
+            found.append(sweep.outcome(lambda net=net: tuple(tensors(net(*given[0], **given[1]))), net))
+        assert sweep.alike(found[1], found[0], 1e-8), [f for f in found if isinstance(f, Exception)]
