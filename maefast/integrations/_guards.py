@@ -40,6 +40,8 @@ _LAYER_FORWARDS = tuple(kind.forward for kind in _LAYERS)
 # Where the classes around a model come from whose methods are no part of its arithmetic.
 _AROUND = ("torch.nn.modules.module", "transformers.modeling_utils", "transformers.configuration_utils")
 _AROUND += ("transformers.integrations", "transformers.utils", "huggingface_hub", "lightning", "pytorch_lightning")
+# Tensors have these too, and code asks those; saving a model changes the one of its configuration.
+_OF_CONFIGURATIONS = ("dtype", "torch_dtype")
 
 
 class Unguarded(Exception):
@@ -263,8 +265,11 @@ def in_mode(training: bool) -> str:
 
 
 def _bound(thing: object, value: object, function: object) -> bool:
-    """A method of the class that stands, bound, in the object too: transformers 4 leaves such behind."""
-    return isinstance(value, MethodType) and value.__self__ is thing and value.__func__ is function
+    """A method of the class, its author's or ours on top, that stands, bound, in the object too: transformers 4 leaves
+    such behind."""
+    if not isinstance(value, MethodType) or value.__self__ is not thing:
+        return False
+    return value.__func__ is function or value.__func__ is getattr(type(thing), value.__func__.__name__, None)
 
 
 def _attribute(thing: object, name: str) -> object:
@@ -407,7 +412,7 @@ class _Walk:
                 if isinstance(value, FunctionType) and not _code.from_library(value.__module__):
                     yield from _code.functions(value)
             elif isinstance(value, ModuleType) and not _code.from_library(value.__name__):
-                for inner in look.names & set(vars(value)):
+                for inner in (look.names & set(vars(value))) - self.live:
                     if isinstance(vars(value)[inner], (FunctionType, *_PLAIN)):
                         self._around(itemgetter, vars(value), inner, vars(value)[inner])
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
@@ -423,6 +428,8 @@ class _Walk:
         self.around.setdefault((get, id(space)), (get, space, {}))[2][name] = value
 
     def _attribute(self, site: _Site, thing: object, name: str, names: frozenset, called: frozenset) -> None:
+        if name in _OF_CONFIGURATIONS and site.kind.__module__.startswith("transformers."):
+            return
         value, where = _attribute(thing, name), site.name(name)
         if isinstance(value, nn.Module) or (value is None and name in vars(thing).get("_modules", ())):
             self._child(site, name, value, names, called)

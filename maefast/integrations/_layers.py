@@ -138,7 +138,7 @@ def then(x: Tensor, *modules: nn.Module | None) -> Tensor:
 def strided_patches(conv: nn.Module) -> str | None:
     """Why a convolution is not a linear map of disjoint patches, or None if it is."""
     if type(conv) not in (nn.Conv2d, nn.Conv3d):
-        return f"the patch embedding is of class {type(conv).__name__}, no convolution"
+        return f"the patch embedding is a {type(conv).__module__}.{type(conv).__qualname__}, not torch's convolution"
     if hooked(conv):
         return "the patch embedding has hooks"
     if tuple(conv.kernel_size) != tuple(conv.stride) or conv.groups != 1 or set(conv.dilation) != {1}:

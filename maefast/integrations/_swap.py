@@ -30,7 +30,7 @@ _classes: dict[tuple[type, Methods], type] = {}
 _plain = False
 BASE, METHODS, SETTINGS = "_maefast_base", "_maefast_methods", "_maefast_settings"
 GUARDS, RUNS = "guards", "runs"  # settings: name of the method -> Guards, Runs
-UNUSUAL = "of another size, dtype, device or argument than maefast serves"
+UNUSUAL = "of another size, dtype, device or argument than maefast serves, or of an adapted part"
 # Types of a first argument that only accelerated code makes, which has asked `runs_fast` before.
 HANDED: set[type] = set()
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
+from maefast.integrations import _worth
 from maefast.integrations._guards import same
 from maefast.integrations._swap import plain
 
@@ -116,7 +117,13 @@ def compare(
     Raises:
         Mismatch: what differs by more than rounding.
     """
-    with whole(module, fresh, thawed), _no_global_hooks(), _same_state(module) as state:
+    with (
+        whole(module, fresh, thawed),
+        _no_global_hooks(),
+        _no_checkpoints(module),
+        _worth.always(),
+        _same_state(module) as state,
+    ):
         with plain():
             want = _attempt(True, module, call, state)
         state.again()
@@ -141,6 +148,19 @@ def _attempt(own: bool, module: nn.Module, call: Callable[[], Any], state: _Stat
         mismatch = Mismatch(text)
         mismatch.detail = traceback.format_exc()
         raise mismatch from error
+
+
+@contextmanager
+def _no_checkpoints(module: nn.Module) -> Iterator[None]:
+    """Inside, no layer of transformers is checkpointed: the reentrant kind refuses the gradients that are compared."""
+    kept = [part for part in module.modules() if getattr(part, "gradient_checkpointing", False) is True]
+    try:
+        for part in kept:
+            part.gradient_checkpointing = False
+        yield
+    finally:
+        for part in kept:
+            part.gradient_checkpointing = True
 
 
 @contextmanager

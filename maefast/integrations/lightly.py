@@ -179,7 +179,8 @@ def preprocess(self: nn.Module, images: Tensor, idx_mask=None, idx_keep=None, ma
         tokens = None if plan is None else timm_vit.embed_kept(vit, images, plan)
         if tokens is not None:
             return tokens
-    return _swap.fall_back(self, "preprocess")(images, idx_mask=idx_mask, idx_keep=idx_keep, mask=mask)
+    why = "without idx_keep all patches are embedded" if idx_keep is None else _swap.UNUSUAL
+    return _swap.fall_back(self, "preprocess", why)(images, idx_mask=idx_mask, idx_keep=idx_keep, mask=mask)
 
 
 def encode(self: nn.Module, images: Tensor, idx_mask=None, idx_keep=None, mask=None):
@@ -195,7 +196,8 @@ def decoder_preprocess(self: nn.Module, x: Tensor, idx_mask=None, idx_keep=None,
     else:
         usual = isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == x.shape[:2]
     if not tokens or not usual:
-        return _swap.fall_back(self, "preprocess")(x, idx_mask=idx_mask, idx_keep=idx_keep, mask=mask)
+        why = "without idx_mask or mask nothing is masked" if idx_mask is None and mask is None else _swap.UNUSUAL
+        return _swap.fall_back(self, "preprocess", why)(x, idx_mask=idx_mask, idx_keep=idx_keep, mask=mask)
     if mask is None:
         mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, idx_mask, True)
     x = torch.where(mask[..., None], token, x) + pos

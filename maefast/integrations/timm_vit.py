@@ -30,7 +30,9 @@ POS_EMBED = {"cls_token", "reg_token", "pos_embed", "dynamic_img_size", "patch_e
 POS_EMBED |= {"num_prefix_tokens", "num_reg_tokens"}
 # What our methods read at every call, see `Step.live`: parts of the embedding, and parts that are called.
 EMBEDDING = ("patch_embed.proj", "patch_embed.norm", "cls_token", "reg_token", "pos_embed", "pos_drop")
-LIVE = frozenset((*EMBEDDING, "patch_drop.prob", "patch_drop.ordered", "norm_pre", "blocks", "norm"))
+LIVE = frozenset(
+    (*EMBEDDING, "patch_drop.prob", "patch_drop.ordered", "norm_pre", "blocks", "norm", "grad_checkpointing")
+)
 CALLED = frozenset(("patch_embed", "pos_embed", "cls_token", "reg_token", "_pos_embed", "patch_drop"))
 
 
@@ -207,7 +209,8 @@ def through(blocks: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def forward_features(self: nn.Module, x: Tensor, *args, **kwargs):
-    unusual = any(given is not None and given is not False for given in (*args, *kwargs.values()))
-    if unusual or getattr(self, "grad_checkpointing", False):
+    if any(given is not None and given is not False for given in (*args, *kwargs.values())):
         return _swap.fall_back(self, "forward_features")(x, *args, **kwargs)
+    if getattr(self, "grad_checkpointing", False):
+        return _swap.fall_back(self, "forward_features", "gradient checkpointing is on")(x)
     return through(self.blocks, self.norm, _tokens(self, x))

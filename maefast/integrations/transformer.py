@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maefast.integrations import _hf, _swap, _verify
+from maefast.integrations import _hf, _swap, _verify, _worth
 from maefast.integrations import _layers as layers
 from maefast.integrations._guards import Guards
 from maefast.integrations._layouts import LAYOUTS, HuggingFace4, HuggingFace5, Timm
@@ -68,10 +68,21 @@ def _forward(layout: type, block: nn.Module, x, args: tuple, kwargs: dict):
         return _swap.fall_back(block, "forward")(x, *args, **kwargs)
     if watched(block):
         return _swap.fall_back(block, "forward", WATCHED)(x, *args, **kwargs)
+    if reason := _left(layout, block, x):
+        return _swap.fall_back(block, "forward", reason)(x, *args, **kwargs)
     if not layout.passes(block, args, kwargs):
         given = [k for k, v in kwargs.items() if _hf.given(v)] or ["further positional arguments"]
         return _swap.fall_back(block, "forward", f"it was called with {', '.join(given)}")(x, *args, **kwargs)
     return _run(layout, block, x, None).value()
+
+
+def _left(layout: type, block: nn.Module, x: Tensor) -> str | None:
+    """Why the block is quicker as it was for this input, or None."""
+    if reason := _worth.why_not(x):
+        return reason
+    if _worth.needs_attention(x) and (problem := layout.problem(block)):
+        return f"{problem}, and without a fused attention it is quicker as it was"
+    return None
 
 
 def _usual(layout: type, block: nn.Module, x: object) -> bool:
@@ -136,16 +147,20 @@ def is_fast(block: nn.Module) -> bool:
     return not watched(block) and (layers.only_sharded(block) or not _hf.recorded(block))
 
 
-def _pends(block: nn.Module) -> bool:
-    """`is_fast`, and not recomputed in the backward: reentrant checkpointing wants plain tensors."""
-    return is_fast(block) and not (getattr(block, "gradient_checkpointing", False) and block.training)
+def _pends(block: nn.Module, x: Tensor) -> bool:
+    """`is_fast` for this input, and not recomputed in the backward: reentrant checkpointing wants plain tensors."""
+    if _worth.why_not(x) or not is_fast(block):
+        return False
+    if _worth.needs_attention(x) and layout_of(block).problem(block):
+        return False
+    return not (getattr(block, "gradient_checkpointing", False) and block.training)
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *args, **kwargs) -> Pending:
     """x through all blocks; further arguments go to blocks that run as they are."""
     at, some = Pending(x), bool(x.numel())  # the blocks' own code answers for none
     for block in blocks:
-        if some and _pends(block):
+        if some and _pends(block, at.x):
             at = block(at)
         else:
             out = block(at.value(), *args, **kwargs)
@@ -156,7 +171,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *args, **kwargs) -> Pendi
 def run_tail(blocks: nn.ModuleList, x: Tensor, count: int, *args, **kwargs) -> Pending:
     """The last `count` tokens of the output of all blocks; further arguments go to blocks that run as they are."""
     last = blocks[-1] if len(blocks) else None
-    if last is None or not x.numel() or not _pends(last) or _drops(last):
+    if last is None or not x.numel() or not _pends(last, x) or _drops(last):
         at = run_blocks(blocks, x, *args, **kwargs)
         return Pending(at.x[:, -count:], None if at.delta is None else at.delta[:, -count:])
     return last(Tail(*run_blocks(blocks[:-1], x, *args, **kwargs), count))

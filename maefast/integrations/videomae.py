@@ -169,10 +169,10 @@ def _fewer(mask: Tensor) -> Tensor:
 # --- the methods --------------------------------------------------------------------------------------------
 
 
-def _uniform(*masks: Tensor) -> list[int] | None:
-    """How many False entries each row has, for every mask, at the price of one host sync; None if rows differ."""
+def _uniform(*masks: Tensor) -> list[int | None]:
+    """How many False entries each row has, for every mask, at the price of one host sync; None where rows differ."""
     counts = torch.stack([(~mask).sum(1) for mask in masks]).tolist()
-    return None if any(min(row) != max(row) for row in counts) else [row[0] for row in counts]
+    return [row[0] if min(row) == max(row) else None for row in counts]
 
 
 def _is_mask(mask: object, x: object, num_tokens: int) -> bool:
@@ -220,8 +220,8 @@ def forward_features(self: nn.Module, x: Tensor, mask: Tensor | TokenMask, *args
     if not args and not kwargs and _usual(self, x):
         plan = mask if isinstance(mask, TokenMask) else None
         if _is_mask(mask, x, self.pos_embed.shape[1]):
-            count = _uniform(mask)
-            plan = _plan(mask, count[0]) if count and 0 < count[0] < mask.shape[1] else None
+            (count,) = _uniform(mask)
+            plan = _plan(mask, count) if count and count < mask.shape[1] else None
     if plan is None:
         mask = mask.mask if isinstance(mask, TokenMask) else mask
         return _swap.fall_back(self, "forward_features")(x, mask, *args, **kwargs)
@@ -251,11 +251,11 @@ def forward(self: nn.Module, x: Tensor, mask: Tensor, *args, **kwargs):
     num_tokens = self.pos_embed.shape[1]
     usual = known and (_swap.setting(self, "decodes") or not (args or kwargs)) and _is_mask(mask, x, num_tokens)
     usual = usual and x.is_floating_point() and (decode is None or _is_mask(decode, x, num_tokens))
-    counts = None
+    counts = [None]
     if usual:
         # Most often what is decoded is what is masked: then the third mask is all False.
         counts = _uniform(mask) if decode is None else _uniform(mask, decode, ~(mask ^ decode))
-    if counts is None or not 0 < counts[0] < num_tokens or (decode is not None and counts[1] == 0):
+    if not counts[0] or counts[0] == num_tokens or (decode is not None and not counts[1]):
         return _swap.fall_back(self, "forward")(x, mask, *args, **kwargs)
     plan = _plan(mask, counts[0])
     share = _swap.setting(self, "shares") and not layers.hooked(self.encoder)

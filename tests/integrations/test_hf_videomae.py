@@ -239,12 +239,18 @@ def test_moved_tables():
     assert _hf.moved(table, like, torch.float32) is not first
 
 
-def test_gradient_checkpointing():
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_gradient_checkpointing(when):
+    """Also the reentrant kind, which refuses the gradients of the comparison and is set aside meanwhile."""
     models = pair()
     for model in models:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+    if when == "before":
+        maefast.accelerate(models[1])
+        assert not maefast.report(models[1]).kept
+        assert "computes something else" not in str(maefast.report(models[1]))
     want, got = both(models, videos(), mask())
     agree(want, got)
     want.loss.backward(), got.loss.backward()
@@ -280,3 +286,11 @@ def test_overrides():
     assert [n.text for n in maefast.report(models[1]).kept] == [
         "Halved.forward overrides that of VideoMAEForPreTraining"
     ]
+
+
+def test_saving_changes_nothing(tmp_path):
+    """`save_pretrained` writes a dtype into the configuration, whose name the forward asks of tensors."""
+    fast = pair()[1]
+    fast.save_pretrained(tmp_path)
+    fast(videos(), mask())
+    assert "as it was" not in str(maefast.report(fast))

@@ -188,3 +188,12 @@ def test_other_decoders_stay(norm):
     fast = maefast.accelerate(copy.deepcopy(model))
     assert [note.text for note in maefast.report(fast).kept] == ["dec.0 is another kind of block"]
     assert relative(run(fast, x := images()), run(model, x)) < 1e-12
+
+
+def test_the_first_model_of_a_process(monkeypatch):
+    """Its variable in a module holds no mask yet when it is accelerated."""
+    monkeypatch.setattr(public, "_cur_active", None)
+    fast = maefast.accelerate(public.resnet(), verify=False)
+    for _ in range(2):
+        fast(torch.randn(2, 3, 96, 96))
+    assert [note.runs for note in maefast.report(fast).notes if note.method == "forward"] == ["ran fast 2 times"]

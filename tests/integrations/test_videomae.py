@@ -94,7 +94,7 @@ def test_options(make, options):
     same(model, fast, videos(), tube_mask())
 
 
-@pytest.mark.parametrize("how", ["none", "complement", "keyword", "with visible", "ragged"])
+@pytest.mark.parametrize("how", ["none", "complement", "keyword", "with visible", "other overlaps", "ragged"])
 def test_decode_masks(how):
     model, fast = pair(VideoMAE2)
     mask = tube_mask()
@@ -106,6 +106,11 @@ def test_decode_masks(how):
         same(model, fast, x=videos(), mask=mask, decode_mask=running_cells(mask))
     elif how == "with visible":
         same(model, fast, videos(), mask, tube_mask(visible=9))
+    elif how == "other overlaps":  # as many decoded in each sample, but not as many of them masked
+        decode = mask.flip(1)
+        decode[0] = mask[0]
+        same(model, fast, videos(), mask, decode)
+        assert all("as it was" not in note.runs for note in maefast.report(fast).notes)
     else:
         decode = running_cells(mask)
         decode[0, decode[0].nonzero()[:2]] = False

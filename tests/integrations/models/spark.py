@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from maefast.models.resnet import ResNet
 from maefast.nn.drop_path import DropPath
 
 _cur_active: Tensor | None = None  # bool [B, 1, f, f]
+encoder = sys.modules[__name__]  # the public code has it in a module of this name, and sets it from another one
 
 
 def active(height: int, width: int) -> Tensor:
@@ -204,10 +207,9 @@ class SparK(nn.Module):
         return blocks.reshape(len(bln), -1, self.fmap_h * p, self.fmap_w * p)
 
     def forward(self, inp_bchw: Tensor, active_b1ff: Tensor | None = None, vis: bool = False):
-        global _cur_active
         if active_b1ff is None:
             active_b1ff = self.mask(len(inp_bchw), inp_bchw.device)
-        _cur_active = active_b1ff
+        encoder._cur_active = active_b1ff
         seen = active(*inp_bchw.shape[2:])
         maps = []
         for i, level in enumerate(reversed(self.sparse_encoder(inp_bchw * seen))):

@@ -1,0 +1,129 @@
+"""From which size on an accelerated transformer block is no slower than it was: the table of
+`maefast/integrations/_worth.py`.
+
+    python -m bench.worth [--device cpu] [--threads N] [--json FILE]
+
+A pre-norm block in timm's layout, as it is (SDPA) and accelerated, at several widths and numbers of tokens; training is
+forward and backward. Each pair is timed in turn, 15 rounds; the ratio is that of the minima, which a busy machine
+disturbs least. Printed is, for each kind of run, the smallest tokens x width from which on no pair was slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import maefast
+from bench import environment
+from maefast.integrations import _worth
+from tests.integrations.models.timm_vit import Block
+
+WIDTHS = (48, 96, 192, 384, 768)
+TOKENS = (17, 32, 64, 128, 256, 512, 1024)
+MOST = 2**18  # tokens x width
+SEQUENCE = 64
+SLACK = 1.0  # a pair may not be slower at all
+
+
+def cases() -> Iterator[tuple[int, int, str, bool]]:
+    """(width, tokens, kind of arithmetic, training)."""
+    for kind in ("float32", "bfloat16", "float64"):
+        for training in (True, False):
+            for width in WIDTHS:
+                for tokens in TOKENS:
+                    if width * tokens <= MOST:
+                        yield width, tokens, kind, training
+
+
+def ratio(width: int, tokens: int, kind: str, training: bool, device: str, rounds: int = 15) -> float:
+    """Time of the block as it is over that of the accelerated one."""
+    torch.manual_seed(0)
+    dtype = torch.float64 if kind == "float64" else torch.float32
+    block = Block(width, max(1, width // 64)).to(device, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = maefast.accelerate(copy.deepcopy(block))
+    length = min(tokens, SEQUENCE)
+    x = torch.randn(tokens // length, length, width, device=device, dtype=dtype)
+    with _worth.always():
+        steps = [_step(net, x, kind, training) for net in (block, fast)]
+        best = [float("inf")] * 2
+        for _ in range(3):
+            for step in steps:
+                step()
+        inner = max(1, int(1e-3 / _seconds(steps[0], 3)))
+        for _ in range(rounds):
+            for i, step in enumerate(steps):
+                best[i] = min(best[i], _seconds(step, inner))
+    return best[0] / best[1]
+
+
+def _step(net: nn.Module, x: Tensor, kind: str, training: bool) -> Callable[[], None]:
+    cast = torch.autocast(x.device.type, torch.bfloat16) if kind == "bfloat16" else nullcontext()
+
+    def train() -> None:
+        given = x.detach().requires_grad_()
+        with cast:
+            out = net(given)
+        out.sum().backward()
+
+    @torch.no_grad()
+    def run() -> None:
+        with cast:
+            net(x)
+
+    return train if training else run
+
+
+def _seconds(step: Callable[[], None], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    return (time.perf_counter() - start) / count
+
+
+def least(found: list[dict]) -> dict[str, int | None]:
+    """Kind of run -> the smallest size from which on nothing is slower; None where even the largest is."""
+    table = {}
+    for kind, training in dict.fromkeys((row["dtype"], row["training"]) for row in found):
+        rows = [row for row in found if (row["dtype"], row["training"]) == (kind, training)]
+        slow = [row["tokens"] * row["width"] for row in rows if row["ratio"] < SLACK]
+        sizes = sorted(row["tokens"] * row["width"] for row in rows)
+        above = [size for size in sizes if size > max(slow, default=0)]
+        table[f"{kind}, {'training' if training else 'no gradients'}"] = above[0] if above else None
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    found = []
+    for width, tokens, kind, training in cases():
+        value = ratio(width, tokens, kind, training, args.device)
+        found.append({"width": width, "tokens": tokens, "dtype": kind, "training": training, "ratio": round(value, 3)})
+        mode = "training" if training else "no gradients"
+        print(f"{kind:9} {mode:13} width {width:4} tokens {tokens:5} {width * tokens:7}: {value:.2f}x", flush=True)
+    table = least(found)
+    for name, size in table.items():
+        print(f"{name}: from {size}")
+    if args.json:
+        env = environment.describe(args.device)
+        args.json.write_text(json.dumps({"environment": env, "least": table, "pairs": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
