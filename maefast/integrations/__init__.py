@@ -20,6 +20,7 @@ what differs, is overridden or unknown stays, and the report says why.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -31,6 +32,7 @@ from maefast.integrations import _layers as layers
 from maefast.integrations import (
     _swap,
     _verify,
+    _worth,
     fcmae,
     hf_videomae,
     hf_vitmae,
@@ -85,10 +87,11 @@ def accelerate(
     errors: list[float] = []
     unchecked: set[str] = set()
 
-    def perform(step: Step) -> None:
+    def perform(step: Step, sized: bool) -> None:
+        size = {_swap.SIZE: _size(step.module)} if sized else {}
         try:
             guards = step.guards()
-            _swap.swap(step.module, step.methods, guards, **step.settings)
+            _swap.swap(step.module, step.methods, guards, **step.settings, **size)
             texts = dict(step.texts)
             if verify and (reason := _verify.unsuitable(step.module)):
                 unchecked.add(reason)
@@ -111,12 +114,20 @@ def accelerate(
                 if family.NAME not in found.families:
                     found.families.append(family.NAME)
                 for step in family.steps(module, options, partial(_note, found, path)):
-                    perform(step.under(path))
+                    perform(step.under(path), getattr(family, "TOKENS", True))
     except BaseException:
         restore(model)  # nothing is half done
         raise
     _conclude(model, found, errors, unchecked, verify)
     return model
+
+
+def _size(module: nn.Module) -> _worth.Size:
+    """What the patch embedding inside makes of images."""
+    conv = layers.convolution(module)
+    if not isinstance(conv, (nn.Conv2d, nn.Conv3d)):
+        return _worth.Size()
+    return _worth.Size(conv.in_channels * math.prod(conv.kernel_size), conv.out_channels)
 
 
 def _reason(why: Exception) -> str:

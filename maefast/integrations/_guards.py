@@ -497,8 +497,10 @@ class Runs:
         self.own: dict[str, list[int]] = {}  # reason -> [how often, number of the call when it came up]
 
     def fell_back(self, why: str) -> None:
-        count = self.fast + sum(n for n, _ in self.own.values()) + 1
-        self.own.setdefault(why, [0, count])[0] += 1
+        entry = self.own.get(why)
+        if entry is None:
+            entry = self.own[why] = [0, self.fast + sum(n for n, _ in self.own.values()) + 1]
+        entry[0] += 1
 
     def text(self) -> str:
         """ "ran fast 3 times, as it was 2 times because ... (since call 4)", or "" before the first call."""

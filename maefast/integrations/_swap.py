@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from maefast.integrations import _worth
 from maefast.integrations._guards import Guards, Runs, warn_once
 
 Methods = tuple[tuple[str, Callable], ...]  # ((name, fast function), ...), sorted
@@ -30,6 +31,7 @@ _classes: dict[tuple[type, Methods], type] = {}
 _plain = False
 BASE, METHODS, SETTINGS = "_maefast_base", "_maefast_methods", "_maefast_settings"
 GUARDS, RUNS = "guards", "runs"  # settings: name of the method -> Guards, Runs
+SIZE = "size"  # setting: `_worth.Size`, for methods that are left alone where they are given little
 UNUSUAL = "of another size, dtype, device or argument than maefast serves, or of an adapted part"
 # Types of a first argument that only accelerated code makes, which has asked `runs_fast` before.
 HANDED: set[type] = set()
@@ -168,15 +170,24 @@ def original(module: nn.Module, name: str) -> Callable:
     return getattr(getattr(type(module), BASE), name).__get__(module)
 
 
-def runs_fast(module: nn.Module, name: str) -> bool:
-    """Whether the method is replaced and its guards hold now."""
-    return name in methods(module) and not is_plain() and _allowed(module, module.__dict__.get(SETTINGS), name)
+def runs_fast(module: nn.Module, name: str, x: object = None) -> bool:
+    """Whether the method is replaced, worth it for its first argument x, and its guards hold now."""
+    if name not in methods(module):
+        return False
+    return _allowed(module, module.__dict__.get(SETTINGS), name, x, count=False)
 
 
-def _allowed(module: nn.Module, settings: dict | None, name: str) -> bool:
-    """Whether the guards hold. Objects made from the class, as by its from_pretrained, were not accelerated: they have
-    no settings."""
+def _allowed(module: nn.Module, settings: dict | None, name: str, x: object, count: bool = True) -> bool:
+    """Whether a method is worth it, its guards hold, and nothing asks for original code. Objects made from the class,
+    as by its from_pretrained, were not accelerated: they have no settings."""
     if settings is None:
+        return False
+    size = settings.get(SIZE)
+    if size is not None and (reason := _worth.why_not(x, size)):  # the cheapest question first
+        if count:
+            settings[RUNS][name].fell_back(reason)
+        return False
+    if is_plain():
         return False
     guards = settings[GUARDS].get(name)
     if guards is None:
@@ -186,7 +197,8 @@ def _allowed(module: nn.Module, settings: dict | None, name: str) -> bool:
     reason = guards.failing(module)
     if reason is None:
         return True
-    settings[RUNS][name].fell_back(reason)
+    if count:
+        settings[RUNS][name].fell_back(reason)
     if guards.mode is None or module.training is guards.mode:
         warn_once(
             f"{type(module).__name__}.{name} runs as it was, because {reason} after maefast.accelerate(model); call it "
@@ -223,9 +235,11 @@ def _method(base: type, name: str, fast: Callable) -> Callable:
     @wraps(getattr(base, name))  # whoever looks at the signature (HF's Trainer does) finds the old one
     def method(self, *args, **kwargs):
         settings = self.__dict__.get(SETTINGS)
-        if args and type(args[0]) in HANDED:
-            settings[RUNS][name].fast += not torch.compiler.is_compiling()
-        elif is_plain() or not _allowed(self, settings, name):
+        x = args[0] if args else None
+        if type(x) in HANDED:
+            if not torch.compiler.is_compiling():
+                settings[RUNS][name].fast += 1
+        elif not _allowed(self, settings, name, x):
             return getattr(base, name)(self, *args, **kwargs)
         elif not torch.compiler.is_compiling():
             settings[RUNS][name].fast += 1

@@ -1,28 +1,46 @@
-"""When an accelerated transformer block is worth it: below some size its checks cost more than its kernels save.
+"""When accelerated code is worth it: below some size its checks cost more than its kernels save.
 
-`LEAST` is what `python -m bench.worth` measured, for each kind of device and arithmetic: the number of values of the
-residual stream (tokens x width) from which on no block was slower than it was before. Smaller ones run as they were. A
-kind of device that has not been measured has no limits.
+`LEAST` is what `python -m bench.worth` measured on transformer blocks, for each kind of device and arithmetic: (power,
+size), so that no block was slower than it was before where tokens x width ** power (1 or 2) is at least that size.
+Smaller ones run as they were, and so do the methods of their model. A kind of device that was not measured has no
+limits, and neither has torch.compile, after which no checks are left.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# (device, arithmetic, whether gradients are recorded) -> tokens x width. None: never worth it.
-# AMD EPYC, 1 and 2 threads, torch 2.13: bench/results/worth/cpu.json.
-LEAST: dict[tuple[str, str, bool], int | None] = {}
+# (device, arithmetic, whether gradients are recorded) -> (power, size). None: never worth it.
+# AMD EPYC, the larger of those for 1 and 2 threads, torch 2.13: bench/results/worth/.
+LEAST: dict[tuple[str, str, bool], tuple[int, int] | None] = {
+    ("cpu", "float32", True): (2, 4_718_592),
+    ("cpu", "float32", False): (2, 2_506_752),
+    ("cpu", "bfloat16", True): (1, 49_152),
+    ("cpu", "bfloat16", False): (1, 98_304),
+    ("cpu", "float64", True): None,
+    ("cpu", "float64", False): None,
+}
 # Where a block is not worth it if its attention runs as it was: the rest saves less than the calls cost.
 WITH_ATTENTION = {("cpu", "bfloat16")}
+ALL = (1, 0)
 _always = False
+
+
+class Size(NamedTuple):
+    """What a module makes of images: a token of `width` values for each `pixels` values."""
+
+    pixels: int = 1
+    width: int = 1
 
 
 @contextmanager
 def always():
-    """Inside, no block is too small (process-wide): for tests, and for measuring."""
+    """Inside, nothing is too small (process-wide): for comparisons, tests and measurements."""
     global _always
     before, _always = _always, True
     try:
@@ -39,20 +57,34 @@ def arithmetic(x: Tensor) -> str:
     return "float32"
 
 
-def why_not(x: Tensor) -> str | None:
-    """Why a block that is given x [B, S, D] is quicker as it was, or None."""
-    if _always:
+def why_not(x: object, size: Size = Size()) -> str | None:  # noqa: B008
+    """Why code that is given tokens [B, S, D], or images, is quicker as it was, or None."""
+    if _always or not isinstance(x, Tensor) or torch.compiler.is_compiling():
         return None
-    gradients = torch.is_grad_enabled()
-    kind = arithmetic(x)
-    least = LEAST.get((x.device.type, kind, gradients), 0)
-    if least is None:
-        return f"in {kind} {'with' if gradients else 'without'} gradients it is not slower as it was"
-    if x.numel() < least:
-        return f"fewer than {least:,} values (tokens x width) are quicker as they were"
-    return None
+    key = (x.device.type, arithmetic(x), torch.is_grad_enabled())
+    limit = LEAST.get(key, ALL)
+    if limit is ALL:
+        return None
+    if limit is not None:
+        power, least = limit
+        values, width = x.numel(), x.shape[-1]
+        if x.ndim != 3:
+            values, width = values // size.pixels * size.width, size.width
+        if values * (width if power == 2 else 1) >= least:
+            return None
+    return _text(*key[:2], limit)
+
+
+@cache
+def _text(device: str, kind: str, limit: tuple[int, int] | None) -> str:
+    if limit is None:
+        return f"{kind} is quicker as it was on a {device.upper()}"
+    size = "tokens x width" if limit[0] == 1 else "tokens x width^2"
+    return f"below {limit[1]:,} ({size}) {kind} is quicker as it was on a {device.upper()}"
 
 
 def needs_attention(x: Tensor) -> bool:
     """Whether a block is worth it only if its attention is fused."""
-    return not _always and (x.device.type, arithmetic(x)) in WITH_ATTENTION
+    if _always or torch.compiler.is_compiling():
+        return False
+    return (x.device.type, arithmetic(x)) in WITH_ATTENTION

@@ -28,6 +28,7 @@ from maefast.nn.cells import Cells
 from maefast.ops import CellMask, TokenMask
 
 NAME = "facebookresearch/ConvNeXt-V2 FCMAE"
+TOKENS = False  # as in `spark`
 METHODS = ("forward", "forward_encoder", "forward_decoder", "forward_loss", "gen_random_mask", "patchify")
 MODULES = ("encoder", "proj", "decoder", "pred")
 BLOCK = ("dwconv", "norm", "pwconv1", "act", "pwconv2", "grn", "drop_path")

@@ -222,7 +222,7 @@ def forward(self: nn.Module, pixel_values: Tensor, bool_masked_pos, *args, **kwa
         return _swap.fall_back(self, "forward")(pixel_values, bool_masked_pos, *args, **kwargs)
     options = {k: v for k, v in kwargs.items() if k != "return_dict"}
     # The mask is read once: our own code takes the plan in its place.
-    ours = is_fast(self.videomae) and is_fast(_hf.inner(self.videomae).embeddings)
+    ours = is_fast(self.videomae, pixel_values) and is_fast(_hf.inner(self.videomae).embeddings, pixel_values)
     outputs = self.videomae(pixel_values, bool_masked_pos=plan if ours else bool_masked_pos, **options)
     x = layers.linear(self.encoder_to_decoder, outputs.last_hidden_state)
     pos = _hf.moved(self.position_embeddings, pixel_values, pixel_values.dtype)

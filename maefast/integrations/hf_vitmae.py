@@ -391,7 +391,7 @@ def forward(self: nn.Module, pixel_values: Tensor | None = None, noise: Tensor |
     outputs = self.vit(pixel_values, noise=noise, **options)
     latent, ids_restore, pred = outputs.last_hidden_state, outputs.ids_restore, _swap.setting(self, "pred")
     plan = _plan(ids_restore, latent.shape[1] - 1)
-    ours = is_fast(self.decoder)
+    ours = is_fast(self.decoder, latent)
     logits = self.decoder(
         latent, Order(plan, pred) if ours else ids_restore, interpolate_pos_encoding=bool(interpolate)
     ).logits

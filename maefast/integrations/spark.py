@@ -29,6 +29,7 @@ from maefast.nn.cells import Cells, UnknownSparseOp
 from maefast.ops import CellMask
 
 NAME = "keyu-tian/SparK"
+TOKENS = False  # no transformer: sizes that are worth it were measured for those
 METHODS = ("forward", "mask", "patchify")
 MODULES = ("sparse_encoder", "dense_decoder", "densify_norms", "densify_projs", "mask_tokens")
 SIZES = ("len_keep", "fmap_h", "fmap_w", "downsample_raito")  # as it is spelt there

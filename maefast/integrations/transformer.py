@@ -77,9 +77,7 @@ def _forward(layout: type, block: nn.Module, x, args: tuple, kwargs: dict):
 
 
 def _left(layout: type, block: nn.Module, x: Tensor) -> str | None:
-    """Why the block is quicker as it was for this input, or None."""
-    if reason := _worth.why_not(x):
-        return reason
+    """Why the block is quicker as it was without a fused attention, or None."""
     if _worth.needs_attention(x) and (problem := layout.problem(block)):
         return f"{problem}, and without a fused attention it is quicker as it was"
     return None
@@ -140,18 +138,16 @@ def _answers_in_tuples(forward: Callable) -> bool:
 FORWARDS = {Timm: timm_forward, HuggingFace5: hf5_forward, HuggingFace4: hf4_forward}
 
 
-def is_fast(block: nn.Module) -> bool:
-    """Whether the block takes `Pending` and `Tail`, and nobody wants to see what it returns on the way."""
-    if not _swap.runs_fast(block, "forward"):
+def is_fast(block: nn.Module, x: object = None) -> bool:
+    """Whether the block, for the input x, takes `Pending` and `Tail`, and nobody wants to see what it returns."""
+    if not _swap.runs_fast(block, "forward", x):
         return False
     return not watched(block) and (layers.only_sharded(block) or not _hf.recorded(block))
 
 
 def _pends(block: nn.Module, x: Tensor) -> bool:
     """`is_fast` for this input, and not recomputed in the backward: reentrant checkpointing wants plain tensors."""
-    if _worth.why_not(x) or not is_fast(block):
-        return False
-    if _worth.needs_attention(x) and layout_of(block).problem(block):
+    if not is_fast(block, x) or (_worth.needs_attention(x) and layout_of(block).problem(block)):
         return False
     return not (getattr(block, "gradient_checkpointing", False) and block.training)
 
@@ -199,7 +195,8 @@ def layout_of(module: nn.Module) -> type | None:
 
 def settings(block: nn.Module, layout: type) -> dict:
     """What the fast forward needs to know, found before the block is changed."""
-    return layout.settings(block) if hasattr(layout, "settings") else {}
+    found = layout.settings(block) if hasattr(layout, "settings") else {}
+    return {**found, _swap.SIZE: _worth.Size()}
 
 
 def unknown(block: nn.Module, layout: type) -> str | None:

@@ -259,7 +259,7 @@ def forward(self: nn.Module, x: Tensor, mask: Tensor, *args, **kwargs):
         return _swap.fall_back(self, "forward")(x, mask, *args, **kwargs)
     plan = _plan(mask, counts[0])
     share = _swap.setting(self, "shares") and not layers.hooked(self.encoder)
-    share = share and _swap.runs_fast(self.encoder, "forward_features")
+    share = share and _swap.runs_fast(self.encoder, "forward_features", x)
     latent = layers.linear(self.encoder_to_decoder, self.encoder(x, plan if share else mask))
     pos = self.pos_embed.detach().to(x.device, x.dtype)
     if decode is None or counts[2] == num_tokens:
