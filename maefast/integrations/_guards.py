@@ -233,8 +233,10 @@ def _attributes(thing: object, site: _Site) -> list[tuple[str, dict, dict[str, A
 
 
 def _check(getter: Callable, names: dict[str, Any]) -> tuple[Callable, Any]:
-    wanted = tuple(names.values())
-    return getter(*names), wanted if len(names) > 1 else wanted[0]
+    """A getter of these names and what it must give. Always tuples, which ask for identity before equality: that of a
+    configuration takes long."""
+    keys = [*names] if len(names) > 1 else [*names] * 2
+    return getter(*keys), tuple(names[key] for key in keys)
 
 
 def _failing(site: _Site, thing: object) -> str | None:
