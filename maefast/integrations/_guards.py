@@ -98,7 +98,7 @@ class Guards:
         walk = _Walk(self.live)
         walk.start(module, self.methods)
         for path in self.beside:
-            walk.start(module.get_submodule(path), ("forward",), path)
+            walk.beside(module, path)
         self.sites, self.around = list(walk.sites.values()), list(walk.around.values())
         self._compile(module)
 
@@ -248,18 +248,26 @@ def _failing(site: _Site, thing: object) -> str | None:
             if isinstance(value, _PLAIN):
                 return f"{site.name(name)} has changed from {_short(value)} to {_short(own[name])}"
             return f"{site.name(name)} was replaced on the object"
-        if not same(getattr(site.kind, name, _MISSING), value):
-            return f"{site.kind.__name__}.{name} was replaced"
+        if not same(_given(thing, name), value):
+            return f"{type(thing).__name__}.{name} was replaced"
     for name, value in site.values.items():
         now = _attribute(thing, name)
         if value is _MISSING and now is _MISSING:
-            now = getattr(site.kind, name, _MISSING)
+            now = _given(thing, name)
         if not same(now, value):
             return f"{site.name(name)} has changed from {_short(value)} to {_short(now)}"
     for name, child in site.children.items():
         if thing._modules.get(name, _MISSING) is not child:
             return f"{site.name(name)} is another module now"
     return None
+
+
+def _given(thing: object, name: str) -> object:
+    """What the classes of an object give it under this name, without ours."""
+    for kind in type(thing).__mro__:
+        if name in vars(kind) and "_maefast_methods" not in vars(kind):
+            return getattr(kind, name)
+    return _MISSING
 
 
 def in_mode(training: bool) -> str:
@@ -337,6 +345,13 @@ class _Walk:
 
     def start(self, module: nn.Module, methods: Iterable[str], path: str = "") -> None:
         self._object(path, module, frozenset(), frozenset(), methods)
+
+    def beside(self, module: nn.Module, path: str) -> None:
+        """A part whose forward is passed over, and its place."""
+        self.start(module.get_submodule(path), ("forward",), path)
+        parent, _, name = path.rpartition(".")
+        holder = module.get_submodule(parent)
+        self.sites.setdefault(id(holder), _Site(parent, holder)).children[name] = holder._modules[name]
 
     def _is_live(self, name: str) -> bool:
         return name in self.live or re.sub(r"\.\d+(?=\.|$)", ".*", name) in self.live

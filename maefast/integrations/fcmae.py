@@ -34,9 +34,9 @@ MODULES = ("encoder", "proj", "decoder", "pred")
 BLOCK = ("dwconv", "norm", "pwconv1", "act", "pwconv2", "grn", "drop_path")
 EPS = 1e-6  # of a GRN, written into its code
 # What our methods read at every call, see `Step.live`.
-SPARSE = {f"downsample_layers.{name}" for name in ("0.0", "0.1.weight", "*.*.ln", "*.*.kernel", "*.*.bias")}
-SPARSE |= {f"stages.*.*.{name}" for name in ("dwconv.kernel", "dwconv.bias", "norm.ln", "drop_path.drop_prob")}
-SPARSE |= {f"stages.*.*.{name}" for name in ("pwconv1.linear", "pwconv2.linear", "grn.gamma", "grn.beta")}
+SPARSE = {f"downsample_layers.{name}" for name in ("0.0", "0.1.weight", "*.*.kernel", "*.*.bias")}
+SPARSE |= {f"stages.*.*.{name}" for name in ("dwconv.kernel", "dwconv.bias", "drop_path.drop_prob")}
+SPARSE |= {f"stages.*.*.{name}" for name in ("grn.gamma", "grn.beta")}
 DENSE = {f"decoder.*.{name}" for name in ("dwconv", "norm.weight", "norm.bias", "pwconv1", "act", "pwconv2")}
 DENSE |= {f"decoder.*.{name}" for name in ("grn.gamma", "grn.beta", "drop_path")} | {"proj", "pred", "mask_token"}
 

@@ -1,10 +1,12 @@
-"""Changes to everything that a model might read: each method, on the object and on its class, and each plain attribute.
+"""Changes to everything that a model might read: each method, on the object and on its class, each plain attribute,
+each part, exchanged for one of another class.
 
 Found without asking maefast's guards what they watch.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, MethodType
@@ -41,6 +43,8 @@ def changes(model: nn.Module) -> Iterator[Change]:
         if key in seen:
             continue
         seen.add(key)
+        if path:
+            yield Change(f"{path} exchanged", _exchanged(path))
         yield from methods(path, module)
         yield from values(path, module)
         config = vars(module).get("config")
@@ -58,6 +62,26 @@ def methods(path: str, module: nn.Module) -> Iterator[Change]:
             if isinstance(function, FunctionType) and not name.startswith("__") and name not in ("get_submodule",):
                 yield Change(f"{path}.{name} on the object", _on_object(path, name, function))
                 yield Change(f"{kind.__name__}.{name}", _on_class(kind, name, function))
+
+
+def _exchanged(path: str) -> Callable:
+    """For a copy whose class has another forward, with the same parameters and parts."""
+
+    @contextmanager
+    def apply(model):
+        parent, _, name = path.rpartition(".")
+        parts = model.get_submodule(parent)._modules
+        before, kind = parts[name], _guards.base_of(parts[name])
+        new = copy.copy(before)
+        vars(new).pop(_swap.SETTINGS, None)
+        new.__class__ = type(kind.__name__, (kind,), {"forward": other(kind.forward)})
+        parts[name] = new
+        try:
+            yield
+        finally:
+            parts[name] = before
+
+    return apply
 
 
 def other(function: FunctionType) -> FunctionType:

@@ -254,6 +254,40 @@ def test_what_only_the_original_writes_is_found_and_undone(write, name):
     assert "calls" not in vars(model)
 
 
+class Large(nn.Module):
+    """Its gradient is compared by projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(600, 300))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_gradients_of_large_parameters():
+    model = Large()
+    x = torch.randn(5, 600)
+    _swap.swap(
+        model, {"forward": lambda self, x: (x[:, :599] @ self.weight[:599]) + x[:, 599:] @ self.weight[599:].detach()}
+    )
+    with pytest.raises(_verify.Mismatch, match="gradient of weight differs"):
+        _verify.compare(model, lambda: model(x))
+    _swap.swap(model, {"forward": lambda self, x: (self.weight.T @ x.T).T})
+    assert _verify.compare(model, lambda: model(x)) < 1e-5
+
+
+def test_second_derivatives_name_the_remedy():
+    model = maefast.accelerate(build())
+    x = images().requires_grad_()
+    (grad,) = torch.autograd.grad(run(model, x)[0], x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"maefast's \w+ has no second derivative: .* maefast\.restore\(model\)"):
+        grad.square().sum().backward()
+    with maefast.backend("reference"):
+        (grad,) = torch.autograd.grad(run(model, x)[0], x, create_graph=True)
+        grad.square().sum().backward()
+
+
 class Noisy(Tiny):
     def forward(self, x):
         return x * self.scale * np.random.uniform()  # noqa: NPY002

@@ -362,3 +362,43 @@ def test_zero_tables_repaired():
 def test_trained_tables_stay():
     model, fast = pair(options={"repair_positions": True})
     assert torch.equal(model.decoder.decoder_pos_embed, fast.decoder.decoder_pos_embed)
+
+
+def halves(self, *args, **kwargs):
+    out = super(type(self), self).forward(*args, **kwargs)
+    if not self.on:
+        return out
+    return (out[0] / 2, *out[1:]) if isinstance(out, tuple) else out / 2
+
+
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+@pytest.mark.parametrize("when", ["from the start, switched on later", "from the start, switched on", "put in later"])
+def test_parts_of_another_class_in_a_layer(part, when):
+    """With the same attributes and parameters; a switch says whether they compute something else."""
+    model = randomised(transformers.ViTMAEForPreTraining(config()))
+    fast = copy.deepcopy(model)
+
+    def exchange(net, on):
+        kind = type(getattr(net.vit.layers[0], part))
+        new = type(kind.__name__, (kind,), {"forward": halves, "on": on})
+        getattr(net.vit.layers[0], part).__class__ = new
+
+    def switch(net):
+        getattr(net.vit.layers[0], part).on = True
+
+    if when.startswith("from the start"):
+        for net in (model, fast):
+            exchange(net, on=False)
+            if not when.endswith("later"):
+                switch(net)
+    maefast.accelerate(fast)
+    if when.endswith("later"):
+        for net in (model, fast):
+            exchange(net, on=True) if when.startswith("put") else switch(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want, got = both((model, fast), images())
+    agree(want, got)
+    want.loss.backward()
+    got.loss.backward()
+    assert gradient_error(fast, model) < 1e-4
