@@ -44,8 +44,9 @@ from maefast.integrations import (
     transformer,
     videomae,
 )
-from maefast.integrations._guards import Guards, Runs, Unguarded, in_mode
+from maefast.integrations._guards import Guards, Runs, in_mode
 from maefast.integrations._report import Note, Report
+from maefast.integrations._sites import Unguarded
 from maefast.integrations._steps import Options, Step
 
 FAMILIES: tuple[ModuleType, ...] = (mae, hf_vitmae, hf_videomae, videomae, jepa, spark, timm_vit, lightly, fcmae)

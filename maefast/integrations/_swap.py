@@ -211,7 +211,7 @@ def _accelerated(base: type, methods: Methods) -> type:
     found = _classes.get((base, methods))
     if found is None:
         body = {name: _method(base, name, fast) for name, fast in methods}
-        body |= {BASE: base, METHODS: methods, "__reduce_ex__": _reduce_ex}
+        body |= {BASE: base, METHODS: methods, "__reduce_ex__": _reduce_ex, "__setstate__": _set_state}
         body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         found = _classes[base, methods] = type(base)(base.__name__, (*_between(base, methods), base), body)
     return found
@@ -255,6 +255,13 @@ def _reduce_ex(self: nn.Module, protocol: int):
     if make is not copyreg.__newobj__ or args != (kind,):
         raise TypeError(f"{kind.__name__} pickles itself in its own way: call maefast.restore(model) first")
     return (_blank, (vars(kind)[BASE], vars(kind)[METHODS]), *rest)
+
+
+def _set_state(self: nn.Module, state: dict) -> None:
+    """Of a copy, or one from a file: its guards look at it."""
+    original(self, "__setstate__")(state)
+    for guards in self.__dict__.get(SETTINGS, {}).get(GUARDS, {}).values():
+        guards.settle(self)
 
 
 def _blank(base: type, methods: Methods) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from maefast.integrations import _guards, _swap
+from maefast.integrations import _sites, _swap
 from maefast.nn.cells import Cells
 
 HIDDEN = {"training", _swap.SETTINGS, "_maefast_report", "call_super_init", "dump_patches", "T_destination"}
@@ -39,7 +39,7 @@ def changes(model: nn.Module) -> Iterator[Change]:
     """One object of each kind under each child of the model."""
     seen = set()
     for path, module in model.named_modules():
-        key = (path.partition(".")[0] if path else "", _guards.base_of(module))
+        key = (path.partition(".")[0] if path else "", _sites.base_of(module))
         if key in seen:
             continue
         seen.add(key)
@@ -55,7 +55,7 @@ def changes(model: nn.Module) -> Iterator[Change]:
 
 def methods(path: str, module: nn.Module) -> Iterator[Change]:
     """Every method of the model's own classes gives other numbers."""
-    for kind in _guards.base_of(module).__mro__:
+    for kind in _sites.base_of(module).__mro__:
         if kind.__module__.startswith(("torch.", "transformers.modeling_utils", "transformers.integrations")):
             continue
         for name, function in vars(kind).items():
@@ -71,7 +71,7 @@ def _exchanged(path: str) -> Callable:
     def apply(model):
         parent, _, name = path.rpartition(".")
         parts = model.get_submodule(parent)._modules
-        before, kind = parts[name], _guards.base_of(parts[name])
+        before, kind = parts[name], _sites.base_of(parts[name])
         new = copy.copy(before)
         vars(new).pop(_swap.SETTINGS, None)
         new.__class__ = type(kind.__name__, (kind,), {"forward": other(kind.forward)})

@@ -15,7 +15,8 @@ from torch import nn
 
 import maefast
 from maefast.integrations import _code, _swap
-from maefast.integrations._guards import Guards, Unguarded
+from maefast.integrations._guards import Guards
+from maefast.integrations._sites import Unguarded
 from tests.integrations import test_hf_videomae, test_hf_vitmae, test_mae
 from tests.integrations.common import gradient_error, relative
 from tests.integrations.models.mae import MaskedAutoencoderViT
@@ -362,11 +363,68 @@ def test_copies_are_guarded_by_what_was_compared(copied):
     same(model, copied(fast))
     fast.norm_pix_loss = model.norm_pix_loss = False
     other = copied(fast)
-    same(model, other)
-    assert "norm_pix_loss has changed" in runs(other)
+    for _ in range(3):
+        same(model, other)
+    assert "as it was 3 times because norm_pix_loss has changed" in runs(other)
     fast.norm_pix_loss = model.norm_pix_loss = other.norm_pix_loss = True
     same(model, other)
     assert "ran fast" in runs(other)
+
+
+def test_a_copy_compiles():
+    """Its guards have looked at it by then."""
+    torch._dynamo.reset()
+    model, fast = pair()
+    fast.norm_pix_loss = model.norm_pix_loss = False
+    other = copy.deepcopy(fast)
+    same(model, torch.compile(other, backend="aot_eager"))
+    fast.norm_pix_loss = model.norm_pix_loss = True
+    same(model, torch.compile(copy.deepcopy(fast), backend="aot_eager"))
+
+
+def test_compiled_code_sees_switches():
+    torch._dynamo.reset()
+    model, fast = pair(fork(forward_loss=by_epoch, epoch=0))
+    model.epoch = fast.epoch = 0
+    maefast.accelerate(fast)
+    compiled = torch.compile(fast, backend="aot_eager")
+    for epoch in (0, 5, 0):
+        model.epoch = fast.epoch = epoch
+        same(model, compiled)
+
+
+class Kinds:
+    @classmethod
+    def factor(cls):
+        return 2.0
+
+    @staticmethod
+    def power(x):
+        return x**2
+
+    @property
+    def half(self):
+        return 0.5
+
+
+def by_kinds(self, imgs, pred, mask):
+    return ROOT.forward_loss(self, imgs, pred, mask) * self.power(self.factor() * self.half)
+
+
+def test_class_methods_and_properties(monkeypatch):
+    extras = {name: vars(Kinds)[name] for name in ("factor", "power", "half")}
+    kind = fork(forward_loss=by_kinds, **extras)
+    model, fast = pair(kind)
+    same(model, fast)
+    fast.something = model.something = 1  # makes the guards look closely
+    same(model, fast)
+    assert runs(fast) == "ran fast 2 times"
+    for name, value in (("factor", classmethod(lambda cls: 4.0)), ("half", property(lambda self: 3.0))):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, value)
+            same(model, fast)
+            assert f"{name} was replaced" in runs(fast)
+    same(model, fast)
 
 
 def test_nothing_is_kept_alive():
