@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import maefast
 from maefast import ops
+from maefast.integrations import _worth
 from tests.integrations.common import relative
 from tests.integrations.models.mae import Block, MaskedAutoencoderViT
 
@@ -238,7 +239,8 @@ def process(rank: int, store: str, cases: list[tuple]) -> None:
     try:
         for function, *arguments in cases:
             try:
-                function(*arguments)
+                with _worth.always():
+                    function(*arguments)
             except Exception as error:
                 names = [getattr(a, "__name__", a) for a in (function, *arguments)]
                 raise AssertionError(f"{' '.join(map(str, names))}: {error}") from error
