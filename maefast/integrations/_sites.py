@@ -59,9 +59,11 @@ def base_of(thing: object) -> type:
 
 
 def defined(kind: type, name: str) -> object:
-    """What a class gives its objects under this name, as it stands in the class, ours left out."""
+    """What a class gives its objects under this name, as it stands in the class. Left out are ours, and FSDP's on top,
+    which hand on to what is under them."""
     for base in kind.__mro__:
-        if name in vars(base) and "_maefast_methods" not in vars(base):
+        outer = "_maefast_methods" in vars(base) or base.__module__.startswith("torch.distributed.")
+        if name in vars(base) and not outer:
             return vars(base)[name]
     return MISSING
 
