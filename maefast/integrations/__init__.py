@@ -87,6 +87,7 @@ def accelerate(
     found = Report(type(model).__name__)
     errors: list[float] = []
     unchecked: set[str] = set()
+    fresh: dict[int, nn.Parameter] = {}  # random weights, made once for all comparisons
 
     def perform(step: Step, sized: bool) -> None:
         size = {_swap.SIZE: _size(step.module)} if sized else {}
@@ -97,7 +98,7 @@ def accelerate(
             if verify and (reason := _verify.unsuitable(step.module)):
                 unchecked.add(reason)
             elif verify:
-                error, only = _verify.agreement(step.module, step.probe)
+                error, only = _verify.agreement(step.module, step.probe, fresh)
                 errors.append(error)
                 texts = _limit(guards.values(), texts, only)
         except (_verify.Mismatch, Unguarded) as reason:

@@ -61,11 +61,14 @@ def _flattened(parameter: Tensor) -> bool:
     return empty or type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_fsdp_flattened")
 
 
-def agreement(module: nn.Module, call: Callable[[], Any]) -> tuple[float, bool | None]:
+def agreement(
+    module: nn.Module, call: Callable[[], Any], fresh: dict[int, nn.Parameter] | None = None
+) -> tuple[float, bool | None]:
     """Compare the original and the accelerated code of `module`, training and evaluating, with random weights.
 
     Args:
-        call: runs the module on a small input, and returns what is compared.
+        call: runs the module on a small input, and returns what is compared. fresh: random parameters made before, for
+            the same model; more are kept there.
 
     Returns:
         The largest relative difference found, and the only mode that may run accelerated (training or not; None: both).
@@ -73,7 +76,7 @@ def agreement(module: nn.Module, call: Callable[[], Any]) -> tuple[float, bool |
     Raises:
         Mismatch: what differs, by more than rounding, in both modes or as soon as other parameters are frozen.
     """
-    fresh: dict[int, nn.Parameter] = {}
+    fresh = {} if fresh is None else fresh
 
     def run(training: bool, thawed: bool) -> float | Mismatch:
         try:
@@ -125,18 +128,19 @@ def compare(
         _same_state(module) as state,
     ):
         with plain():
-            want = _attempt(True, module, call, state)
+            want = _attempt(True, module, call, state, thawed or fresh is None)
         state.again()
-        got = _attempt(False, module, call, state)
+        got = _attempt(False, module, call, state, thawed or fresh is None)
         return _difference(module, want, got)
 
 
-def _attempt(own: bool, module: nn.Module, call: Callable[[], Any], state: _State) -> tuple:
+def _attempt(own: bool, module: nn.Module, call: Callable[[], Any], state: _State, every: bool) -> tuple:
+    """(outputs, gradients, random state, what was written); gradients of `every` parameter, or of small ones."""
     device = example(module).device
     try:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False), _full_float32():
             leaves = tree_leaves(call())
-            return leaves, _gradients(module, leaves), _drawn(device), state.written()
+            return leaves, _gradients(module, leaves, every), _drawn(device), state.written()
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         # The model's own code runs first: what it does not take is a fault of the input that was made up for it.
@@ -189,9 +193,9 @@ def _full_float32() -> Iterator[None]:
             flag.allow_tf32 = value
 
 
-def _gradients(module: nn.Module, leaves: list) -> dict[str, Tensor | None]:
+def _gradients(module: nn.Module, leaves: list, every: bool) -> dict[str, Tensor | None]:
     scored = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-    wanted = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    wanted = {n: p for n, p in module.named_parameters() if p.requires_grad and (every or p.numel() <= SMALL)}
     if not scored or not wanted:
         return {}
     generator = torch.Generator().manual_seed(1)
