@@ -20,9 +20,10 @@ what differs, is overridden or unknown stays, and the report says why.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import ModuleType
 
@@ -92,6 +93,7 @@ def accelerate(
     def perform(step: Step, sized: bool) -> None:
         size = {_swap.SIZE: _size(step.module)} if sized else {}
         try:
+            _same_arguments(step)
             guards = step.guards()
             _swap.swap(step.module, step.methods, guards, **step.settings, **size)
             texts = dict(step.texts)
@@ -122,6 +124,19 @@ def accelerate(
         raise
     _conclude(model, found, errors, unchecked, verify)
     return model
+
+
+def _same_arguments(step: Step) -> None:
+    """Raises `Unguarded` where a fork has other arguments in the places of those that the fast method takes."""
+    for name, fast in step.methods.items():
+        ours, theirs = (_positional(method) for method in (fast, getattr(type(step.module), name)))
+        if any(a != b for a, b in zip(ours[1:], theirs[1:])):
+            raise Unguarded(f"its arguments are {', '.join(theirs[1:])}, where maefast knows {', '.join(ours[1:])}")
+
+
+def _positional(method: Callable) -> list[str]:
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(method).parameters.values() if p.kind in places]
 
 
 def _size(module: nn.Module) -> _worth.Size:

@@ -78,6 +78,8 @@ def look(code: CodeType, first: str | None = None) -> Look:
             writes |= inner.writes
             computed |= inner.computed
             handed |= inner.handed
+        elif isinstance(constant, tuple):  # class patterns, names to loop over
+            names |= {name for name in constant if isinstance(name, str) and name.isidentifier()}
         elif isinstance(constant, str) and constant.isidentifier():  # getattr(self, "name"), config["name"]
             names.add(constant)
             called.add(constant)

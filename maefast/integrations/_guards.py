@@ -42,6 +42,7 @@ from maefast.integrations._sites import (
     is_of_the_model,
 )
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LAYERS = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Conv3d, nn.GELU, nn.Dropout, nn.Identity)
 _LAYER_FORWARDS = tuple(kind.forward for kind in _LAYERS)
 
@@ -51,16 +52,23 @@ class Guards:
 
     Args:
         module: whose. methods: their names. live: dotted names of what the accelerated code reads itself at every call.
-        beside: paths of parts whose forward is passed over too.
+        beside: paths of parts whose forward is passed over too. hooks: whether hooks on parts that are passed over have
+            the original run; not where the accelerated code asks for them itself.
 
     Raises:
         Unguarded: something cannot be guarded.
     """
 
     def __init__(
-        self, module: nn.Module, methods: Iterable[str], live: Iterable[str] = (), beside: Iterable[str] = ()
+        self,
+        module: nn.Module,
+        methods: Iterable[str],
+        live: Iterable[str] = (),
+        beside: Iterable[str] = (),
+        hooks: bool = False,
     ) -> None:
         self.methods, self.live, self.beside = tuple(methods), frozenset(live), tuple(beside)
+        self.hooks = hooks
         self.mode: bool | None = None  # training, where the other mode computes something else
         self._look(module)
         self.signature = self._sign()
@@ -75,7 +83,7 @@ class Guards:
 
     # A copy, or one from a file, belongs to other objects: it looks anew, and compares signatures.
     def __getstate__(self) -> dict:
-        return {name: getattr(self, name) for name in ("methods", "live", "beside", "mode", "signature")}
+        return {name: getattr(self, name) for name in ("methods", "live", "beside", "hooks", "mode", "signature")}
 
     def settle(self, module: nn.Module) -> None:
         """Of a copy, once its module is complete."""
@@ -105,8 +113,12 @@ class Guards:
         for site in self.sites:
             classes.setdefault(site.kind, {}).update({name: getattr(site.kind, name) for name in site.functions})
         spaces = [vars(thing) for thing in others]
+        for thing in (module, *others):
+            if isinstance(thing, nn.Module):
+                spaces += [vars(thing)[kind] for kind in ("_modules", "_parameters", "_buffers")]
+        hooks = [vars(thing)[kind] for thing in others if isinstance(thing, nn.Module) for kind in HOOKS if self.hooks]
         spaces += [vars(k) for kind in classes for k in kind.__mro__ if is_of_the_model(k)]
-        self._spaces, self._sizes = tuple(spaces), tuple(map(len, spaces))
+        self._spaces, self._sizes = (*spaces, *hooks), (*map(len, spaces), *(0 for _ in hooks))
         self._own, checks = [], []
         for site in self.sites:
             thing = site.object if site.path else module
@@ -165,6 +177,8 @@ class Guards:
         for site in self.sites:
             if reason := _failing(site, site.object if site.path else module):
                 return reason
+            if self.hooks and site.path and any(getattr(site.object, kind, None) for kind in HOOKS):
+                return f"{site.path} has a hook"
         for get, space, names in self.around:
             for name, value in names.items():
                 now = space.get(name, MISSING) if get is itemgetter else getattr(space, name, MISSING)
@@ -234,6 +248,8 @@ def _failing(site: Site, thing: object) -> str | None:
     for name, child in site.children.items():
         if thing._modules.get(name, MISSING) is not child:
             return f"{site.name(name)} is another module now"
+    if site.path and isinstance(thing, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and site.items != len(thing):
+        return f"{site.path} has other parts now"
     return None
 
 
@@ -267,9 +283,13 @@ def _digest(value: object) -> object:
         return value
     if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, PLAIN) for v in value):
         return type(value).__name__, repr(value)
+    if isinstance(value, dict):
+        return type(value).__name__, tuple((repr(k), _digest(v)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, tuple(map(_digest, value))
     value = getattr(value, "__func__", value)  # of static methods and class methods
     if isinstance(value, FunctionType):
-        return _digest_code(value.__code__)
+        return _digest_code(value.__code__), repr(value.__defaults__), repr(value.__kwdefaults__)
     return base_of(value).__qualname__
 
 

@@ -199,7 +199,7 @@ def takes(images: object, conv: nn.Module, ndim: int = 4, channels: int = 1) -> 
     )
 
 
-def handed_out(pred: Tensor) -> Tensor:
-    """Predictions that somebody may write into before the backward, of which the loss kernel keeps its own. The
+def kept(pred: Tensor) -> Tensor:
+    """A copy of predictions for the loss kernel to keep: somebody may write into theirs before the backward. The
     originals keep a difference, and leave them free."""
     return pred.clone() if pred.requires_grad else pred

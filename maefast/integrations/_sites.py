@@ -5,6 +5,7 @@ The result is one `Site` for each object: what the guards (`_guards`) hold on to
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter, itemgetter
@@ -40,10 +41,11 @@ class Site:
             attributes, `MISSING` for those that may come. children: modules inside. All as the comparison saw them.
     """
 
-    __slots__ = ("children", "functions", "kind", "object", "path", "values")
+    __slots__ = ("children", "functions", "items", "kind", "object", "path", "values")
 
     def __init__(self, path: str, thing: object) -> None:
         self.path, self.object, self.kind = path, thing if path else None, base_of(thing)
+        self.items = len(thing._modules) if isinstance(thing, nn.Module) else 0
         self.functions: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
         self.children: dict[str, Any] = {}
@@ -186,10 +188,14 @@ class Walk:
                 self._around(itemgetter, space, name, value)
                 if isinstance(value, FunctionType) and not _code.from_library(value.__module__):
                     yield from _code.functions(value)
+            elif isinstance(value, (dict, list, set)) and _is_plain(value) and not name.startswith("__"):
+                self._around(itemgetter, space, name, copy.deepcopy(value))
             elif isinstance(value, ModuleType) and not _code.from_library(value.__name__):
                 for inner in (look.names & set(vars(value))) - self.live:
                     if isinstance(vars(value)[inner], (FunctionType, *PLAIN)):
                         self._around(itemgetter, vars(value), inner, vars(value)[inner])
+                        if isinstance(vars(value)[inner], FunctionType):
+                            yield from _code.functions(vars(value)[inner])
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
             value = cell.cell_contents
             if isinstance(value, (FunctionType, type, *PLAIN)):
@@ -217,7 +223,7 @@ class Walk:
             elif isinstance(default, PLAIN):
                 site.functions[name] = default  # given by the class
         else:
-            site.values[name] = value.copy() if isinstance(value, (list, set, dict)) else value
+            site.values[name] = _snapshot(value, where)
             if isinstance(value, FunctionType):
                 self._held(value)
             elif _has_attributes(value) and where.count(".") < 3:
@@ -235,6 +241,24 @@ class Walk:
         site.children[name] = child
         if child is not None:
             self._object(site.name(name), child, names - {None}, called, ("forward",) if name in called else ())
+
+
+def _snapshot(value: object, where: str) -> object:
+    """A copy of what may be changed in place."""
+    if type(value).__module__ == "numpy" and hasattr(value, "shape"):
+        raise Unguarded(f"it reads {where}, an array that may be changed in place")
+    if not isinstance(value, (list, set, dict)):
+        return value
+    return copy.deepcopy(value) if _is_plain(value) else value.copy()
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a container holds plain values, and containers of such, alone."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    return isinstance(value, PLAIN)
 
 
 def _has_attributes(value: object) -> bool:

@@ -6,9 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from maefast.integrations._guards import Guards
+
+GIVEN: list[Tensor] = []  # what probes have handed to the code that is compared now
+
+
+def given(t: Tensor) -> Tensor:
+    """An input of a probe, whose gradient is compared too."""
+    t = t.detach().requires_grad_(t.is_floating_point())
+    GIVEN.append(t)
+    return t
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Step:
 
     def guards(self) -> dict[str, Guards]:
         """For `_swap.swap`. Raises `Unguarded`."""
-        return {name: Guards(self.module, (name,), self.live, self.beside) for name in self.methods}
+        return {name: Guards(self.module, (name,), self.live, self.beside, not self.beside) for name in self.methods}
 
     def under(self, path: str) -> Step:
         """The same step of a model that stands at `path`."""

@@ -52,7 +52,9 @@ def is_plain() -> bool:
     """Whether original code runs: asked for, or because something is at work that our kernels cannot go through:
     `torch.func` and forward-mode gradients (they have no rules for either) or `torch.jit.trace` (they cannot be written
     to a file)."""
-    return _plain or (not torch.compiler.is_compiling() and _transformed())
+    if torch.compiler.is_compiling():
+        return _plain or torch.compiler.is_exporting()
+    return _plain or _transformed()
 
 
 def _transformed() -> bool:
@@ -132,9 +134,10 @@ def unswap(module: nn.Module, names: tuple[str, ...] | None = None) -> bool:
             kind.__name__, bases, {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
         )
     module.__class__ = new
-    settings = module.__dict__.get(SETTINGS, {})
+    settings = dict(module.__dict__.get(SETTINGS, {}))  # a shallow copy of the module has the same one
     for kind in (GUARDS, RUNS):
         settings[kind] = {n: v for n, v in settings.get(kind, {}).items() if n in dict(left)}
+    module.__dict__[SETTINGS] = settings
     if not left:
         module.__dict__.pop(SETTINGS, None)
     return True

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from maefast.integrations import _worth
 from maefast.integrations._guards import same
+from maefast.integrations._steps import GIVEN
 from maefast.integrations._swap import plain
 
 # Relative error (Frobenius) of outputs and gradients that rounding explains.
@@ -139,6 +140,7 @@ def _attempt(own: bool, module: nn.Module, call: Callable[[], Any], state: _Stat
     device = example(module).device
     try:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False), _full_float32():
+            GIVEN.clear()
             leaves = tree_leaves(call())
             return leaves, _gradients(module, leaves, every), _drawn(device), state.written()
     except Exception as error:
@@ -196,13 +198,14 @@ def _full_float32() -> Iterator[None]:
 def _gradients(module: nn.Module, leaves: list, every: bool) -> dict[str, Tensor | None]:
     scored = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     wanted = {n: p for n, p in module.named_parameters() if p.requires_grad and (every or p.numel() <= SMALL)}
-    if not scored or not wanted:
+    if not scored or not (wanted or GIVEN):
         return {}
     generator = torch.Generator().manual_seed(1)
     total = 0.0
     for t in scored:
         weight = torch.randn(t.shape, generator=generator).to(t.device)
         total = total + (t.to(torch.promote_types(t.dtype, torch.float32)) * weight).sum()
+    wanted |= {f"input {i}": t for i, t in enumerate(GIVEN) if t.requires_grad}
     found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
     return {name: None if g is None else _projected(g) for name, g in zip(wanted, found)}
 
@@ -355,9 +358,11 @@ class _State:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.buffers = {name: b.clone() for name, b in module.named_buffers()}
+        self.versions = {name: p._version for name, p in module.named_parameters()}
         self.attributes = [(path, part, _copied(part)) for path, part in module.named_modules()]
 
     def again(self) -> None:
+        self.versions = {name: p._version for name, p in self.module.named_parameters()}
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)  # the public FCMAE draws its stochastic depth there
@@ -370,6 +375,9 @@ class _State:
             before = self.buffers.get(name)
             if before is None or before.shape != buffer.shape or not torch.equal(before, buffer):
                 found[name] = buffer.clone()
+        for name, p in self.module.named_parameters():
+            if p._version != self.versions.get(name):
+                found[name] = "written in place"
         for path, part, before in self.attributes:
             now = _copied(part)
             for name in {**before, **now}:

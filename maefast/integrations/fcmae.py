@@ -299,7 +299,7 @@ def forward_loss(self: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, *arg
         return _swap.fall_back(self, "forward_loss")(imgs, pred, mask, *args, **kwargs)
     # The mask may hold any weights, so every patch is scored, as in the original.
     every = TokenMask.all_visible(*rows.shape[:2], rows.device).complement()
-    each = _score(self, imgs, layers.handed_out(rows), every, "none").view(mask.shape)
+    each = _score(self, imgs, layers.kept(rows), every, "none").view(mask.shape)
     return (each * mask).sum() / mask.sum()
 
 
@@ -329,5 +329,5 @@ def forward(self: nn.Module, imgs: Tensor, labels: object = None, mask_ratio: fl
         x = self.proj(last.dense())
         x = torch.where(plan.mask[:, None], self.mask_token.to(x.dtype), x)
     pred = _point(self.pred, _decoder(self.decoder, x))
-    loss = _score(self, imgs, pred.flatten(2).transpose(1, 2), plan.tokens, "mean")
-    return loss, layers.handed_out(pred), mask
+    loss = _score(self, imgs, layers.kept(pred).flatten(2).transpose(1, 2), plan.tokens, "mean")
+    return loss, pred, mask

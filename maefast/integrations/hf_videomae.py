@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from maefast import ops
 from maefast.integrations import _hf, _swap
 from maefast.integrations import _layers as layers
-from maefast.integrations._steps import Options, Step
+from maefast.integrations._steps import Options, Step, given
 from maefast.integrations.transformer import is_fast, run_blocks, run_tail
 from maefast.ops import TokenMask
 
@@ -138,13 +138,14 @@ def _videos(model: nn.Module) -> tuple[Tensor, Tensor]:
     shape = (2, model.config.num_frames, like.shape[1], *patches.image_size)
     videos = torch.randn(shape, device=like.device, dtype=like.dtype)
     videos[1] *= 1e-3
+    videos = given(videos)
     masked = torch.rand(2, count, device=like.device).argsort(1) >= max(1, count // 10)
     return videos, masked
 
 
 def _tokens(decoder: nn.Module) -> Tensor:
     like = decoder.norm.weight
-    return torch.randn(2, 8, like.shape[0], device=like.device, dtype=like.dtype)
+    return given(torch.randn(2, 8, like.shape[0], device=like.device, dtype=like.dtype))
 
 
 # --- the encoder --------------------------------------------------------------------------------------------
@@ -229,8 +230,8 @@ def forward(self: nn.Module, pixel_values: Tensor, bool_masked_pos, *args, **kwa
     x = ops.restore_tokens(x, plan, self.mask_token, pos=pos, order="visible_first")
     logits = self.decoder(x, plan.max_masked).logits
     output = _swap.setting(self, "output")(
-        loss=_score(self, pixel_values, logits, plan),
-        logits=layers.handed_out(logits),
+        loss=_score(self, pixel_values, layers.kept(logits), plan),
+        logits=logits,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from maefast import ops
 from maefast.integrations import _hf, _swap
 from maefast.integrations import _layers as layers
-from maefast.integrations._steps import Options, Step
+from maefast.integrations._steps import Options, Step, given
 from maefast.integrations.transformer import is_fast, run_blocks, run_tail
 from maefast.nn.positions import sincos_2d
 from maefast.ops import TokenMask
@@ -211,19 +211,19 @@ def _images(vit: nn.Module) -> Tensor:
     like = layers.convolution(patches.projection).weight
     images = torch.randn(2, like.shape[1], *patches.image_size, device=like.device, dtype=like.dtype)
     images[1] *= 1e-3
-    return images
+    return given(images)
 
 
 def _latent(model: nn.Module, decoder: nn.Module) -> tuple[Tensor, Tensor]:
     like, num_patches = decoder.mask_token, decoder.decoder_pos_embed.shape[1] - 1
     order = torch.rand(2, num_patches, device=like.device).argsort(1)
     width = model.config.hidden_size
-    return torch.randn(2, 1 + num_patches // 4, width, device=like.device, dtype=like.dtype), order
+    return given(torch.randn(2, 1 + num_patches // 4, width, device=like.device, dtype=like.dtype)), order
 
 
 def _prediction(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     images = _images(_hf.inner(model.vit))
-    pred = torch.randn_like(model.patchify(images)).requires_grad_()
+    pred = given(torch.randn_like(model.patchify(images)))
     return images, pred, (torch.rand(pred.shape[:2], device=images.device) < 0.7).to(torch.get_default_dtype())
 
 
@@ -330,7 +330,8 @@ def _decodes(
             return False
     if hidden_states.ndim != 3 or not len(hidden_states) or hidden_states.shape[1] < 1:
         return False
-    if layers.hooked(self.decoder_norm, self.decoder_pred):  # would see tokens left out that nobody predicts
+    # Others would see tokens left out that nobody predicts, or may mix them, or draw a number for each.
+    if not (layers.plain_norm(self.decoder_norm) and layers.plain_linear(self.decoder_pred)):
         return False
     if plan is None:
         count = ids_restore.shape[-1]
@@ -377,7 +378,7 @@ def forward_loss(
         return _swap.fall_back(self, "forward_loss")(pixel_values, pred, mask, interpolate_pos_encoding)
     # The mask may hold any weights, so every patch is scored, as in the original.
     every = TokenMask.all_visible(*pred.shape[:2], pred.device).complement()
-    each = _score(self, pixel_values, layers.handed_out(pred), every, "all", "none").view(mask.shape)
+    each = _score(self, pixel_values, layers.kept(pred), every, "all", "none").view(mask.shape)
     return (each * mask).sum() / mask.sum()
 
 
@@ -397,10 +398,10 @@ def forward(self: nn.Module, pixel_values: Tensor | None = None, noise: Tensor |
     ).logits
     if pred == "masked" and not ours:
         logits = _masked_rows(logits, plan)
-    loss = _score(self, pixel_values, logits, plan, "all" if pred == "full" else "masked", "mean")
+    loss = _score(self, pixel_values, layers.kept(logits), plan, "all" if pred == "full" else "masked", "mean")
     output = _swap.setting(self, "output")(
         loss=loss,
-        logits=layers.handed_out(logits),
+        logits=logits,
         mask=outputs.mask,
         ids_restore=ids_restore,
         hidden_states=outputs.hidden_states,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from maefast import ops
 from maefast.integrations import _layers as layers
 from maefast.integrations import _swap
-from maefast.integrations._steps import Options, Step
+from maefast.integrations._steps import Options, Step, given
 from maefast.integrations.transformer import run_blocks, run_tail
 from maefast.ops import TokenMask, _checks
 
@@ -89,7 +89,7 @@ def _encoder_probe(model: nn.Module) -> list[Tensor]:
     size = getattr(model, "input_size", None) or model.patch_embed.img_size  # V-JEPA, I-JEPA
     frames = [model.num_frames] if isinstance(proj, nn.Conv3d) else []
     like = {"device": proj.weight.device, "dtype": proj.weight.dtype}
-    images = torch.randn(2, proj.in_channels, *frames, size, size, **like)
+    images = given(torch.randn(2, proj.in_channels, *frames, size, size, **like))
     count = max(1, min(num_tokens // 4, 16))
     masks = [_kept(num_tokens, count, proj.weight.device) for _ in range(2)]
     calls = [model(images, masks), model(images, masks[0])]
@@ -107,14 +107,14 @@ def _image_predictor_probe(model: nn.Module) -> Tensor:
     count = max(1, min(num_tokens // 4, 8))
     contexts = [_kept(num_tokens, count + 1, weight.device) for _ in range(2)]
     targets = [_kept(num_tokens, count, weight.device) for _ in range(3)]
-    x = torch.randn(4, count + 1, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    x = given(torch.randn(4, count + 1, weight.shape[1], device=weight.device, dtype=weight.dtype))
     return model(x, contexts, targets)
 
 
 def _video_predictor_probe(model: nn.Module) -> Tensor:
     weight, num_tokens = layers.inner_linear(model.predictor_embed).weight, model.predictor_pos_embed.shape[1]
     count = max(1, min(num_tokens // 4, 8))
-    x = torch.randn(2, count + 1, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    x = given(torch.randn(2, count + 1, weight.shape[1], device=weight.device, dtype=weight.dtype))
     context, target = (_kept(num_tokens, n, weight.device) for n in (count + 1, count))
     return model(x, x[:, :count], context, target, mask_index=1)
 
@@ -290,7 +290,7 @@ def _predict(
     # What V-JEPA hands to its blocks; those that run as they are may look at it.
     extra = {"mask": torch.cat([context[0], targets[0]], 1)} if video else {}
     count = targets.shape[2]
-    if layers.hooked(self.predictor_norm):  # somebody looks at all tokens
+    if not layers.plain_norm(self.predictor_norm):  # it may look at all tokens
         y = layers.norm(self.predictor_norm, *run_blocks(self.predictor_blocks, full, **extra))[1][:, -count:]
     else:
         y = layers.norm(self.predictor_norm, *run_tail(self.predictor_blocks, full, count, **extra))[1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maefast.integrations import _swap, timm_vit
-from maefast.integrations._steps import Options, Step
+from maefast.integrations._steps import Options, Step, given
 from maefast.ops import TokenMask
 
 NAME = "lightly masked ViT"
@@ -63,7 +63,7 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
         x = _like(model.decoder_pos_embed)
         live = frozenset(("decoder_pos_embed", "decoder_blocks", "decoder_norm"))
         text = "sums pending between blocks"
-        yield Step(model, {"decode": mae_decode}, {"decode": text}, lambda: model.decode(x), live)
+        yield Step(model, {"decode": mae_decode}, {"decode": text}, lambda: model.decode(given(x)), live)
 
 
 def _root(kind: type, names: tuple[str, ...]) -> type:
@@ -88,7 +88,7 @@ def _encoder_steps(model: nn.Module, keep: Callable[[str, str], None]) -> Iterat
             model,
             {"preprocess": preprocess},
             {"preprocess": "tokens in idx_keep embedded only"},
-            lambda: model.preprocess(images, idx_keep=_keep_half(model.vit, images)),
+            lambda: model.preprocess(given(images), idx_keep=_keep_half(model.vit, images)),
             frozenset(("mask_token", *(f"vit.{name}" for name in timm_vit.EMBEDDING))),
             settings={"embed": type(model.vit.patch_embed)},
         )
@@ -101,7 +101,7 @@ def _encoder_steps(model: nn.Module, keep: Callable[[str, str], None]) -> Iterat
         model,
         {"encode": encode},
         {"encode": "sums pending between blocks"},
-        lambda: (model.encode(images), model.encode(images, idx_keep=_keep_half(model.vit, images))),
+        lambda: (model.encode(given(images)), model.encode(given(images), idx_keep=_keep_half(model.vit, images))),
         frozenset(("preprocess", "vit.norm_pre", "vit.blocks", "vit.norm")),
     )
 
@@ -126,9 +126,9 @@ def _decoder_steps(model: nn.Module, keep: Callable[[str, str], None]) -> Iterat
             {"preprocess": decoder_preprocess},
             {"preprocess": "mask tokens and positions in two passes"},
             lambda: (
-                model.preprocess(x),
-                model.preprocess(x, idx_mask=index),
-                model.preprocess(x, mask=mask, idx_keep=index),
+                model.preprocess(given(x)),
+                model.preprocess(given(x), idx_mask=index),
+                model.preprocess(given(x), mask=mask, idx_keep=index),
             ),
             frozenset(("pos_embed", "mask_token")),
         )
@@ -137,7 +137,7 @@ def _decoder_steps(model: nn.Module, keep: Callable[[str, str], None]) -> Iterat
     else:
         live = frozenset(("blocks", "norm"))
         text = "sums pending between blocks"
-        yield Step(model, {"decode": decode}, {"decode": text}, lambda: model.decode(x), live)
+        yield Step(model, {"decode": decode}, {"decode": text}, lambda: model.decode(given(x)), live)
 
 
 def _like(table: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from maefast import masking, ops
 from maefast.integrations import _layers as layers
 from maefast.integrations import _swap
-from maefast.integrations._steps import Options, Step
+from maefast.integrations._steps import Options, Step, given
 from maefast.integrations.transformer import run_blocks, run_tail
 from maefast.ops import TokenMask
 
@@ -101,7 +101,7 @@ def probe_images(model: nn.Module) -> Tensor:
     size = (size, size) if isinstance(size, int) else tuple(size)
     images = torch.randn(2, proj.in_channels, *size, device=proj.weight.device, dtype=proj.weight.dtype)
     images[1] *= 1e-3
-    return images
+    return given(images)
 
 
 def _latent(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -109,12 +109,12 @@ def _latent(model: nn.Module) -> tuple[Tensor, Tensor]:
     order = torch.rand(2, num_patches, device=like.device).argsort(1)
     width = model.norm.normalized_shape[0] if hasattr(model.norm, "normalized_shape") else model.pos_embed.shape[-1]
     latent = torch.randn(2, 1 + num_patches // 4, width, device=like.device, dtype=like.dtype)
-    return latent, order
+    return given(latent), order
 
 
 def _prediction(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     images = probe_images(model)
-    pred = torch.randn_like(model.patchify(images)).requires_grad_()
+    pred = given(torch.randn_like(model.patchify(images)))
     return images, pred, (torch.rand(pred.shape[:2], device=images.device) < 0.7).to(torch.get_default_dtype())
 
 
@@ -174,7 +174,8 @@ def encode(model: nn.Module, images: Tensor, plan: TokenMask, features: bool = F
 
 def decode(model: nn.Module, latent: Tensor, plan: TokenMask, pred: str = "full") -> Tensor:
     # The last block is asked for what is predicted only (the class token never is), unless somebody looks at the rest.
-    watched = layers.hooked(model.decoder_norm, model.decoder_pred)
+    # Or may: what is no plain norm or linear layer may mix tokens, or draw a number for each.
+    watched = not (layers.plain_norm(model.decoder_norm) and layers.plain_linear(model.decoder_pred))
     order = "position" if pred == "full" or watched else "visible_first"
     x = layers.linear(model.decoder_embed, latent)
     x = ops.restore_tokens(x, plan, model.mask_token, pos=model.decoder_pos_embed, prefix=1, order=order)
@@ -225,7 +226,7 @@ def forward_loss(self: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, *arg
         return _swap.fall_back(self, "forward_loss")(imgs, pred, mask, *args, **kwargs)
     # The mask may hold any weights, so every patch is scored, as in the original.
     every = TokenMask.all_visible(*pred.shape[:2], pred.device).complement()
-    each = score(self, imgs, layers.handed_out(pred), every, "all", "none").view(mask.shape)
+    each = score(self, imgs, layers.kept(pred), every, "all", "none").view(mask.shape)
     return (each * mask).sum() / mask.sum()
 
 
@@ -240,7 +241,7 @@ def forward(self: nn.Module, imgs: Tensor, mask_ratio: float | None = None, *arg
         mask = plan.mask.to(torch.get_default_dtype())
         return self.forward_loss(imgs, pred, mask), pred, mask
     pred = decode(self, encode(self, imgs, plan), plan, which)
-    loss = score(self, imgs, pred, plan, "all" if which == "full" else "masked", "mean")
+    loss = score(self, imgs, layers.kept(pred), plan, "all" if which == "full" else "masked", "mean")
     mask = plan.mask.to(torch.get_default_dtype())
     # The original multiplies by this mask.
-    return loss.to(torch.promote_types(loss.dtype, mask.dtype)), layers.handed_out(pred), mask
+    return loss.to(torch.promote_types(loss.dtype, mask.dtype)), pred, mask

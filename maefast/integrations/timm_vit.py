@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maefast import ops
 from maefast.integrations import _code, _swap
 from maefast.integrations import _layers as layers
-from maefast.integrations._steps import Options, Step
+from maefast.integrations._steps import Options, Step, given
 from maefast.integrations.transformer import is_fast, run_blocks
 from maefast.ops import TokenMask
 
@@ -113,7 +113,7 @@ def _both(model: nn.Module, images: Tensor) -> list[Tensor]:
     try:
         for on in (True, False) if type(drop) is not nn.Identity else (was,):
             drop.training = on
-            found.append(model.forward_features(images))
+            found.append(model.forward_features(given(images)))
     finally:
         drop.training = was
     return found

@@ -22,6 +22,7 @@ from maefast.integrations import _hf, _swap, _verify, _worth
 from maefast.integrations import _layers as layers
 from maefast.integrations._guards import Guards
 from maefast.integrations._layouts import LAYOUTS, HuggingFace4, HuggingFace5, Timm
+from maefast.integrations._steps import given
 
 
 class Pending(NamedTuple):
@@ -174,8 +175,15 @@ def run_tail(blocks: nn.ModuleList, x: Tensor, count: int, *args, **kwargs) -> P
 
 
 def _drops(block: nn.Module) -> bool:
-    """Whether a dropout is on: it draws a number for each token, so fewer tokens would change what is drawn."""
-    return any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in block.modules())
+    """Whether a dropout is on: it draws a number for each token, so fewer tokens would change what is drawn. So may
+    parts of classes that were not there when the block was compared."""
+    known = _swap.setting(block, "kinds", ())
+    for part in block.modules():
+        if part is not block and type(part) not in known:
+            return True
+        if isinstance(part, (nn.Dropout, nn.modules.dropout._DropoutNd)) and part.training and part.p > 0:
+            return True
+    return False
 
 
 # --- finding ------------------------------------------------------------------------------------------------
@@ -196,7 +204,8 @@ def layout_of(module: nn.Module) -> type | None:
 def settings(block: nn.Module, layout: type) -> dict:
     """What the fast forward needs to know, found before the block is changed."""
     found = layout.settings(block) if hasattr(layout, "settings") else {}
-    return {**found, _swap.SIZE: _worth.Size()}
+    kinds = frozenset(type(part) for part in block.modules())
+    return {**found, _swap.SIZE: _worth.Size(), "kinds": kinds}
 
 
 def unknown(block: nn.Module, layout: type) -> str | None:
@@ -237,7 +246,7 @@ def probe(block: nn.Module, layout: type) -> Tensor:
     """A small input for the comparison with the block's own code."""
     norm = layout.norms(block)[0]
     like = norm.weight if norm.weight is not None else next(block.parameters())
-    return torch.randn(2, 6, norm.normalized_shape[-1], device=like.device, dtype=like.dtype)
+    return given(torch.randn(2, 6, norm.normalized_shape[-1], device=like.device, dtype=like.dtype))
 
 
 # --- comparing ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from maefast import ops
 from maefast.integrations import _layers as layers
 from maefast.integrations import _swap
-from maefast.integrations._steps import Options, Step
+from maefast.integrations._steps import Options, Step, given
 from maefast.integrations.transformer import Pending, run_blocks, run_tail
 from maefast.ops import TokenMask
 
@@ -126,7 +126,7 @@ def _encoder_probe(encoder: nn.Module) -> Tensor:
 
 def _decoder_probe(decoder: nn.Module) -> list[Tensor]:
     weight = layers.inner_linear(decoder.head).weight
-    x = torch.randn(2, 7, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    x = given(torch.randn(2, 7, weight.shape[1], device=weight.device, dtype=weight.dtype))
     with _no_checkpoints(decoder):
         return [decoder(x, count) for count in (4, 0)]
 
@@ -150,7 +150,8 @@ def _tubelets(encoder: nn.Module) -> Tensor:
     height, width = encoder.patch_embed.img_size
     pt, ph, pw = proj.kernel_size
     frames = encoder.pos_embed.shape[1] // ((height // ph) * (width // pw)) * pt
-    return torch.randn(2, proj.in_channels, frames, height, width, device=proj.weight.device, dtype=proj.weight.dtype)
+    like = {"device": proj.weight.device, "dtype": proj.weight.dtype}
+    return given(torch.randn(2, proj.in_channels, frames, height, width, **like))
 
 
 def _mask(encoder: nn.Module) -> Tensor:

@@ -203,7 +203,7 @@ def test_parts_that_are_restored_are_not_claimed():
 def test_loss_keeps_no_predictions(monkeypatch):
     """`test_outputs_written_in_place` of every family can fail."""
     model = maefast.accelerate(MaskedAutoencoderViT(**SIZES))
-    monkeypatch.setattr(_layers, "handed_out", lambda pred: pred)
+    monkeypatch.setattr(_layers, "kept", lambda pred: pred)
     loss, pred, _ = model(images())
     pred.detach().zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
