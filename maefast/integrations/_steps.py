@@ -42,7 +42,8 @@ class Step:
         probe: runs the module on a small input and returns what is compared, gradients included.
         live: dotted names under the module of what the fast functions read themselves at every call, whatever it is:
             everything else that the originals read is guarded (`_guards`). `blocks.*.attn` stands for any number.
-        beside: paths of parts whose forward is passed over as well.
+        beside: paths of parts whose forward is passed over as well. hooks: whether hooks on parts that are passed over
+            are guarded; not where the fast functions ask for them.
         settings: kept on the module for the fast functions, see `_swap.setting`. path: name of the module in the model.
     """
 
@@ -52,12 +53,13 @@ class Step:
     probe: Callable[[], Any]
     live: frozenset[str] = frozenset()
     beside: tuple[str, ...] = ()
+    hooks: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     path: str = ""
 
     def guards(self) -> dict[str, Guards]:
         """For `_swap.swap`. Raises `Unguarded`."""
-        return {name: Guards(self.module, (name,), self.live, self.beside, not self.beside) for name in self.methods}
+        return {name: Guards(self.module, (name,), self.live, self.beside, self.hooks) for name in self.methods}
 
     def under(self, path: str) -> Step:
         """The same step of a model that stands at `path`."""

@@ -92,7 +92,9 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
             keep(name, kept[name])
             return
         module = model.get_submodule(path)
-        yield Step(module, {method: fast}, {method: text}, probe, frozenset(live), settings=settings, path=path)
+        yield Step(
+            module, {method: fast}, {method: text}, probe, frozenset(live), hooks=False, settings=settings, path=path
+        )
         if method not in _swap.methods(module):
             kept[name] = "it is not what it looks like"
 

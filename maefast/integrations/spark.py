@@ -95,7 +95,7 @@ def _all(model: nn.Module, decoder: Step | None) -> Iterator[Step]:
     settings = {"teller": teller, "counted": counted}
     names = {id(module): name for name, module in model.named_modules()}
     beside = tuple(names[id(module)] for module, _ in layered)
-    yield Step(model, {"forward": forward}, texts, lambda: _whole(model), _live(model, beside), beside, settings)
+    yield Step(model, {"forward": forward}, texts, lambda: _whole(model), _live(model, beside), beside, False, settings)
     if "forward" not in _swap.methods(model):
         for module, _ in layered:
             _swap.unswap(module)
