@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from maefast.integrations._sites import (
+    CONTAINERS,
     MISSING,
     PLAIN,
     Site,
@@ -42,7 +43,6 @@ from maefast.integrations._sites import (
     is_of_the_model,
 )
 
-_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LAYERS = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Conv3d, nn.GELU, nn.Dropout, nn.Identity)
 _LAYER_FORWARDS = tuple(kind.forward for kind in _LAYERS)
@@ -115,7 +115,7 @@ class Guards:
             classes.setdefault(site.kind, {}).update({name: getattr(site.kind, name) for name in site.functions})
         spaces = [vars(thing) for thing in others]
         for thing in (module, *others):
-            if type(thing).__module__.startswith("torch.nn.") and not isinstance(thing, _CONTAINERS):
+            if type(thing).__module__.startswith("torch.nn.") and not isinstance(thing, CONTAINERS):
                 continue  # torch's own layers take no notice of parts that they do not know
             if isinstance(thing, nn.Module):
                 spaces += [vars(thing)[kind] for kind in ("_modules", "_parameters", "_buffers")]
@@ -251,7 +251,7 @@ def _failing(site: Site, thing: object) -> str | None:
     for name, child in site.children.items():
         if thing._modules.get(name, MISSING) is not child:
             return f"{site.name(name)} is another module now"
-    if site.path and isinstance(thing, _CONTAINERS) and site.items != len(thing):
+    if site.path and isinstance(thing, CONTAINERS) and site.items != len(thing):
         return f"{site.path} has other parts now"
     return None
 

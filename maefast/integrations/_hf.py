@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from maefast.integrations import _layers as layers
 from maefast.integrations import _swap
-from maefast.integrations._guards import warn_once
+from maefast.integrations._guards import HOOKS, warn_once
 
 # Arguments that change nothing in a vision model's arithmetic. `Trainer` sends the number of items to whoever takes it.
 HARMLESS = frozenset(("output_hidden_states", "output_attentions", "return_dict", "use_cache", "num_items_in_batch"))
@@ -98,7 +97,7 @@ def recorded(module: nn.Module) -> bool:
     """
     if _swap.own(module, "forward"):
         return True
-    return any(not _idle(hook) for name in layers._HOOKS for hook in getattr(module, name).values())
+    return any(not _idle(hook) for name in HOOKS for hook in getattr(module, name).values())
 
 
 def _idle(hook: Callable) -> bool:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from maefast import ops
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from maefast.integrations._guards import HOOKS
 
 
 def hooked(*modules: nn.Module) -> bool:
@@ -51,7 +50,7 @@ def watched(*roots: nn.Module) -> bool:
 
 def only_sharded(module: nn.Module) -> bool:
     """Whether all hooks of a module are FSDP2's: they gather parameters, cast whatever passes, and look at nothing."""
-    hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
+    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
     return bool(hooks) and all(type(getattr(hook, "__self__", None)).__name__ == "FSDPState" for hook in hooks)
 
 

@@ -19,6 +19,7 @@ from maefast.integrations import _code
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 MISSING = type("Missing", (), {})()
+CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _HIDDEN = ("_parameters", "_buffers", "_modules", "training")
 _INTERNAL = frozenset((*vars(nn.Module()), "_maefast_settings", "_maefast_report"))
 # Where the classes around a model come from whose methods are no part of its arithmetic.
@@ -125,7 +126,7 @@ class Walk:
         for name in sorted(names - {None, "__class__", *_HIDDEN}):
             if not self._is_live(site.name(name)):
                 self._attribute(site, thing, name, names, called)
-        if isinstance(thing, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+        if isinstance(thing, CONTAINERS):
             for name, child in thing._modules.items():
                 if not self._is_live(site.name(name)):
                     self._child(site, name, child, names, called | {name})

@@ -24,16 +24,15 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
 from maefast.integrations import _worth
-from maefast.integrations._guards import same
+from maefast.integrations._guards import HOOKS, same
 from maefast.integrations._steps import GIVEN
 from maefast.integrations._swap import plain
 
 # Relative error (Frobenius) of outputs and gradients that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 SMALL = 2**17  # parameters of up to this many values have their gradients compared whole, larger ones by projections
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-_OWN_STATE = ("_parameters", "_buffers", "_modules", "training", "_maefast_settings", "_maefast_report", *_HOOKS)
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+_OWN_STATE = ("_parameters", "_buffers", "_modules", "training", "_maefast_settings", "_maefast_report", *HOOKS)
 
 
 class Mismatch(Exception):
@@ -302,7 +301,7 @@ def whole(module: nn.Module, fresh: dict[int, nn.Parameter] | None = None, thawe
         yield
         return
     made = {} if fresh is None else fresh
-    names = ("_parameters", "_buffers", *_HOOKS)
+    names = ("_parameters", "_buffers", *HOOKS)
     kept = [(part, {name: vars(part)[name] for name in names}) for part in module.modules()]
     try:
         for part, old in kept:
