@@ -41,6 +41,7 @@ class Format(str, Enum):
     timm = "timm"
     hf = "hf"
     hf4 = "hf4"
+    hf_mae = "hf-mae"
     mae = "mae"
     official = "official"
 
@@ -48,12 +49,19 @@ class Format(str, Enum):
 # Arguments that several commands share.
 Source = Annotated[
     Path,
-    typer.Argument(help="A run, a checkpoint, .safetensors, or a published .pth.", show_default=False),
+    typer.Argument(
+        help="A run, a checkpoint, .safetensors, .pth, .ckpt, or a folder of Hugging Face.", show_default=False
+    ),
 ]
 Name = Annotated[
     str | None,
-    typer.Option(help="Model of a .pth whose shapes do not tell (mae_base, ...).", show_default=False),
+    typer.Option(help="Model of a file whose shapes do not tell (mae_base, ...).", show_default=False),
 ]
+ImgSize = Annotated[
+    str | None,
+    typer.Option(help="Image size, N or HEIGHTxWIDTH, of a file that does not tell.", show_default=False),
+]
+Ema = Annotated[bool, typer.Option("--ema", help="Take the running average (EMA) that the file holds.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -74,6 +82,8 @@ def pretrain(
     mask_ratio: Annotated[float | None, option("mask_ratio")] = None,
     norm_pix: Annotated[bool | None, option("norm_pix")] = None,
     init_from: Annotated[str | None, option("init_from")] = None,
+    init_ema: Annotated[bool, option("init_ema")] = False,
+    init_exact: Annotated[bool, option("init_exact")] = False,
     recompute: Annotated[bool, option("recompute")] = False,
     epochs: Annotated[float, option("epochs")] = 400.0,
     steps: Annotated[int | None, option("steps")] = None,
@@ -160,13 +170,26 @@ def reconstruct(
         typer.Option(help="How a published .pth was trained; our own checkpoints know.", show_default=False),
     ] = None,
     model: Name = None,
+    img_size: ImgSize = None,
+    ema: Ema = False,
 ) -> None:
     """Draw original | masked | reconstruction | pasted for some images."""
 
     def run() -> None:
+        from .train.config import parse_size
         from .train.export import reconstruct_files
 
-        reconstruct_files(checkpoint, images, output, mask_ratio=mask_ratio, seed=seed, norm_pix=norm_pix, name=model)
+        reconstruct_files(
+            checkpoint,
+            images,
+            output,
+            mask_ratio=mask_ratio,
+            seed=seed,
+            norm_pix=norm_pix,
+            name=model,
+            img_size=parse_size(img_size) if img_size else None,
+            ema=ema,
+        )
         typer.echo(f"wrote {output}")
 
     _run(run)
@@ -181,19 +204,23 @@ def export(
     ],
     format: Annotated[Format, typer.Option(help="Layout to write.")] = Format.timm,
     model: Name = None,
+    img_size: ImgSize = None,
+    ema: Ema = False,
 ) -> None:
     """Write the weights in another library's layout.
 
     timm: the encoder as timm's vit_*, resnet* or convnext* name it. hf: a ViT encoder for transformers' ViTModel, 5.x
-    names; hf4: with 4.x names. mae: all weights under the model's own names, which are those of facebookresearch/mae
-    and of SparK. official: the file that the authors' fine-tuning code reads: MAE's whole model, SparK's encoder alone,
-    FCMAE's sparse kernels.
+    names; hf4: with 4.x names; hf-mae: the whole model for ViTMAEForPreTraining. mae: all weights under the model's own
+    names, which are those of facebookresearch/mae and of SparK. official: the file that the authors' fine-tuning code
+    reads: MAE's whole model, SparK's encoder alone, FCMAE's sparse kernels.
     """
 
     def run() -> None:
+        from .train.config import parse_size
         from .train.export import export_file
 
-        for line in export_file(checkpoint, output, format.value, name=model):
+        size = parse_size(img_size) if img_size else None
+        for line in export_file(checkpoint, output, format.value, name=model, img_size=size, ema=ema):
             typer.echo(line)
 
     _run(run)

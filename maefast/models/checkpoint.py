@@ -1,91 +1,117 @@
-"""Reading weights of masked autoencoders: the authors' files, maefast's, timm's, and Hugging Face's."""
+"""Reading weights: the authors' files, maefast's, timm's and Hugging Face's, and what training loops make of them."""
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from maefast.models.convert import encoder_prefix, encoder_state, hf_to_mae, is_hf
-from maefast.models.convnames import FCMAE, UNUSED, is_sparse, is_timm_convnext, sparse_to_fcmae, timm_to_convnext
+from maefast.models import hf_config
+from maefast.models.convert import hf_to_mae, is_hf
+from maefast.models.convnames import FCMAE, is_sparse, is_timm_convnext, sparse_to_fcmae, timm_to_convnext
+from maefast.models.files import describe, open_file, refused_class
+from maefast.models.fit import fit_state, fit_to_model
+from maefast.models.unwrap import find_state, only_state
 from maefast.ops._checks import one_of
 
-_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-_INSIDE = ("model", "state_dict", "module")  # where files keep the weights: MAE and FCMAE, many others, SparK
+__all__ = ["Content", "fit_state", "load_checkpoint", "read_content", "read_state_dict"]
+
 _FCMAE_DECODER = ("mask_token", "proj.", "pred.", "decoder.")
+TRIED = (
+    "Tried: the names of MAE and timm's ViT, HF's ViTMAE and ViT, ResNet and ConvNeXt (SparK, FCMAE, timm), at any "
+    "depth, without module., _orig_mod., model. or any other prefix"
+)
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The weights in a file, on the CPU, under maefast's names, which are those of the authors' (dense) code.
+@dataclass
+class Content:
+    """Weights under maefast's names, and what their file says of its model.
 
-    Args:
-        path: .safetensors, or a PyTorch file with a state dict or {"model": …}, {"state_dict": …} or {"module": …}
-            around one (the published files of MAE, FCMAE and SparK and their training checkpoints). PyTorch files are
-            read with weights_only=True. Names of HF's ViTMAE and ViT, of timm's ConvNeXt, and FCMAE's sparse kernels
-            are translated. An encoder alone keeps its names without a prefix; see `load_checkpoint`.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: not a file of weights. KeyError: HF names that do not fit.
+    `config`: arguments of `maefast.models.create` ("name" among them), or None. `place`: where in the file the weights
+    were, "" for names at the top. `averaged`: they are a running average.
     """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any] | None = None
+    place: str = ""
+    averaged: bool = field(default=False)
+
+
+def read_content(path: str | os.PathLike, ema: bool = False) -> Content:
+    """The weights in a file or folder, with what is told about their model; see `read_state_dict`."""
     path = Path(path)
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        # Training checkpoints of the original also hold their options as an argparse.Namespace: a plain record.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        for key in _INSIDE:
-            if isinstance(state, dict) and isinstance(state.get(key), dict):
-                state = state[key]
-        if isinstance(state, dict) and not isinstance(state.get("config"), Tensor):
-            state = {key: value for key, value in state.items() if key != "config"}  # a record in some of SparK's
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f'{path} holds no state dict, nor one under "model", "state_dict" or "module"')
-    for wrapper in _WRAPPERS:
-        if all(key.startswith(wrapper) for key in state):
-            state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    try:
+        content, metadata, beside = open_file(path)
+    except Exception as error:
+        if refused := refused_class(error):
+            raise type(error)(
+                f"{path} holds an object of {refused}, which is not loaded, since it could run code.\n"
+                "If you trust the file: torch.serialization.add_safe_globals in Python, or save its state_dict() alone"
+            ) from error
+        raise
+    found = find_state(content, ema) or only_state(content)
+    if found is None:
+        raise ValueError(f"{path} holds no weights of a known model. In it: {describe(content)}\n{TRIED}")
+    config = json.loads(metadata.get("maefast", "null")) or None
+    state = found.state
     if is_hf(state):
-        return hf_to_mae(state)
-    if is_timm_convnext(state):
-        return timm_to_convnext(state)
-    if is_sparse(state):
+        if config is None and hf_config.is_vit_config(beside):
+            config = {"name": "mae", **hf_config.arguments_of(beside)}
+        state = hf_to_mae(state)
+    elif is_timm_convnext(state):
+        state = timm_to_convnext(state)
+    elif is_sparse(state):
         state = sparse_to_fcmae(state)
     if "pred.weight" in state and "downsample_layers.0.0.weight" in state:  # a whole FCMAE without its prefix
         state = {key if key.startswith(_FCMAE_DECODER) else FCMAE + key: value for key, value in state.items()}
-    return state
+    return Content(state, config, found.place, found.averaged)
 
 
-def fit_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor], part: str = "all") -> dict[str, Tensor]:
-    """`state` (see `read_state_dict`) completed by what it does not bring to a model with the state dict `own`.
+def read_state_dict(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor]:
+    """The weights in a file, on the CPU, under maefast's names, which are those of the authors' (dense) code.
 
     Args:
-        part: "all": only the buffers of SparK that nothing reads come from `own`. "encoder": the encoder from `state`,
-            bare or inside a whole model, everything else from `own`.
+        path: .safetensors, a PyTorch file (.pth, .pt, .bin, Lightning's .ckpt), or a folder of Hugging Face
+            (model.safetensors or pytorch_model.bin, in one piece or several, and config.json). The weights may lie
+            below any keys and behind any prefixes that training loops and wrappers put there. PyTorch files are read
+            with weights_only=True. Names of HF's ViTMAE and ViT, of timm's ConvNeXt, and FCMAE's sparse kernels are
+            translated. An encoder alone keeps its names without a prefix; see `load_checkpoint`.
+        ema: the running average (EMA, teacher) that the file holds beside the trained weights.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: no weights of a known model, or of several; the message says what
+        was found. KeyError: HF names that do not fit. pickle.UnpicklingError: see `maefast.models.files.open_file`.
     """
-    out = dict(state)
-    if part == "encoder":
-        prefix = encoder_prefix(own)
-        out = {prefix + key: value for key, value in encoder_state(state).items()}
-        encoder = {prefix + key for key in encoder_state(own)}
-        out.update({key: value for key, value in own.items() if key not in encoder})
-    out.update({key: own[key] for key in UNUSED if key in own})
-    return out
+    return read_content(path, ema).tensors
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike, part: str = "all") -> nn.Module:
-    """Load the weights in `path` into `model`, in place; every name and shape must fit.
+def load_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike,
+    part: str = "all",
+    *,
+    ema: bool = False,
+    exact: bool = False,
+    say: Callable[[str], object] = warnings.warn,
+) -> nn.Module:
+    """Load the weights in `path` into `model`, in place; every name must fit.
+
+    A file of another image size, patch size or number of channels is made to fit, see `maefast.models.fit`.
 
     Args:
         model: a MaskedAutoencoderViT, SparK or FCMAE, or an encoder alone (`maefast.nn.Encoder`,
             `maefast.models.resnet.ResNet`, `maefast.models.convnext.ConvNeXt`).
-        path: see `read_state_dict`.
+        path, ema: see `read_state_dict`.
         part: "all"; or "encoder" to load the encoder alone, from a file with or without a decoder (the authors publish
             both); the decoder, or the classifier of a bare encoder, then keeps the weights it has.
+        exact: change nothing to make it fit.
+        say: called with one line for each change (the default makes them warnings).
 
     Returns:
         model.
@@ -94,5 +120,9 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, part: str = "all"
         RuntimeError: missing, unknown or misshapen parameters. And what `read_state_dict` raises.
     """
     one_of("part", part, ("all", "encoder"))
-    model.load_state_dict(fit_state(read_state_dict(path), model.state_dict(), part), strict=True)
+    content = read_content(path, ema)
+    state, lines = fit_to_model(content.tensors, model, part, config=content.config, exact=exact)
+    model.load_state_dict(state, strict=True)
+    for line in lines:
+        say(f"{path}: {line}")
     return model

@@ -52,8 +52,11 @@ _QKV = {
 }
 _LAYERS = {"4": "encoder.layer", "5": "layers"}
 _MAE_BLOCK = re.compile(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)")
-_HF_BLOCK = re.compile(r"(?:(decoder\.decoder_layers)|(?:encoder\.layer|layers))\.(\d+)\.(.+)\.(weight|bias)")
-_HEADS = ("pooler.", "classifier.")  # of HF's ViT; no part of a masked autoencoder
+# transformers 5 writes the decoder's blocks of a ViTMAE as "decoder_encoder.layer", a slip that it reads back itself.
+_HF_BLOCK = re.compile(
+    r"(?:(decoder\.(?:decoder_layers|decoder_encoder\.layer))|(?:encoder\.layer|layers))\.(\d+)\.(.+)\.(weight|bias)"
+)
+_HEADS = ("pooler.", "classifier.", "decoder.0.", "embeddings.mask_token")  # of HF's ViTs; no part of an MAE
 
 
 def encoder_prefix(state: Mapping[str, Tensor]) -> str:
@@ -113,13 +116,13 @@ def mae_to_hf(state: Mapping[str, Tensor], layout: str = "5", prefix: str = "vit
 
 def is_hf(state: Mapping[str, Tensor]) -> bool:
     """Whether the names are those of HF's ViT or ViTMAE."""
-    return any(key.removeprefix("vit.").startswith("embeddings.") for key in state)
+    return any(key.removeprefix("vit.") == "embeddings.patch_embeddings.projection.weight" for key in state)
 
 
 def hf_to_mae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of HF's ViTMAEForPreTraining, ViTMAEModel or ViTModel, of either layout, under MAE's names.
 
-    Heads of HF's ViT (pooler, classifier) are left out.
+    Heads of HF's ViTs (pooler, classifier, SimMIM's) are left out.
 
     Raises:
         KeyError: a name that is none of theirs, or a query, key or value that lacks its two fellows.

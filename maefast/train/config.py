@@ -26,6 +26,8 @@ class PretrainConfig:
     mask_ratio: float | None = None
     norm_pix: bool | None = None
     init_from: str | None = None
+    init_ema: bool = False
+    init_exact: bool = False
     recompute: bool = False
     # Length and optimisation.
     epochs: float = 400.0
@@ -188,7 +190,7 @@ def _flag(name: str) -> str:
 # Fields whose change leaves the loss sequence of a resumed run as it was.
 HARMLESS = {
     "output_dir", "resume", "save_every", "keep", "picture_every", "picture_rows", "log_every", "tensorboard",
-    "workers", "cache_mb", "init_from", "recompute", "skip_bad", "data", "epochs", "steps",
+    "workers", "cache_mb", "init_from", "init_ema", "init_exact", "recompute", "skip_bad", "data", "epochs", "steps",
 }  # fmt: skip
 
 

@@ -13,55 +13,44 @@ from safetensors.torch import save_file
 
 from maefast.models.convert import encoder_state, mae_to_hf
 from maefast.models.convnames import FCMAE, convnext_to_timm, fcmae_to_sparse
+from maefast.models.hf_config import config_of
 
+from .build import check_mask, image_shape, mask_ratio_of
 from .data import MEAN, STD
 from .errors import ConfigError
 from .weights import infer_arguments, make_model, open_weights
 
-_HF_LAYOUTS = {"hf": "5", "hf4": "4"}  # major versions of transformers; 5 reads the names of 4 too
+_HF_LAYOUTS = {"hf": "5", "hf4": "4", "hf-mae": "4"}  # major versions of transformers; 5 reads the names of 4 too
 
 
-def hf_config(arguments: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a ViTModel with this encoder. Note the epsilon: HF's default, 1e-12, is not MAE's 1e-6."""
-
-    def scalar(size: int | Sequence[int]) -> int | list[int]:
-        sizes = [size] if isinstance(size, int) else list(size)
-        return sizes[0] if len(set(sizes)) == 1 else sizes
-
-    width = arguments["embed_dim"]
-    return {
-        "architectures": ["ViTModel"],
-        "model_type": "vit",
-        "hidden_size": width,
-        "num_hidden_layers": arguments["depth"],
-        "num_attention_heads": arguments["num_heads"],
-        "intermediate_size": int(width * arguments.get("mlp_ratio", 4.0)),
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": arguments.get("norm_eps", 1e-6),
-        "image_size": scalar(arguments["img_size"]),
-        "patch_size": scalar(arguments["patch_size"]),
-        "num_channels": arguments["in_chans"],
-        "qkv_bias": True,
-    }
-
-
-def export_file(path: str | Path, output: str | Path, format: str, name: str | None = None) -> list[str]:
+def export_file(
+    path: str | Path,
+    output: str | Path,
+    format: str,
+    name: str | None = None,
+    *,
+    img_size: int | Sequence[int] | None = None,
+    ema: bool = False,
+) -> list[str]:
     """Convert the weights at `path` (see weights.open_weights) and write `output`. Returns lines to show.
 
-    `output` is a .safetensors or .pth file; for hf and hf4 it may be a folder, which then gets model.safetensors,
-    config.json and preprocessor_config.json for `ViTModel.from_pretrained(folder, add_pooling_layer=False)`.
+    `output` is a .safetensors or .pth file; for Hugging Face's formats it may be a folder, which then gets
+    model.safetensors, config.json and preprocessor_config.json for `from_pretrained`. `name` and `img_size` tell what
+    the file may not, see weights.infer_arguments.
     """
-    weights, output = open_weights(path), Path(output)
+    weights, output = open_weights(path, ema), Path(output)
     if format in _HF_LAYOUTS and weights.family != "mae":
         raise ConfigError(
             f"--format {format} is for a ViT, and {weights.source} holds a convnet: transformers has no such encoder "
             "under names of its own that maefast knows; use timm, official or mae"
         )
-    folder = format in ("hf", "hf4") and output.suffix not in (".safetensors", ".pth", ".pt")
+    whole = format == "hf-mae"
+    if whole and not weights.has_decoder:
+        raise ConfigError(f"--format hf-mae is for a whole model, and {weights.source} holds an encoder only: use hf")
+    folder = format in _HF_LAYOUTS and output.suffix not in (".safetensors", ".pth", ".pt")
     if not folder and output.suffix not in (".safetensors", ".pth", ".pt"):
         raise ConfigError(f"{output}: give a file name that ends in .safetensors or .pth")
+    lines: list[str] = []
     metadata = {"format": "pt"}
     inside = None  # the key of a .pth under which the weights stand
     if format == "timm":
@@ -69,7 +58,8 @@ def export_file(path: str | Path, output: str | Path, format: str, name: str | N
         if "downsample_layers.0.0.weight" in tensors:
             tensors = convnext_to_timm(tensors)
     elif format in _HF_LAYOUTS:
-        tensors = mae_to_hf(encoder_state(weights.tensors), _HF_LAYOUTS[format], prefix="")
+        tensors = weights.tensors if whole else encoder_state(weights.tensors)
+        tensors = mae_to_hf(tensors, _HF_LAYOUTS[format], prefix="vit." if whole else "")
     elif format == "official" and weights.family == "spark":
         tensors = encoder_state(weights.tensors)
     elif format == "official" and weights.family == "fcmae":
@@ -81,7 +71,12 @@ def export_file(path: str | Path, output: str | Path, format: str, name: str | N
         if weights.config:
             metadata["maefast"] = json.dumps(weights.config)
     else:
-        raise ConfigError(f"--format must be timm, hf, hf4, mae or official, not {format!r}")
+        raise ConfigError(f"--format must be timm, hf, hf4, hf-mae, mae or official, not {format!r}")
+    arguments = infer_arguments(weights, name, img_size, lines.append) if folder else {}
+    if whole and folder and len(set(_pair(arguments["img_size"]))) > 1:
+        raise ConfigError(
+            "--format hf-mae: transformers' ViTMAE takes square images only; use hf (the encoder) or mae"
+        )
     target = output / "model.safetensors" if folder else output
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}  # chunks share memory
@@ -90,13 +85,16 @@ def export_file(path: str | Path, output: str | Path, format: str, name: str | N
     else:
         document = {inside: tensors} if inside else tensors
         _replace(target, lambda temporary: torch.save(document, temporary))
-    lines = [f"wrote {len(tensors)} tensors from {weights.source} to {target} ({format} names)"]
+    below = f", {weights.place}," if weights.place else ""
+    lines.insert(0, f"wrote {len(tensors)} tensors from {weights.source}{below} to {target} ({format} names)")
     if folder:
-        arguments = infer_arguments(weights, name)
-        _write_json(output / "config.json", hf_config(arguments))
+        _write_json(output / "config.json", config_of(arguments, whole))
         if arguments["in_chans"] == 3:
             _write_json(output / "preprocessor_config.json", _hf_preprocessor(arguments))
-        lines.append(f'load it with ViTModel.from_pretrained("{output}", add_pooling_layer=False)')
+        if whole:
+            lines.append(f'load it with ViTMAEForPreTraining.from_pretrained("{output}")')
+        else:
+            lines.append(f'load it with ViTModel.from_pretrained("{output}", add_pooling_layer=False)')
     elif format in _HF_LAYOUTS:
         lines.append("ViTConfig must have layer_norm_eps=1e-6; name a folder instead of a file to get a config.json")
     if format == "timm" and "stem.0.weight" in tensors:
@@ -115,12 +113,13 @@ def reconstruct_files(
     seed: int = 0,
     norm_pix: bool | None = None,
     name: str | None = None,
+    img_size: int | Sequence[int] | None = None,
+    ema: bool = False,
 ) -> None:
     """Draw the reconstructions of image files (centre crops in the model's size; image i gets mask i of `seed`)."""
     from . import pictures
-    from .weights import check_mask, image_shape, mask_ratio_of
 
-    model = make_model(open_weights(path), name, norm_pix)
+    model = make_model(open_weights(path, ema), name, norm_pix, img_size)
     mask_ratio = mask_ratio_of(model, mask_ratio)
     check_mask(model, mask_ratio)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -137,9 +136,12 @@ def reconstruct_files(
     pictures.save_picture(columns, names, output)
 
 
+def _pair(size: int | Sequence[int]) -> Sequence[int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 def _hf_preprocessor(arguments: dict[str, Any]) -> dict[str, Any]:
-    size = arguments["img_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = _pair(arguments["img_size"])
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from . import checkpoint, pictures, schedule, seeds
+from .build import build_model, image_shape, mask_ratio_of
 from .config import PretrainConfig
 from .data import Augment, Batch, Loader, Positions, TrainImages, normalise, normaliser
 from .errors import CheckpointError, ConfigError, NonFiniteLoss, need
@@ -24,7 +25,7 @@ from .images import find_images
 from .metrics import MetricsFile, Progress, Row, open_tensorboard, read_rows, save_loss_curve
 from .resume import choose_checkpoint, compare
 from .signals import StopSignal
-from .weights import build_model, image_shape, load_pretrained, mask_ratio_of
+from .weights import load_pretrained
 
 try:
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -120,7 +121,7 @@ class Run:
         config = self.config
         path, notes = choose_checkpoint(self.accelerator, config.resume, self.out)
         if path is None and config.init_from:
-            load_pretrained(self.model, config.init_from, self._say)
+            load_pretrained(self.model, config.init_from, self._say, ema=config.init_ema, exact=config.init_exact)
         objective = Objective(self.model, config.mask_ratio, self.channels).to(self.device)
         self.optimizer = schedule.make_optimizer(self.model, config.weight_decay)
         self.objective, self.stepper = self.accelerator.prepare(objective, self.optimizer)

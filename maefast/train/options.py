@@ -25,7 +25,10 @@ HELP = {
         "patch_size": "Patch size; masked convnets have none: they mask cells of 32 x 32 pixels.",
         "mask_ratio": "Share of the patches that is masked.",
         "norm_pix": "Predict patches normalised by their own mean and variance.",
-        "init_from": "Start from these weights: a run, a checkpoint, .safetensors, or a published .pth or .pt.",
+        "init_from": "Start from these weights: a run, a checkpoint, .safetensors, .pth, .ckpt, or a folder of Hugging "
+        "Face (docs/checkpoints.md). Another image size, patch size or number of channels is made to fit.",
+        "init_ema": "With --init-from: take the running average (EMA) that the file holds.",
+        "init_exact": "With --init-from: refuse what does not fit as it is.",
         "recompute": "Save memory: compute activations inside blocks again in the backward (mae_* only).",
     },
     "Length and optimiser": {
@@ -68,7 +71,13 @@ _SHOWN = {
     "clip": "no clipping",
     **dict.fromkeys(("data", "model_arg", "init_from", "steps", "lr", "config"), False),
 }
-_FLAGS = {"output_dir": ("--output-dir", "-o"), "skip_bad": ("--skip-bad",), "recompute": ("--recompute",)}
+_FLAGS = {
+    "output_dir": ("--output-dir", "-o"),
+    "skip_bad": ("--skip-bad",),
+    "recompute": ("--recompute",),
+    "init_ema": ("--init-ema",),
+    "init_exact": ("--init-exact",),
+}
 
 
 def option(name: str) -> Any:

@@ -1,114 +1,40 @@
-"""Building models, and reading weights from our own checkpoints and from published ones."""
+"""Reading weights, from our own checkpoints and from published ones, and the models that they are of."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from maefast.masking import keep_count
 from maefast.models import convnext, resnet
-from maefast.models.checkpoint import fit_state, read_state_dict
+from maefast.models.checkpoint import read_content
 from maefast.models.convert import encoder_state
 from maefast.models.convnames import family
+from maefast.models.files import IN_FOLDER
+from maefast.models.fit import file_grid, fit_state, fit_to_model
 from maefast.models.spark import ENCODERS
 
 from . import checkpoint
-from .config import PretrainConfig
+from .build import ALWAYS_NORMAL, create_model
 from .errors import CheckpointError, ConfigError
-
-
-def build_model(config: PretrainConfig, create: Callable[..., nn.Module] | None = None) -> nn.Module:
-    """The model a configuration asks for, freshly initialised from torch's global generator."""
-    arguments = dict(config.model_args)
-    if config.img_size is not None:
-        arguments["img_size"] = config.img_size
-    known = _argument_names(config.model) if create is None else None
-    if known is None:  # a model of the user's own: its default, unless asked
-        if config.norm_pix is not None:
-            arguments.setdefault("norm_pix_loss", config.norm_pix)
-    elif "norm_pix_loss" in known:
-        arguments.setdefault("norm_pix_loss", config.norm_pix is not False)
-    elif config.norm_pix is False:
-        raise ConfigError(f"the model {config.model!r} has no --no-norm-pix: {_ALWAYS_NORMAL}")
-    if config.patch_size is not None:
-        if known is not None and "patch_size" not in known:
-            raise ConfigError(
-                f"the model {config.model!r} has no --patch-size: it masks cells as large as the downsampling of its "
-                "encoder, 32 x 32 pixels; leave the option out"
-            )
-        arguments["patch_size"] = config.patch_size
-    model = create_model(config.model, arguments, create)
-    check_mask(model, mask_ratio_of(model, config.mask_ratio))
-    if config.recompute:
-        if not hasattr(model, "recompute"):
-            raise ConfigError(f"the model {config.model!r} has no --recompute: only the mae_* models have it")
-        model.recompute = True
-    return model
-
-
-_ALWAYS_NORMAL = "SparK's targets are always normalised cell by cell"
-
-
-def _argument_names(name: str) -> list[str]:
-    from maefast.models import argument_names
-
-    try:
-        return argument_names(name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def mask_ratio_of(model: nn.Module, mask_ratio: float | None) -> float:
-    """`mask_ratio`, or for None the usual one of the model: 0.75 for MAE, 0.6 for SparK and FCMAE."""
-    return getattr(model, "usual_mask_ratio", 0.75) if mask_ratio is None else mask_ratio
-
-
-def check_mask(model: nn.Module, mask_ratio: float) -> None:
-    """Raise ConfigError unless `mask_ratio` masks some patches of the model and leaves some visible."""
-    patches, visible = model.num_patches, -1
-    if 0 <= mask_ratio <= 1:
-        visible = keep_count(patches, mask_ratio, getattr(model, "keep_rule", "floor"))
-    if not 0 < visible < patches:
-        few = "; a larger --img-size has more of them" if patches < 16 else ""
-        raise ConfigError(f"--mask-ratio {mask_ratio} leaves {max(visible, 0)} of {patches} patches visible{few}")
-
-
-def create_model(name: str, arguments: dict[str, Any], create: Callable[..., nn.Module] | None = None) -> nn.Module:
-    """`maefast.models.create`, with its complaints turned into ConfigError."""
-    if create is None:
-        from maefast.models import create
-    try:
-        return create(name, **arguments)
-    except (TypeError, ValueError, KeyError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise ConfigError(f"the model {name!r} with {arguments} cannot be built: {text}") from error
-
-
-def image_shape(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images a model takes."""
-    size, channels = model.img_size, model.in_chans
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return int(channels), int(height), int(width)
 
 
 @dataclass
 class Weights:
     """Tensors under maefast's parameter names, see `maefast.models.read_state_dict`; an encoder alone has no prefix.
 
-    `config` rebuilds the model when the file says how. `family`: "mae", "spark" or "fcmae".
+    `config` rebuilds the model when the file says how. `family`: "mae", "spark" or "fcmae". `place`: where in the file
+    the weights were, "" for the usual names at the top.
     """
 
     tensors: dict[str, torch.Tensor]
     config: dict[str, Any] | None
     source: Path
+    place: str = ""
 
     @property
     def family(self) -> str | None:
@@ -119,36 +45,37 @@ class Weights:
         return any(name.startswith(("decoder_blocks.", "dense_decoder.", "pred.")) for name in self.tensors)
 
 
-def open_weights(path: str | Path) -> Weights:
-    """Read weights from a run's folder (its newest checkpoint), a checkpoint folder, or any file that
-    `maefast.models.read_state_dict` reads: .safetensors, the published files of MAE, SparK and FCMAE, timm's and HF's.
+def open_weights(path: str | Path, ema: bool = False) -> Weights:
+    """Read weights from a run's folder (its newest checkpoint), a checkpoint folder, or any file or folder that
+    `maefast.models.read_state_dict` reads.
+
+    Args:
+        ema: the running average that the file holds beside the trained weights.
 
     Raises:
         CheckpointError: no such file, or not weights of a masked autoencoder.
     """
     path = Path(path)
-    if path.is_dir():
+    foreign = any((path / name).is_file() for name in IN_FOLDER) and not (path / checkpoint.STATE).is_file()
+    if path.is_dir() and not foreign:
         from .resume import resolve
 
-        foreign = (path / checkpoint.MODEL).is_file() and not (path / checkpoint.STATE).is_file()  # an HF folder
-        path = (path if foreign else resolve(path)[0]) / checkpoint.MODEL
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    config = None
+        path = resolve(path)[0] / checkpoint.MODEL
     try:
-        tensors = read_state_dict(path)
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                config = json.loads((file.metadata() or {}).get("maefast", "null"))
+        content = read_content(path, ema)
+    except FileNotFoundError as error:
+        raise CheckpointError(str(error)) from error
     except Exception as error:  # UnpicklingError, RuntimeError (zip), SafetensorError, EOFError, KeyError, ...
-        raise CheckpointError(f"{path} cannot be read as weights: {error}") from error
-    if family(tensors) is None:
-        missing = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"} - set(tensors)
+        text = str(error)  # some name the file and say what was found in it
+        raise CheckpointError(text if str(path) in text else f"{path} cannot be read as weights: {text}") from error
+    if family(content.tensors) is None:
+        missing = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"} - set(content.tensors)
         raise CheckpointError(
             f"{path} does not hold a masked autoencoder: {', '.join(sorted(missing))} missing in it, "
             "nor are there the convolutions of a ResNet or ConvNeXt"
         )
-    return Weights(tensors, config or None, path)
+    place = f"{content.place} (averaged)".strip() if content.averaged else content.place
+    return Weights(content.tensors, content.config, path, place)
 
 
 _FAMILIES = {"mae": "a ViT (MAE)", "spark": "a ResNet or ConvNeXt (SparK)", "fcmae": "a ConvNeXt V2 (FCMAE)"}
@@ -158,24 +85,38 @@ _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 _DECODER_HEAD_DIM = 32
 
 
-def infer_arguments(weights: Weights, name: str | None = None) -> dict[str, Any]:
+def infer_arguments(
+    weights: Weights,
+    name: str | None = None,
+    img_size: int | Sequence[int] | None = None,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
     """Arguments for `maefast.models.create`: those in the file, else read from the shapes of the tensors.
 
-    `name` (mae_base, …) gives the numbers of heads of a ViT whose widths are not the published ones.
+    Args:
+        name: (mae_base, …) gives the numbers of heads of a ViT whose widths are not the published ones.
+        img_size: of the images the file's model was made for, where the file does not tell: its configuration does,
+            and so does a sin-cos position table.
+        say: told when a square number of patches is taken for a square.
+
+    Raises:
+        ConfigError: what the file does not tell and the arguments do not either, or they contradict it.
     """
     if weights.config:
-        return {key: value for key, value in weights.config.items() if key != "name"}
+        arguments = {key: value for key, value in weights.config.items() if key != "name"}
+        _must_agree(weights, arguments.get("img_size"), img_size)
+        return arguments
     tensors = weights.tensors
     if weights.family != "mae":
-        return _convnet_arguments(weights)
+        arguments = _convnet_arguments(weights)
+        if img_size is not None:
+            _must_agree(weights, arguments.setdefault("img_size", _sides(img_size)), img_size)
+        return arguments
     width = tensors["cls_token"].shape[-1]
     _, channels, ph, pw = tensors["patch_embed.proj.weight"].shape
-    patches = tensors["pos_embed"].shape[1] - 1
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise ConfigError(f"{weights.source}: {patches} patches are not a square; the file does not tell their layout")
+    rows, columns = _grid(weights, (ph, pw), img_size, say)
     arguments: dict[str, Any] = {
-        "img_size": [side * ph, side * pw],
+        "img_size": [rows * ph, columns * pw],
         "patch_size": [ph, pw],
         "in_chans": channels,
         "embed_dim": width,
@@ -199,6 +140,40 @@ def infer_arguments(weights: Weights, name: str | None = None) -> dict[str, Any]
     if weights.has_decoder:
         arguments["decoder_num_heads"] = decoder_heads
     return arguments
+
+
+def _sides(img_size: int | Sequence[int]) -> list[int]:
+    return [img_size, img_size] if isinstance(img_size, int) else list(img_size)
+
+
+def _must_agree(weights: Weights, found: int | Sequence[int] | None, given: int | Sequence[int] | None) -> None:
+    if given is not None and found is not None and _sides(found) != _sides(given):
+        height, width = _sides(found)
+        raise ConfigError(f"--img-size {given}: {weights.source} is of a model for {height} x {width} pixels")
+
+
+def _grid(weights: Weights, patch: Sequence[int], img_size: int | Sequence[int] | None, say: Callable) -> list[int]:
+    """(rows, columns) of a ViT's patches: what its sin-cos table shows, else what `img_size` says, else a square."""
+    patches = weights.tensors["pos_embed"].shape[1] - 1
+    grid, certain = file_grid(weights.tensors, None)
+    if grid and certain:
+        _must_agree(weights, [side * p for side, p in zip(grid, patch)], img_size)
+    elif img_size is not None:
+        grid = tuple(side // p for side, p in zip(_sides(img_size), patch))
+        if grid[0] * grid[1] != patches or any(side % p for side, p in zip(_sides(img_size), patch)):
+            raise ConfigError(
+                f"--img-size {img_size} has {grid[0]} x {grid[1]} patches of {patch[0]} x {patch[1]}; "
+                f"{weights.source} holds positions of {patches}"
+            )
+    elif grid is None:
+        raise ConfigError(
+            f"{weights.source}: its {patches} patches are not a square, and its positions are no sin-cos table, which "
+            "would tell how they lie: give --img-size"
+        )
+    else:
+        sides = " x ".join(str(side * p) for side, p in zip(grid, patch))
+        say(f"{weights.source}: {patches} learned positions are taken for a square, images of {sides} (see --img-size)")
+    return list(grid)
 
 
 def _convnet_arguments(weights: Weights) -> dict[str, Any]:
@@ -234,15 +209,21 @@ def _convnet_arguments(weights: Weights) -> dict[str, Any]:
     return arguments
 
 
-def make_model(weights: Weights, name: str | None = None, norm_pix: bool | None = None) -> nn.Module:
+def make_model(
+    weights: Weights,
+    name: str | None = None,
+    norm_pix: bool | None = None,
+    img_size: int | Sequence[int] | None = None,
+    say: Callable[[str], object] = print,
+) -> nn.Module:
     """The whole model of a checkpoint, for reconstruction. `norm_pix` overrides what the file says (or else the model's
-    default: False for MAE, True for FCMAE); SparK knows no other than True."""
+    default: False for MAE, True for FCMAE); SparK knows no other than True. The rest as in `infer_arguments`."""
     if not weights.has_decoder:
         raise CheckpointError(f"{weights.source} holds an encoder only; a reconstruction needs the decoder too")
-    arguments = infer_arguments(weights, name)
+    arguments = infer_arguments(weights, name, img_size, say)
     if weights.family == "spark":
         if norm_pix is False:
-            raise ConfigError(f"--no-norm-pix does not fit {weights.source}: {_ALWAYS_NORMAL}")
+            raise ConfigError(f"--no-norm-pix does not fit {weights.source}: {ALWAYS_NORMAL}")
     elif norm_pix is not None:
         arguments["norm_pix_loss"] = norm_pix
     preset = weights.config["name"] if weights.config else weights.family
@@ -258,26 +239,32 @@ def _count(tensors: dict[str, torch.Tensor], prefix: str) -> int:
     return len({name.removeprefix(prefix).split(".")[1] for name in tensors if name.startswith(f"{prefix}.")})
 
 
-def load_pretrained(model: nn.Module, path: str | Path, say: Callable[[str], None] = print) -> None:
+def load_pretrained(
+    model: nn.Module,
+    path: str | Path,
+    say: Callable[[str], object] = print,
+    *,
+    ema: bool = False,
+    exact: bool = False,
+) -> None:
     """Copy weights into `model`: all of them, or the encoder's when the file has no decoder.
 
-    Fixed (sin-cos) position tables stay the model's own, so another image size is possible. Any other difference in
-    names or shapes is an error.
+    Weights of another image size, patch size or number of channels are made to fit, as `maefast.models.fit` says, each
+    change in one line to `say`; not with `exact`. Any other difference in names or shapes is an error.
     """
-    weights = open_weights(path)
+    weights = open_weights(path, ema)
     own = model.state_dict()
     if family(own) not in (None, weights.family):
         raise CheckpointError(
             f"{weights.source} does not fit the model: it holds {_FAMILIES[weights.family]}, "
             f"and the model is {_FAMILIES[family(own)]}"
         )
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    tensors = {
-        name: tensor
-        for name, tensor in fit_state(weights.tensors, own, "all" if weights.has_decoder else "encoder").items()
-        if not (name in frozen and name.endswith("pos_embed") and tensor.shape != own[name].shape)
-    }
-    wrong = [f"{name} is missing" for name in sorted(set(own) - set(tensors) - frozen)]
+    part = "all" if weights.has_decoder else "encoder"
+    try:
+        tensors, lines = fit_to_model(weights.tensors, model, part, config=weights.config, exact=exact)
+    except ValueError as error:
+        raise CheckpointError(f"{weights.source} does not fit the model: {error}") from error
+    wrong = [f"{name} is missing" for name in sorted(set(own) - set(tensors))]
     wrong += [f"{name} is unknown" for name in sorted(set(tensors) - set(own))]
     wrong += [
         f"{name} is {tuple(tensor.shape)} in the file and {tuple(own[name].shape)} in the model"
@@ -285,6 +272,11 @@ def load_pretrained(model: nn.Module, path: str | Path, say: Callable[[str], Non
         if name in own and tensor.shape != own[name].shape
     ]
     if wrong:
-        raise CheckpointError(f"{weights.source} does not fit the model: {'; '.join(wrong[:6])}")
-    model.load_state_dict(tensors, strict=False)
-    say(f"weights from {weights.source}" + ("" if weights.has_decoder else " (encoder only; the decoder starts fresh)"))
+        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise CheckpointError(f"{weights.source} does not fit the model: {'; '.join(wrong[:6])}{more}")
+    model.load_state_dict(tensors)
+    below = f", {weights.place}" if weights.place else ""
+    alone = "" if weights.has_decoder else " (encoder only; the decoder starts fresh)"
+    say(f"weights from {weights.source}{below}{alone}")
+    for line in lines:
+        say(f"  {line}")

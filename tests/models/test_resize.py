@@ -1,0 +1,209 @@
+"""Weights made to fit: tables of another grid, other patches, other channels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from maefast.models import create, load_checkpoint
+from maefast.models.fit import fit_to_model
+from maefast.models.resize import change_channels, resize_patches, resize_positions, sincos_grid
+from maefast.nn.positions import sincos_2d
+from tests.models.common import small
+
+GRIDS = [(1, 1), (1, 7), (4, 9), (9, 4), (6, 6), (2, 18), (14, 14), (7, 28)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 64])
+def test_the_grid_is_read_from_the_table(grid, dtype, width):
+    assert sincos_grid(sincos_2d(width, grid, 1)[None].to(dtype)) == grid
+
+
+def test_other_tables_have_no_grid():
+    table = sincos_2d(16, (4, 9), 1)[None]
+    assert sincos_grid(torch.zeros_like(table)) is None
+    assert sincos_grid(table + 0.01) is None
+    assert sincos_grid(torch.randn(1, 37, 16)) is None
+    assert sincos_grid(torch.randn(1, 37, 15)) is None
+    assert sincos_grid(table[:, :1]) is None
+
+
+def test_positions_are_interpolated():
+    """A table that is linear in row and column stays so inside, and the class token keeps its row."""
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(6.0), indexing="ij")
+    table = torch.cat([torch.full((1, 1, 2), 9.0), torch.stack([rows, columns], -1).reshape(1, 48, 2)], 1)
+    out = resize_positions(table, (8, 6), (16, 12))
+    assert out.shape == (1, 193, 2)
+    assert torch.equal(out[:, 0], table[:, 0])
+    cells = out[0, 1:].reshape(16, 12, 2)
+    want = torch.stack(torch.meshgrid(torch.arange(16) / 2 - 0.25, torch.arange(12) / 2 - 0.25, indexing="ij"), -1)
+    torch.testing.assert_close(cells[4:-4, 4:-4], want[4:-4, 4:-4])
+    assert resize_positions(table, (8, 6), (8, 6)) is table
+    # A transposed grid is another grid, though the number of patches is the same.
+    assert not torch.allclose(resize_positions(table, (8, 6), (6, 8)), table, atol=0.1)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20), (9, 8)])
+def test_enlarged_patches_are_embedded_alike(size):
+    """FlexiViT's property: the new embedding of the enlarged patch is the old one of the patch."""
+    weight, patch = torch.randn(5, 3, 8, 8, dtype=torch.float64), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    larger = F.interpolate(patch, size=size, mode="bilinear", align_corners=False)
+    got = torch.einsum("dchw,bchw->bd", resize_patches(weight, size), larger)
+    torch.testing.assert_close(got, torch.einsum("dchw,bchw->bd", weight, patch), rtol=1e-9, atol=1e-9)
+
+
+def test_smaller_patches_are_the_least_squares_fit():
+    """No other weights of this size come closer, over white patches, to what the old ones gave."""
+    torch.manual_seed(0)
+    weight = torch.randn(1, 1, 8, 8, dtype=torch.float64)
+    best = resize_patches(weight, (4, 4))
+    basis = torch.eye(64, dtype=torch.float64).reshape(64, 1, 8, 8)
+    small = F.interpolate(basis, size=(4, 4), mode="bilinear", align_corners=False, antialias=True)
+
+    def error(new):
+        return ((small * new).sum((1, 2, 3)) - (basis * weight).sum((1, 2, 3))).square().sum()
+
+    for _ in range(20):
+        assert error(best + 0.01 * torch.randn_like(best)) > error(best)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("old", [1, 3])
+def test_images_whose_channels_are_alike_give_the_same(old, channels):
+    weight, grey = torch.randn(5, old, 4, 4, dtype=torch.float64), torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    new = change_channels(weight, channels)
+    assert new.shape == (5, channels, 4, 4)
+    if channels % old == 0 or channels == 1:
+        want = torch.einsum("dchw,bchw->bd", weight, grey.expand(-1, old, -1, -1))
+        got = torch.einsum("dchw,bchw->bd", new, grey.expand(-1, channels, -1, -1))
+        torch.testing.assert_close(got, want)
+    assert change_channels(weight, old) is weight
+
+
+# --- models --------------------------------------------------------------------------------------------------
+
+
+def file_of(model, tmp_path):
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    return tmp_path / "weights.pth"
+
+
+def load(model, path, **options):
+    lines = []
+    load_checkpoint(model, path, say=lines.append, **options)
+    return [line.removeprefix(f"{path}: ") for line in lines]
+
+
+@pytest.mark.parametrize(("old", "new"), [((64, 64), (32, 128)), ((32, 128), (64, 64)), ((64, 64), (48, 80))])
+def test_fixed_tables_stay_the_model_s_own(tmp_path, old, new):
+    """The issue's case: as many patches, another grid."""
+    path = file_of(small(torch.float32, img_size=old, patch_size=16), tmp_path)
+    model = small(torch.float32, img_size=new, patch_size=16, seed=1)
+    lines = load(model, path)
+    grid = (new[0] // 16, new[1] // 16)
+    assert torch.equal(model.pos_embed, sincos_2d(model.config["embed_dim"], grid, 1)[None])
+    assert torch.equal(model.decoder_pos_embed, sincos_2d(model.config["decoder_embed_dim"], grid, 1)[None])
+    stays = f"the model's own table of {grid[0]} x {grid[1]} patches stays; the file's is of {old[0] // 16} x "
+    assert [line.partition(": ")[0] for line in lines] == ["pos_embed", "decoder_pos_embed"]
+    assert all(stays in line for line in lines)
+    assert torch.equal(model.norm.weight, torch.load(path)["model"]["norm.weight"])
+
+
+def test_the_same_grid_says_nothing(tmp_path):
+    source = small(torch.float32)
+    model = small(torch.float32, seed=1)
+    assert load(model, file_of(source, tmp_path)) == []
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values()))
+
+
+def test_another_fixed_table_of_the_same_grid_is_taken(tmp_path):
+    """Weights trained with a table of their own need it: exactness before beauty; but it is told."""
+    source = small(torch.float32)
+    source.decoder_pos_embed.data.zero_()  # of a fresh ViTMAE in transformers
+    model = small(torch.float32, seed=1)
+    (line,) = load(model, file_of(source, tmp_path))
+    assert line == "decoder_pos_embed: the file's is not sin-cos; it is taken as it is, and stays fixed"
+    assert not model.decoder_pos_embed.any()
+
+
+def test_learned_tables_are_interpolated(tmp_path):
+    source = small(torch.float32, img_size=(32, 32), positions="learned")
+    path = file_of(source, tmp_path)
+    model = small(torch.float32, img_size=(48, 64), positions="learned", seed=1)
+    lines = load(model, path)
+    assert lines == [
+        f"{name}: learned table interpolated from 4 x 4 (taken for a square) to 6 x 8 patches, bicubic"
+        for name in ("pos_embed", "decoder_pos_embed")
+    ]
+    assert torch.equal(model.pos_embed, resize_positions(source.pos_embed, (4, 4), (6, 8)))
+    with pytest.raises(RuntimeError, match="size mismatch for pos_embed"):
+        load(model, path, exact=True)
+
+
+def test_learned_tables_whose_layout_is_not_told(tmp_path):
+    path = file_of(small(torch.float32, img_size=(16, 64), positions="learned"), tmp_path)  # 2 x 8: a square, 4 x 4
+    model = small(torch.float32, img_size=(16, 64), positions="learned", seed=1)
+    lines = load(model, path, exact=True)
+    assert lines[0] == "pos_embed: taken as it is, though it may be of another layout"
+    assert torch.equal(model.pos_embed, torch.load(path)["model"]["pos_embed"])
+    path = file_of(small(torch.float32, img_size=(16, 40), positions="learned"), tmp_path)
+    with pytest.raises(ValueError, match="nothing tells how the 10 patches"):
+        load(model, path)
+    load(small(torch.float32, img_size=(16, 40), positions="learned", seed=1), path, exact=True)
+
+
+def test_the_configuration_of_the_file_tells_the_layout():
+    source = small(torch.float32, img_size=(16, 64), positions="learned")
+    model = small(torch.float32, img_size=(32, 32), positions="learned", seed=1)
+    state, lines = fit_to_model(source.state_dict(), model, config=source.config)
+    assert "interpolated from 2 x 8 to 4 x 4" in lines[0]
+    assert torch.equal(state["pos_embed"], resize_positions(source.pos_embed, (2, 8), (4, 4)))
+    same = small(torch.float32, img_size=(16, 64), positions="learned", seed=1)
+    state, lines = fit_to_model(source.state_dict(), same, config=source.config)
+    assert lines == []
+    assert torch.equal(state["pos_embed"], source.pos_embed)
+
+
+def test_a_frozen_learned_table_is_still_learned(tmp_path):
+    model = small(torch.float32, positions="learned", seed=1).requires_grad_(False)
+    source = small(torch.float32, positions="learned")
+    assert load(model, file_of(source, tmp_path)) == []
+    assert torch.equal(model.pos_embed, source.pos_embed)
+
+
+def test_other_patches_and_channels(tmp_path):
+    source = small(torch.float32)  # patches of 8, three channels
+    model = small(torch.float32, img_size=64, patch_size=16, in_chans=1, seed=1)
+    fresh = model.decoder_pred.weight.clone()
+    lines = load(model, file_of(source, tmp_path))
+    want = resize_patches(change_channels(source.patch_embed.proj.weight, 1), (16, 16))
+    assert torch.equal(model.patch_embed.proj.weight, want)
+    assert torch.equal(model.decoder_pred.weight, fresh)
+    assert torch.equal(model.decoder_norm.weight, source.decoder_norm.weight)
+    assert lines == [
+        "patch_embed.proj.weight: 3 channels to 1, summed",
+        "patch_embed.proj.weight: patches of 8 x 8 to 16 x 16 pixels, by the pseudo-inverse (FlexiViT)",
+        "decoder_pred starts fresh: it predicts 256 values, the file's 192",
+    ]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load(small(torch.float32, img_size=64, patch_size=16), file_of(source, tmp_path), exact=True)
+
+
+@pytest.mark.parametrize("name", ["spark_resnet50", "fcmae_convnextv2_atto"])
+def test_channels_of_convnets(tmp_path, name):
+    source, model = create(name, img_size=64), create(name, img_size=64, in_chans=5)
+    lines = load(model, file_of(source, tmp_path))
+    assert len(lines) == 2
+    assert "3 channels to 5, repeated, and scaled" in lines[0]
+    assert "starts fresh" in lines[1]
+
+
+def test_what_cannot_be_made_to_fit_is_refused(tmp_path):
+    path = file_of(small(torch.float32), tmp_path)
+    with pytest.raises(RuntimeError, match=r"size mismatch for cls_token"):
+        load(small(torch.float32, embed_dim=64), path)
+    with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.2"):
+        load(small(torch.float32, depth=3), path)
