@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from .train.options import option
+from .train.options import HELP, option
 
 app = typer.Typer(
     name="maefast",
@@ -35,6 +35,11 @@ class Amp(str, Enum):
 class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
+
+
+class Picture(str, Enum):
+    restored = "restored"
+    raw = "raw"
 
 
 class Format(str, Enum):
@@ -111,6 +116,7 @@ def pretrain(
     keep: Annotated[int, option("keep")] = 3,
     picture_every: Annotated[int, option("picture_every")] = 1000,
     picture_rows: Annotated[int, option("picture_rows")] = 6,
+    picture: Annotated[Picture, option("picture")] = Picture.restored,
     log_every: Annotated[int, option("log_every")] = 10,
     tensorboard: Annotated[bool, option("tensorboard")] = True,
 ) -> None:
@@ -157,7 +163,9 @@ def pretrain(
 def reconstruct(
     checkpoint: Source,
     images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("reconstruction.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write: .png, .jpg, .webp.")] = Path(
+        "reconstruction.png"
+    ),
     mask_ratio: Annotated[
         float | None,
         typer.Option(
@@ -165,6 +173,7 @@ def reconstruct(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Fixes the masks.")] = 0,
+    picture: Annotated[Picture, typer.Option(help=HELP["Output and resuming"]["picture"])] = Picture.restored,
     norm_pix: Annotated[
         bool | None,
         typer.Option(help="How a published .pth was trained; our own checkpoints know.", show_default=False),
@@ -185,6 +194,7 @@ def reconstruct(
             output,
             mask_ratio=mask_ratio,
             seed=seed,
+            raw=picture is Picture.raw,
             norm_pix=norm_pix,
             name=model,
             img_size=parse_size(img_size) if img_size else None,
@@ -261,8 +271,13 @@ def _run(command: Any) -> Any:
     try:
         return command()
     except TrainError as error:
-        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(1) from None
+        text = str(error)
+    except OSError as error:  # of a file or folder that was named: no space, no permission, not a folder
+        if error.filename is None:
+            raise
+        text = f"{error.filename}: {error.strerror}"
+    typer.secho(f"error: {text}", err=True, fg=typer.colors.RED)
+    raise typer.Exit(1)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import pytest
 for package in ("typer", "accelerate", "PIL", "matplotlib", "safetensors", "yaml"):
     pytest.importorskip(package, reason="the command line's tests need maefast[train]")
 
+from PIL import Image
 from typer.testing import CliRunner
 
 import maefast
@@ -100,6 +101,25 @@ def test_reconstruct_and_export(trained, tmp_path):
         assert (tmp_path / name).exists()
 
 
+def test_pictures_have_the_format_of_their_name(trained, tmp_path):
+    photos, out = trained
+    image = sorted(photos.rglob("*.png"))[0]
+    for name, format in (
+        ("a.jpg", "JPEG"),
+        ("b.JPEG", "JPEG"),
+        ("c.webp", "WEBP"),
+        ("d.png", "PNG"),
+        ("e.tif", "TIFF"),
+    ):
+        result = run("reconstruct", out, image, "-o", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == format
+    result = run("reconstruct", out, image, "-o", tmp_path / "raw.png", "--picture", "raw")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "raw.png").read_bytes() != (tmp_path / "d.png").read_bytes()
+
+
 def test_a_masked_convnet_end_to_end(trained, tmp_path):
     photos, out = trained[0], tmp_path / "out"
     net = ["--model-arg=depths=[1,1,1,1]", "--model-arg=widths=[8,8,16,16]", "--model-arg=decoder_embed_dim=16"]
@@ -137,6 +157,10 @@ def test_help_names_every_family():
         (["pretrain", "--data", "skimage", "--model", "spark_resnet50", "--patch-size", 16], "has no --patch-size"),
         (["reconstruct", "/nowhere", "a.png"], "no such checkpoint"),
         (["export", "/nowhere", "a.safetensors"], "no such checkpoint"),
+        (["reconstruct", "/nowhere", "a.png", "-o", "a.xyz"], "give a name that ends in .png, .jpg"),
+        (["reconstruct", "/nowhere", "a.png", "-o", "/"], "give a name that ends in"),
+        (["export", "/nowhere", "a.safetensors", "--img-size", "x"], "--img-size wants"),
+        (["pretrain", "--data", "x", "-o", "/dev/null"], "--output-dir /dev/null: /dev/null is not a folder"),
         (["bench", "nothing"], "no benchmark 'nothing'"),
     ],
 )
@@ -146,6 +170,13 @@ def test_errors_are_one_message_without_a_traceback(arguments, message):
     assert result.output.startswith("error: ")
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_files_that_cannot_be_written(trained, tmp_path):
+    (tmp_path / "file").touch()
+    result = run("export", trained[1], tmp_path / "file" / "a.safetensors", "--format", "timm")
+    assert result.exit_code == 1
+    assert result.output.startswith(f"error: {tmp_path / 'file'}")
 
 
 def test_an_unreadable_image_for_reconstruct(trained, tmp_path):

@@ -95,6 +95,7 @@ class MaskedAutoencoder(nn.Module):
         noise: Tensor | None = None,
         mask: TokenMask | Tensor | None = None,
         fill: float = 0.0,
+        raw: bool = False,
     ) -> Reconstruction:
         """Pictures of what the model makes of masked images; arguments as in `forward`.
 
@@ -104,13 +105,15 @@ class MaskedAutoencoder(nn.Module):
             reconstructed; `mask`.
 
         A model trained with `norm_pix_loss` predicts normalised patches, which are put back with the mean and
-        standard deviation of the true patch, so its pictures show texture, not how well brightness is guessed. Visible
-        patches were never trained: their part of `reconstruction` is poor in every MAE. Look at `pasted`.
+        standard deviation of the true patch, so its pictures show texture, not how well brightness is guessed: even an
+        untrained model's resemble the truth. With `raw` the predictions are the picture as they are, mean zero and
+        variance one, which uses nothing of the hidden pixels. Visible patches were never trained: their part of
+        `reconstruction` is poor in every MAE. Look at `pasted`.
         """
         plan = self.plan(images, mask_ratio, noise, mask)
         out = self.predict(images, plan)
         out = out.to(torch.promote_types(images.dtype, torch.float32))
-        if self.norm_pix_loss:
+        if self.norm_pix_loss and not raw:
             target = self.patchify(images.to(out.dtype))
             out = out * (target.var(-1, keepdim=True) + EPS).sqrt() + target.mean(-1, keepdim=True)
         picture = self.unpatchify(out).to(images.dtype)

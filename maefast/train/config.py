@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class PretrainConfig:
     keep: int = 3
     picture_every: int = 1000
     picture_rows: int = 6
+    picture: str = "restored"
     log_every: int = 10
     tensorboard: bool = True
 
@@ -104,7 +106,10 @@ class PretrainConfig:
             self.init_from is None or self.resume in ("auto", "none"),
             "give --init-from or --resume PATH, not both: a checkpoint of a run brings its own weights",
         )
+        if problem := _unusable_folder(Path(self.output_dir)):
+            raise ConfigError(f"--output-dir {self.output_dir}: {problem}")
         must(self.amp in ("no", "bf16", "fp16"), f"--amp must be no, bf16 or fp16, not {self.amp!r}")
+        must(self.picture in PICTURES, f"--picture must be {' or '.join(PICTURES)}, not {self.picture!r}")
         must(self.device in ("auto", "cpu"), f"--device must be auto or cpu, not {self.device!r}")
         sizes = self.img_size if isinstance(self.img_size, list) else [self.img_size]
         must(
@@ -131,6 +136,15 @@ class PretrainConfig:
         path.write_text(comment + yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
+def _unusable_folder(path: Path) -> str | None:
+    """Why nothing can be written below `path`, which need not exist yet."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    if not path.is_dir():
+        return f"{path} is not a folder"
+    return None if os.access(path, os.W_OK | os.X_OK) else f"{path} may not be written to"
+
+
 def load_config(path: str | Path) -> dict[str, Any]:
     """Read a YAML or JSON file of PretrainConfig's fields; unknown names are an error."""
     try:
@@ -138,7 +152,7 @@ def load_config(path: str | Path) -> dict[str, Any]:
     except ImportError as error:
         raise need("pyyaml", "Reading a configuration file") from error
     try:
-        document = yaml.safe_load(Path(path).read_text())  # JSON is YAML
+        document = yaml.load(Path(path).read_text(), Loader=_loader(yaml))  # JSON is YAML
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from error
     except yaml.YAMLError as error:
@@ -148,7 +162,22 @@ def load_config(path: str | Path) -> dict[str, Any]:
     unknown = sorted(set(document) - {f.name for f in fields(PretrainConfig)})
     if unknown:
         raise ConfigError(f"--config {path}: unknown names {', '.join(map(str, unknown))}")
+    counts = {f.name for f in fields(PretrainConfig) if str(f.type).startswith("int")}
+    for name, value in document.items():
+        if name in counts and isinstance(value, float) and value.is_integer():  # steps: 1e5
+            document[name] = int(value)
     return document
+
+
+def _loader(yaml: Any) -> type:
+    """PyYAML's safe loader, but with 1e-3 a number, as in YAML 1.2 and JSON: YAML 1.1 takes it for text."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
 
 
 def parse_model_args(pairs: list[str]) -> dict[str, Any]:
@@ -180,6 +209,7 @@ def default_workers() -> int:
     return max(0, min(8, cores - 1))
 
 
+PICTURES = ("restored", "raw")
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 
 
@@ -189,8 +219,9 @@ def _flag(name: str) -> str:
 
 # Fields whose change leaves the loss sequence of a resumed run as it was.
 HARMLESS = {
-    "output_dir", "resume", "save_every", "keep", "picture_every", "picture_rows", "log_every", "tensorboard",
-    "workers", "cache_mb", "init_from", "init_ema", "init_exact", "recompute", "skip_bad", "data", "epochs", "steps",
+    "output_dir", "resume", "save_every", "keep", "picture_every", "picture_rows", "picture", "log_every",
+    "tensorboard", "workers", "cache_mb", "init_from", "init_ema", "init_exact", "recompute", "skip_bad", "data",
+    "epochs", "steps",
 }  # fmt: skip
 
 

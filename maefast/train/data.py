@@ -161,8 +161,10 @@ def collate(samples: list) -> Batch:
 
 
 def _worker_init(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process finishes its step and then ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a scheduler's SIGUSR1 reach the whole group; the main process finishes its step and ends the workers.
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

@@ -74,9 +74,7 @@ def export_file(
         raise ConfigError(f"--format must be timm, hf, hf4, hf-mae, mae or official, not {format!r}")
     arguments = infer_arguments(weights, name, img_size, lines.append) if folder else {}
     if whole and folder and len(set(_pair(arguments["img_size"]))) > 1:
-        raise ConfigError(
-            "--format hf-mae: transformers' ViTMAE takes square images only; use hf (the encoder) or mae"
-        )
+        raise ConfigError("--format hf-mae: transformers' ViTMAE takes square images only; use hf (the encoder) or mae")
     target = output / "model.safetensors" if folder else output
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}  # chunks share memory
@@ -111,6 +109,7 @@ def reconstruct_files(
     *,
     mask_ratio: float | None = None,
     seed: int = 0,
+    raw: bool = False,
     norm_pix: bool | None = None,
     name: str | None = None,
     img_size: int | Sequence[int] | None = None,
@@ -119,6 +118,7 @@ def reconstruct_files(
     """Draw the reconstructions of image files (centre crops in the model's size; image i gets mask i of `seed`)."""
     from . import pictures
 
+    pictures.picture_format(output)  # before anything is computed
     model = make_model(open_weights(path, ema), name, norm_pix, img_size)
     mask_ratio = mask_ratio_of(model, mask_ratio)
     check_mask(model, mask_ratio)
@@ -131,9 +131,9 @@ def reconstruct_files(
     for start in range(0, len(names), 16):  # bounds memory for long lists
         part = slice(start, start + 16)
         chunk = pictures.Examples(examples.images[part], examples.noise[part], names[part])
-        batches.append(pictures.reconstruct(model, chunk, mask_ratio, device))
+        batches.append(pictures.reconstruct(model, chunk, mask_ratio, device, raw))
     columns = [torch.cat(column) for column in zip(*batches, strict=True)]
-    pictures.save_picture(columns, names, output)
+    pictures.save_picture(columns, names, output, pictures.note(model, raw))
 
 
 def _pair(size: int | Sequence[int]) -> Sequence[int]:

@@ -20,7 +20,7 @@ from . import checkpoint, pictures, schedule, seeds
 from .build import build_model, image_shape, mask_ratio_of
 from .config import PretrainConfig
 from .data import Augment, Batch, Loader, Positions, TrainImages, normalise, normaliser
-from .errors import CheckpointError, ConfigError, NonFiniteLoss, need
+from .errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError, need
 from .images import find_images
 from .metrics import MetricsFile, Progress, Row, open_tensorboard, read_rows, save_loss_curve
 from .resume import choose_checkpoint, compare
@@ -110,10 +110,14 @@ class Run:
         self.total = config.steps or max(1, -(-int(config.epochs * len(self.images)) // self.batch_images))
         self.folder = self.out / "checkpoints"
         self.last: Path | None = None
-        self.done = self.position = 0
+        self.done = self.position = self._saved = 0
         self.loss: float | None = None
         self.metrics = self.tensorboard = self.progress = self.loader = None
         self._pending: list[Pending] = []
+        self._batches: list[Batch] = []
+        self._failed: Exception | None = None
+        # Where processes tell each other that one must stop: on the host, so that no device is waited for.
+        self._talk = torch.distributed.new_group(backend="gloo") if self.world > 1 else None
 
     # ---- setting up
 
@@ -185,6 +189,7 @@ class Run:
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.done, self.position, self.last = state.step, state.position, path
+        self._saved = state.step
         if self.main:
             for old in checkpoint.set_aside_newer(self.folder, state.step):
                 self._say(f"set aside a newer checkpoint as {old}")
@@ -198,27 +203,61 @@ class Run:
         every = 1 if self.device.type == "cpu" else config.log_every  # reading a loss is free on a CPU
         self.objective.train()
         self._restart_clock()
+        stopping = False
         with StopSignal() as signal:
-            while self.done < self.total and not self._stopping:
+            while self.done < self.total:
+                stopping = self._fetch(signal)
+                if stopping:
+                    break
                 self._step()
                 end = self.done == self.total
                 save = end or self.done % config.save_every == 0
                 picture = not end and config.picture_every and self.done % config.picture_every == 0
-                alone_told = self.world == 1 and signal.name is not None
-                if save or picture or alone_told or self.done % every == 0:
-                    self._flush(signal.name is not None)
+                if save or picture or self.done % every == 0:
+                    self._flush()
                 else:
                     self.progress.update(1, None)
-                if save or self._stopping:
+                if save:
                     self._save()
                 if picture:
                     self._picture(self.out / "pictures" / f"step-{self.done:08d}.png")
                 if save or picture:
                     self._restart_clock()
-        early = self._stopping and self.done < self.total
-        return self._finish((signal.name or "a signal to another process") if early else None)
+            if self._pending:
+                self._flush()
+            if self.done > self._saved:
+                self._save()
+        return self._finish(self._stopped_by(signal) if stopping else None)
 
-    _stopping = False
+    def _fetch(self, signal: StopSignal) -> bool:
+        """Get the batches of the next step. True if the run must stop before it: this process was told to, or could not
+        read its data, or that happened to another one.
+
+        All of a step's batches come before any of it is computed, so a failure always lies between two steps.
+        """
+        try:
+            self._batches = [self.loader.next() for _ in range(self.config.accum)]
+        except Exception as error:  # raised when what was trained so far is saved
+            self._failed = error
+        wish = signal.name is not None or self._failed is not None
+        if self._talk is None:
+            return wish
+        flag = torch.tensor([float(wish)])
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._talk)
+        return bool(flag)
+
+    def _stopped_by(self, signal: StopSignal) -> str:
+        """The signal that ended the run early. Without one, what a process could not read is raised, on all of them."""
+        reason = None if self._failed is None else f"{type(self._failed).__name__}: {self._failed}"
+        told: list[tuple[str | None, str | None]] = [(signal.name, reason)]
+        if self._talk is not None:
+            told *= self.world
+            torch.distributed.all_gather_object(told, (signal.name, reason), group=self._talk)
+        if signal.name or any(name for name, _ in told):
+            return signal.name or "a signal to another process"
+        if self.last is not None:
+            self._say(f"stopped after step {self.done} of {self.total}, saved as {self.last}; the same command goes on")
+        raise self._failed or TrainError(f"stopped by another process: {next(text for _, text in told if text)}")
 
     def _step(self) -> None:
         config, step = self.config, self.done
@@ -227,8 +266,7 @@ class Run:
             group["lr"] = rate
         torch.manual_seed(seeds.torch_seed(config.seed, step, self.accelerator.process_index))
         total, norm = None, None
-        for _ in range(config.accum):
-            batch: Batch = self.loader.next()
+        for batch in self._batches:
             images = batch.images.to(self.device, non_blocking=True)
             noise = batch.noise.to(self.device, non_blocking=True)
             with self.accelerator.accumulate(self.objective):
@@ -247,14 +285,13 @@ class Run:
     def _restart_clock(self) -> None:
         self._clock, self.loader.waited = time.perf_counter(), 0.0
 
-    def _flush(self, told_to_stop: bool) -> None:
+    def _flush(self) -> None:
         """Read the pending losses from the device, stop on a non-finite one, and write them down."""
         pending = self._pending
-        flag = torch.tensor(float(told_to_stop), device=self.device)
-        values = torch.stack([entry.loss.float() for entry in pending] + [flag])
+        values = torch.stack([entry.loss.float() for entry in pending])
         if self.world > 1:
             values = self.accelerator.reduce(values, "mean")
-        *losses, stop = values.tolist()
+        losses = values.tolist()
         seconds = time.perf_counter() - self._clock
         speed = len(pending) * self.batch_images / seconds
         wait = min(1.0, self.loader.waited / seconds)
@@ -271,7 +308,6 @@ class Run:
             raise NonFiniteLoss(broken.step, broken.loss, self.last)
         self.loss = losses[-1]
         self.progress.update(self.done - self.progress.at, rows[-1])
-        self._stopping = stop > 0
 
     def _write(self, rows: list[Row]) -> None:
         self.metrics.write(rows)
@@ -313,13 +349,17 @@ class Run:
                 raise CheckpointError(
                     f"the checkpoint of step {self.done} cannot be written: {error}. The last good one is {self.last}"
                 ) from error
+        self._saved = self.done
         self.accelerator.wait_for_everyone()
 
     def _picture(self, path: Path) -> None:
         if self.examples is None:
             return
-        columns = pictures.reconstruct(self.model, self.examples, self.config.mask_ratio, self.device)
+        raw = self.config.picture == "raw"
+        columns = pictures.reconstruct(self.model, self.examples, self.config.mask_ratio, self.device, raw)
         title = f"{self.config.model}, step {self.done}, {self.config.mask_ratio:.0%} masked"
+        if how := pictures.note(self.model, raw):
+            title += f"\n{how}"
         pictures.save_picture(columns, self.examples.names, path, title)
         if self.tensorboard is not None:
             pictures_row = torch.cat([torch.cat(list(column), 1) for column in columns], 2)

@@ -56,6 +56,8 @@ HELP = {
         "keep": "How many checkpoints are kept.",
         "picture_every": "Steps between reconstruction pictures; 0: only at the end.",
         "picture_rows": "Images in the picture; 0: no picture.",
+        "picture": "With normalised targets: restored puts predictions back with the true mean and variance of each "
+        "hidden patch, so brightness is not guessed; raw uses nothing of the hidden pixels.",
         "log_every": "On a GPU, read the losses every so many steps (each one is logged).",
         "tensorboard": "Write TensorBoard events.",
     },

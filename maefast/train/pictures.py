@@ -7,20 +7,24 @@ what a masked autoencoder predicts there is noise.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import ExifTags
+from PIL.PngImagePlugin import PngInfo
 
 from . import seeds
 from .data import normalise, normaliser
-from .errors import BadImage
+from .errors import BadImage, ConfigError
 from .images import Image, ImageDraw, ImageFont, ImageSet, centre_crop, open_image, to_uint8
 
+SOFTWARE = "maefast"  # in the pictures, by which find_images knows that they are no data
 COLUMNS = ("original", "masked", "reconstruction", "pasted")
-_GAP, _HEAD, _CELL = 6, 26, 160
+_GAP, _HEAD, _LINE, _CELL = 6, 26, 16, 160
 
 
 @dataclass
@@ -60,14 +64,18 @@ def pick_examples(images: ImageSet, count: int, size, channels: int, patches: in
 
 
 @torch.no_grad()
-def reconstruct(model, examples: Examples, mask_ratio: float, device) -> list[torch.Tensor]:
-    """The four columns as uint8 [B, C, H, W] on the CPU. `model` is left in the mode it was in."""
+def reconstruct(model, examples: Examples, mask_ratio: float, device, raw: bool = False) -> list[torch.Tensor]:
+    """The four columns as uint8 [B, C, H, W] on the CPU. `model` is left in the mode it was in.
+
+    `raw`: normalised predictions as they are, see `maefast.models.MaskedAutoencoder.reconstruct`.
+    """
     mean, std = normaliser(examples.images.shape[1], device)
     images = normalise(examples.images.to(device), mean, std)
     training = model.training
     model.eval()
     try:
-        result = model.reconstruct(images, mask_ratio=mask_ratio, noise=examples.noise.to(device))
+        how = {"raw": True} if raw else {}
+        result = model.reconstruct(images, mask_ratio=mask_ratio, noise=examples.noise.to(device), **how)
     finally:
         model.train(training)
     rebuilt = result.reconstruction.where(result.mask.bool(), torch.zeros_like(result.reconstruction))
@@ -79,22 +87,41 @@ def _to_pixels(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> t
     return images.float().mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
+def note(model, raw: bool) -> str:
+    """What a viewer must know of the reconstructions: how much of the hidden pixels is in them."""
+    if not getattr(model, "norm_pix_loss", False):
+        return ""
+    if raw:
+        return "raw: normalised predictions as they are; no brightness or contrast of the hidden patches is in them"
+    return "predicted is the texture; masked patches have their true mean and variance (not so with --picture raw)"
+
+
+def picture_format(path: Path) -> str:
+    """The format that the name of a picture asks for. ConfigError: none that can be written."""
+    known = Image.registered_extensions()
+    name = known.get(path.suffix.lower())
+    if name not in Image.SAVE:
+        raise ConfigError(f"{path}: give a name that ends in .png, .jpg, .webp or another that pictures are written in")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give the name of a file")
+    return name
+
+
 def save_picture(columns: list[torch.Tensor], names: Sequence[str], path: Path, title: str = "") -> None:
-    """Write a labelled PNG (atomically). Small images are enlarged by a whole factor, pixel for pixel."""
+    """Write a labelled picture (atomically), in the format of its name. Small images are enlarged by a whole factor."""
+    format = picture_format(path)
     rows, _, height, width = columns[0].shape
     factor = max(1, round(_CELL / max(height, width)))
     height, width = height * factor, width * factor
     font, small = ImageFont.load_default(16), ImageFont.load_default(12)
-    top = _HEAD + (20 if title else 0)
+    wide = len(columns) * (width + _GAP) + _GAP
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, max(20, wide // 6))]
+    top = _HEAD + _LINE * len(lines) + (4 if lines else 0)
     caption = 18
-    sheet = Image.new(
-        "RGB",
-        (len(columns) * (width + _GAP) + _GAP, top + rows * (height + _GAP + caption)),
-        (255, 255, 255),
-    )
+    sheet = Image.new("RGB", (wide, top + rows * (height + _GAP + caption)), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((_GAP, 4), title, fill=(90, 90, 90), font=small)
+    for i, line in enumerate(lines):
+        draw.text((_GAP, 4 + _LINE * i), line, fill=(90, 90, 90), font=small)
     for c, (column, label) in enumerate(zip(columns, COLUMNS, strict=True)):
         left = _GAP + c * (width + _GAP)
         draw.text((left + width / 2, top - 4), label, fill=(0, 0, 0), font=font, anchor="ms")
@@ -108,5 +135,9 @@ def save_picture(columns: list[torch.Tensor], names: Sequence[str], path: Path, 
         draw.text((_GAP, top + r * (height + _GAP + caption) + height + 2), name, fill=(90, 90, 90), font=small)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    sheet.save(temporary, format="PNG")
+    tag, exif = PngInfo(), Image.Exif()
+    tag.add_text("Software", SOFTWARE)
+    exif[ExifTags.Base.Software] = SOFTWARE
+    more = {"PNG": {"pnginfo": tag}, "JPEG": {"exif": exif, "quality": 92}, "WEBP": {"exif": exif}}
+    sheet.save(temporary, format=format, **more.get(format, {}))
     os.replace(temporary, path)

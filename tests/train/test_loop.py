@@ -236,6 +236,21 @@ def test_config_file_round_trip(tmp_path):
             load_config(tmp_path / name)
 
 
+def test_numbers_in_yaml(tmp_path):
+    """YAML 1.1 takes 1e-3 for text, and 1e5 is no int in any."""
+    text = (
+        "blr: 1e-3\nlr: 2.5E+0\nweight_decay: .5e-1\nsteps: 1e5\ncrop_scale: [2e-1, 1]\nmodel_args: {norm_eps: 1e-6}\n"
+    )
+    (tmp_path / "config.yaml").write_text(text + "data: 1e3x\nseed: 7\n")
+    config = PretrainConfig(**load_config(tmp_path / "config.yaml"))
+    config.check()
+    assert (config.blr, config.lr, config.weight_decay, config.steps, config.seed) == (1e-3, 2.5, 0.05, 100000, 7)
+    assert type(config.steps) is int
+    assert config.crop_scale == (0.2, 1)
+    assert config.model_args == {"norm_eps": 1e-6}
+    assert config.data == "1e3x"
+
+
 def test_model_arguments_and_sizes():
     assert parse_model_args(["depth=4", "mlp_ratio=2.5", "positions=learned", "x=True"]) == {
         "depth": 4, "mlp_ratio": 2.5, "positions": "learned", "x": True,

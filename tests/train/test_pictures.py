@@ -48,6 +48,48 @@ def test_columns_hold_what_their_labels_say(photos, tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["sheet.png"]
 
 
+def correlation(columns) -> float:
+    """Of the hidden pixels, reconstructed and true."""
+    original, masked, rebuilt, _ = (column.double() for column in columns)
+    hidden = (original != masked).any(1, keepdim=True).expand_as(original)
+    return float(torch.corrcoef(torch.stack([original[hidden], rebuilt[hidden]]))[0, 1])
+
+
+def test_raw_pictures_know_nothing_of_the_hidden_pixels(photos):
+    """Restored ones do: even an untrained model's resemble the truth."""
+    torch.manual_seed(0)
+    model = create("mae", img_size=16, patch_size=4, norm_pix_loss=True, **TINY)
+    examples = pictures.pick_examples(find_images(photos), 8, (16, 16), 3, 16, seed=0)
+    restored = pictures.reconstruct(model, examples, 0.75, "cpu")
+    raw = pictures.reconstruct(model, examples, 0.75, "cpu", raw=True)
+    assert correlation(restored) > 0.3
+    assert abs(correlation(raw)) < 0.2
+    # The proof: other pixels below the mask change the one and not the other.
+    hidden = (examples.noise.argsort().argsort() >= 4).view(-1, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    other = pictures.Examples(
+        torch.where(hidden, 255 - examples.images, examples.images), examples.noise, examples.names
+    )
+    assert torch.equal(pictures.reconstruct(model, other, 0.75, "cpu", raw=True)[2], raw[2])
+    assert not torch.equal(pictures.reconstruct(model, other, 0.75, "cpu")[2], restored[2])
+    assert "true mean and variance" in pictures.note(model, raw=False)
+    assert "--picture raw" in pictures.note(model, raw=False)
+    assert pictures.note(model, raw=True).startswith("raw: ")
+    assert pictures.note(tiny_model(), raw=False) == ""  # pixels as they are
+
+
+def test_long_titles_are_wrapped(photos, tmp_path):
+    examples = pictures.pick_examples(find_images(photos), 1, (16, 16), 3, 16, seed=0)
+    columns = pictures.reconstruct(tiny_model(), examples, 0.75, "cpu")
+    heights = []
+    for i, title in enumerate(("", "short", "long words " * 30)):
+        pictures.save_picture(columns, examples.names, tmp_path / f"{i}.png", title)
+        with Image.open(tmp_path / f"{i}.png") as image:
+            heights.append(image.height)
+            assert image.width == 4 * 166 + 6
+            assert image.info["Software"] == "maefast"
+    assert heights[0] < heights[1] < heights[2]
+
+
 def test_examples_are_fixed_and_spread(photos):
     images = find_images(photos)
     one, two = (pictures.pick_examples(images, 5, (16, 16), 3, 16, seed=3) for _ in range(2))

@@ -94,6 +94,21 @@ def train_and_be_told(config: PretrainConfig, step: int, number: int) -> None:
     train(config)
 
 
+def train_and_be_told_as_a_group(config: PretrainConfig, step: int, number: int) -> None:
+    """The same with the signal sent to this process and its loader workers, twice."""
+    os.setsid()
+    original = Run._step
+
+    def step_(self):
+        if self.done == step - 1:
+            os.killpg(0, number)
+            os.killpg(0, number)
+        original(self)
+
+    Run._step = step_
+    train(config)
+
+
 def train_as(rank: int, world: int, port: int, config: PretrainConfig, told_at: int | None = None) -> None:
     """One of `world` gloo processes, with the environment that torchrun would give it. `told_at`: SIGTERM then."""
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
