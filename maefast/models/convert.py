@@ -69,14 +69,16 @@ def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     For MAE these are the names of `maefast.nn.Encoder` and of timm's headless ViT, for SparK and FCMAE those of
     `maefast.models.resnet.ResNet` (and timm's) or `maefast.models.convnext.ConvNeXt` (and the authors'), without the
-    parts of a classifier.
+    parts of a classifier, which timm's files have.
     """
     prefix = encoder_prefix(state)
     if prefix:
         return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if family(state) in ("spark", "fcmae"):
         return {key: value for key, value in state.items() if not key.startswith(HEADS)}
-    return {key: value for key, value in state.items() if key != "mask_token" and not key.startswith("decoder_")}
+    return {
+        key: value for key, value in state.items() if key != "mask_token" and not key.startswith(("decoder_", "head."))
+    }
 
 
 def mae_to_hf(state: Mapping[str, Tensor], layout: str = "5", prefix: str = "vit.") -> dict[str, Tensor]:

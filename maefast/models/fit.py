@@ -75,13 +75,14 @@ def fit_to_model(
         exact: change nothing: what does not fit is left as it is, for the caller to refuse.
 
     Raises:
-        ValueError: learned positions whose layout the file does not tell, for a model of another number of patches.
+        ValueError: learned positions whose layout the file does not tell, for a model of another number of patches;
+        another number of heads, which the shapes do not show.
     """
     own = model.state_dict()
-    out, lines = fit_state(state, own, part), []
+    out, lines = fit_state(state, own, part), _differences(config or {}, getattr(model, "config", None) or {}, part)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name in _TABLES:
-        if name in out and name in own and out[name] is not own[name]:
+        if set(out) <= set(own) and name in out and out[name] is not own[name]:  # else the caller names what is unknown
             grid = tuple(model.grid_size)
             fixed = name not in trained and sincos_grid(own[name]) == grid
             out[name], line = _table(out[name], own[name], grid, fixed, file_grid(state, config), exact)
@@ -99,6 +100,19 @@ def fit_to_model(
             if name.endswith("weight"):
                 lines.append(f"{name.removesuffix('.weight')} starts fresh: it predicts {now} values, the file's {was}")
     return out, lines
+
+
+def _differences(file: Mapping[str, Any], model: Mapping[str, Any], part: str) -> list[str]:
+    """Lines about what differs between two configurations, and shows in no shape."""
+    lines = []
+    for key in ("num_heads", "decoder_num_heads", "norm_eps", "norm_pix_loss"):
+        if file.get(key) == model.get(key) or None in (file.get(key), model.get(key)):
+            continue
+        if key.endswith("num_heads") and (part == "all" or key == "num_heads"):
+            raise ValueError(f"{key} is {file[key]} in the file and {model[key]} in the model")
+        if key == "norm_eps" or (key == "norm_pix_loss" and part == "all"):
+            lines.append(f"{key} is {model[key]} in the model, and was {file[key]} in the file's")
+    return lines
 
 
 def _table(

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from maefast.models import convnext, resnet
-from maefast.models.checkpoint import read_content
+from maefast.models.checkpoint import TRIED, read_content
 from maefast.models.convert import encoder_state
 from maefast.models.convnames import family
-from maefast.models.files import IN_FOLDER
+from maefast.models.files import IN_FOLDER, describe
 from maefast.models.fit import file_grid, fit_state, fit_to_model
 from maefast.models.spark import ENCODERS
 
@@ -69,11 +69,10 @@ def open_weights(path: str | Path, ema: bool = False) -> Weights:
         text = str(error)  # some name the file and say what was found in it
         raise CheckpointError(text if str(path) in text else f"{path} cannot be read as weights: {text}") from error
     if family(content.tensors) is None:
-        missing = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"} - set(content.tensors)
-        raise CheckpointError(
-            f"{path} does not hold a masked autoencoder: {', '.join(sorted(missing))} missing in it, "
-            "nor are there the convolutions of a ResNet or ConvNeXt"
-        )
+        names = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"}
+        missing = ", ".join(sorted(names - set(content.tensors)))
+        vit = f" (for a ViT, {missing} missing)" if names & set(content.tensors) else ""
+        raise CheckpointError(f"{path} holds no masked autoencoder. In it: {describe(content.tensors)}{vit}\n{TRIED}")
     place = f"{content.place} (averaged)".strip() if content.averaged else content.place
     return Weights(content.tensors, content.config, path, place)
 

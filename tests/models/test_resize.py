@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from maefast.models import create, load_checkpoint
+from maefast.models.convert import encoder_state
 from maefast.models.fit import fit_to_model
 from maefast.models.resize import change_channels, resize_patches, resize_positions, sincos_grid
 from maefast.nn.positions import sincos_2d
-from tests.models.common import small
+from tests.models.common import inputs, small
 
 GRIDS = [(1, 1), (1, 7), (4, 9), (9, 4), (6, 6), (2, 18), (14, 14), (7, 28)]
 
@@ -165,6 +166,32 @@ def test_the_configuration_of_the_file_tells_the_layout():
     state, lines = fit_to_model(source.state_dict(), same, config=source.config)
     assert lines == []
     assert torch.equal(state["pos_embed"], source.pos_embed)
+
+
+def test_what_no_shape_shows():
+    source = small(torch.float32, num_heads=2, norm_pix_loss=True, norm_eps=1e-5)
+    with pytest.raises(ValueError, match="num_heads is 2 in the file and 4 in the model"):
+        fit_to_model(source.state_dict(), small(torch.float32, num_heads=4), config=source.config)
+    _, lines = fit_to_model(source.state_dict(), small(torch.float32, norm_eps=1e-6), config=source.config)
+    assert lines == [
+        "norm_eps is 1e-06 in the model, and was 1e-05 in the file's",
+        "norm_pix_loss is False in the model, and was True in the file's",
+    ]
+
+
+def test_the_classifier_of_a_published_encoder_is_left_out(tmp_path):
+    """timm's files have one, and learned positions; DeiT's second token is refused by its name."""
+    source = small(torch.float32, positions="learned")
+    state = encoder_state(source.state_dict()) | {"head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)}
+    torch.save(state, tmp_path / "weights.pth")
+    model = small(torch.float32, positions="learned", seed=1)
+    assert load(model, tmp_path / "weights.pth", part="encoder") == []
+    images, _ = inputs(model)
+    assert torch.equal(model.encode(images), source.encode(images))
+    state |= {"dist_token": torch.zeros(1, 1, 32), "pos_embed": torch.zeros(1, 18, 32)}
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(RuntimeError, match="dist_token"):
+        load(model, tmp_path / "weights.pth", part="encoder")
 
 
 def test_a_frozen_learned_table_is_still_learned(tmp_path):
