@@ -196,17 +196,21 @@ def load_lse(lse, at, inside):
 
 
 @triton.jit
-def load_shift(grad_lse, grad_entropy, grad_mass, entropy, mass, at, inside):
+def load_grad(grad, at, inside, lse2):
+    """Gradient of a statistic; 0 for a query that sees no key, where it may be infinite and P = 0 times it NaN."""
+    return tl.where(lse2 == float("inf"), 0.0, tl.load(grad + at, mask=inside, other=0.0))
+
+
+@triton.jit
+def load_shift(grad_lse, grad_entropy, grad_mass, entropy, mass, at, inside, lse2):
     """What the statistics' gradients subtract from all scores of a query."""
     shift = tl.where(inside, 0.0, 0.0)
     if grad_lse is not None:
-        shift -= tl.load(grad_lse + at, mask=inside, other=0.0)
+        shift -= load_grad(grad_lse, at, inside, lse2)
     if grad_entropy is not None:
-        g = tl.load(grad_entropy + at, mask=inside, other=0.0)
-        shift += g * tl.load(entropy + at, mask=inside, other=0.0)
+        shift += load_grad(grad_entropy, at, inside, lse2) * tl.load(entropy + at, mask=inside, other=0.0)
     if grad_mass is not None:
-        g = tl.load(grad_mass + at, mask=inside, other=0.0)
-        shift += g * tl.load(mass + at, mask=inside, other=0.0)
+        shift += load_grad(grad_mass, at, inside, lse2) * tl.load(mass + at, mask=inside, other=0.0)
     return shift
 
 
@@ -298,12 +302,12 @@ def attention_bwd_kernel(
         x = load_rows(q + h * D, row, m, left, q_stride, D, BLOCK_D)
         do = load_rows(grad + h * D, row, m, left, heads * D, D, BLOCK_D)
         at = row * heads + m * heads + h
-        lse2 = load_lse(lse, at, inside)[None, :]
-        shift = load_shift(grad_lse, grad_entropy, grad_mass, entropy, mass, at, inside)
-        g_entropy = tl.load(grad_entropy + at, mask=inside, other=0.0)[None, :] if grad_entropy is not None else None
-        g_mass = tl.load(grad_mass + at, mask=inside, other=0.0)[None, :] if grad_mass is not None else None
+        lse2 = load_lse(lse, at, inside)
+        shift = load_shift(grad_lse, grad_entropy, grad_mass, entropy, mass, at, inside, lse2)
+        g_entropy = load_grad(grad_entropy, at, inside, lse2)[None, :] if grad_entropy is not None else None
+        g_mass = load_grad(grad_mass, at, inside, lse2)[None, :] if grad_mass is not None else None
         s = tl.dot(k, tl.trans(x), input_precision=PRECISION)
-        p, log_p = probabilities(s, scale2, offset, lse2, i * BLOCK_M + m[None, :], n[:, None], CAUSAL)
+        p, log_p = probabilities(s, scale2, offset, lse2[None, :], i * BLOCK_M + m[None, :], n[:, None], CAUSAL)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if out is None:
             shift += tl.sum(p * dp, axis=0)
@@ -397,15 +401,13 @@ def attention_bwd_tiled_kernel(
             do = load_rows(grad + h * D, row, m, len_q - i, heads * D, D, BLOCK_D)
             o = load_rows(out + h * D, row, m, len_q - i, heads * D, D, BLOCK_D)
             at = row * heads + m * heads + h
-            lse2 = load_lse(lse, at, inside)[None, :]
-            shift = load_shift(grad_lse, grad_entropy, grad_mass, entropy, mass, at, inside)
+            lse2 = load_lse(lse, at, inside)
+            shift = load_shift(grad_lse, grad_entropy, grad_mass, entropy, mass, at, inside, lse2)
             shift += tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
-            g_entropy = (
-                tl.load(grad_entropy + at, mask=inside, other=0.0)[None, :] if grad_entropy is not None else None
-            )
-            g_mass = tl.load(grad_mass + at, mask=inside, other=0.0)[None, :] if grad_mass is not None else None
+            g_entropy = load_grad(grad_entropy, at, inside, lse2)[None, :] if grad_entropy is not None else None
+            g_mass = load_grad(grad_mass, at, inside, lse2)[None, :] if grad_mass is not None else None
             s = tl.dot(k, tl.trans(x), input_precision=PRECISION)
-            p, log_p = probabilities(s, scale2, offset, lse2, i + m[None, :], n0 + n[:, None], CAUSAL)
+            p, log_p = probabilities(s, scale2, offset, lse2[None, :], i + m[None, :], n0 + n[:, None], CAUSAL)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             ds = p * (with_stats(dp, log_p, g_entropy, g_mass, mark) - shift[None, :])
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -425,11 +427,11 @@ def attention_bwd_tiled_kernel(
         do = load_rows(grad + h * D, row, m, left, heads * D, D, BLOCK_D)
         o = load_rows(out + h * D, row, m, left, heads * D, D, BLOCK_D)
         at = row * heads + m * heads + h
-        lse2 = load_lse(lse, at, inside)[:, None]
-        shift = load_shift(grad_lse, grad_entropy, grad_mass, entropy, mass, at, inside)
+        lse2 = load_lse(lse, at, inside)
+        shift = load_shift(grad_lse, grad_entropy, grad_mass, entropy, mass, at, inside, lse2)
         shift += tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
-        g_entropy = tl.load(grad_entropy + at, mask=inside, other=0.0)[:, None] if grad_entropy is not None else None
-        g_mass = tl.load(grad_mass + at, mask=inside, other=0.0)[:, None] if grad_mass is not None else None
+        g_entropy = load_grad(grad_entropy, at, inside, lse2)[:, None] if grad_entropy is not None else None
+        g_mass = load_grad(grad_mass, at, inside, lse2)[:, None] if grad_mass is not None else None
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         n_stop = tl.where(left > 0, len_k, 0)
         if CAUSAL:
@@ -441,7 +443,7 @@ def attention_bwd_tiled_kernel(
             offset = load_offset(key_bias + h if key_bias is not None else None, first_k + j, n, keys, heads)[None, :]
             mark = load_marked(marked, first_k + j, n, keys)[None, :] if grad_mass is not None else None
             s = tl.dot(x, tl.trans(k), input_precision=PRECISION)
-            p, log_p = probabilities(s, scale2, offset, lse2, m0 + m[:, None], j + n[None, :], CAUSAL)
+            p, log_p = probabilities(s, scale2, offset, lse2[:, None], m0 + m[:, None], j + n[None, :], CAUSAL)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             ds = p * (with_stats(dp, log_p, g_entropy, g_mass, mark) - shift[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)

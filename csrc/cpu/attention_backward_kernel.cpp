@@ -55,14 +55,16 @@ MAEFAST_INLINE void read_rows(const AttentionBackwardArgs& a, const Head<T>& hea
                               bool with_delta) {
   const int64_t end = round_up(head.nq, kLane);
   for (int64_t i = 0; i < end; ++i) {
-    if (i >= head.nq) {  // P = 0 in the lanes beyond the last query
+    const int64_t row = (head.q0 + i) * a.heads + head.h;
+    const float lse = i < head.nq ? a.lse[row] : -kInfinity;
+    // P = 0 in the lanes beyond the last query and for a query that sees no key, whose statistics' gradients
+    // may be infinite: 0 times them would be NaN.
+    if (lse == -kInfinity) {
       space.lse[i] = kInfinity;
       space.constant[i] = space.entropy[i] = space.mass[i] = 0;
       continue;
     }
-    const int64_t row = (head.q0 + i) * a.heads + head.h;
-    const float lse = a.lse[row];
-    space.lse[i] = lse == -kInfinity ? kInfinity : lse * kLog2E;  // no keys: P = 0
+    space.lse[i] = lse * kLog2E;
     float c = a.grad_lse ? a.grad_lse[row] : 0;
     if (a.grad_entropy) {
       space.entropy[i] = a.grad_entropy[row];

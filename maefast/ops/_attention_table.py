@@ -182,6 +182,8 @@ def _xformers_attention(q, kv, cu_q, cu_k, max_q, max_k, scale: float, causal: b
     library, bias = _xformers()[0], importlib.import_module("xformers.ops.fmha.attn_bias")
     parts = q.unbind(-3) if kv is None else (q, *kv.unbind(-3))
     if cu_q is None:
+        if max_q and not max_k:
+            raise ValueError("xformers does not serve queries without keys")
         mask = bias.LowerTriangularMask() if causal else None
         return library.memory_efficient_attention(*parts, attn_bias=mask, scale=scale)
     lengths = cu_q.diff().tolist()

@@ -4,6 +4,7 @@ q and interleaved kv. Which library or kernel serves a call is decided in `_atte
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ class AttentionStats(NamedTuple):
     """What a query's attention looks like, [..., Sq, H] in float32 (float64 for float64), with gradients.
 
     lse: log of the sum of exponentials of its scores. entropy: -sum p log p, in nats. mass: share of its attention
-    on marked keys, or None.
+    on marked keys, or None. -inf, 0 and 0 for a query that sees no key.
     """
 
     lse: Tensor
@@ -50,13 +51,19 @@ def attention(
         max_seqlen_q, max_seqlen_k: longest sequence, if known; otherwise read from `cu_seqlens` (on a GPU a sync).
         scale: defaults to 1 / sqrt(D).
         causal: query i attends to keys 0..i only; self-attention only.
-        key_bias: added to the scores of each key and head, [B, Sk, H] or packed [Tk, H].
+        key_bias: added to the scores of each key and head, [B, Sk, H] or packed [Tk, H]. -inf rules the key out: its
+            weight and its gradients are exactly 0. So does what overflows to it on the way to base 2, anything below
+            about -2.3e38, such as `torch.finfo(torch.float32).min`. +inf and NaN give NaN.
         marked: bool [B, Sk] or packed [Tk]; with `stats`, their share of the attention is returned.
         stats: also return AttentionStats.
 
     Returns:
-        [B, Sq, H, D] or packed [Tq, H, D] in the input's dtype; with `stats` a pair. A query without keys gets zeros.
-        float16 and bfloat16 are computed in float32 inside. The backward is deterministic.
+        [B, Sq, H, D] or packed [Tq, H, D] in the input's dtype; with `stats` a pair. float16 and bfloat16 are computed
+        in float32 inside. The backward is deterministic.
+
+        A query that sees no key, because its sequence has none or all are ruled out, gets zeros; its log-sum-exp is
+        -inf, its entropy and mass are 0. Nothing flows back through it, whatever the gradients of its statistics (those
+        of a loss of lse = -inf may be infinite).
 
     Raises:
         TypeError, ValueError: wrong shape, dtype or device; head width not a multiple of 8 or above 128 (backends
@@ -218,15 +225,24 @@ def _attend(q, k, v, key_bias, marked, scale: float, causal: bool) -> tuple[Tens
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     scores = torch.einsum("bqhd,bkhd->bqhk", q, k) * scale
     if key_bias is not None:
-        scores = scores + key_bias.to(wide).transpose(1, 2)[:, None]
+        bias = key_bias.to(wide)
+        in_base_2 = bias.float() * math.log2(math.e)  # as the kernels add it
+        bias = bias.masked_fill(in_base_2 == float("-inf"), float("-inf"))
+        scores = scores + bias.transpose(1, 2)[:, None]
     if causal:
         later = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later[:, None], float("-inf"))
-    lse = scores.logsumexp(-1)
-    log_p = scores - lse[..., None] if k.shape[1] else scores
-    p = log_p.exp()
+    # -inf is replaced where it would meet another or a 0, so that derivatives of any order are 0 there instead of NaN.
+    ruled_out = scores == float("-inf")
+    top = scores.detach().amax(-1) if k.shape[1] else scores.new_full(scores.shape[:-1], float("-inf"))
+    blind = top == float("-inf")  # sees no key
+    t = (scores - top.masked_fill(blind, 0)[..., None]).masked_fill(ruled_out, 0)
+    e = t.exp().masked_fill(ruled_out, 0)
+    total = e.sum(-1).masked_fill(blind, 1)
+    p = e / total[..., None]
     out = torch.einsum("bqhk,bkhd->bqhd", p, v)
-    entropy = -(p * torch.where(p > 0, log_p, 0)).sum(-1)
+    lse = top + total.log()
+    entropy = total.log() - (p * t).sum(-1)
     mass = torch.zeros_like(lse) if marked is None else (p * marked[:, None, None]).sum(-1)
     return out.to(dtype), lse, entropy, mass
 

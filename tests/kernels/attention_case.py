@@ -10,6 +10,17 @@ from tests.kernels.support import random_tensor
 # A few roundings of the format: scores, probabilities and score gradients each pass through it on the way.
 BOUND = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
+NEVER = [float("-inf"), torch.finfo(torch.float32).min]
+PATTERNS = {  # which of n keys a query cannot see; in parts of the kernels' blocks of keys, whole ones and several
+    "none": lambda n, pick: torch.zeros(n, dtype=torch.bool),
+    "all": lambda n, pick: torch.ones(n, dtype=torch.bool),
+    "some": lambda n, pick: pick < 0.5,
+    "most": lambda n, pick: pick < 0.97,
+    "first half": lambda n, pick: torch.arange(n) < n / 2,
+    "all but the first": lambda n, pick: torch.arange(n) > 0,
+    "all but the last": lambda n, pick: torch.arange(n) < n - 1,
+}
+
 
 def assert_close(out, ref, what, dtype=None, floor=0.0):
     """||out - ref|| <= bound * ||ref||; elements nobody wrote are NaN and fail. `dtype` if not out's."""
@@ -22,6 +33,23 @@ def assert_close(out, ref, what, dtype=None, floor=0.0):
 
 def starts(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def rule_out(bias, hidden, value):
+    return torch.where(hidden, torch.tensor(value, dtype=bias.dtype), bias)
+
+
+def hidden_keys(patterns: list[list[str]], lengths: list[int], seed: int) -> torch.Tensor:
+    """bool [keys, heads] from the name of a pattern for each sequence and head."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda name, n: PATTERNS[name](n, torch.rand(n, generator=generator))  # noqa: E731
+    return torch.cat([torch.stack([draw(p, n) for p in row], 1) for row, n in zip(patterns, lengths)])
+
+
+def blind_queries(hidden: torch.Tensor, pairs, causal: bool) -> torch.Tensor:
+    """bool [queries, heads]: those that see no key."""
+    parts = zip(pairs, hidden.split([m for _, m in pairs]))
+    return torch.cat([h.cumprod(0).bool() if causal else h.all(0).expand(n, -1) for (n, _), h in parts])
 
 
 class Case:
@@ -56,6 +84,12 @@ class Case:
         self.grad = draw(4, rows, heads, width)
         self.grads = [random_tensor(rows, heads, seed=seed + 5 + i) for i in range(3)] if stats else [None] * 3
 
+    def rule_out(self, hidden, blind, value):
+        """Biases of -inf; infinite gradients of the statistics of queries that see nothing."""
+        self.bias = rule_out(self.bias, hidden, value)
+        for i, g in enumerate(self.grads):
+            self.grads[i] = None if g is None else g.masked_fill(blind, float("-inf") if i % 2 else float("inf"))
+
     def reference(self, wide=torch.float64):
         """(out, lse, entropy, mass), gradients of the inputs that are there."""
         leaves = [x if x is None else x.detach().to(wide).requires_grad_() for x in (self.q, self.kv, self.bias)]
@@ -77,7 +111,8 @@ class Case:
         )
         return out, grads
 
-    def check(self, device, forward, backward):
+    def check(self, device, forward, backward, share=0.01):
+        """`share`: of the size of all gradients, the least that the error of one is measured by."""
         want, want_grads = self.reference()
         out, grads = self.run(device, forward, backward)
         dtype = self.q.dtype
@@ -99,6 +134,8 @@ class Case:
         for gradient, x in zip(grads, (self.q, self.kv, self.bias)):
             assert x is not None or tuple(gradient.shape) == (0,)
         # Scores of queries that see one key have no gradient: zero is compared on the scale of the others.
-        floor = 0.01 * float(torch.cat([x.flatten() for x in want_grads]).norm())
-        for name, a, b in zip(("grad q", "grad kv", "grad bias"), low, want_grads):
+        floor = share * float(torch.cat([x.flatten() for x in want_grads]).norm())
+        names = [n for n, x in zip(("grad q", "grad kv", "grad bias"), (self.q, self.kv, self.bias)) if x is not None]
+        for name, a, b in zip(names, low, want_grads):
             assert_close(a, b, name, dtype, floor)
+        return out, grads

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from maefast import ops
 from maefast.kernels import attention as kernels
-from tests.kernels.attention_case import BOUND, Case, assert_close
+from tests.kernels.attention_case import BOUND, NEVER, PATTERNS, Case, assert_close, blind_queries, hidden_keys
 from tests.kernels.support import INTERPRET, property_test, random_tensor
 from tests.kernels.test_bounds_kernels import FencedTorch, fenced_empty
 
@@ -20,8 +20,8 @@ def run(case, device):
     return case.run(device, kernels.attention, kernels.attention_backward)
 
 
-def check(case, device):
-    case.check(device, kernels.attention, kernels.attention_backward)
+def check(case, device, share=0.01):
+    return case.check(device, kernels.attention, kernels.attention_backward, share)
 
 
 @st.composite
@@ -104,6 +104,45 @@ def test_bias_of_minus_infinity_removes_a_key(device, dtype):
             a = a.cpu() if name == "grad q" else a.cpu()[there]
             assert_close(a, b, name, dtype)
         assert all(bool((g.cpu()[~there] == 0).all()) for g in grads[1:])
+
+
+def check_ruled_out(case, hidden, value, device):
+    """Against the reference; exactly zero where no key is seen or a key is not seen."""
+    cross, causal, batch = case.kv is not None, case.sizes[-1], case.sizes[0]
+    lengths = [[n] * batch if cu is None else cu.diff().tolist() for n, cu in zip(case.sizes[1:3], case.cu)]
+    blind = blind_queries(hidden, list(zip(lengths[0], lengths[cross])), causal)
+    case.rule_out(hidden, blind, value)
+    (out, lse, entropy, mass), grads = check(case, device, share=0.1)  # many queries see one key
+    assert torch.equal(lse.cpu() == -torch.inf, blind)
+    assert not out.cpu()[blind].any()
+    assert not any(x.cpu()[blind].any() for x in (entropy, mass) if x.numel())
+    grad_q, grad_kv, grad_bias = (g.cpu() for g in grads)
+    assert not (grad_q if cross else grad_q[:, 0])[blind].any()
+    assert not (grad_kv if cross else grad_q[:, 1:])[hidden[:, None].expand(-1, 2, -1)].any()
+    assert not grad_bias[hidden].any()
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # the interpreter's, of finfo.min in base 2
+@given(cases(), st.data())
+@property_test(20)
+def test_ruled_out_keys(device, dtype, case, data):
+    case["bias"] = True
+    keys, heads = case["len_k"] or case["len_q"], case["heads"]
+    names = st.lists(st.sampled_from(list(PATTERNS)), min_size=heads, max_size=heads)
+    hidden = hidden_keys([data.draw(names) for _ in keys], keys, case["seed"])
+    check_ruled_out(Case(dtype, **case), hidden, data.draw(st.sampled_from(NEVER)), device)
+
+
+@pytest.mark.parametrize("stats", [False, True], ids=["plain", "stats"])
+def test_ruled_out_blocks_of_keys(device, dtype, stats):
+    # One head for each pattern. Above 128 keys whole blocks come before or behind those that are seen.
+    heads = len(PATTERNS)
+    for len_q, len_k in (([3, 2], [1, 2]), ([70, 2], [128, 2]), ([20], [200])):
+        case = Case(dtype, 16, len_q, len_k, heads=heads, bias=True, stats=stats)
+        hidden = hidden_keys([list(PATTERNS), ["all"] * heads][: len(len_k)], len_k, seed=1)
+        check_ruled_out(case, hidden, float("-inf"), device)
+    case = Case(dtype, 16, [150], heads=heads, bias=True, stats=stats, causal=True)
+    check_ruled_out(case, hidden_keys([list(PATTERNS)], [150], seed=2), float("-inf"), device)
 
 
 @pytest.mark.parametrize("length", [40, 150])

@@ -151,6 +151,8 @@ def test_queries_without_keys_are_refused(fake):
             cu_seqlens_k=starts(2, 0),
             backend="xformers",
         )
+    with pytest.raises(ValueError, match="queries without keys"):
+        ops.attention(randn(2, 3, 1, 16), randn(2, 0, 2, 1, 16), backend="xformers")
     assert not fake[1]
 
 
