@@ -1,21 +1,25 @@
 """`Cells`: the active cells of a masked feature map, in the place of the [B, C, H, W] tensor a convnet expects.
 
 A plain convnet runs on them unchanged: torch's functions look for `__torch_function__` and find the ops of maefast
-here (`cell_functions`). What is not there raises and names the module, so that nothing is computed on a wrong shape.
+(`cell_functions`), what goes along channels (`cell_channels`), or torch's own function on the packed values
+(`cell_elementwise`). What is in none of them raises and names the module, so that nothing is computed on a wrong shape.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from maefast import ops
+from maefast.nn.cell_views import Part, Shared
 from maefast.ops import CellMask
+from maefast.ops.cells import pack_cells_reference, unpack_cells_reference
 
-HANDLERS: dict[Callable, Callable] = {}  # filled by maefast/nn/cell_functions.py
+HANDLERS: dict[Callable, Callable] = {}  # of torch functions, written out in maefast/nn/cell_*.py
+ELEMENTWISE: dict[Callable, Callable] = {}  # made when it is first needed, by maefast/nn/cell_elementwise.py
 
 
 class UnknownSparseOp(NotImplementedError):
@@ -26,6 +30,14 @@ class UnknownSparseAttribute(UnknownSparseOp, AttributeError):
     """The same for a method or attribute of a tensor."""
 
 
+class UnknownSparseFunction(UnknownSparseOp, TypeError):
+    """The same for a function or operator: whoever tries whether cells can be iterated expects a TypeError."""
+
+
+class UnknownSparseArgument(UnknownSparseOp, ValueError, TypeError):
+    """A known function with arguments that have no meaning on packed cells."""
+
+
 class Cells:
     """Active cells of a batch of feature maps.
 
@@ -34,8 +46,11 @@ class Cells:
         plan: the CellMask.
         channels_last: present the shape as (B, H, W, C), after the ``permute(0, 2, 3, 1)`` of a ConvNeXt block.
 
-    A map's values at masked sites are absent: convolutions and pooling read zeros there, norms leave them out.
+    A map's values at masked sites are absent: convolutions and pooling read zeros there, norms leave them out. So it
+    stays after a function with f(0) != 0: ``torch.sigmoid`` or ``x + 1`` changes the sites that are seen, no other.
     """
+
+    _shared: Shared | None = None  # with the cells that are views of these, or that these are a view of
 
     def __init__(self, rows: Tensor, plan: CellMask, channels_last: bool = False) -> None:
         self._rows: Tensor | None = rows
@@ -47,18 +62,22 @@ class Cells:
     @staticmethod
     def pack(images: Tensor, plan: CellMask) -> Cells:
         """The active cells of images [B, C, H, W]."""
-        return Cells(ops.pack_cells(images, plan), plan)
+        run = ops.pack_cells if images.is_floating_point() else pack_cells_reference
+        return Cells(run(images, plan), plan)
 
     @property
     def rows(self) -> Tensor:
         """[T, h, w, C]."""
         if self._rows is None:
             self._rows, self._norm = self._norm.run("none"), None
+        elif self._shared is not None and self._version != self._shared.version:
+            self._rows, self._version = self._shared.take(self._parts), self._shared.version
         return self._rows
 
     def dense(self, fill: Tensor | None = None) -> Tensor:
         """[B, C, H, W] in channels-last memory; masked sites are `fill` [C], or zero."""
-        return ops.unpack_cells(self.rows, self.plan, fill)
+        run = ops.unpack_cells if self.dtype.is_floating_point else unpack_cells_reference
+        return run(self.rows, self.plan, fill)
 
     def like(self, rows: Tensor) -> Cells:
         """Other values on the same plan and in the same layout."""
@@ -77,13 +96,22 @@ class Cells:
         return 3 if self.channels_last else 1
 
     ndim = 4
-    is_nested = is_mkldnn = is_sparse = False
+    is_nested = is_mkldnn = is_sparse = is_quantized = is_meta = False
+    layout = torch.strided
 
     def dim(self) -> int:
         return 4
 
+    ndimension = dim
+
     def size(self, dim: int | None = None):
         return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """Of the whole map, as `shape`."""
+        return self.shape.numel()
+
+    nelement = numel
 
     @property
     def requires_grad(self) -> bool:
@@ -96,51 +124,70 @@ class Cells:
     def new_empty(self, *args, **kwargs) -> Tensor:
         return self.rows.new_empty(*args, **kwargs)
 
-    def permute(self, *dims: int) -> Cells:
-        order = tuple(d % 4 for d in (dims[0] if len(dims) == 1 else dims))
+    def new_zeros(self, *args, **kwargs) -> Tensor:
+        return self.rows.new_zeros(*args, **kwargs)
+
+    def new_ones(self, *args, **kwargs) -> Tensor:
+        return self.rows.new_ones(*args, **kwargs)
+
+    def new_full(self, *args, **kwargs) -> Tensor:
+        return self.rows.new_full(*args, **kwargs)
+
+    def new_tensor(self, *args, **kwargs) -> Tensor:
+        return self.rows.new_tensor(*args, **kwargs)
+
+    def part(self, *parts: Part, channels_last: bool | None = None) -> Cells:
+        """Cells that share these values, or a part of them, as a view of a tensor does."""
+        if self._shared is None:
+            self._shared, self._parts, self._version = Shared(self.rows), (), 0
+        rows = self.rows
+        for take, _ in parts:
+            rows = take(rows)
+        out = Cells(rows, self.plan, self.channels_last if channels_last is None else channels_last)
+        out._shared, out._parts, out._version = self._shared, (*self._parts, *parts), self._shared.version
+        return out
+
+    def permute(self, *order: int, dims: Sequence[int] = ()) -> Cells:
+        order = tuple(d % 4 for d in dims or (order[0] if len(order) == 1 else order))
+        if order == (0, 1, 2, 3):
+            return self
         if order == ((0, 3, 1, 2) if self.channels_last else (0, 2, 3, 1)):
-            return Cells(self.rows, self.plan, not self.channels_last)
-        raise UnknownSparseOp(f"cells can be permuted between (B, C, H, W) and (B, H, W, C) only, not by {order}")
+            return self.part(channels_last=not self.channels_last)
+        raise UnknownSparseOp(
+            f"{where()}cells can be permuted between (B, C, H, W) and (B, H, W, C) only, not by {order}"
+        )
 
     def contiguous(self, **kwargs) -> Cells:
         return self
 
-    def to(self, *args, **kwargs) -> Cells:
-        return self.like(self.rows.to(*args, **kwargs))
+    def is_contiguous(self, **kwargs) -> bool:
+        return True
 
-    def mean(self, *args, **kwargs) -> Tensor:
+    def mean(self, *args, **kwargs) -> Tensor | Cells:
         return torch.mean(self, *args, **kwargs)
 
     def replace(self, other: Cells) -> Cells:
         """Take the other's values: what an in-place function does."""
-        self._rows, self._norm = other._rows, other._norm
+        if self._shared is not None:
+            self._shared.put(self._parts, other.rows)
+        else:
+            self._rows, self._norm = (other.rows, None) if other._norm is None else (None, other._norm)
         self._sites, self._channels, self.dtype = other._sites, other._channels, other.dtype
         return self
 
-    def __add__(self, other):
-        return torch.add(self, other)
-
-    def __sub__(self, other):
-        return torch.sub(self, other)
-
-    def __mul__(self, other):
-        return torch.mul(self, other)
-
-    def __truediv__(self, other):
-        return torch.div(self, other)
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def __iadd__(self, other):
-        return self.replace(torch.add(self, other))
-
-    def __imul__(self, other):
-        return self.replace(torch.mul(self, other))
+    __hash__ = object.__hash__  # == is elementwise, as a tensor's
+    __array_priority__ = 1000  # numpy's operators leave it to ours
 
     def __getattr__(self, name: str):
         if name.startswith("_"):
             raise AttributeError(name)
-        raise UnknownSparseAttribute(f"{where()}packed cells have no Tensor.{name}: only what convnets need is there")
+        if not ELEMENTWISE and hasattr(torch.Tensor, name):
+            complete()
+            if hasattr(Cells, name):
+                return getattr(self, name)
+        raise UnknownSparseAttribute(
+            f"{where()}packed cells have no Tensor.{name}: it mixes sites, or leaves the layout of a map"
+        )
 
     def __repr__(self) -> str:
         return f"Cells(shape={tuple(self.shape)}, {self.plan!r}, dtype={self.dtype})"
@@ -149,9 +196,53 @@ class Cells:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         handler = HANDLERS.get(func)
         if handler is None:
-            name = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
-            raise UnknownSparseOp(f"{where()}{name} is not known on packed cells (see maefast/nn/cell_functions.py)")
+            if not ELEMENTWISE:
+                complete()
+            handler = ELEMENTWISE.get(func)
+        if handler is None:
+            raise UnknownSparseFunction(f"{where()}{name_of(func)} is not known on packed cells (docs/convnets.md)")
+        return serve(handler, func, args, kwargs)
+
+
+def serve(handler: Callable, func: Callable, args: tuple, kwargs: dict | None):
+    """Call the handler of `func`; what it cannot do with its arguments names the module, too."""
+    try:
         return handler(*args, **(kwargs or {}))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UnknownSparseOp):
+            raise
+        raise UnknownSparseArgument(f"{where()}{name_of(func)} on packed cells: {error}") from error
+
+
+def complete() -> None:
+    """Make the table of elementwise functions, which takes some 30 ms: not at import."""
+    from maefast.nn.cell_elementwise import fill
+
+    fill()
+
+
+def name_of(func: Callable) -> str:
+    name = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
+    return name.replace("_VariableFunctionsClass.", "torch.").replace("TensorBase.", "Tensor.")
+
+
+def method(func: Callable) -> Callable:
+    """A function of torch as a method of `Cells`."""
+
+    def call(self, *args, **kwargs):
+        return Cells.__torch_function__(func, (), (self, *args), kwargs)
+
+    return call
+
+
+# Python looks for operators on the class, not in __getattr__. Those without a handler name the module, as functions do.
+_OPERATORS = """
+    add sub mul truediv and or xor lshift rshift floordiv mod pow matmul radd rsub rmul rtruediv rand ror rxor rlshift
+    rrshift rfloordiv rmod rpow rmatmul iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift neg
+    pos abs invert lt le gt ge eq ne getitem setitem contains len iter bool float int complex index array reversed
+"""
+for _name in (f"__{name}__" for name in _OPERATORS.split()):
+    setattr(Cells, _name, method(getattr(Tensor, _name)))
 
 
 def where() -> str:
@@ -199,5 +290,5 @@ class PendingNorm:
 def pending(norm: PendingNorm, like: Cells) -> Cells:
     out = object.__new__(Cells)
     out.__dict__.update(like.__dict__)
-    out._rows, out._norm = None, norm
+    out._rows, out._norm, out._shared = None, norm, None
     return out

@@ -226,7 +226,7 @@ def test_drop_path_drops_whole_samples():
         (nn.Upsample(scale_factor=2), r"1.up \(Upsample\)"),
         (nn.BatchNorm1d(8), r"\(BatchNorm1d\)"),
         (nn.AdaptiveAvgPool2d(2), "pooling to 2"),
-        (nn.MaxPool2d(3, 2, 1, ceil_mode=True), "ceil_mode"),
+        (nn.MaxPool2d(3, 2, 1, return_indices=True), "return_indices"),
     ],
 )
 def test_unknown_modules_are_named(module, message):
@@ -248,17 +248,17 @@ class Odd(nn.Module):
     ("run", "message"),
     [
         (lambda x: F.interpolate(x, scale_factor=2), r"in 1 \(Odd\): interpolate is not known"),
-        (lambda x: F.pad(x, (1, 1, 1, 1)), r"in 1 \(Odd\): .*pad is not known"),
-        (lambda x: x.view(2, -1), r"in 1 \(Odd\): packed cells have no Tensor.view"),
-        (lambda x: x.mean(1), r"in 1 \(Odd\): the mean of cells is over both sides"),
+        (lambda x: F.pad(x, (1, 1, 1, 1)).relu(), r"in 1 \(Odd\): of a map that was padded"),
+        (lambda x: x.view(2, -1), r"in 1 \(Odd\): packed cells .* have no Tensor.view as"),
+        (lambda x: x.mean(), r"in 1 \(Odd\): the mean of cells is over both sides"),
         (lambda x: x.permute(1, 0, 2, 3), "permuted between"),
-        (lambda x: x + torch.zeros(3, 8, 12, 8, dtype=torch.float64), "does not go with packed cells"),
+        (lambda x: x + torch.zeros(3, 8, 12, 4, dtype=torch.float64), "does not go with cells"),
         (lambda x: torch.cat([x, x], 2), "along their channels only"),
         (lambda x: F.linear(x, torch.zeros(8, 8)), r"permute\(0, 2, 3, 1\) first"),
         (lambda x: F.conv2d(x.permute(0, 2, 3, 1), torch.zeros(8, 8, 1, 1)), "takes"),
         (lambda x: F.adaptive_avg_pool2d(x, 3), "only to 1"),
-        (lambda x: F.max_pool2d(x, 2, ceil_mode=True), "ceil_mode"),
-        (lambda x: torch.linalg.vector_norm(x, dim=1), "2-norm over both sides"),
+        (lambda x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True), "leaves the grid of the mask"),
+        (lambda x: torch.linalg.vector_norm(x, 1, dim=(2, 3)), "is the 2-norm"),
     ],
 )
 def test_unknown_functions_name_the_module(run, message):
@@ -275,7 +275,7 @@ def test_cells_of_different_plans_are_not_mixed():
         Cells.pack(images, plan) + Cells.pack(images, other)
     with pytest.raises(ValueError, match="no multiple of the grid"):
         Cells.pack(torch.zeros(3, 3, 50, 32), plan)
-    assert not hasattr(Cells.pack(images, plan), "view")
+    assert not hasattr(Cells.pack(images, plan), "unfold")
     assert "CellMask(batch=3, grid=3x2" in repr(Cells.pack(images, plan))
 
 
