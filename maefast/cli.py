@@ -66,6 +66,10 @@ ImgSize = Annotated[
     str | None,
     typer.Option(help="Image size, N or HEIGHTxWIDTH, of a file that does not tell.", show_default=False),
 ]
+Heads = Annotated[
+    str | None,
+    typer.Option(help="Attention heads, ENCODER or ENCODER,DECODER, of a file that does not tell.", show_default=False),
+]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the running average (EMA) that the file holds.")]
 
 
@@ -103,6 +107,9 @@ def pretrain(
     crop_scale: Annotated[tuple[float, float], option("crop_scale")] = (0.2, 1.0),
     crop_ratio: Annotated[tuple[float, float], option("crop_ratio")] = (0.75, 4 / 3),
     flip: Annotated[float, option("flip")] = 0.5,
+    value_range: Annotated[str, option("value_range")] = "auto",
+    pixel_bits: Annotated[int, option("pixel_bits")] = 8,
+    max_pixels: Annotated[int | None, option("max_pixels")] = None,
     skip_bad: Annotated[bool, option("skip_bad")] = False,
     workers: Annotated[int | None, option("workers")] = None,
     cache_mb: Annotated[int, option("cache_mb")] = 512,
@@ -180,12 +187,17 @@ def reconstruct(
     ] = None,
     model: Name = None,
     img_size: ImgSize = None,
+    heads: Heads = None,
     ema: Ema = False,
+    value_range: Annotated[
+        str | None, typer.Option(help=HELP["Data"]["value_range"], show_default="the run's, or auto")
+    ] = None,
+    max_pixels: Annotated[int | None, typer.Option(help=HELP["Data"]["max_pixels"], show_default="179 million")] = None,
 ) -> None:
     """Draw original | masked | reconstruction | pasted for some images."""
 
     def run() -> None:
-        from .train.config import parse_size
+        from .train.config import parse_heads, parse_size
         from .train.export import reconstruct_files
 
         reconstruct_files(
@@ -198,7 +210,10 @@ def reconstruct(
             norm_pix=norm_pix,
             name=model,
             img_size=parse_size(img_size) if img_size else None,
+            heads=parse_heads(heads) if heads else None,
             ema=ema,
+            value_range=value_range,
+            max_pixels=max_pixels,
         )
         typer.echo(f"wrote {output}")
 
@@ -215,6 +230,7 @@ def export(
     format: Annotated[Format, typer.Option(help="Layout to write.")] = Format.timm,
     model: Name = None,
     img_size: ImgSize = None,
+    heads: Heads = None,
     ema: Ema = False,
 ) -> None:
     """Write the weights in another library's layout.
@@ -226,11 +242,14 @@ def export(
     """
 
     def run() -> None:
-        from .train.config import parse_size
+        from .train.config import parse_heads, parse_size
         from .train.export import export_file
 
-        size = parse_size(img_size) if img_size else None
-        for line in export_file(checkpoint, output, format.value, name=model, img_size=size, ema=ema):
+        told = {
+            "img_size": parse_size(img_size) if img_size else None,
+            "heads": parse_heads(heads) if heads else None,
+        }
+        for line in export_file(checkpoint, output, format.value, name=model, ema=ema, **told):
             typer.echo(line)
 
     _run(run)

@@ -184,6 +184,8 @@ def test_an_unreadable_image_for_reconstruct(trained, tmp_path):
     result = run("reconstruct", trained[1], tmp_path / "bad.png")
     assert result.exit_code == 1
     assert "bad.png" in result.output
+    assert "(leave it out)" in result.output
+    assert "--skip-bad" not in result.output
 
 
 def test_wrong_usage_is_status_2():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from maefast.models import hf_config
 from maefast.models.convert import hf_to_mae, is_hf
 from maefast.models.convnames import FCMAE, is_sparse, is_timm_convnext, sparse_to_fcmae, timm_to_convnext
-from maefast.models.files import describe, open_file, refused_class
+from maefast.models.files import CONFIG, config_beside, describe, open_file, refused_class
 from maefast.models.fit import fit_state, fit_to_model
-from maefast.models.unwrap import find_state, only_state
+from maefast.models.unwrap import Ambiguous, find_state, only_state
 from maefast.ops._checks import one_of
 
 __all__ = ["Content", "fit_state", "load_checkpoint", "read_content", "read_state_dict"]
@@ -43,11 +43,15 @@ class Content:
     averaged: bool = field(default=False)
 
 
-def read_content(path: str | os.PathLike, ema: bool = False) -> Content:
-    """The weights in a file or folder, with what is told about their model; see `read_state_dict`."""
+def read_content(path: str | os.PathLike, ema: bool = False, names: Collection[str] = ()) -> Content:
+    """The weights in a file or folder, with what is told about their model; see `read_state_dict`.
+
+    Args:
+        names: of the model that they are for: weights with just these names are taken as they are.
+    """
     path = Path(path)
     try:
-        content, metadata, beside = open_file(path)
+        content, metadata, file = open_file(path)
     except Exception as error:
         if refused := refused_class(error):
             raise type(error)(
@@ -55,14 +59,20 @@ def read_content(path: str | os.PathLike, ema: bool = False) -> Content:
                 "If you trust the file: torch.serialization.add_safe_globals in Python, or save its state_dict() alone"
             ) from error
         raise
-    found = find_state(content, ema) or only_state(content)
+    try:
+        found = find_state(content, ema, names) or only_state(content, ema)
+    except Ambiguous as error:
+        raise Ambiguous(f"{path}: {error}") from None
     if found is None:
         raise ValueError(f"{path} holds no weights of a known model. In it: {describe(content)}\n{TRIED}")
-    config = json.loads(metadata.get("maefast", "null")) or None
+    config = _own_config(path, metadata, content)
     state = found.state
     if is_hf(state):
-        if config is None and hf_config.is_vit_config(beside):
-            config = {"name": "mae", **hf_config.arguments_of(beside)}
+        if config is None and (beside := config_beside(file)) is not None:
+            try:
+                config = {"name": "mae", **hf_config.arguments_of(beside)}
+            except ValueError as error:
+                raise ValueError(f"{file.parent / CONFIG}: {error}") from None
         state = hf_to_mae(state)
     elif is_timm_convnext(state):
         state = timm_to_convnext(state)
@@ -71,6 +81,20 @@ def read_content(path: str | os.PathLike, ema: bool = False) -> Content:
     if "pred.weight" in state and "downsample_layers.0.0.weight" in state:  # a whole FCMAE without its prefix
         state = {key if key.startswith(_FCMAE_DECODER) else FCMAE + key: value for key, value in state.items()}
     return Content(state, config, found.place, found.averaged)
+
+
+def _own_config(path: Path, metadata: dict[str, str], content: Any) -> dict[str, Any] | None:
+    """The model's arguments that maefast writes into its files: safetensors' metadata, or beside the tensors."""
+    text = metadata.get("maefast") or (content.get("maefast") if isinstance(content, dict) else None)
+    if not isinstance(text, str) or not text:
+        return None
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: the description of its model, {text[:40]!r}, cannot be read") from error
+    if config is not None and not (isinstance(config, dict) and isinstance(config.get("name", ""), str)):
+        raise ValueError(f"{path}: {text[:40]!r} describes no model")
+    return {"name": "mae", **config} if config else None
 
 
 def read_state_dict(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor]:
@@ -117,10 +141,11 @@ def load_checkpoint(
         model.
 
     Raises:
-        RuntimeError: missing, unknown or misshapen parameters. And what `read_state_dict` raises.
+        RuntimeError: missing, unknown or misshapen parameters. ValueError: see `maefast.models.fit.fit_to_model`. And
+        what `read_state_dict` raises.
     """
     one_of("part", part, ("all", "encoder"))
-    content = read_content(path, ema)
+    content = read_content(path, ema, model.state_dict())
     state, lines = fit_to_model(content.tensors, model, part, config=content.config, exact=exact)
     model.load_state_dict(state, strict=True)
     for line in lines:

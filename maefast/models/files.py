@@ -25,6 +25,12 @@ from safetensors.torch import load_file
 # What a folder may hold its weights in, in the order in which transformers looks for them.
 IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 CONFIG = "config.json"
+# What is found in the place of weights after a download that went wrong.
+_OTHERS = {
+    b"version https://git-lfs": "a pointer of git-lfs (git lfs pull fetches the file)",
+    b"<": "a web page",
+    b"\x1f\x8b": "compressed by gzip (unpack it)",
+}
 
 
 def _safe() -> list:
@@ -34,7 +40,7 @@ def _safe() -> list:
     paths = {"PosixPath": pathlib.PurePosixPath, "WindowsPath": pathlib.PureWindowsPath}
     paths.update(PurePosixPath=pathlib.PurePosixPath, PureWindowsPath=pathlib.PureWindowsPath)
     out: list = [argparse.Namespace, types.SimpleNamespace, np.dtype, np.ndarray, *dtypes, set, frozenset, slice]
-    out += [complex, range, collections.defaultdict]
+    out += [complex, range, collections.defaultdict, torch.torch_version.TorchVersion]
     out += [datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone]
     for module in ("pathlib", "pathlib._local"):
         out += [(kind, f"{module}.{name}") for name, kind in paths.items()]
@@ -64,35 +70,54 @@ def find_file(path: Path) -> Path:
     return found
 
 
-def open_file(path: Path) -> tuple[Any, dict[str, str], dict[str, Any] | None]:
-    """What a file holds: (its content on the CPU, safetensors' metadata, the config.json beside it if there is one).
+def open_file(path: Path) -> tuple[Any, dict[str, str], Path]:
+    """What a file holds: (its content on the CPU, safetensors' metadata, the file itself).
 
     Args:
         path: a file or a folder, see `find_file`. An index of several files is followed.
 
     Raises:
-        What torch and safetensors raise for a file that cannot be read. pickle.UnpicklingError: one that holds an
-        object of a class that is not known to be plain data; the message names the class.
+        ValueError: not a file of weights; says what it looks like. pickle.UnpicklingError: one that holds an object of
+        a class that is not known to be plain data; the message names the class. And what torch and safetensors raise.
     """
-    path = find_file(path)
-    beside = path.parent / CONFIG
-    config = json.loads(beside.read_text()) if beside.is_file() else None
+    path = find_file(path.expanduser())
     if path.name.endswith(".index.json"):
         content: dict[str, Any] = {}
         for name in sorted(set(json.loads(path.read_text())["weight_map"].values())):
-            content.update(_read(path.parent / name))
-        return content, {}, config
-    if path.suffix != ".safetensors":
-        return _read(path), {}, config
-    with safe_open(path, "pt") as file:
-        return _read(path), file.metadata() or {}, config
+            content.update(_read(path.parent / name)[0])
+        return content, {}, path
+    return *_read(path), path
 
 
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    with torch.serialization.safe_globals(_safe()):
-        return torch.load(path, map_location="cpu", weights_only=True)
+def _read(path: Path) -> tuple[Any, dict[str, str]]:
+    with open(path, "rb") as file:
+        head = file.read(64)
+    for start, what in _OTHERS.items():
+        if head.startswith(start):
+            raise ValueError(f"{path} is {what}, no file of weights")
+    if len(head) < 8:
+        raise ValueError(f"{path} has {len(head)} bytes: it is no file of weights")
+    if head[8:9] == b"{":  # by its content, for people rename files
+        with safe_open(path, "pt") as file:
+            return load_file(path), file.metadata() or {}
+    if not head.startswith((b"PK", b"\x80")):
+        raise ValueError(f"{path} is neither a safetensors file nor one of torch.save; it begins with {head[:16]!r}")
+    with torch.serialization.safe_globals(_safe()), open(path, "rb") as file:  # by its name torch would look too
+        return torch.load(file, map_location="cpu", weights_only=True), {}
+
+
+def config_beside(path: Path) -> dict[str, Any] | None:
+    """The config.json that Hugging Face puts beside a file of weights; None if there is none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    beside = path.parent / CONFIG
+    try:
+        document = json.loads(beside.read_text()) if beside.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{beside} cannot be read: {error}") from error
+    return document if isinstance(document, dict) else None
 
 
 def refused_class(error: BaseException) -> str | None:

@@ -2,7 +2,7 @@
 
 What does not fit as it is, is changed as said here, and each change is told in one line:
 
-    fixed (sin-cos) tables    stay the model's own, whatever the file has
+    fixed (sin-cos) tables    stay the model's own where the file's is sin-cos too, of whatever grid
     learned tables            interpolated (bicubic) to the model's grid
     patch embedding           other patches: FlexiViT's pseudo-inverse; other channels: summed or repeated
     pixel predictions         start fresh where they predict other pixels
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from maefast.models.convert import encoder_prefix, encoder_state
 from maefast.models.convnames import UNUSED
-from maefast.models.resize import change_channels, resize_patches, resize_positions, sincos_grid
+from maefast.models.resize import Grid, change_channels, resize_patches, resize_positions, sincos_grid
 
-Grid = tuple[int, int]
 _TABLES = ("pos_embed", "decoder_pos_embed")
 _FIRST = ("patch_embed.proj.weight", "conv1.weight", "downsample_layers.0.0.weight")
 _LAST = ("decoder_pred.", "pred.", "dense_decoder.proj.")
@@ -46,17 +45,19 @@ def fit_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor], part: str 
 def file_grid(state: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> tuple[Grid | None, bool]:
     """(grid, whether it is certain) of a ViT's position tables.
 
-    Certain is what the file's configuration says and what a sin-cos table shows; a square number of patches is taken
-    for a square. None: not to be told.
+    Certain is what a sin-cos table shows and what the file's configuration says, if it fits the number of patches; a
+    square number of patches is taken for a square. None: not to be told.
     """
-    if config and "img_size" in config and "patch_size" in config:
-        sizes = [(v, v) if isinstance(v, int) else tuple(v) for v in (config["img_size"], config["patch_size"])]
-        return tuple(size // patch for size, patch in zip(*sizes)), True
     for name in _TABLES:
         if name in state and (grid := sincos_grid(state[name])):
             return grid, True
     count = state["pos_embed"].shape[1] - 1
-    side = math.isqrt(count)
+    if config and config.get("img_size") and config.get("patch_size"):
+        sizes = [(v, v) if isinstance(v, int) else tuple(v) for v in (config["img_size"], config["patch_size"])]
+        grid = tuple(size // patch for size, patch in zip(*sizes))
+        if math.prod(grid) == count:
+            return grid, True
+    side = math.isqrt(max(0, count))
     return ((side, side), False) if side * side == count else (None, False)
 
 
@@ -72,20 +73,28 @@ def fit_to_model(
 
     Args:
         config: the arguments that the file gives for its own model, if it does.
-        exact: change nothing: what does not fit is left as it is, for the caller to refuse.
+        exact: change nothing. What does not fit by its shape is left as it is, for the caller to refuse.
 
     Raises:
         ValueError: learned positions whose layout the file does not tell, for a model of another number of patches;
-        another number of heads, which the shapes do not show.
+        another number of heads, which the shapes do not show; with `exact`, tables of another grid; integers.
     """
     own = model.state_dict()
-    out, lines = fit_state(state, own, part), _differences(config or {}, getattr(model, "config", None) or {}, part)
+    out, lines = fit_state(state, own, part), _differences(config or {}, _facts(model), part)
+    for name, value in out.items():
+        if name in own and own[name].is_floating_point() and not value.is_floating_point():
+            raise ValueError(f"{name} is {value.dtype} in the file: weights are floating-point numbers")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name in _TABLES:
         if set(out) <= set(own) and name in out and out[name] is not own[name]:  # else the caller names what is unknown
+            if out[name].ndim != 3 or out[name].shape[::2] != own[name].shape[::2]:
+                continue  # another width: refused by its shape
             grid = tuple(model.grid_size)
             fixed = name not in trained and sincos_grid(own[name]) == grid
-            out[name], line = _table(out[name], own[name], grid, fixed, file_grid(state, config), exact)
+            try:
+                out[name], line = _table(out[name], own[name], grid, fixed, file_grid(state, config), exact)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
             lines += [f"{name}: {line}"] if line else []
     if exact:
         return out, lines
@@ -100,6 +109,15 @@ def fit_to_model(
             if name.endswith("weight"):
                 lines.append(f"{name.removesuffix('.weight')} starts fresh: it predicts {now} values, the file's {was}")
     return out, lines
+
+
+def _facts(model: nn.Module) -> dict[str, Any]:
+    """What a model computes and no shape shows."""
+    if config := getattr(model, "config", None):
+        return dict(config)
+    blocks, norm = getattr(model, "blocks", None), getattr(model, "norm", None)  # an encoder alone
+    heads = getattr(getattr(blocks[0], "attn", None), "num_heads", None) if blocks else None
+    return {"num_heads": heads, "norm_eps": getattr(norm, "eps", None)}
 
 
 def _differences(file: Mapping[str, Any], model: Mapping[str, Any], part: str) -> list[str]:
@@ -121,19 +139,24 @@ def _table(
     """The position table that a model with the table `own` of `grid` gets, and what to tell about it."""
     found, certain = layout
     sincos, same = sincos_grid(table), table.shape == own.shape
+    if exact and certain and found != grid:
+        raise ValueError(f"of {_by(found)} patches in the file, and of {_by(grid)} in the model")
     if fixed and sincos:
         line = f"the model's own table of {_by(grid)} patches stays; the file's is of {_by(sincos)}"
         return own, line if sincos != grid else None
-    if same and found == grid:
-        return table, "the file's is not sin-cos; it is taken as it is, and stays fixed" if fixed else None
+    if same and (found == grid or not certain):
+        unknown = "" if certain else " (the file does not tell how its patches lie)"
+        if fixed:
+            return table, f"the file's is not sin-cos; it is taken as it is{unknown}, and stays fixed"
+        return table, None if certain else f"learned positions are taken as they are{unknown}"
+    if exact:
+        return table, None  # refused by its shape
     if fixed:
         return own, "the model's own stays; the file's is not sin-cos: a model with positions='learned' would take it"
-    if exact or table.shape[2] != own.shape[2]:
-        return table, "taken as it is, though it may be of another layout" if same else None
     if found is None:
         raise ValueError(
-            f"nothing tells how the {table.shape[1] - 1} patches of its learned positions lie (they are no square): "
-            "give a file with its configuration, or take only what fits exactly"
+            f"nothing tells how the {table.shape[1] - 1} patches of these learned positions lie (they are no square): "
+            "give a file with its configuration"
         )
     guess = "" if certain else " (taken for a square)"
     line = f"learned table interpolated from {_by(found)}{guess} to {_by(grid)} patches, bicubic"
@@ -143,14 +166,15 @@ def _table(
 def _first(name: str, weight: Tensor, own: Tensor, lines: list[str]) -> Tensor:
     if weight.ndim != 4 or weight.shape[0] != own.shape[0]:
         return weight
-    if weight.shape[1] != own.shape[1]:
-        how = "summed" if own.shape[1] == 1 else "repeated, and scaled by their number"
-        lines.append(f"{name}: {weight.shape[1]} channels to {own.shape[1]}, {how}")
-        weight = change_channels(weight, own.shape[1])
+    old, new = weight.shape[1], own.shape[1]
+    if old != new:
+        how = "summed" if new < old else "repeated, each divided by how often"
+        lines.append(f"{name}: {old} channels to {new}, {how}")
+        weight = change_channels(weight, new)
     if weight.shape[2:] != own.shape[2:] and name == "patch_embed.proj.weight":
-        old, new = tuple(weight.shape[2:]), tuple(own.shape[2:])
-        lines.append(f"{name}: patches of {_by(old)} to {_by(new)} pixels, by the pseudo-inverse (FlexiViT)")
-        weight = resize_patches(weight, new)
+        sizes = _by(weight.shape[2:]), _by(own.shape[2:])
+        lines.append(f"{name}: patches of {sizes[0]} to {sizes[1]} pixels, by the pseudo-inverse (FlexiViT)")
+        weight = resize_patches(weight, tuple(own.shape[2:]))
     return weight
 
 

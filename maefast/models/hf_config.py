@@ -43,28 +43,26 @@ _FIXED = {
 _MUST = ("hidden_act", "qkv_bias")  # dropout has no effect on what is loaded
 
 
-def is_vit_config(config: Mapping[str, Any] | None) -> bool:
-    """Whether this is the config.json of a ViT or ViTMAE of transformers."""
-    return bool(config) and config.get("model_type") in ("vit", "vit_mae")
-
-
 def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `maefast.models.create("mae", …)`; those of a decoder only for a "vit_mae".
 
     Raises:
         ValueError: a model that maefast's ViT does not compute.
     """
-    mae = config["model_type"] == "vit_mae"
+    kind = config.get("model_type")
+    if kind not in ("vit", "vit_mae"):
+        raise ValueError(f"model_type is {kind!r}; maefast reads 'vit' and 'vit_mae'")
+    mae = kind == "vit_mae"
     full = {**_DEFAULTS, **(_MAE_DEFAULTS if mae else {}), **_FIXED, **config}
     for name in _MUST:
         if full[name] != _FIXED[name]:
-            raise ValueError(f"config.json: {name} is {full[name]!r}; maefast's ViT has {_FIXED[name]!r} only")
+            raise ValueError(f"{name} is {full[name]!r}; maefast's ViT has {_FIXED[name]!r} only")
     out = {ours: full[theirs] for ours, theirs in _NAMES.items() if theirs in full}
     out["img_size"], out["patch_size"] = _pair(full["image_size"]), _pair(full["patch_size"])
     out["mlp_ratio"] = full["intermediate_size"] / full["hidden_size"]
-    if mae and full["decoder_intermediate_size"] != out["mlp_ratio"] * full["decoder_hidden_size"]:
+    if mae and full["decoder_intermediate_size"] != int(out["mlp_ratio"] * full["decoder_hidden_size"]):
         raise ValueError(
-            f"config.json: the MLPs of its decoder are {full['decoder_intermediate_size']} wide and those of its "
+            f"the MLPs of its decoder are {full['decoder_intermediate_size']} wide and those of its "
             f"encoder {full['intermediate_size']}: maefast's ViT has one ratio to the width for both"
         )
     out["norm_eps"] = full["layer_norm_eps"]
@@ -92,7 +90,10 @@ def config_of(arguments: Mapping[str, Any], whole: bool = False) -> dict[str, An
 
 
 def _pair(size: int | Sequence[int]) -> list[int]:
-    return [size, size] if isinstance(size, int) else list(size)
+    sizes = [size] if isinstance(size, int) else size
+    if not isinstance(sizes, (list, tuple)) or len(sizes) not in (1, 2) or not all(isinstance(s, int) for s in sizes):
+        raise ValueError(f"a size is {size!r}, neither a number nor two")
+    return [sizes[0], sizes[-1]]
 
 
 def _scalar(size: int | Sequence[int]) -> int | list[int]:

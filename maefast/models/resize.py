@@ -9,22 +9,26 @@ from torch import Tensor
 from maefast.nn.positions import sincos_2d
 
 Grid = tuple[int, int]
+_ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def sincos_grid(table: Tensor, prefix: int = 1) -> Grid | None:
-    """The grid (rows, columns) whose sine-cosine table this is, up to the rounding of its dtype; None if of none.
+    """The grid (rows, columns) whose sine-cosine table this is, up to the rounding of any dtype; None if of none.
 
     Args:
         table: [1, prefix + N, D], the prefix's rows zero.
     """
+    if table.ndim != 3 or table.shape[0] != 1 or table.is_meta or not table.is_floating_point():
+        return None
     rows = table[0].float()
     count, width = rows.shape[0] - prefix, rows.shape[1]
-    if width < 4 or width % 4 or count < 1 or table.is_meta:
+    if width < 4 or width % 4 or count < 1:
         return None
-    bound = max(1e-5, torch.finfo(table.dtype).eps) if table.is_floating_point() else 0.0
     for height in (n for n in range(1, count + 1) if count % n == 0):
         grid = height, count // height
-        if torch.allclose(rows, sincos_2d(width, grid, prefix).to(rows), rtol=0, atol=bound):
+        ours = sincos_2d(width, grid, prefix).to(rows)
+        # Also where the file went through 16 bits once, whatever its dtype is now.
+        if any((rows - ours.to(dtype).float()).abs().max() <= 1e-5 for dtype in _ROUNDED):
             return grid
     return None
 
@@ -62,12 +66,14 @@ def resize_patches(weight: Tensor, size: Grid) -> Tensor:
 def change_channels(weight: Tensor, channels: int) -> Tensor:
     """The first layer of a network, [D, C, ...], for images of another number of channels.
 
-    One channel: the sum, so that a grey image gives what its copies in all channels gave. More: repeated in turn and
-    scaled by C / channels, so that an image whose channels are alike gives the same response as before.
+    Fewer: summed in turn (to one: all of them). More: repeated in turn, each divided by how often it is there. So an
+    image whose channels are alike gives the same response as before.
     """
     old = weight.shape[1]
     if old == channels:
         return weight
-    if channels == 1:
-        return weight.sum(1, keepdim=True)
-    return weight[:, torch.arange(channels, device=weight.device) % old] * (old / channels)
+    out = weight.new_zeros(weight.shape[0], channels, *weight.shape[2:])
+    for channel in range(max(old, channels)):
+        times = len(range(channel % old, channels, old)) if channels > old else 1
+        out[:, channel % channels] += weight[:, channel % old] / times
+    return out

@@ -10,7 +10,7 @@ part of a file is meant; where it holds two of them, the one that is no average 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,13 @@ from maefast.models.convnames import FCMAE, SPARK, family, is_sparse, is_timm_co
 _WORD = r"(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 _WORDS, _FIRST_WORD = re.compile(rf"(?:^|(?<=\.)){_WORD}"), re.compile(_WORD)
 _COUNTERS = ("n_averaged", "num_updates", "initted", "step", "decay")  # of averages, beside the weights
-_AVERAGED = re.compile(r"(?:^|[._])(?:ema|teacher|averaged?|avg|shadow|momentum|target)(?=$|[._])|_averaged?$|^ema")
+# Keys and prefixes of averages: model_ema, EMA, modelEma, teacher, swa_model, averaged_model, backbone_momentum.
+_AVERAGED = re.compile(
+    r"(?:^|[._])(?:ema|swa|teacher|averaged?|shadow|target|momentum_(?:encoder|model))(?=$|[._]|model)"
+    r"|(?<=_)momentum(?=$|[._])",
+    re.IGNORECASE,
+)
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 # A layer that each known model has once: what stands before it is a wrapper's.
 _ANCHORS = (
     "patch_embed.proj.weight",
@@ -33,8 +39,10 @@ _ANCHORS = (
     "conv1.weight",
 )
 _INNER = ("vit.", SPARK, FCMAE)  # of the models themselves, before those layers
-_USUAL = ("model", "state_dict", "model_state_dict", "module")
-_NOT_WEIGHTS = re.compile(r"optim|sched|scaler|loops|hyper_parameters|^args$")
+_USUAL = ("model", "state_dict", "model_state_dict", "module")  # where weights are, in this order, if a file has more
+_NOT_WEIGHTS = re.compile(
+    r"(?:^|_)(?:optim|optimizers?|optimizer_states?|(?:lr_)?schedulers?|scaler|loops|hyper_parameters)(?:$|_)|^args$"
+)
 _LIGHTNING_CURRENT = "current_model_state"  # beside it, Lightning's WeightAveraging puts the average at "state_dict"
 _DEPTH = 5
 
@@ -42,58 +50,81 @@ _DEPTH = 5
 @dataclass
 class Found:
     """A state dict in a file. `path`: keys it is below. `prefix`: what was taken from its names. `averaged`: whether it
-    is a running average (EMA, teacher) of trained weights."""
+    is a running average (EMA, teacher) of trained weights. `others`: places of other models, that were left."""
 
     state: dict[str, Tensor]
     path: tuple[str, ...]
     prefix: str
     averaged: bool
+    others: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:
         """Where it was, for messages."""
         below = "/".join(f'"{word}"' for word in self.path)
-        return " ".join(part for part in (below, f"names behind {self.prefix!r}" if self.prefix else "") if part)
+        text = " ".join(part for part in (below, f"names behind {self.prefix!r}" if self.prefix else "") if part)
+        return f"{text} (there are also {', '.join(self.others)})" if self.others else text
 
 
 class Ambiguous(ValueError):
     """Several models in one file, and nothing says which."""
 
 
-def find_state(content: Any, ema: bool = False) -> Found | None:
+def find_state(content: Any, ema: bool = False, names: Collection[str] = ()) -> Found | None:
     """The weights of a known model in `content` (what torch.load gives), or None if there are none.
 
     Args:
         ema: take the averaged copy (EMA, teacher) instead of the trained weights.
+        names: of the model that they are for: a state dict with just these is taken as it is, whatever they are.
 
     Raises:
         Ambiguous: several models, or no averaged copy although `ema`.
     """
-    models = [found for path, state in _mappings(content) for found in _models(state, path)]
+    mappings = list(_mappings(content))
+    models = [found for path, state in mappings for found in _exactly(state, path, frozenset(names))]
+    models = models or [found for path, state in mappings for found in _models(state, path)]
     if isinstance(content, Mapping) and _LIGHTNING_CURRENT in content:
         for found in models:
             found.averaged |= found.path == ("state_dict",)
+    return _choose(models, ema)
+
+
+def only_state(content: Any, ema: bool = False) -> Found | None:
+    """The state dict in `content`, of a network of any kind; None if there is none, or nothing says which.
+
+    Raises:
+        Ambiguous: no averaged copy although `ema`.
+    """
+    models = []
+    for path, state in _mappings(content):
+        while all(_FIRST_WORD.match(key) for key in state):
+            state = {_FIRST_WORD.sub("", key, count=1): value for key, value in state.items()}
+        models.append(Found(state, path, "", _is_average(*path)))
+    try:
+        return _choose(models, ema)
+    except Ambiguous:
+        if ema:
+            raise
+        return None
+
+
+def _choose(models: list[Found], ema: bool) -> Found | None:
     if not models:
         return None
     chosen = [found for found in models if found.averaged is ema]
     if ema and not chosen:
         raise Ambiguous(f"no averaged copy (EMA) in it; found {_places(models)}")
     chosen = _without_copies(chosen or models)
-    if len(chosen) > 1:
+    usual = sorted(
+        (found for found in chosen if not found.path or found.path[-1] in _USUAL),
+        key=lambda found: _USUAL.index(found.path[-1]) if found.path else len(_USUAL),
+    )
+    if len(chosen) == 1:
+        return chosen[0]
+    if not usual or (len(usual) > 1 and usual[0].path == usual[1].path):
         raise Ambiguous(f"it holds {len(chosen)} models: {_places(chosen)}; save the one that is meant alone")
-    return chosen[0]
-
-
-def only_state(content: Any) -> Found | None:
-    """The one state dict in `content`, of a network of any kind; None if there is none, or more than one."""
-    states = [(path, state) for path, state in _mappings(content) if not any(_AVERAGED.search(word) for word in path)]
-    usual = [entry for entry in states if entry[0] and entry[0][-1] in _USUAL] or states
-    if len(usual) != 1:
-        return None
-    path, state = usual[0]
-    while all(_FIRST_WORD.match(key) for key in state):
-        state = {_FIRST_WORD.sub("", key, count=1): value for key, value in state.items()}
-    return Found(dict(state), path, "", False)
+    usual[0].others = tuple(found.place for found in chosen if found is not usual[0])
+    return usual[0]
 
 
 def _places(models: list[Found]) -> str:
@@ -113,16 +144,29 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[key].shape == b[key].shape and bool((a[key] == b[key]).all()) for key in a)
 
 
+def _is_average(*words: str) -> bool:
+    return any(_AVERAGED.search(_CAMEL.sub("_", word.rstrip("."))) for word in words)
+
+
 def _mappings(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
     """Every dictionary of names and tensors in `content`; records beside the tensors are left out."""
-    if not isinstance(content, Mapping) or len(path) > _DEPTH:
+    if len(path) > _DEPTH:
+        return
+    if isinstance(content, (list, tuple)):
+        content = dict(enumerate(content)) if len(content) < 100 else {}
+    if not isinstance(content, Mapping):
         return
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if tensors:
         yield path, tensors
     for key, value in content.items():
-        if isinstance(key, str) and not _NOT_WEIGHTS.search(key):
-            yield from _mappings(value, (*path, key))
+        if not (isinstance(key, str) and _NOT_WEIGHTS.search(key)):
+            yield from _mappings(value, (*path, str(key)))
+
+
+def _exactly(state: Mapping[str, Tensor], path: tuple[str, ...], names: frozenset[str]) -> Iterator[Found]:
+    if names and names == state.keys():
+        yield Found(dict(state), path, "", _is_average(*path))
 
 
 def _models(state: Mapping[str, Tensor], path: tuple[str, ...]) -> Iterator[Found]:
@@ -138,7 +182,7 @@ def _models(state: Mapping[str, Tensor], path: tuple[str, ...]) -> Iterator[Foun
         part = any(prefix == outer + inner for outer in prefixes for inner in _INNER)
         if not part and known({key.removeprefix(prefix) for key in plain if key.startswith(prefix)}):
             prefixes.append(prefix)
-    counted = any(key in _COUNTERS for key in plain)
+    counted = "n_averaged" in plain  # torch's AveragedModel
     for prefix in prefixes:
         deeper = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
         inside = {
@@ -146,8 +190,7 @@ def _models(state: Mapping[str, Tensor], path: tuple[str, ...]) -> Iterator[Foun
             for key, value in plain.items()
             if key.startswith(prefix) and not (deeper and key.startswith(deeper)) and key not in _COUNTERS
         }
-        averaged = counted or any(_AVERAGED.search(word) for word in (*path, prefix.rstrip(".")))
-        yield Found(inside, path, prefix, averaged)
+        yield Found(inside, path, prefix, counted or _is_average(*path, prefix))
 
 
 def _prefixes(key: str) -> Iterator[str]:

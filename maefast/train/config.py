@@ -45,6 +45,10 @@ class PretrainConfig:
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     flip: float = 0.5
+    # Files to pixels.
+    value_range: list[float] | str = "auto"
+    pixel_bits: int = 8
+    max_pixels: int | None = None
     # Machine.
     amp: str = "no"
     device: str = "auto"
@@ -65,6 +69,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         self.data, self.output_dir, self.resume = str(self.data), str(self.output_dir), str(self.resume)
         self.crop_scale, self.crop_ratio = tuple(self.crop_scale), tuple(self.crop_ratio)
+        if isinstance(self.value_range, tuple):
+            self.value_range = list(self.value_range)
         if isinstance(self.img_size, (tuple, list)):
             self.img_size = self.img_size[0] if len(self.img_size) == 1 else list(self.img_size)
 
@@ -109,6 +115,9 @@ class PretrainConfig:
         if problem := _unusable_folder(Path(self.output_dir)):
             raise ConfigError(f"--output-dir {self.output_dir}: {problem}")
         must(self.amp in ("no", "bf16", "fp16"), f"--amp must be no, bf16 or fp16, not {self.amp!r}")
+        must(self.pixel_bits in (8, 16), f"--pixel-bits must be 8 or 16, not {self.pixel_bits}")
+        must(self.max_pixels is None or self.max_pixels >= 0, f"--max-pixels must not be negative: {self.max_pixels}")
+        parse_value_range(self.value_range)
         must(self.picture in PICTURES, f"--picture must be {' or '.join(PICTURES)}, not {self.picture!r}")
         must(self.device in ("auto", "cpu"), f"--device must be auto or cpu, not {self.device!r}")
         sizes = self.img_size if isinstance(self.img_size, list) else [self.img_size]
@@ -203,6 +212,14 @@ def parse_size(text: str) -> int | list[int]:
     return sizes[0] if len(sizes) == 1 else sizes
 
 
+def parse_heads(text: str) -> list[int]:
+    """Read "6" as [6] and "6,8" as [6, 8] (encoder, decoder)."""
+    numbers = [number.strip() for number in text.split(",")]
+    if len(numbers) > 2 or not all(number.isdigit() and int(number) for number in numbers):
+        raise ConfigError(f"--heads wants ENCODER or ENCODER,DECODER, not {text!r}")
+    return [int(number) for number in numbers]
+
+
 def default_workers() -> int:
     """Up to 8 loader processes, with a core left for the step itself."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -213,6 +230,27 @@ PICTURES = ("restored", "raw")
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 
 
+def parse_value_range(value: Any) -> str | tuple[float, float] | None:
+    """None for "auto", (low, high) for numbers, and "1%,99%" as it is.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if value is None or value == "auto":
+        return None
+    try:
+        parts = [str(part).strip() for part in (value.split(",") if isinstance(value, str) else value)]
+        low, high = (float(part.removesuffix("%")) for part in parts)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"--value-range wants LOW,HIGH or LOW%,HIGH% or auto, not {value!r}") from error
+    percent = {part.endswith("%") for part in parts}
+    if not (math.isfinite(low) and math.isfinite(high) and low < high) or len(percent) > 1:
+        raise ConfigError(f"--value-range needs LOW < HIGH, both numbers or both percentiles, not {value!r}")
+    if percent == {True} and not 0 <= low < high <= 100:
+        raise ConfigError(f"--value-range: percentiles lie between 0% and 100%, not {value!r}")
+    return ",".join(parts) if percent == {True} else (low, high)
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -220,8 +258,8 @@ def _flag(name: str) -> str:
 # Fields whose change leaves the loss sequence of a resumed run as it was.
 HARMLESS = {
     "output_dir", "resume", "save_every", "keep", "picture_every", "picture_rows", "picture", "log_every",
-    "tensorboard", "workers", "cache_mb", "init_from", "init_ema", "init_exact", "recompute", "skip_bad", "data",
-    "epochs", "steps",
+    "tensorboard", "max_pixels", "workers", "cache_mb", "init_from", "init_ema", "init_exact", "recompute", "skip_bad",
+    "data", "epochs", "steps",
 }  # fmt: skip
 
 

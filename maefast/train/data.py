@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import seeds
-from .errors import BadImage, TrainError
-from .images import Image, ImageSet, open_image, to_uint8
+from .errors import SKIP_BAD, BadImage, TrainError
+from .images import ImageSet
+from .pixels import Decoder, Image, crop, to_array
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as MAE uses
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)
@@ -59,23 +60,31 @@ class Augment:
         box = self.box(image.width, image.height, rng)
         size = (self.size[1], self.size[0])
         # Cut first: with resize(box=...) the filter would also see pixels outside of the box.
-        image = image.crop(box).resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
+        image = crop(image, box).resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.flip else image
 
 
 class TrainImages(Dataset):
     """Samples addressed by (position in the run, epoch, image index).
 
-    A sample is (uint8 [C, H, W], mask noise float32 [patches], bad), where `bad` lists the files that could not
-    be read as (path, reason). With `skip_bad` the next readable image in the list stands in for a bad one.
+    A sample is (uint8 or uint16 [C, H, W], mask noise float32 [patches], bad), where `bad` lists the files that could
+    not be read as (path, reason). With `skip_bad` the next readable image in the list stands in for a bad one.
     Errors travel as data because an exception raised in a worker loses its type and its clean message.
     """
 
     def __init__(
-        self, images: ImageSet, augment: Augment, *, patches: int, seed: int, channels: int, skip_bad: bool, cache: int
+        self,
+        images: ImageSet,
+        augment: Augment,
+        decoder: Decoder,
+        *,
+        patches: int,
+        seed: int,
+        skip_bad: bool,
+        cache: int,
     ):
         self.images, self.augment, self.patches, self.seed = images, augment, patches, seed
-        self.channels, self.skip_bad = channels, skip_bad
+        self.decoder, self.skip_bad = decoder, skip_bad
         self.cache_bytes = cache
         self._cache: dict[int, Image.Image] = {}
         self._cached = 0
@@ -87,7 +96,9 @@ class TrainImages(Dataset):
         position, epoch, index = where
         image, bad = self._readable(index)
         rng = seeds.generator(self.seed, seeds.AUGMENT, epoch, index)
-        pixels = None if image is None else to_uint8(self.augment(image, rng))
+        pixels = None
+        if image is not None:
+            pixels = to_array(self.augment(image, rng), self.decoder.channels, self.decoder.bits)
         return pixels, seeds.mask_noise(self.seed, position, self.patches), bad
 
     def _readable(self, index: int) -> tuple[Image.Image | None, list[tuple[str, str]]]:
@@ -96,14 +107,14 @@ class TrainImages(Dataset):
             try:
                 return self._decode((index + offset) % len(self.images)), bad
             except BadImage as error:
-                bad.append((str(error.path), str(error.__cause__)))
+                bad.append((str(error.path), error.reason))
         return None, bad
 
     def _decode(self, index: int) -> Image.Image:
         image = self._cache.get(index)
         if image is None:
-            image = open_image(self.images.path(index), self.channels)
-            size = image.width * image.height * (4 if image.mode == "RGB" else 1)  # PIL keeps RGB in 32 bits
+            image = self.decoder(self.images.path(index))
+            size = image.width * image.height * (1 if image.mode == "L" else 4)  # PIL keeps RGB in 32 bits
             # Fill up, never evict: with a fresh permutation each epoch any evicting cache would only churn.
             if self._cached + size <= self.cache_bytes:
                 self._cache[index] = image
@@ -141,7 +152,7 @@ class Positions(Sampler):
 
 @dataclass
 class Batch:
-    """images uint8 [B, C, H, W]; noise float32 [B, patches]; bad: (path, reason) of unreadable files met."""
+    """images uint8 or uint16 [B, C, H, W]; noise float32 [B, patches]; bad: (path, reason) of unreadable files met."""
 
     images: torch.Tensor
     noise: torch.Tensor
@@ -201,7 +212,7 @@ class Loader:
             path, reason = batch.bad[0]
             if self.dataset.skip_bad:
                 raise TrainError(f"none of the {len(self.dataset)} images can be read; the first: {path}: {reason}")
-            raise BadImage(path, reason)
+            raise BadImage(path, reason, SKIP_BAD)
         return batch
 
 
@@ -214,5 +225,6 @@ def normaliser(channels: int, device: torch.device | str = "cpu"):
 
 
 def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, C, H, W] -> float32, (images / 255 - mean) / std."""
-    return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+    """uint8 or uint16 [B, C, H, W] -> float32, (images / 255 - mean) / std; 65535 for sixteen bits."""
+    white = 65535 if images.dtype is torch.uint16 else 255
+    return images.to(torch.float32).div_(white).sub_(mean).div_(std)

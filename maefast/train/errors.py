@@ -14,11 +14,14 @@ class ConfigError(TrainError, ValueError):
 
 
 class BadImage(TrainError):
-    """An image file cannot be decoded. `path` names it."""
+    """An image file cannot be decoded. `path` names it, `reason` says why; `advice` is what to do where it was met."""
 
-    def __init__(self, path: str | Path, reason: str):
-        super().__init__(f"cannot read image {path}: {reason} (--skip-bad counts and skips such files)")
-        self.path = Path(path)
+    def __init__(self, path: str | Path, reason: str, advice: str = ""):
+        super().__init__(f"cannot read image {path}: {reason}" + (f" ({advice})" if advice else ""))
+        self.path, self.reason = Path(path), reason
+
+
+SKIP_BAD = "--skip-bad counts and skips such files"
 
 
 class CheckpointError(TrainError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,18 @@ from maefast.models.convert import encoder_state, mae_to_hf
 from maefast.models.convnames import FCMAE, convnext_to_timm, fcmae_to_sparse
 from maefast.models.hf_config import config_of
 
+from . import checkpoint
 from .build import check_mask, image_shape, mask_ratio_of
+from .config import parse_value_range
 from .data import MEAN, STD
-from .errors import ConfigError
-from .weights import infer_arguments, make_model, open_weights
+from .errors import BadImage, ConfigError
+from .images import ImageSet, Names
+from .infer import check_vit, infer_arguments, make_model, unusual_heads
+from .pixels import Decoder
+from .value_range import settle
+from .weights import Weights, open_weights
 
+_SUFFIXES = (".safetensors", ".pth", ".pt")
 _HF_LAYOUTS = {"hf": "5", "hf4": "4", "hf-mae": "4"}  # major versions of transformers; 5 reads the names of 4 too
 
 
@@ -30,61 +38,43 @@ def export_file(
     name: str | None = None,
     *,
     img_size: int | Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
     ema: bool = False,
 ) -> list[str]:
     """Convert the weights at `path` (see weights.open_weights) and write `output`. Returns lines to show.
 
     `output` is a .safetensors or .pth file; for Hugging Face's formats it may be a folder, which then gets
-    model.safetensors, config.json and preprocessor_config.json for `from_pretrained`. `name` and `img_size` tell what
-    the file may not, see weights.infer_arguments.
+    model.safetensors, config.json and preprocessor_config.json for `from_pretrained`. `name`, `img_size` and `heads`
+    tell what the file may not, see infer.infer_arguments.
     """
-    weights, output = open_weights(path, ema), Path(output)
-    if format in _HF_LAYOUTS and weights.family != "mae":
+    weights, output, lines = open_weights(path, ema), Path(output), []
+    hf, whole = format in _HF_LAYOUTS, format == "hf-mae"
+    if hf and weights.family != "mae":
         raise ConfigError(
             f"--format {format} is for a ViT, and {weights.source} holds a convnet: transformers has no such encoder "
             "under names of its own that maefast knows; use timm, official or mae"
         )
-    whole = format == "hf-mae"
     if whole and not weights.has_decoder:
         raise ConfigError(f"--format hf-mae is for a whole model, and {weights.source} holds an encoder only: use hf")
-    folder = format in _HF_LAYOUTS and output.suffix not in (".safetensors", ".pth", ".pt")
-    if not folder and output.suffix not in (".safetensors", ".pth", ".pt"):
+    folder = hf and output.suffix not in _SUFFIXES
+    if not folder and output.suffix not in _SUFFIXES:
         raise ConfigError(f"{output}: give a file name that ends in .safetensors or .pth")
-    lines: list[str] = []
-    metadata = {"format": "pt"}
-    inside = None  # the key of a .pth under which the weights stand
-    if format == "timm":
-        tensors = encoder_state(weights.tensors)  # timm's ViT and ResNet have our names
-        if "downsample_layers.0.0.weight" in tensors:
-            tensors = convnext_to_timm(tensors)
-    elif format in _HF_LAYOUTS:
-        tensors = weights.tensors if whole else encoder_state(weights.tensors)
-        tensors = mae_to_hf(tensors, _HF_LAYOUTS[format], prefix="vit." if whole else "")
-    elif format == "official" and weights.family == "spark":
-        tensors = encoder_state(weights.tensors)
-    elif format == "official" and weights.family == "fcmae":
-        inside = "model"
-        tensors = fcmae_to_sparse({FCMAE + key: value for key, value in encoder_state(weights.tensors).items()})
-    elif format in ("mae", "official"):
-        inside = "module" if weights.family == "spark" else "model"
-        tensors = weights.tensors
-        if weights.config:
-            metadata["maefast"] = json.dumps(weights.config)
-    else:
-        raise ConfigError(f"--format must be timm, hf, hf4, hf-mae, mae or official, not {format!r}")
-    arguments = infer_arguments(weights, name, img_size, lines.append) if folder else {}
-    if whole and folder and len(set(_pair(arguments["img_size"]))) > 1:
-        raise ConfigError("--format hf-mae: transformers' ViTMAE takes square images only; use hf (the encoder) or mae")
-    target = output / "model.safetensors" if folder else output
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}  # chunks share memory
-    if target.suffix == ".safetensors":
-        _replace(target, lambda temporary: save_file(tensors, temporary, metadata))
-    else:
-        document = {inside: tensors} if inside else tensors
-        _replace(target, lambda temporary: torch.save(document, temporary))
+    target = output / checkpoint.MODEL if folder else output
+    if (target.parent / checkpoint.STATE).is_file():
+        raise ConfigError(f"{output} would lie in the checkpoint {target.parent} of a run; give another place")
+    arguments = dict(weights.config or {})
+    if hf:
+        arguments = infer_arguments(weights, name, img_size, heads, lines.append)
+        check_vit(weights, arguments, whole)
+        if whole and len(set(_pair(arguments["img_size"]))) > 1:
+            raise ConfigError(
+                "--format hf-mae: transformers' ViTMAE takes square images only; use hf (the encoder) or mae"
+            )
+    tensors, inside = _converted(weights, format)
+    _write_weights(target, tensors, inside, weights.config if format in ("mae", "official", "timm") else None)
     below = f", {weights.place}," if weights.place else ""
     lines.insert(0, f"wrote {len(tensors)} tensors from {weights.source}{below} to {target} ({format} names)")
+    eps = arguments.get("norm_eps", 1e-6)
     if folder:
         _write_json(output / "config.json", config_of(arguments, whole))
         if arguments["in_chans"] == 3:
@@ -93,13 +83,51 @@ def export_file(
             lines.append(f'load it with ViTMAEForPreTraining.from_pretrained("{output}")')
         else:
             lines.append(f'load it with ViTModel.from_pretrained("{output}", add_pooling_layer=False)')
-    elif format in _HF_LAYOUTS:
-        lines.append("ViTConfig must have layer_norm_eps=1e-6; name a folder instead of a file to get a config.json")
+    elif hf:
+        lines.append(
+            f"its config must have layer_norm_eps={eps} and num_attention_heads={arguments['num_heads']}; name a "
+            "folder instead of a file to get a config.json"
+        )
+    elif weights.family == "mae" and (eps != 1e-6 or unusual_heads(arguments)):
+        lines.append(f"build its model with {arguments['num_heads']} heads and norms with an epsilon of {eps}")
     if format == "timm" and "stem.0.weight" in tensors:
         lines.append("there is no norm behind the last stage in it: load it with strict=False, which reports head.norm")
     if format != "mae" and not weights.has_decoder:
         lines.append("the source has no decoder, which this format does not need")
     return lines
+
+
+def _converted(weights: Weights, format: str) -> tuple[dict[str, torch.Tensor], str | None]:
+    """The tensors under the names of `format`, and the key of a .pth below which they stand."""
+    if format == "timm":
+        tensors = encoder_state(weights.tensors)  # timm's ViT and ResNet have our names
+        return (convnext_to_timm(tensors) if "downsample_layers.0.0.weight" in tensors else tensors), None
+    if format == "hf-mae":
+        return mae_to_hf(weights.tensors, _HF_LAYOUTS[format]), None
+    if format in _HF_LAYOUTS:
+        return mae_to_hf(encoder_state(weights.tensors), _HF_LAYOUTS[format], prefix=""), None
+    if format == "official" and weights.family == "spark":
+        return encoder_state(weights.tensors), None
+    if format == "official" and weights.family == "fcmae":
+        encoder = {FCMAE + key: value for key, value in encoder_state(weights.tensors).items()}
+        return fcmae_to_sparse(encoder), "model"
+    if format in ("mae", "official"):
+        return weights.tensors, "module" if weights.family == "spark" else "model"
+    raise ConfigError(f"--format must be timm, hf, hf4, hf-mae, mae or official, not {format!r}")
+
+
+def _write_weights(
+    target: Path, tensors: dict[str, torch.Tensor], inside: str | None, config: dict[str, Any] | None
+) -> None:
+    """With a description of the model, where the format has a place for one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}  # chunks share memory
+    described = {"maefast": json.dumps(config)} if config else {}
+    if target.suffix == ".safetensors":
+        _replace(target, lambda temporary: save_file(tensors, temporary, {"format": "pt", **described}))
+    else:
+        document = {inside: tensors, **described} if inside else tensors
+        _replace(target, lambda temporary: torch.save(document, temporary))
 
 
 def reconstruct_files(
@@ -113,20 +141,31 @@ def reconstruct_files(
     norm_pix: bool | None = None,
     name: str | None = None,
     img_size: int | Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
     ema: bool = False,
+    value_range: Any = None,
+    max_pixels: int | None = None,
 ) -> None:
-    """Draw the reconstructions of image files (centre crops in the model's size; image i gets mask i of `seed`)."""
+    """Draw the reconstructions of image files (centre crops in the model's size; image i gets mask i of `seed`).
+
+    `value_range`, `max_pixels`: see PretrainConfig; by default as in the run, if `path` is one.
+    """
     from . import pictures
 
     pictures.picture_format(output)  # before anything is computed
-    model = make_model(open_weights(path, ema), name, norm_pix, img_size)
+    weights = open_weights(path, ema)
+    model = make_model(weights, name, norm_pix, img_size, heads)
     mask_ratio = mask_ratio_of(model, mask_ratio)
     check_mask(model, mask_ratio)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model.to(device).eval()
     channels, *size = image_shape(model)
     names = [Path(image).name for image in images]
-    examples = pictures.load_examples(images, names, size, channels, model.num_patches, seed)
+    decoder = _decoder(weights, channels, images, value_range, max_pixels)
+    try:
+        examples = pictures.load_examples(images, names, size, decoder, model.num_patches, seed)
+    except BadImage as error:
+        raise BadImage(error.path, error.reason, "leave it out") from error
     batches = []
     for start in range(0, len(names), 16):  # bounds memory for long lists
         part = slice(start, start + 16)
@@ -134,6 +173,27 @@ def reconstruct_files(
         batches.append(pictures.reconstruct(model, chunk, mask_ratio, device, raw))
     columns = [torch.cat(column) for column in zip(*batches, strict=True)]
     pictures.save_picture(columns, names, output, pictures.note(model, raw))
+
+
+def _decoder(
+    weights: Weights, channels: int, images: Sequence[Path], value_range: Any, max_pixels: int | None
+) -> Decoder:
+    """As the run decoded its images, if the weights are of one, unless told otherwise."""
+    decoder = Decoder(channels)
+    state = weights.source.parent / checkpoint.STATE
+    if state.is_file():
+        run = checkpoint.read_state(state.parent)
+        decoder = replace(decoder, bits=run.config.get("pixel_bits", 8), scale=run.extra.get("scale"))
+        value_range = run.config.get("value_range") if value_range is None else value_range
+        max_pixels = run.config.get("max_pixels") if max_pixels is None else max_pixels
+    if max_pixels is not None:
+        decoder = replace(decoder, max_pixels=max_pixels)
+    if decoder.scale is not None and parse_value_range(value_range) is None:
+        return decoder
+    decoder, lines = settle(ImageSet("", "", Names(str(path) for path in images)), decoder, value_range)
+    for line in lines:
+        print(line)
+    return decoder
 
 
 def _pair(size: int | Sequence[int]) -> Sequence[int]:

@@ -1,26 +1,24 @@
-"""Finding and opening images: folders of any nesting, and the photographs that two libraries ship."""
+"""Finding images: folders of any nesting, and the photographs that two libraries ship."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import os
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from .errors import BadImage, ConfigError, TrainError, need
-
-try:
-    from PIL import Image, ImageDraw, ImageFont, ImageOps  # noqa: F401 (used through this module)
-except ImportError as error:  # pragma: no cover - the extra is installed wherever tests run
-    raise need("pillow", "Reading images") from error
+from . import checkpoint
+from .errors import ConfigError, TrainError
+from .pixels import PLUGINS, drawn_by_us, open_header, register_plugin
 
 EXTENSIONS = (
     ".jpg",
     ".jpeg",
     ".jpe",
+    ".jfif",
     ".png",
     ".bmp",
     ".gif",
@@ -29,8 +27,11 @@ EXTENSIONS = (
     ".webp",
     ".ppm",
     ".pgm",
+    ".pbm",
+    ".pnm",
     ".jp2",
     ".avif",
+    *PLUGINS,
 )
 
 # The colour photographs inside the wheels of scikit-image and scikit-learn (no download).
@@ -44,13 +45,52 @@ SHIPPED = {
 }
 
 
-@dataclass(frozen=True)
+class Names(Sequence[str]):
+    """Strings in one buffer. A list of a million names is a million objects, each of whose reference counts is written
+    to when it is looked at: every worker process would soon hold a copy of all of them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        # Each ends with a line feed, so that the buffer is what `ImageSet.fingerprint` hashes. No list of ends and no
+        # second copy of the buffer: with ten million names those would be gigabytes.
+        self._buffer, self._ends = bytearray(), array("Q", [0])
+        for name in names:
+            self._buffer += name.encode(errors="surrogateescape") + b"\n"
+            self._ends.append(len(self._buffer))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def lines(self) -> memoryview:
+        """All names, with line feeds between them."""
+        return memoryview(self._buffer)[:-1]
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return self._buffer[self._ends[index] : self._ends[index + 1] - 1].decode(errors="surrogateescape")
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Names):
+            return self._buffer == other._buffer and self._ends == other._ends
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"Names({len(self)})"
+
+
+@dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Image files in a fixed order, relative to `root` or absolute; plain strings, for there may be millions."""
+    """Image files in a fixed order, relative to `root` or absolute. `notes`: what was left out, for the user."""
 
     source: str
     root: str
-    files: tuple[str, ...]
+    files: Names
+    notes: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -60,42 +100,106 @@ class ImageSet:
 
     def name(self, index: int) -> str:
         """What messages and pictures show."""
-        return os.path.basename(self.files[index]) if os.path.isabs(self.files[index]) else self.files[index]
+        name = self.files[index]
+        return os.path.basename(name) if os.path.isabs(name) else name
 
     def fingerprint(self) -> str:
         """A short hash of the names in order, so that a resumed run notices a changed folder."""
-        names = "\n".join(self.name(index) for index in range(len(self)))
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
+        names = self.files
+        if not self.root:  # absolute ones, of which `name` is the last part
+            names = Names(self.name(index) for index in range(len(self)))
+        return hashlib.sha256(names.lines()).hexdigest()[:16]
 
 
-def find_images(data: str | Path) -> ImageSet:
+def find_images(data: str | Path, output: str | Path | None = None) -> ImageSet:
     """The images of `data`: "skimage" for the shipped photographs, else a folder, searched at any depth.
 
     Files are those with a common image extension, sorted by their path relative to the folder (hidden files
-    and folders are left out, links are followed), so the order is the same on every machine.
+    and folders are left out, links are followed), so the order is the same on every machine. What maefast writes is no
+    data: the folder `output`, folders of other runs, and the pictures that it draws.
     """
     if str(data) == "skimage" and not Path("skimage").is_dir():
-        return ImageSet("skimage", "", tuple(str(path) for path in shipped_photographs()))
+        return ImageSet("skimage", "", Names(str(path) for path in shipped_photographs()))
     root = Path(data).expanduser()
     if not root.exists():
         raise ConfigError(f"--data {data}: no such folder (give a folder of images, or 'skimage')")
     if not root.is_dir():
         raise ConfigError(f"--data {data}: is a file; give the folder that holds the images")
-    files: list[str] = []
+    left_out = _LeftOut()
+    files = sorted(_walk(root, _identity(output), left_out))
+    notes = tuple(f"--data {data}: {line}" for line in left_out.lines())
+    if not files:
+        more = "; ".join(["", *notes])
+        raise ConfigError(f"--data {data}: no images in it (looked at any depth for {' '.join(EXTENSIONS)}){more}")
+    return ImageSet(str(root), str(root), Names(files), notes)
+
+
+@dataclass
+class _LeftOut:
+    runs: list[str] = field(default_factory=list)
+    drawn: list[str] = field(default_factory=list)
+    unreadable: dict[str, int] = field(default_factory=dict)
+
+    def lines(self) -> Iterator[str]:
+        if self.runs:
+            yield f"left out {', '.join(self.runs[:3])}{', …' * (len(self.runs) > 3)}: what a run of maefast wrote"
+        if self.drawn:
+            yield f"left out {', '.join(self.drawn[:3])}{', …' * (len(self.drawn) > 3)}: drawn by maefast"
+        for extension, count in self.unreadable.items():
+            package = PLUGINS[extension][0].replace("_", "-")
+            yield f"left out {count} {extension} file(s), which Pillow reads with the package {package} (not installed)"
+
+
+def _identity(path: str | Path | None) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path) if path is not None else None
+    except OSError:  # not there yet
+        return None
+    return status and (status.st_dev, status.st_ino)
+
+
+def _walk(root: Path, output: tuple[int, int] | None, left_out: _LeftOut) -> Iterator[str]:
+    """Names of the images below `root`, relative to it."""
     seen: set[tuple[int, int]] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above would be followed for ever
+        identity, inside = _identity(folder), os.path.relpath(folder, root).replace(os.sep, "/")
+        prefix = "" if inside == "." else f"{inside}/"
+        ours = identity == output or _is_run(folder, folders, names)
+        if identity in seen or (ours and prefix):  # a link back to a folder above would be followed for ever
+            left_out.runs += [inside] if ours and identity not in seen else []
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = os.path.relpath(folder, root).replace(os.sep, "/")
-        prefix = "" if inside == "." else f"{inside}/"
-        files += [prefix + name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-    if not files:
-        raise ConfigError(f"--data {data}: no images found in it (looked at any depth for {' '.join(EXTENSIONS)})")
-    return ImageSet(str(root), str(root), tuple(sorted(files)))
+        seen.add(identity)
+        ours_below = ("checkpoints", "pictures", "tensorboard") if ours else ()  # images that lie beside them are data
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in ours_below)
+        for name in names:
+            extension = os.path.splitext(name)[1].lower()
+            if extension not in EXTENSIONS or name.startswith("."):
+                continue
+            if extension in PLUGINS and not register_plugin(extension):
+                left_out.unreadable[extension] = left_out.unreadable.get(extension, 0) + 1
+            elif _is_drawn(folder, name):
+                left_out.drawn.append(prefix + name)
+            else:
+                yield prefix + name
+
+
+def _is_run(folder: str, folders: list[str], names: list[str]) -> bool:
+    """Whether a folder is that of a run: by what is in it, whatever it is called."""
+    if "config.yaml" in names and "metrics.csv" in names:
+        return True
+    return "checkpoints" in folders and checkpoint.latest(Path(folder, "checkpoints"))[0] is not None
+
+
+def _is_drawn(folder: str, name: str) -> bool:
+    """Whether a file with a name that we give to pictures is one of them. (Others are told when they are decoded.)"""
+    if not name.startswith(("reconstruction.", "loss_curve.", "step-")):
+        return False
+    try:
+        with open_header(os.path.join(folder, name)) as image:
+            return drawn_by_us(image)
+    except Exception:  # told when it is read
+        return False
 
 
 def shipped_photographs() -> list[Path]:
@@ -114,53 +218,3 @@ def shipped_photographs() -> list[Path]:
     if not found:
         raise TrainError("the installed scikit-image ships no photographs; give --data a folder of images")
     return sorted(found, key=lambda path: path.name)
-
-
-def open_image(path: str | Path, channels: int = 3) -> Image.Image:
-    """Decode a file completely into 8-bit RGB (channels=3) or grey (channels=1), turned upright by its EXIF tag.
-
-    16-bit and float images are scaled to 8 bits, transparent pixels are laid on white, and only the first
-    frame of an animation is read. Raises BadImage, which names the file, when it cannot be decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            return _eight_bit(image).convert("RGB" if channels == 3 else "L")
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise BadImage(path, f"{type(error).__name__}: {error}") from error
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # I;16, I;16B, I (32-bit), F
-        pixels = np.asarray(image).astype(np.float64)
-        low, high = float(pixels.min()), float(pixels.max())
-        if not np.isfinite([low, high]).all() or low < 0 or high > 65535:
-            raise ValueError(f"pixel values from {low} to {high}; expected 8-bit, 16-bit, or floats in [0, 1]")
-        full = 65535.0
-        if image.mode == "F" and high <= 255:
-            full = 1.0 if high <= 1 else 255.0
-        return Image.fromarray(np.rint(pixels * (255.0 / full)).astype(np.uint8))
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image
-
-
-def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The largest centred box of the shape of `size` = (height, width), resized to it (bicubic)."""
-    height, width = size
-    scale = min(image.width / width, image.height / height)
-    w, h = max(1, round(width * scale)), max(1, round(height * scale))
-    left, top = (image.width - w) // 2, (image.height - h) // 2
-    return image.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def to_uint8(image: Image.Image) -> np.ndarray:
-    """PIL image -> uint8 [C, H, W], contiguous."""
-    pixels = np.asarray(image, dtype=np.uint8)
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return np.ascontiguousarray(pixels)

@@ -23,8 +23,10 @@ from .data import Augment, Batch, Loader, Positions, TrainImages, normalise, nor
 from .errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError, need
 from .images import find_images
 from .metrics import MetricsFile, Progress, Row, open_tensorboard, read_rows, save_loss_curve
+from .pixels import Decoder
 from .resume import choose_checkpoint, compare
 from .signals import StopSignal
+from .value_range import settle
 from .weights import load_pretrained
 
 try:
@@ -98,7 +100,7 @@ class Run:
         self.accelerator = make_accelerator(config)
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
         self.device = self.accelerator.device
-        self.images = find_images(config.data)
+        self.images = find_images(config.data, config.output_dir)
         torch.manual_seed(config.seed)
         self.model = build_model(config, create_model)
         # What was left to the model is written down as what it came to.
@@ -106,6 +108,12 @@ class Run:
         self.config = replace(config, mask_ratio=mask_ratio_of(self.model, config.mask_ratio), norm_pix=norm_pix)
         self.model_config = getattr(self.model, "config", None) or {}  # a SparK around your own net has none
         self.channels, *self.size = image_shape(self.model)
+        self.decoder = Decoder(self.channels, bits=config.pixel_bits)
+        if config.max_pixels is not None:
+            self.decoder = replace(self.decoder, max_pixels=config.max_pixels)
+        self.decoder, self._notes = settle(self.images, self.decoder, config.value_range)
+        if self.decoder.value_range is not None:  # percentiles as the numbers that they came to
+            self.config = replace(self.config, value_range=list(self.decoder.value_range))
         self.batch_images = config.batch_size * config.accum * self.world
         self.total = config.steps or max(1, -(-int(config.epochs * len(self.images)) // self.batch_images))
         self.folder = self.out / "checkpoints"
@@ -129,7 +137,7 @@ class Run:
         objective = Objective(self.model, config.mask_ratio, self.channels).to(self.device)
         self.optimizer = schedule.make_optimizer(self.model, config.weight_decay)
         self.objective, self.stepper = self.accelerator.prepare(objective, self.optimizer)
-        for note in notes:
+        for note in (*self.images.notes, *self._notes, *notes):
             self._say(note)
         if path is not None:
             self._resume(path)
@@ -142,9 +150,9 @@ class Run:
         dataset = TrainImages(
             self.images,
             Augment(tuple(self.size), config.crop_scale, config.crop_ratio, config.flip),
+            self.decoder,
             patches=patches,
             seed=config.seed,
-            channels=self.channels,
             skip_bad=config.skip_bad,
             cache=config.cache_mb * 2**20 // max(1, config.workers),
         )
@@ -161,7 +169,13 @@ class Run:
         self.examples = None
         if self.main and config.picture_rows:
             self.examples = pictures.pick_examples(
-                self.images, config.picture_rows, self.size, self.channels, patches, config.seed
+                self.images,
+                config.picture_rows,
+                self.size,
+                self.decoder,
+                patches,
+                config.seed,
+                skip_bad=config.skip_bad,
             )
         if self.main:
             checkpoint.clean(self.folder)
@@ -183,7 +197,7 @@ class Run:
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
-        for line in compare(state, self.config, self.model_config, self.images, self.total):
+        for line in compare(state, self.config, self.model_config, self.images, self.total, self.decoder.scale):
             self._say(line)
         checkpoint.restore(path, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
@@ -340,6 +354,7 @@ class Run:
                     "images": len(self.images),
                     "fingerprint": self.images.fingerprint(),
                     "processes": self.world,
+                    "scale": self.decoder.scale,
                     "torch": torch.__version__,
                 },
             )

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from .checkpoint import fsync
+from .pixels import SOFTWARE
 
 
 @dataclass
@@ -166,5 +167,5 @@ def save_loss_curve(metrics: Path, picture: Path) -> None:
     handles = axes.get_lines() + rate.get_lines()
     axes.legend(handles, [line.get_label() for line in handles], loc="upper right")
     temporary = picture.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
+    figure.savefig(temporary, dpi=120, metadata={"Software": SOFTWARE})
     os.replace(temporary, picture)

@@ -12,6 +12,10 @@ HELP = {
         "crop_scale": "Area of the random crop as a share of the image: low high.",
         "crop_ratio": "Width / height of the crop, relative to that of the images the model takes: low high.",
         "flip": "Probability of a horizontal flip.",
+        "value_range": "Pixel values that become black and white: LOW,HIGH for every file, or percentiles of a sample "
+        "of the set (1%,99%). auto: by the bits of the files; floats and 32-bit integers by a sample.",
+        "pixel_bits": "16 keeps sixteen bits of grey images up to the model (colour is read with 8).",
+        "max_pixels": "Refuse larger images (0: none).",
         "skip_bad": "Count and skip unreadable images instead of stopping.",
         "workers": "Processes that load images; 0 loads in the main one.",
         "cache_mb": "Memory for decoded images, all workers together.",
@@ -70,6 +74,7 @@ _SHOWN = {
     "mask_ratio": "the model's: 0.75, masked convnets 0.6",
     "norm_pix": "yes (SparK: always)",
     "workers": "up to 8, one core left free",
+    "max_pixels": "179 million, Pillow's limit",
     "clip": "no clipping",
     **dict.fromkeys(("data", "model_arg", "init_from", "steps", "lr", "config"), False),
 }

@@ -14,22 +14,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from . import seeds
 from .data import normalise, normaliser
-from .errors import BadImage, ConfigError
-from .images import Image, ImageDraw, ImageFont, ImageSet, centre_crop, open_image, to_uint8
+from .errors import SKIP_BAD, BadImage, ConfigError
+from .images import ImageSet
+from .pixels import SOFTWARE, Decoder, centre_crop, to_array
 
-SOFTWARE = "maefast"  # in the pictures, by which find_images knows that they are no data
 COLUMNS = ("original", "masked", "reconstruction", "pasted")
 _GAP, _HEAD, _LINE, _CELL = 6, 26, 16, 160
+_TRIES = 20  # to find another example near one that cannot be read
 
 
 @dataclass
 class Examples:
-    """Fixed images with fixed masks. images: uint8 [B, C, H, W]; noise: float32 [B, patches]; names: B captions."""
+    """Fixed images with fixed masks. images: uint8 or uint16 [B, C, H, W]; noise: float32 [B, patches]."""
 
     images: torch.Tensor
     noise: torch.Tensor
@@ -37,30 +38,44 @@ class Examples:
 
 
 def load_examples(
-    paths: Sequence[Path], names: Sequence[str], size, channels: int, patches: int, seed: int
+    paths: Sequence[Path], names: Sequence[str], size, decoder: Decoder, patches: int, seed: int
 ) -> Examples:
     """Centre crops of `paths` in the model's size = (height, width), the i-th with mask i of `seed`."""
-    images = [to_uint8(centre_crop(open_image(path, channels), size)) for path in paths]
+    images = [to_array(centre_crop(decoder(path), size), decoder.channels, decoder.bits) for path in paths]
     noise = [seeds.mask_noise(seed, i, patches, seeds.PICTURE) for i in range(len(images))]
     return Examples(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(noise)), list(names))
 
 
-def pick_examples(images: ImageSet, count: int, size, channels: int, patches: int, seed: int) -> Examples:
-    """Up to `count` examples spread evenly over the images; one that cannot be read gives its place to the next."""
+def pick_examples(
+    images: ImageSet, count: int, size, decoder: Decoder, patches: int, seed: int, *, skip_bad: bool = True
+) -> Examples:
+    """Up to `count` examples spread evenly over the images; one that cannot be read gives its place to the next.
+
+    Raises:
+        BadImage: none of all the images can be read; without `skip_bad`, the first that cannot.
+    """
     picked: list[int] = []
+    failed: dict[int, BadImage] = {}
     for first in np.linspace(0, len(images), min(count, len(images)), endpoint=False).astype(int):
-        for index in range(first, min(first + 20, len(images))):
-            try:
-                open_image(images.path(index), channels)
-            except BadImage:
+        tries = _TRIES if picked else len(images)  # the first one is looked for in the whole set
+        for index in ((first + step) % len(images) for step in range(min(tries, len(images)))):
+            if index in picked or index in failed:
                 continue
-            if index not in picked:
-                picked.append(index)
-                break
+            try:
+                decoder(images.path(index))
+            except BadImage as error:
+                if not skip_bad:
+                    raise BadImage(error.path, error.reason, SKIP_BAD) from error
+                failed[index] = error
+                continue
+            picked.append(index)
+            break
     if not picked:
-        raise BadImage(images.path(0), "nor can the other images picked for the reconstruction picture")
+        first = failed[min(failed)]
+        raise BadImage(first.path, f"{first.reason}; nor can any of the {len(images)} images be read")
+    picked.sort()
     paths, names = [images.path(i) for i in picked], [images.name(i) for i in picked]
-    return load_examples(paths, names, size, channels, patches, seed)
+    return load_examples(paths, names, size, decoder, patches, seed)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,8 +62,18 @@ def resolve(path: Path) -> tuple[Path, list[str]]:
     raise CheckpointError(f"no checkpoint found at {path}")
 
 
-def compare(state: checkpoint.State, config: PretrainConfig, model: dict, images: ImageSet, total: int) -> list[str]:
-    """Warnings about what changed since the checkpoint. A model of another shape is an error."""
+def compare(
+    state: checkpoint.State,
+    config: PretrainConfig,
+    model: dict,
+    images: ImageSet,
+    total: int,
+    scale: Mapping[str, float] | None = None,
+) -> list[str]:
+    """Warnings about what changed since the checkpoint. A model of another shape is an error.
+
+    `scale`: white of each kind of file that does not tell it, see `maefast.train.value_range`.
+    """
     changed = [f"{k}: {state.model_config.get(k)} -> {model.get(k)}" for k in {**state.model_config, **model}
                if state.model_config.get(k) != model.get(k)]  # fmt: skip
     if changed:
@@ -74,6 +85,11 @@ def compare(state: checkpoint.State, config: PretrainConfig, model: dict, images
     lines = differences(state.config, config.to_dict())
     if (len(images), images.fingerprint()) != (state.extra["images"], state.extra["fingerprint"]):
         lines.append(f"images: {state.extra['images']} -> {len(images)} (the list of files is another)")
+    old, new = state.extra.get("scale", scale) or {}, scale or {}
+    for kind in sorted({*old, *new}):
+        if old.get(kind) != new.get(kind):
+            why = "a sample of the images has other values"
+            lines.append(f"value of white: {old.get(kind)} -> {new.get(kind)} in {kind} images ({why})")
     if total != state.extra["total"]:
         lines.append(f"total steps: {state.extra['total']} -> {total} (the learning rate follows the new length)")
     if not lines:

@@ -18,6 +18,7 @@ from torch import nn
 
 from maefast.models import load_checkpoint, read_state_dict
 from maefast.models.checkpoint import read_content
+from maefast.models.convert import encoder_state
 from maefast.models.unwrap import Ambiguous
 from tests.models.common import small
 
@@ -113,6 +114,90 @@ def test_averages_of_torch(model, tmp_path):
     torch.save(averaged.state_dict(), tmp_path / "alone.pth")
     for ema in (False, True):  # there is nothing else in it
         assert equal(read_state_dict(tmp_path / "alone.pth", ema=ema), model)
+
+
+@pytest.mark.parametrize("key", ["EMA", "Teacher", "modelEma", "averaged_model", "swa_model", "momentum_encoder"])
+def test_averages_in_any_spelling(model, tmp_path, key):
+    torch.save({"model": model.state_dict(), key: other(model)}, tmp_path / "weights.pth")
+    assert equal(read_state_dict(tmp_path / "weights.pth"), model)
+    averaged = read_state_dict(tmp_path / "weights.pth", ema=True)
+    assert all(torch.equal(averaged[name], value) for name, value in other(model).items())
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "momentum", "momentum_buffer", "best", "init_state", "grads"])
+def test_other_things_with_the_same_names(model, tmp_path, key):
+    """Moments of an optimizer, the best weights so far: the usual key wins, and the others are named."""
+    torch.save({"model": model.state_dict(), key: other(model)}, tmp_path / "weights.pth")
+    content = read_content(tmp_path / "weights.pth")
+    assert equal(content.tensors, model)
+    assert content.place == f'"model" (there are also "{key}")'
+    with pytest.raises(Ambiguous, match="no averaged copy"):
+        read_state_dict(tmp_path / "weights.pth", ema=True)
+
+
+def test_an_average_that_counts(model, tmp_path):
+    """ema_pytorch keeps both and its counters in one state dict."""
+    state = {f"online_model.{key}": value for key, value in model.state_dict().items()}
+    state |= {f"ema_model.{key}": value for key, value in other(model).items()}
+    state |= {"initted": torch.tensor(True), "step": torch.tensor(3)}
+    torch.save(state, tmp_path / "weights.pth")
+    assert equal(read_state_dict(tmp_path / "weights.pth"), model)
+    averaged = read_state_dict(tmp_path / "weights.pth", ema=True)
+    assert all(torch.equal(averaged[name], value) for name, value in other(model).items())
+
+
+def test_lists_and_words_that_look_like_an_optimizer_s(model, tmp_path):
+    for content in (
+        {"models": [model.state_dict()]},
+        {"model": {0: model.state_dict()}},
+        {"scheduled_model": model.state_dict()},
+        {"optimal": model.state_dict(), "version": torch.__version__},
+        {"model": model.state_dict(), "encoder": encoder_state(model.state_dict())},
+    ):
+        torch.save(content, tmp_path / "weights.pth")
+        assert equal(read_state_dict(tmp_path / "weights.pth"), model)
+
+
+def test_networks_of_one_s_own(tmp_path):
+    """Names that say nothing: the usual keys, copies, and averages on request."""
+    net, mean = nn.Linear(2, 2), nn.Linear(2, 2)
+    for content in (
+        {"model": net.state_dict(), "state_dict": net.state_dict(), "best": torch.tensor(0.5)},
+        {"model": net.state_dict(), "model_ema": mean.state_dict()},
+        net.state_dict(),
+    ):
+        torch.save(content, tmp_path / "weights.pth")
+        target = load_checkpoint(nn.Linear(2, 2), tmp_path / "weights.pth")
+        assert torch.equal(target.weight, net.weight)
+    torch.save({"model": net.state_dict(), "model_ema": mean.state_dict()}, tmp_path / "weights.pth")
+    target = load_checkpoint(nn.Linear(2, 2), tmp_path / "weights.pth", ema=True)
+    assert torch.equal(target.weight, mean.weight)
+    torch.save({"model": net.state_dict()}, tmp_path / "weights.pth")
+    with pytest.raises(Ambiguous, match="no averaged copy"):
+        load_checkpoint(nn.Linear(2, 2), tmp_path / "weights.pth", ema=True)
+
+
+def test_names_that_fit_are_taken_as_they_are(model, tmp_path):
+    """A module of the user's own around a masked autoencoder reads its own checkpoint."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, mae):
+            super().__init__()
+            self.encoder, self.probe = mae, nn.Linear(2, 2)
+
+    source, target = Wrapper(copy.deepcopy(model)), Wrapper(small(torch.float32, seed=1))
+    torch.save({"model": source.state_dict()}, tmp_path / "weights.pth")
+    load_checkpoint(target, tmp_path / "weights.pth")
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values()))
+
+
+def test_files_by_their_content_not_their_name(model, tmp_path):
+    for name in ("a.SafeTensors", "b", "c.ckpt"):
+        save_file(model.state_dict(), tmp_path / name)
+        assert equal(read_state_dict(tmp_path / name), model)
+    for name in ("d.PTH", "e.safetensors", "f.bin"):
+        torch.save({"model": model.state_dict()}, tmp_path / name)
+        assert equal(read_state_dict(tmp_path / name), model)
 
 
 def test_two_models_are_never_confused(model, tmp_path):
@@ -225,7 +310,7 @@ def test_the_message_says_what_was_found_and_tried(tmp_path):
     content = {"epoch": 3, "model": {"layer.weight": torch.zeros(2)}, "ema": {"layer.weight": torch.zeros(2)}, "x": {}}
     torch.save({**content, "other": {"layer.weight": torch.zeros(2)}}, tmp_path / "weights.pth")
     assert read_state_dict(tmp_path / "weights.pth").keys() == {"layer.weight"}  # of a network that is not known
-    torch.save({"epoch": 3, "a": {"w": torch.zeros(2)}, "b": {"w": torch.zeros(2)}}, tmp_path / "weights.pth")
+    torch.save({"epoch": 3, "a": {"w": torch.zeros(2)}, "b": {"w": torch.ones(2)}}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="no weights of a known model") as caught:
         read_state_dict(tmp_path / "weights.pth")
     found, tried = str(caught.value).splitlines()

@@ -10,6 +10,7 @@ from maefast.models import create, load_checkpoint
 from maefast.models.convert import encoder_state
 from maefast.models.fit import fit_to_model
 from maefast.models.resize import change_channels, resize_patches, resize_positions, sincos_grid
+from maefast.nn import Encoder
 from maefast.nn.positions import sincos_2d
 from tests.models.common import inputs, small
 
@@ -20,7 +21,9 @@ GRIDS = [(1, 1), (1, 7), (4, 9), (9, 4), (6, 6), (2, 18), (14, 14), (7, 28)]
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("width", [16, 64])
 def test_the_grid_is_read_from_the_table(grid, dtype, width):
-    assert sincos_grid(sincos_2d(width, grid, 1)[None].to(dtype)) == grid
+    table = sincos_2d(width, grid, 1)[None].to(dtype)
+    assert sincos_grid(table) == grid
+    assert sincos_grid(table.float()) == grid  # back again: the rounding stays
 
 
 def test_other_tables_have_no_grid():
@@ -30,6 +33,9 @@ def test_other_tables_have_no_grid():
     assert sincos_grid(torch.randn(1, 37, 16)) is None
     assert sincos_grid(torch.randn(1, 37, 15)) is None
     assert sincos_grid(table[:, :1]) is None
+    assert sincos_grid(table[0]) is None
+    assert sincos_grid(table[:0]) is None
+    assert sincos_grid(table.long()) is None
 
 
 def test_positions_are_interpolated():
@@ -72,15 +78,14 @@ def test_smaller_patches_are_the_least_squares_fit():
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("old", [1, 3])
+@pytest.mark.parametrize("old", [1, 3, 4])
 def test_images_whose_channels_are_alike_give_the_same(old, channels):
     weight, grey = torch.randn(5, old, 4, 4, dtype=torch.float64), torch.randn(2, 1, 4, 4, dtype=torch.float64)
     new = change_channels(weight, channels)
     assert new.shape == (5, channels, 4, 4)
-    if channels % old == 0 or channels == 1:
-        want = torch.einsum("dchw,bchw->bd", weight, grey.expand(-1, old, -1, -1))
-        got = torch.einsum("dchw,bchw->bd", new, grey.expand(-1, channels, -1, -1))
-        torch.testing.assert_close(got, want)
+    want = torch.einsum("dchw,bchw->bd", weight, grey.expand(-1, old, -1, -1))
+    got = torch.einsum("dchw,bchw->bd", new, grey.expand(-1, channels, -1, -1))
+    torch.testing.assert_close(got, want)
     assert change_channels(weight, old) is weight
 
 
@@ -111,6 +116,38 @@ def test_fixed_tables_stay_the_model_s_own(tmp_path, old, new):
     assert [line.partition(": ")[0] for line in lines] == ["pos_embed", "decoder_pos_embed"]
     assert all(stays in line for line in lines)
     assert torch.equal(model.norm.weight, torch.load(path)["model"]["norm.weight"])
+
+
+def test_exact_refuses_another_grid(tmp_path):
+    path = file_of(small(torch.float32, img_size=(64, 64), patch_size=16), tmp_path)
+    for size in ((32, 128), (96, 96)):
+        model = small(torch.float32, img_size=size, patch_size=16, seed=1)
+        before = model.norm.weight.clone()
+        with pytest.raises(ValueError, match="pos_embed: of 4 x 4 patches in the file, and of"):
+            load(model, path, exact=True)
+        assert torch.equal(model.norm.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_model_keeps_its_dtype(tmp_path, dtype):
+    model = small(torch.float32, seed=1).to(dtype)
+    load(model, file_of(small(torch.float32), tmp_path))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert not model.pos_embed.requires_grad
+
+
+def test_integers_are_no_weights(tmp_path):
+    state = {key: (value * 100).to(torch.int8) for key, value in small(torch.float32).state_dict().items()}
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"is torch\.int8 in the file"):
+        load(small(torch.float32), tmp_path / "weights.pth")
+
+
+def test_an_encoder_alone_compares_its_heads():
+    source = small(torch.float32, num_heads=2)
+    encoder = Encoder(32, 8, 3, 32, 2, 4)
+    with pytest.raises(ValueError, match="num_heads is 2 in the file and 4 in the model"):
+        fit_to_model(source.state_dict(), encoder, "encoder", config=source.config)
 
 
 def test_the_same_grid_says_nothing(tmp_path):
@@ -147,13 +184,17 @@ def test_learned_tables_are_interpolated(tmp_path):
 def test_learned_tables_whose_layout_is_not_told(tmp_path):
     path = file_of(small(torch.float32, img_size=(16, 64), positions="learned"), tmp_path)  # 2 x 8: a square, 4 x 4
     model = small(torch.float32, img_size=(16, 64), positions="learned", seed=1)
-    lines = load(model, path, exact=True)
-    assert lines[0] == "pos_embed: taken as it is, though it may be of another layout"
-    assert torch.equal(model.pos_embed, torch.load(path)["model"]["pos_embed"])
+    for exact in (False, True):  # into the model that it is of, above all
+        lines = load(model, path, exact=exact)
+        unsure = "learned positions are taken as they are (the file does not tell how its patches lie)"
+        assert lines == [f"pos_embed: {unsure}", f"decoder_pos_embed: {unsure}"]
+        assert torch.equal(model.pos_embed, torch.load(path)["model"]["pos_embed"])
+    other = small(torch.float32, img_size=(32, 32), positions="learned", seed=1)
+    assert len(load(other, path)) == 2  # a square, as guessed, and told
     path = file_of(small(torch.float32, img_size=(16, 40), positions="learned"), tmp_path)
-    with pytest.raises(ValueError, match="nothing tells how the 10 patches"):
+    with pytest.raises(ValueError, match="pos_embed: nothing tells how the 10 patches"):
         load(model, path)
-    load(small(torch.float32, img_size=(16, 40), positions="learned", seed=1), path, exact=True)
+    load(small(torch.float32, img_size=(16, 40), positions="learned", seed=1), path)
 
 
 def test_the_configuration_of_the_file_tells_the_layout():
@@ -185,7 +226,7 @@ def test_the_classifier_of_a_published_encoder_is_left_out(tmp_path):
     state = encoder_state(source.state_dict()) | {"head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)}
     torch.save(state, tmp_path / "weights.pth")
     model = small(torch.float32, positions="learned", seed=1)
-    assert load(model, tmp_path / "weights.pth", part="encoder") == []
+    assert len(load(model, tmp_path / "weights.pth", part="encoder")) == 1  # the positions
     images, _ = inputs(model)
     assert torch.equal(model.encode(images), source.encode(images))
     state |= {"dist_token": torch.zeros(1, 1, 32), "pos_embed": torch.zeros(1, 18, 32)}
@@ -197,7 +238,7 @@ def test_the_classifier_of_a_published_encoder_is_left_out(tmp_path):
 def test_a_frozen_learned_table_is_still_learned(tmp_path):
     model = small(torch.float32, positions="learned", seed=1).requires_grad_(False)
     source = small(torch.float32, positions="learned")
-    assert load(model, file_of(source, tmp_path)) == []
+    load(model, file_of(source, tmp_path))
     assert torch.equal(model.pos_embed, source.pos_embed)
 
 
@@ -224,7 +265,7 @@ def test_channels_of_convnets(tmp_path, name):
     source, model = create(name, img_size=64), create(name, img_size=64, in_chans=5)
     lines = load(model, file_of(source, tmp_path))
     assert len(lines) == 2
-    assert "3 channels to 5, repeated, and scaled" in lines[0]
+    assert "3 channels to 5, repeated, each divided by how often" in lines[0]
     assert "starts fresh" in lines[1]
 
 

@@ -19,8 +19,9 @@ from maefast.train import CheckpointError, ConfigError, checkpoint, pretrain
 from maefast.train.build import check_mask
 from maefast.train.config import load_config
 from maefast.train.export import export_file, reconstruct_files
+from maefast.train.infer import infer_arguments, make_model
 from maefast.train.schedule import parameter_groups
-from maefast.train.weights import Weights, infer_arguments, load_pretrained, make_model, open_weights
+from maefast.train.weights import Weights, load_pretrained, open_weights
 from tests.train import common, victims
 from tests.train.common import CREATORS, convnet_config, losses, run_process, run_together, toy_spark
 

@@ -11,6 +11,7 @@ from maefast.train import seeds
 from maefast.train.data import Augment, Loader, Positions, TrainImages, normalise, normaliser
 from maefast.train.errors import TrainError
 from maefast.train.images import find_images
+from maefast.train.pixels import Decoder
 
 
 def stream(count=10, batch=4, rank=0, world=1, start=0, batches=10, seed=3):
@@ -20,8 +21,8 @@ def stream(count=10, batch=4, rank=0, world=1, start=0, batches=10, seed=3):
 
 
 def dataset(photos, **changes):
-    options = {"patches": 16, "seed": 1, "channels": 3, "skip_bad": False, "cache": 2**24, **changes}
-    return TrainImages(find_images(photos), Augment((16, 16)), **options)
+    options = {"patches": 16, "seed": 1, "skip_bad": False, "cache": 2**24, **changes}
+    return TrainImages(find_images(photos), Augment((16, 16)), Decoder(), **options)
 
 
 def test_every_epoch_is_a_permutation_of_its_own():

@@ -15,7 +15,8 @@ from maefast.models import create
 from maefast.models.hf_config import config_of
 from maefast.train import CheckpointError, ConfigError, pretrain
 from maefast.train.export import export_file, reconstruct_files
-from maefast.train.weights import infer_arguments, load_pretrained, make_model, open_weights
+from maefast.train.infer import infer_arguments, make_model
+from maefast.train.weights import load_pretrained, open_weights
 from tests.train.common import tiny_config
 
 SMALL = {
@@ -184,7 +185,7 @@ def open_weights_of(model):
 def test_unknown_widths_need_a_model_name():
     with torch.device("meta"):
         weights = open_weights_of(create("mae", **{**SMALL, "embed_dim": 96}))
-    with pytest.raises(ConfigError, match="number of heads of a 96-wide encoder is unknown; give --model"):
+    with pytest.raises(ConfigError, match="number of heads of a 96-wide encoder is unknown; give --heads or --model"):
         infer_arguments(weights)
     assert infer_arguments(weights, "mae_tiny")["num_heads"] == 3
 
@@ -227,11 +228,21 @@ def test_init_from(run, model, photos, tmp_path):
 def test_files_that_are_no_weights(tmp_path):
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         open_weights(tmp_path / "none.pth")
-    (tmp_path / "text.pth").write_text("hello")
-    (tmp_path / "text.safetensors").write_text("hello")
-    for name in ("text.pth", "text.safetensors"):
-        with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
-            open_weights(tmp_path / name)
+    good = tmp_path / "good.pth"
+    torch.save({"cls_token": torch.zeros(1000)}, good)
+    for content, what in (
+        (b"", "has 0 bytes"),
+        (b"hello, this is text", "begins with b'hello, this is t"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull fetches the file"),
+        (b"\x1f\x8b\x08\x00 and so on", "compressed by gzip"),
+        (good.read_bytes()[:2000], "cannot be read as weights"),
+    ):
+        for name in ("a.pth", "a.safetensors", "a"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(CheckpointError, match=what) as caught:
+                open_weights(tmp_path / name)
+            assert "weights_only=False" not in str(caught.value)
     torch.save({"model": {"conv1.weight": torch.zeros(2)}}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"no masked autoencoder\. In it: 1 tensors \(conv1\.weight\)\nTried: "):
         open_weights(tmp_path / "other.pth")

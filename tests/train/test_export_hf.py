@@ -7,13 +7,15 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from maefast.models import create, load_checkpoint
 from maefast.models.convert import encoder_state, mae_to_hf
 from maefast.models.hf_config import arguments_of, config_of
 from maefast.train import CheckpointError, ConfigError
 from maefast.train.export import export_file, reconstruct_files
-from maefast.train.weights import infer_arguments, load_pretrained, make_model, open_weights
+from maefast.train.infer import infer_arguments, make_model
+from maefast.train.weights import load_pretrained, open_weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -132,9 +134,12 @@ def test_models_that_are_computed_otherwise_are_refused(saved, tmp_path):
     for change, text in (
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"qkv_bias": False}, "qkv_bias is False"),
+        ({"model_type": "vit_msn"}, "model_type is 'vit_msn'; maefast reads"),
+        ({"model_type": None}, "model_type is None"),
+        ({"image_size": {"height": 32}}, "a size is .*neither a number nor two"),
         ({"decoder_intermediate_size": 100}, "MLPs of its decoder are 100 wide"),
     ):
-        folder = tmp_path / text[:6].strip()
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         (folder / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
         (folder / "config.json").write_text(json.dumps({**config, **change}))
@@ -142,12 +147,49 @@ def test_models_that_are_computed_otherwise_are_refused(saved, tmp_path):
             open_weights(folder)
 
 
+def test_a_broken_configuration_is_named(saved, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: Expecting property name"):
+        open_weights(tmp_path)
+    state = {"model": create("mae", **ODD).state_dict()}
+    torch.save(state, tmp_path / "other.pth")  # not of Hugging Face: what lies beside it is no matter
+    assert open_weights(tmp_path / "other.pth").config is None
+
+
+def test_what_is_no_plain_vit_is_not_written_as_one(model, saved, tmp_path):
+    """Names that are shared, and more, or fewer; a configuration that lies."""
+    state = model.state_dict()
+    without = {key: value for key, value in state.items() if key not in ("norm.bias", "blocks.1.attn.qkv.bias")}
+    moved = {key.replace("blocks.1.", "blocks.7."): value for key, value in state.items()}
+    for changed, what in (
+        (state | {"blocks.0.ls1.gamma": torch.ones(48)}, r"blocks\.0\.ls1\.gamma is unknown"),
+        (without, r"norm\.bias is missing"),
+        (moved, r"blocks\.1\.attn\.\S+ is missing"),
+        ({key: value for key, value in state.items() if not key.startswith("blocks.0.")}, "is missing"),
+    ):
+        torch.save({"model": changed}, tmp_path / "weights.pth")
+        for format in ("hf", "hf-mae"):
+            with pytest.raises(CheckpointError, match=rf"does not hold a plain ViT.*{what}"):
+                export_file(tmp_path / "weights.pth", tmp_path / "out", format, heads=HEADS)
+    config = json.loads((saved / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    for lie in (
+        {"image_size": 224},
+        {"num_hidden_layers": 3},
+        {"intermediate_size": 48, "decoder_intermediate_size": 24},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **lie}))
+        with pytest.raises(CheckpointError, match="does not hold a plain ViT"):
+            export_file(tmp_path, tmp_path / "out", "hf")
+
+
 def test_rectangles_go_to_vit_alone(tmp_path):
     model = create("mae", **{**ODD, "img_size": [16, 40]})
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
     with pytest.raises(ConfigError, match="square images only"):
-        export_file(tmp_path / "weights.pth", tmp_path / "mae", "hf-mae", "mae_tiny")
-    export_file(tmp_path / "weights.pth", tmp_path / "vit", "hf", "mae_tiny")
+        export_file(tmp_path / "weights.pth", tmp_path / "mae", "hf-mae", heads=HEADS)
+    export_file(tmp_path / "weights.pth", tmp_path / "vit", "hf", heads=HEADS)
     assert json.loads((tmp_path / "vit" / "config.json").read_text())["image_size"] == [16, 40]
 
 
@@ -159,29 +201,66 @@ def published(model, path):
     return path
 
 
+HEADS = [6, 3]
+
+
 def test_the_size_of_a_published_file(tmp_path):
     """The issue's case: 4 x 9 patches are no 6 x 6."""
     model = create("mae", **{**ODD, "img_size": [64, 144], "patch_size": 16})
     path = published(model, tmp_path / "weights.pth")
-    assert make_model(open_weights(path), "mae_tiny").img_size == (64, 144)
-    export_file(path, tmp_path / "vit", "hf", "mae_tiny")
+    assert make_model(open_weights(path), heads=HEADS).img_size == (64, 144)
+    export_file(path, tmp_path / "vit", "hf", heads=HEADS)
     assert json.loads((tmp_path / "vit" / "config.json").read_text())["image_size"] == [64, 144]
     with pytest.raises(ConfigError, match="of a model for 64 x 144 pixels"):
-        infer_arguments(open_weights(path), "mae_tiny", img_size=96)
+        infer_arguments(open_weights(path), heads=HEADS, img_size=96)
+
+
+def test_guesses_are_told(tmp_path):
+    model = create("mae", **{**ODD, "embed_dim": 192, "num_heads": 12, "decoder_embed_dim": 64, "decoder_num_heads": 4})
+    path, said = published(model, tmp_path / "weights.pth"), []
+    assert infer_arguments(open_weights(path), say=said.append)["num_heads"] == 3
+    assert "the file does not tell the heads; taken are 3, 2 in the decoder, the usual (see --heads)" in said[0]
+    assert make_model(open_weights(path), heads=[12, 4]).config["num_heads"] == 12
+    with pytest.raises(ConfigError, match=r"--heads 12: .* has a decoder too"):
+        infer_arguments(open_weights(path), heads=[12])
+    with pytest.raises(ConfigError, match=r"--model spark_resnet50: .* holds a ViT"):
+        infer_arguments(open_weights(path), "spark_resnet50")
+    infer_arguments(open_weights(path), "mae_large", say=said.append)
+    assert "its widths are not those of mae_large" in said[-1]
+
+
+def test_our_own_files_say_it_all(model, tmp_path):
+    """There and back through each of our formats: heads and epsilon show in no shape."""
+    config = {**model.config, "name": "mae"}
+    save_file(model.state_dict(), tmp_path / "run.safetensors", {"maefast": json.dumps(config)})
+    for name, format in (("a.pth", "mae"), ("b.safetensors", "mae"), ("c.pth", "official"), ("d.safetensors", "timm")):
+        lines = export_file(tmp_path / "run.safetensors", tmp_path / name, format)
+        assert "build its model with 6 heads and norms with an epsilon of 1e-05" in lines
+        weights = open_weights(tmp_path / name)
+        assert weights.config == config
+        assert weights.has_decoder == (format != "timm")
+    lines = export_file(tmp_path / "run.safetensors", tmp_path / "e.safetensors", "hf")
+    assert "layer_norm_eps=1e-05 and num_attention_heads=6" in lines[1]
+    with pytest.raises(ConfigError, match=r"--heads 3: .* says 6"):
+        infer_arguments(open_weights(tmp_path / "a.pth"), heads=[3, 3])
+    for text in ("[1]", '"x"', "3", "{"):
+        save_file(model.state_dict(), tmp_path / "odd.safetensors", {"maefast": text})
+        with pytest.raises(CheckpointError, match=r"describes no model|cannot be read"):
+            open_weights(tmp_path / "odd.safetensors")
 
 
 def test_learned_positions_do_not_tell_the_size(tmp_path):
     model = create("mae", **{**ODD, "img_size": [64, 144], "patch_size": 16, "positions": "learned"})
     path, said = published(model, tmp_path / "weights.pth"), []
-    assert infer_arguments(open_weights(path), "mae_tiny", [64, 144], said.append)["img_size"] == [64, 144]
+    assert infer_arguments(open_weights(path), None, [64, 144], HEADS, said.append)["img_size"] == [64, 144]
     assert said == []
-    assert infer_arguments(open_weights(path), "mae_tiny", None, said.append)["img_size"] == [96, 96]
+    assert infer_arguments(open_weights(path), None, None, HEADS, said.append)["img_size"] == [96, 96]
     (line,) = said
     assert "36 learned positions are taken for a square, images of 96 x 96 (see --img-size)" in line
     with pytest.raises(ConfigError, match=r"has 6 x 7 patches of 16 x 16; .* holds positions of 36"):
-        infer_arguments(open_weights(path), "mae_tiny", [96, 112])
+        infer_arguments(open_weights(path), None, [96, 112], HEADS)
     model = create("mae", **{**ODD, "img_size": [16, 40], "positions": "learned"})
     path = published(model, tmp_path / "weights.pth")
     with pytest.raises(ConfigError, match=r"10 patches are not a square.*give --img-size"):
-        infer_arguments(open_weights(path), "mae_tiny")
-    assert make_model(open_weights(path), "mae_tiny", img_size=[16, 40]).grid_size == (2, 5)
+        infer_arguments(open_weights(path), heads=HEADS)
+    assert make_model(open_weights(path), img_size=[16, 40], heads=HEADS).grid_size == (2, 5)

@@ -38,13 +38,14 @@ def test_the_loss_is_that_of_the_model_on_the_addressed_samples(photos, tmp_path
     """Step 1 worked out again from the public parts, without the loop."""
     from maefast.train.data import Augment, TrainImages, normalise, normaliser
     from maefast.train.images import find_images
+    from maefast.train.pixels import Decoder
     from maefast.train.seeds import permutation
 
     config = tiny_config(photos, tmp_path, steps=1, seed=5)
     pretrain(config)
     torch.manual_seed(5)
     model = create("mae", img_size=16, patch_size=4, norm_pix_loss=True, **TINY)
-    data = TrainImages(find_images(photos), Augment((16, 16)), patches=16, seed=5, channels=3, skip_bad=False, cache=0)
+    data = TrainImages(find_images(photos), Augment((16, 16)), Decoder(), patches=16, seed=5, skip_bad=False, cache=0)
     order = permutation(5, 0, 10)
     samples = [data[(p, 0, int(order[p]))] for p in range(4)]
     images = normalise(torch.from_numpy(np.stack([s[0] for s in samples])), *normaliser(3))

@@ -1,0 +1,223 @@
+"""Decoding image files: one rule for a whole data set, from the values in a file to grey levels.
+
+What is black and what is white is never taken from one image alone. 8-bit files and integers whose files tell their
+bits have a scale of their own; `maefast.train.value_range` finds that of floats and 32-bit integers once for a set, and
+the user's range (`--value-range`) stands above all.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import BadImage, need
+
+try:
+    from PIL import ExifTags, Image, ImageOps
+except ImportError as error:  # pragma: no cover - the extra is installed wherever tests run
+    raise need("pillow", "Reading images") from error
+
+SOFTWARE = "maefast"  # in the pictures that we draw, which are no data
+# Above it Pillow takes an image for a decompression bomb and refuses it.
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+_BITS, _MAX_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 281, 262, 339  # tags of TIFF
+_SIGNED, _WHITE_IS_ZERO = 2, 0
+# How far above white a value may lie in a file whose scale is the usual one of its kind.
+TOLERANCE = 1.1
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How the files of a data set become images.
+
+    Attributes:
+        channels: 3 (RGB) or 1 (grey).
+        value_range: (low, high), the values that become black and white in every file; None: by the kind of the file.
+        scale: white of the kinds (see `kind`) whose files do not tell it, without a range. Of others it is 1 for floats
+            and 65535 for integers, and a file that goes beyond is refused.
+        bits: 8, or 16 to keep 16 bits of grey images (Pillow reads colour with 8 only).
+        max_pixels: refuse larger images; 0: no limit.
+    """
+
+    channels: int = 3
+    value_range: tuple[float, float] | None = None
+    scale: Mapping[str, float] | None = None
+    bits: int = 8
+    max_pixels: int = MAX_PIXELS
+
+    def __call__(self, path: str | Path) -> Image.Image:
+        """Decode a file completely, turned upright by its EXIF tag: an image of mode "RGB", "L", or, for 16 bits, "F"
+        with values from 0 to 65535. Transparent pixels are laid on white, only the first frame of an animation is read.
+
+        Raises:
+            BadImage: it cannot be decoded; names the file.
+        """
+        try:
+            with open_header(path) as image:
+                pixels = image.width * image.height
+                if 0 < self.max_pixels < pixels:
+                    raise ValueError(
+                        f"{image.width} x {image.height} = {pixels} pixels are more than {self.max_pixels}, the limit "
+                        "against decompression bombs; --max-pixels N raises it, 0 lifts it"
+                    )
+                if drawn_by_us(image):
+                    raise ValueError("maefast drew this picture; it is no data")
+                image.load()
+                return self._levels(image)
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+            raise BadImage(path, f"{type(error).__name__}: {error}") from error
+
+    def _levels(self, image: Image.Image) -> Image.Image:
+        deep, name = is_deep(image), kind(image)
+        low, high = self.value_range or (0.0, self._white(image) if deep else 255.0)
+        inverted = deep and _tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO  # Pillow turns 8 bits round, and no others
+        image = ImageOps.exif_transpose(image)
+        if not deep:
+            image = flat(image)
+            image = image.convert("RGB" if self.channels == 3 else "L")
+            if (low, high) == (0.0, 255.0):
+                return image
+        values = np.asarray(image).astype(np.float64)
+        if deep:
+            self._check(values, high, name)
+        values = np.clip((values - low) / (high - low), 0, 1)
+        values = 1 - values if inverted else values
+        if self.bits == 16 and values.ndim == 2:
+            return Image.fromarray(np.rint(values * 65535).astype(np.float32))
+        levels = Image.fromarray(np.rint(values * 255).astype(np.uint8))
+        return levels.convert("RGB") if self.channels == 3 else levels
+
+    def _white(self, image: Image.Image) -> float:
+        own = own_white(image)
+        return own or (self.scale or {}).get(kind(image)) or (1.0 if image.mode == "F" else 65535.0)
+
+    def _check(self, values: np.ndarray, white: float, name: str) -> None:
+        low, high = float(values.min()), float(values.max())
+        if not np.isfinite([low, high]).all():
+            raise ValueError(f"pixel values from {low} to {high}")
+        known = name in (self.scale or {})  # from a sample of the set: what is above is clipped
+        if self.value_range is None and (low < 0 or (not known and high > TOLERANCE * white)):
+            raise ValueError(
+                f"pixel values from {low:g} to {high:g}, where 0 is black and {white:g} is white: "
+                "--value-range LOW,HIGH says what they mean"
+            )
+
+
+def open_header(path: str | Path) -> Image.Image:
+    """Image.open without Pillow's limit of pixels, which `Decoder` has instead; with plug-ins where they are there."""
+    register_plugin(os.path.splitext(path)[1].lower())
+    with _unlimited():
+        return Image.open(path)
+
+
+def crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """image.crop, which would ask Pillow's limit again of an image that `Decoder` has let through."""
+    with _unlimited():
+        return image.crop(box)
+
+
+@contextmanager
+def _unlimited() -> Iterator[None]:
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+# Extensions that a package beside Pillow reads, and what must be called for it.
+PLUGINS = {".heic": ("pillow_heif", "register_heif_opener"), ".heif": ("pillow_heif", "register_heif_opener")}
+
+
+def register_plugin(extension: str) -> bool:
+    """Whether files of this extension can be read, as far as a plug-in decides."""
+    if extension not in PLUGINS or extension in Image.registered_extensions():
+        return True
+    package, function = PLUGINS[extension]
+    try:
+        getattr(__import__(package), function)()
+    except ImportError:
+        return False
+    return True
+
+
+def drawn_by_us(image: Image.Image) -> bool:
+    """Whether maefast wrote this picture, by its header."""
+    if image.info.get("Software") == SOFTWARE:
+        return True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged tags
+        return "exif" in image.info and image.getexif().get(ExifTags.Base.Software) == SOFTWARE
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image has more than 8 bits a value, as Pillow reads it: modes I;16, I and F, all of one channel."""
+    return image.mode.startswith(("I", "F"))
+
+
+def own_white(image: Image.Image) -> float | None:
+    """The value of white by the bits that a deep file tells; None for floats, 32-bit and signed integers."""
+    if image.mode.startswith("I;16"):
+        bits, most = _tag(image, _BITS), _tag(image, _MAX_SAMPLE)
+        if most and most & (most + 1):  # some write the largest value of the image there, which is no scale
+            most = None
+        return float(most or 2 ** (bits or 16) - 1)
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits in 32; a PGM's own maximum becomes 65535
+        return 65535.0
+    return None
+
+
+def kind(image: Image.Image) -> str:
+    """What a file holds, for messages."""
+    if not is_deep(image):
+        return "8-bit"
+    if image.mode == "F":
+        return "float"
+    bits = _tag(image, _BITS) or 16
+    return f"{bits}-bit signed" if _tag(image, _SAMPLE_FORMAT) == _SIGNED else f"{bits}-bit"
+
+
+def _tag(image: Image.Image, tag: int) -> int | None:
+    value = getattr(image, "tag_v2", {}).get(tag)
+    return value[0] if isinstance(value, tuple) else value
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """An 8-bit image without transparency, in a mode that converts to RGB and to grey."""
+    if image.mode == "LAB":
+        return image.convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image
+
+
+def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The largest centred box of the shape of `size` = (height, width), resized to it (bicubic)."""
+    height, width = size
+    scale = min(image.width / width, image.height / height)
+    w, h = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (image.width - w) // 2, (image.height - h) // 2
+    return crop(image, (left, top, left + w, top + h)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def to_array(image: Image.Image, channels: int, bits: int = 8) -> np.ndarray:
+    """PIL image -> uint8 or, for 16 bits, uint16 [C, H, W], contiguous. Eight bits become sixteen times 257."""
+    if image.mode == "F":
+        pixels = np.rint(np.clip(np.asarray(image), 0, 65535)).astype(np.uint16)  # bicubic filters overshoot
+    else:
+        pixels = np.asarray(image, dtype=np.uint8)
+        if bits == 16:
+            pixels = pixels.astype(np.uint16) * 257
+    grey = pixels.ndim == 2
+    pixels = np.broadcast_to(pixels[None], (channels, *pixels.shape)) if grey else pixels.transpose(2, 0, 1)
+    return np.ascontiguousarray(pixels)

@@ -1,0 +1,141 @@
+"""What is black and what is white in a data set, found once from a sample of it.
+
+Only where the files do not tell: floats and 32-bit integers have no scale, and percentiles are asked for by the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import parse_value_range
+from .errors import ConfigError
+from .images import ImageSet
+from .pixels import TOLERANCE, Decoder, drawn_by_us, is_deep, kind, open_header, own_white
+
+HEADERS, FILES, PIXELS = 256, 64, 65536  # looked at: headers, whole files of those, values of each file
+LEAST = 0.05  # share of the scale that a set should use
+SCALES = (1.0, 255.0, 65535.0)
+
+
+@dataclass
+class _Kind:
+    """Files of one kind in the sample. `white`: by their bits, or None."""
+
+    name: str
+    white: float | None
+    paths: list[Path]
+    low: float = 0.0
+    high: float = 0.0
+    values: np.ndarray | None = None
+
+
+def settle(images: ImageSet, decoder: Decoder, value_range: Any) -> tuple[Decoder, list[str]]:
+    """`decoder` with the range or the scale of this data set, and lines about what was found and what looks wrong.
+
+    Deterministic: a function of the files. Reading a set of 8-bit files costs `HEADERS` headers.
+
+    Raises:
+        ConfigError: percentiles of a set of different kinds, or of one value; values that have no usual scale.
+    """
+    wanted = parse_value_range(value_range)
+    kinds = _sample(images, decoder)
+    if isinstance(wanted, tuple):
+        decoder = replace(decoder, value_range=wanted)
+        return decoder, _hints([_measure(entry) for entry in kinds], wanted)
+    if wanted is not None:
+        return _percentiles(kinds, decoder, wanted)
+    deep = [_measure(entry) for entry in kinds if entry.name != "8-bit"]
+    lines = []
+    for entry in deep:
+        if entry.white is None and entry.paths:
+            entry.white, line = _find_scale(entry)
+            decoder = replace(decoder, scale={**(decoder.scale or {}), entry.name: entry.white})
+            lines.append(line)
+    return decoder, lines + _hints(deep, None)
+
+
+def _sample(images: ImageSet, decoder: Decoder) -> list[_Kind]:
+    kinds: dict[tuple[str, float | None], _Kind] = {}
+    for index in np.unique(np.linspace(0, len(images) - 1, HEADERS).astype(int)):
+        path = images.path(int(index))
+        try:
+            with open_header(path) as image:
+                if 0 < decoder.max_pixels < image.width * image.height or drawn_by_us(image):
+                    continue
+                key = kind(image), own_white(image) if is_deep(image) else 255.0
+        except Exception:  # met again, and told, when it is read
+            continue
+        kinds.setdefault(key, _Kind(*key, [])).paths.append(path)
+    return list(kinds.values())
+
+
+def _measure(entry: _Kind) -> _Kind:
+    """With the smallest and largest value, and some of the values, of up to `FILES` of its files."""
+    parts, lows, highs = [], [], []
+    for index in np.unique(np.linspace(0, len(entry.paths) - 1, FILES).astype(int)):
+        try:
+            with open_header(entry.paths[index]) as image:
+                values = np.asarray(image if is_deep(image) else image.convert("RGB")).astype(np.float64).ravel()
+        except Exception:
+            continue
+        values = values[np.isfinite(values)]
+        if values.size:
+            lows.append(values.min())
+            highs.append(values.max())
+            parts.append(values[:: -(-values.size // PIXELS)])
+    if not parts:
+        return replace(entry, paths=[])
+    return replace(entry, low=float(min(lows)), high=float(max(highs)), values=np.concatenate(parts))
+
+
+def _find_scale(entry: _Kind) -> tuple[float, str]:
+    """White of one kind of files: kinds in one set have nothing to do with each other."""
+    low, high, names = entry.low, entry.high, entry.name
+    scales = SCALES if names == "float" else SCALES[1:]
+    scale = next((scale for scale in scales if high <= TOLERANCE * scale), None)
+    if low < 0 or scale is None:
+        raise ConfigError(
+            f"the {names} images have values from {low:g} to {high:g} (in a sample of the set), and no usual scale: "
+            f"give --value-range {low:g},{high:g}, or percentiles such as --value-range 1%,99%"
+        )
+    line = f"{names} images: 0 is black and {scale:g} white, by a sample of the set with values up to {high:g}"
+    return scale, f"{line} (--value-range sets it)"
+
+
+def _percentiles(kinds: list[_Kind], decoder: Decoder, wanted: str) -> tuple[Decoder, list[str]]:
+    measured = [entry for entry in map(_measure, kinds) if entry.paths]
+    if len(measured) != 1:
+        names = ", ".join(entry.name for entry in measured) or "no readable file"
+        raise ConfigError(f"--value-range {wanted}: percentiles need images of one kind, and the set has {names}")
+    (entry,) = measured
+    low, high = np.percentile(entry.values, [float(part.rstrip("%")) for part in wanted.split(",")])
+    low, high = float(f"{low:.6g}"), float(f"{high:.6g}")
+    if not low < high:
+        raise ConfigError(f"--value-range {wanted}: both percentiles of the sample are {low:g}")
+    line = f"--value-range {wanted} is {low:g},{high:g} in a sample of {min(FILES, len(entry.paths))} images"
+    return replace(decoder, value_range=(low, high)), [line]
+
+
+def _hints(kinds: Sequence[_Kind], given: tuple[float, float] | None) -> list[str]:
+    """A line for each kind of which so little of the scale is used that its images come out nearly black, or flat."""
+    lines = []
+    for entry in kinds:
+        low, high = given or (0.0, entry.white or 0.0)
+        if not entry.paths or high <= low:
+            continue
+        used = (min(entry.high, high) - max(entry.low, low)) / (high - low)
+        bits = next((b for b in (10, 12, 14) if entry.high <= 2**b - 1 < high), None) if given is None else None
+        text = f"values of the {entry.name} images lie from {entry.low:g} to {entry.high:g} in a sample of the set"
+        if used < LEAST:
+            lines.append(
+                f"warning: {text}: {max(used, 0):.1%} of the range from {low:g} to {high:g} is used, so they are "
+                f"nearly one grey; --value-range {entry.low:g},{entry.high:g} would use it all"
+            )
+        elif bits is not None:
+            lines.append(f"warning: {text}: {bits}-bit data? --value-range 0,{2**bits - 1} would use all of the scale")
+    return lines
