@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | format | kernels | native
+# make demo | test | timm | bench | lint | format | kernels | native
 #
 # Works in the active virtual environment or, without one, in .venv, which it makes. A torch that is there is used;
 # otherwise torch is installed from PyPI, or from TORCH_INDEX_URL (such as https://download.pytorch.org/whl/cpu).
@@ -16,8 +16,9 @@ PIP := $(PY) -m pip
 STAMP := $(ENV)/.maefast-installed
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f -not -name '*.pyc')
 TORCH := $(shell grep '^torch==' requirements-dev.txt)
+TIMM := timm==1.0.31
 
-.PHONY: demo test bench lint format kernels native install clean
+.PHONY: demo test timm bench lint format kernels native install clean
 demo: $(STAMP)
 	$(PY) examples/demo.py
 
@@ -38,6 +39,11 @@ format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(ENV)/bin/clang-format -i $(CPP)
+
+# timm's convnets on packed cells. timm wants torchvision, so it comes without, into a folder of its own.
+timm: $(STAMP)
+	$(PIP) install $(PIP_ARGS) --no-deps --upgrade --target build/timm '$(TIMM)'
+	PYTHONPATH=build/timm $(PY) -m pytest $(PYTEST_ARGS) tests/nn/test_cells_timm.py
 
 # Compiles every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU.
 kernels: $(STAMP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -171,11 +172,16 @@ def collate(samples: list) -> Batch:
     return Batch(torch.from_numpy(np.stack(pixels)), torch.from_numpy(noise), bad)
 
 
+_GRACE = 60  # seconds that a worker goes on after SIGTERM, while the main process finishes its step and saves
+
+
 def _worker_init(_: int) -> None:
     # Ctrl-C and a scheduler's SIGUSR1 reach the whole group; the main process finishes its step and ends the workers.
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # whose default is to end the process
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
     torch.set_num_threads(1)
 
 
@@ -202,6 +208,16 @@ class Loader:
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
         self._iterator = iter(loader)  # starts the workers
+        # torch's handler raises for a lost worker wherever the main thread is, in mid-step too. Without it `next` does.
+        self._on_child = None
+        if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            self._on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def close(self) -> None:
+        """Put the signal handler back. The workers end with the iterator."""
+        if self._on_child is not None:
+            signal.signal(signal.SIGCHLD, self._on_child)
+            self._on_child = None
 
     def next(self) -> Batch:
         began = time.perf_counter()

@@ -197,7 +197,8 @@ class Run:
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
-        for line in compare(state, self.config, self.model_config, self.images, self.total, self.decoder.scale):
+        now = self.config, self.model_config, self.images, self.total, self.decoder.scale, self.world
+        for line in compare(state, *now):
             self._say(line)
         checkpoint.restore(path, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
@@ -241,7 +242,7 @@ class Run:
                 self._flush()
             if self.done > self._saved:
                 self._save()
-        return self._finish(self._stopped_by(signal) if stopping else None)
+            return self._finish(self._stopped_by(signal) if stopping else None)
 
     def _fetch(self, signal: StopSignal) -> bool:
         """Get the batches of the next step. True if the run must stop before it: this process was told to, or could not
@@ -361,9 +362,10 @@ class Run:
             try:
                 self.last = checkpoint.save(self.folder, state, self.model, self.optimizer, self.config.keep)
             except (OSError, SafetensorError) as error:  # disk full, no permission
-                raise CheckpointError(
-                    f"the checkpoint of step {self.done} cannot be written: {error}. The last good one is {self.last}"
-                ) from error
+                text = f"the checkpoint of step {self.done} cannot be written: {error}. The last good is {self.last}"
+                if self._failed is not None:
+                    text += f". The run was to stop because of this: {self._failed}"
+                raise CheckpointError(text) from error
         self._saved = self.done
         self.accelerator.wait_for_everyone()
 
@@ -415,9 +417,11 @@ class Run:
             print(text, flush=True)
 
     def close(self) -> None:
-        for part in (self.progress, self.metrics, self.tensorboard):
+        for part in (self.progress, self.metrics, self.tensorboard, self.loader):
             if part is not None:
                 part.close()
+        if self._talk is not None and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group(self._talk)
 
 
 def make_accelerator(config: PretrainConfig) -> Accelerator:

@@ -69,10 +69,11 @@ def compare(
     images: ImageSet,
     total: int,
     scale: Mapping[str, float] | None = None,
+    world: int = 1,
 ) -> list[str]:
     """Warnings about what changed since the checkpoint. A model of another shape is an error.
 
-    `scale`: white of each kind of file that does not tell it, see `maefast.train.value_range`.
+    `world`: processes now. `scale`: white of each kind of file that does not tell it, see `maefast.train.value_range`.
     """
     changed = [f"{k}: {state.model_config.get(k)} -> {model.get(k)}" for k in {**state.model_config, **model}
                if state.model_config.get(k) != model.get(k)]  # fmt: skip
@@ -90,6 +91,10 @@ def compare(
         if old.get(kind) != new.get(kind):
             why = "a sample of the images has other values"
             lines.append(f"value of white: {old.get(kind)} -> {new.get(kind)} in {kind} images ({why})")
+    then, now = (c["batch_size"] * c["accum"] for c in (state.config, config.to_dict()))
+    before = state.extra["processes"]
+    if then * before != now * world:
+        lines.append(f"images per step: {then * before} -> {now * world} ({before} -> {world} processes)")
     if total != state.extra["total"]:
         lines.append(f"total steps: {state.extra['total']} -> {total} (the learning rate follows the new length)")
     if not lines:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from maefast.train import BadImage, ConfigError, checkpoint, pretrain, seeds
 from maefast.train.images import find_images
+from maefast.train.loop import Objective, Run
 from tests.train import victims
 from tests.train.common import (
     CREATORS,
@@ -112,6 +114,71 @@ def test_whatever_the_loader_meets(folder, tmp_path, monkeypatch):
     assert checkpoint.latest(tmp_path / "out" / "checkpoints")[0].name == "step-00000005"
     pretrain(config)
     assert len(rows(tmp_path / "out")) == 12
+
+
+@pytest.mark.parametrize("moment", ["in a step", "between steps"])
+def test_a_loader_process_that_is_killed(folder, tmp_path, moment):
+    """As by the kernel, for its memory: torch's handler would raise in mid-step, and the steps so far were lost."""
+    config = tiny_config(folder, tmp_path / "whole", save_every=100, workers=1, steps=30)
+    pretrain(config)
+    config.output_dir = str(tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        forward, step = Objective.forward, Run._step
+        current = []
+
+        def kill_worker():
+            for worker in current[0].loader._iterator._workers:
+                os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(0.2)  # in which the news of its death arrives
+
+        def forward_(self, *args):
+            if current[0].done == 4 and moment == "in a step":
+                kill_worker()
+            return forward(self, *args)
+
+        def step_(self):
+            current[:] = [self]
+            step(self)
+            if self.done == 5 and moment == "between steps":
+                kill_worker()
+
+        patch.setattr(Objective, "forward", forward_)
+        patch.setattr(Run, "_step", step_)
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            pretrain(config)
+    saved = checkpoint.latest(tmp_path / "out" / "checkpoints")[0]
+    assert saved is not None
+    assert int(saved.name.removeprefix("step-")) >= 5
+    pretrain(config)
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+def test_a_worker_outlives_sigterm_for_a_while(folder, tmp_path):
+    """SIGTERM to the whole group: the main process finishes its step, for which it needs its workers."""
+    config = tiny_config(folder, tmp_path / "whole", save_every=100, workers=1)
+    assert run_process(victims.train, config) == 0
+    config.output_dir = str(tmp_path / "out")
+    assert run_process(victims.train_and_be_told_as_a_group, config, 5, signal.SIGTERM, 1) == 0
+    assert checkpoint.latest(tmp_path / "out" / "checkpoints")[0].name == "step-00000005"
+    assert "stopped by SIGTERM after step 5 of 12" in (tmp_path / "out" / "log.txt").read_text()
+    assert run_process(victims.train, config) == 0
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+def test_the_handler_of_signals_is_put_back(folder, tmp_path):
+    before = signal.getsignal(signal.SIGCHLD)
+    pretrain(tiny_config(folder, tmp_path / "out", workers=1, steps=2))
+    after = signal.getsignal(signal.SIGCHLD)
+    assert after is before or "torch" in after.__module__  # torch's own, which it sets once for a process
+
+
+def test_another_number_of_processes_is_told(folder, tmp_path, capsys):
+    config = tiny_config(folder, tmp_path / "out", steps=2, batch_size=2)
+    pretrain(config)
+    config.batch_size, config.steps = 4, 3
+    pretrain(config)
+    text = capsys.readouterr().out
+    assert "images per step: 2 -> 4 (1 -> 1 processes)" in text
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")

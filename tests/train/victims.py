@@ -94,15 +94,15 @@ def train_and_be_told(config: PretrainConfig, step: int, number: int) -> None:
     train(config)
 
 
-def train_and_be_told_as_a_group(config: PretrainConfig, step: int, number: int) -> None:
-    """The same with the signal sent to this process and its loader workers, twice."""
+def train_and_be_told_as_a_group(config: PretrainConfig, step: int, number: int, times: int = 2) -> None:
+    """The same with the signal sent to this process and its loader workers, `times` times."""
     os.setsid()
     original = Run._step
 
     def step_(self):
         if self.done == step - 1:
-            os.killpg(0, number)
-            os.killpg(0, number)
+            for _ in range(times):
+                os.killpg(0, number)
         original(self)
 
     Run._step = step_
