@@ -17,24 +17,19 @@ from safetensors import SafetensorError
 from torch import nn
 
 from . import checkpoint, pictures, schedule, seeds
+from .accelerator import Processes, make_accelerator
 from .build import build_model, image_shape, mask_ratio_of
 from .config import PretrainConfig
-from .data import Augment, Batch, Loader, Positions, TrainImages, normalise, normaliser
-from .errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError, need
+from .data import Augment, Batch, Loader, Positions, TrainImages
+from .errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError
 from .images import find_images
 from .metrics import MetricsFile, Progress, Row, open_tensorboard, read_rows, save_loss_curve
+from .objective import Objective
 from .pixels import Decoder
 from .resume import choose_checkpoint, compare
 from .signals import StopSignal
 from .value_range import settle
 from .weights import load_pretrained
-
-try:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
-except ImportError as error:
-    raise need("accelerate", "maefast pretrain") from error
 
 
 @dataclass
@@ -58,21 +53,6 @@ class Pending:
     lr: float
     loss: torch.Tensor
     grad_norm: torch.Tensor | None
-
-
-class Objective(nn.Module):
-    """uint8 images and noise -> loss. Returning the loss alone keeps Accelerate from casting the prediction."""
-
-    def __init__(self, model: nn.Module, mask_ratio: float, channels: int):
-        super().__init__()
-        self.model, self.mask_ratio = model, mask_ratio
-        mean, std = normaliser(channels)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-
-    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        images = normalise(images, self.mean, self.std)
-        return self.model(images, mask_ratio=self.mask_ratio, noise=noise, pred="masked")[0]
 
 
 def pretrain(config: PretrainConfig, *, create_model: Callable[..., nn.Module] | None = None) -> Result:
@@ -124,8 +104,7 @@ class Run:
         self._pending: list[Pending] = []
         self._batches: list[Batch] = []
         self._failed: Exception | None = None
-        # Where processes tell each other that one must stop: on the host, so that no device is waited for.
-        self._talk = torch.distributed.new_group(backend="gloo") if self.world > 1 else None
+        self._others = Processes(self.world)
 
     # ---- setting up
 
@@ -254,20 +233,12 @@ class Run:
             self._batches = [self.loader.next() for _ in range(self.config.accum)]
         except Exception as error:  # raised when what was trained so far is saved
             self._failed = error
-        wish = signal.name is not None or self._failed is not None
-        if self._talk is None:
-            return wish
-        flag = torch.tensor([float(wish)])
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._talk)
-        return bool(flag)
+        return self._others.any(signal.name is not None or self._failed is not None)
 
     def _stopped_by(self, signal: StopSignal) -> str:
         """The signal that ended the run early. Without one, what a process could not read is raised, on all of them."""
         reason = None if self._failed is None else f"{type(self._failed).__name__}: {self._failed}"
-        told: list[tuple[str | None, str | None]] = [(signal.name, reason)]
-        if self._talk is not None:
-            told *= self.world
-            torch.distributed.all_gather_object(told, (signal.name, reason), group=self._talk)
+        told = self._others.all((signal.name, reason))
         if signal.name or any(name for name, _ in told):
             return signal.name or "a signal to another process"
         if self.last is not None:
@@ -420,24 +391,7 @@ class Run:
         for part in (self.progress, self.metrics, self.tensorboard, self.loader):
             if part is not None:
                 part.close()
-        if self._talk is not None and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group(self._talk)
-
-
-def make_accelerator(config: PretrainConfig) -> Accelerator:
-    """The Accelerator for `config`; a second run in one process may use another precision."""
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.amp:
-        AcceleratorState._reset_state()
-    cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    if config.amp == "fp16" and cpu:
-        raise ConfigError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or no")
-    return Accelerator(
-        mixed_precision=config.amp,
-        # The plugin, not the plain number, which an environment variable of `accelerate launch` could override.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accum, sync_with_dataloader=False),
-        cpu=cpu,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+        self._others.close()
 
 
 def _item(value: torch.Tensor | float | None) -> float | None:

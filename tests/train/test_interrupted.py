@@ -11,7 +11,8 @@ import pytest
 
 from maefast.train import BadImage, ConfigError, checkpoint, pretrain, seeds
 from maefast.train.images import find_images
-from maefast.train.loop import Objective, Run
+from maefast.train.loop import Run
+from maefast.train.objective import Objective
 from tests.train import victims
 from tests.train.common import (
     CREATORS,
