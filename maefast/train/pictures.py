@@ -108,7 +108,7 @@ def note(model, raw: bool) -> str:
         return ""
     if raw:
         return "raw: normalised predictions as they are; no brightness or contrast of the hidden patches is in them"
-    return "predicted is the texture; masked patches have their true mean and variance (not so with --picture raw)"
+    return "only texture is predicted: masked patches have their true mean and variance (--picture raw: without)"
 
 
 def picture_format(path: Path) -> str:
@@ -130,7 +130,7 @@ def save_picture(columns: list[torch.Tensor], names: Sequence[str], path: Path, 
     height, width = height * factor, width * factor
     font, small = ImageFont.load_default(16), ImageFont.load_default(12)
     wide = len(columns) * (width + _GAP) + _GAP
-    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, max(20, wide // 6))]
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, max(20, wide // 6), break_on_hyphens=False)]
     top = _HEAD + _LINE * len(lines) + (4 if lines else 0)
     caption = 18
     sheet = Image.new("RGB", (wide, top + rows * (height + _GAP + caption)), (255, 255, 255))
