@@ -130,7 +130,8 @@ def save_picture(columns: list[torch.Tensor], names: Sequence[str], path: Path, 
     height, width = height * factor, width * factor
     font, small = ImageFont.load_default(16), ImageFont.load_default(12)
     wide = len(columns) * (width + _GAP) + _GAP
-    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, max(20, wide // 6), break_on_hyphens=False)]
+    wrap = textwrap.TextWrapper(max(20, wide // 6), break_on_hyphens=False).wrap
+    lines = [part for line in title.splitlines() for part in wrap(line)]
     top = _HEAD + _LINE * len(lines) + (4 if lines else 0)
     caption = 18
     sheet = Image.new("RGB", (wide, top + rows * (height + _GAP + caption)), (255, 255, 255))
