@@ -8,11 +8,13 @@ the user's range (`--value-range`) stands above all.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,10 +28,10 @@ except ImportError as error:  # pragma: no cover - the extra is installed wherev
 SOFTWARE = "maefast"  # in the pictures that we draw, which are no data
 # Above it Pillow takes an image for a decompression bomb and refuses it.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-_BITS, _MAX_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 281, 262, 339  # tags of TIFF
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _SOFTWARE = 258, 262, 339, 305  # tags of TIFF
 _SIGNED, _WHITE_IS_ZERO = 2, 0
-# How far above white a value may lie in a file whose scale is the usual one of its kind.
-TOLERANCE = 1.1
+# How far above white (or below black) values may lie, and what share of a file's may lie further still: hot pixels.
+TOLERANCE, STRAYS = 1.1, 0.01
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ class Decoder:
 
     Attributes:
         channels: 3 (RGB) or 1 (grey).
-        value_range: (low, high), the values that become black and white in every file; None: by the kind of the file.
-        scale: white of the kinds (see `kind`) whose files do not tell it, without a range. Of others it is 1 for floats
-            and 65535 for integers, and a file that goes beyond is refused.
+        value_range: (low, high), the values, as they are stored, that become black and white in every file; None: by
+            the kind of the file.
+        scale: white of the kinds (see `kind`) whose files do not tell it, without a range. Where it has none, it is 1
+            for floats, and other kinds are refused. So are files that go beyond.
         bits: 8, or 16 to keep 16 bits of grey images (Pillow reads colour with 8 only).
         max_pixels: refuse larger images; 0: no limit.
     """
@@ -69,46 +72,86 @@ class Decoder:
                 if drawn_by_us(image):
                     raise ValueError("maefast drew this picture; it is no data")
                 image.load()
-                return self._levels(image)
+                return self._levels(image, stored_units(image, path))
         except MemoryError:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
             raise BadImage(path, f"{type(error).__name__}: {error}") from error
 
-    def _levels(self, image: Image.Image) -> Image.Image:
-        deep, name = is_deep(image), kind(image)
-        low, high = self.value_range or (0.0, self._white(image) if deep else 255.0)
+    def _levels(self, image: Image.Image, unit: float = 1.0) -> Image.Image:
+        deep, name, stored = is_deep(image), kind(image), values_of(image)
         inverted = deep and _tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO  # Pillow turns 8 bits round, and no others
-        image = ImageOps.exif_transpose(image)
+        low, high = self.value_range or (0.0, self._white(image, name) if deep else 255.0)
+        if self.value_range is not None:
+            low, high = low / unit, high / unit
         if not deep:
-            image = flat(image)
-            image = image.convert("RGB" if self.channels == 3 else "L")
+            image = flat(ImageOps.exif_transpose(image)).convert("RGB" if self.channels == 3 else "L")
             if (low, high) == (0.0, 255.0):
                 return image
-        values = np.asarray(image).astype(np.float64)
-        if deep:
-            self._check(values, high, name)
+            table = np.rint(np.clip((np.arange(256) - low) / (high - low), 0, 1) * 255).astype(int).tolist()
+            return image.point(table * len(image.getbands()))
+        values = stored.astype(np.float64)
+        if "transparency" in image.info:
+            values[values == image.info["transparency"]] = high
+        self._check(values, high)
         values = np.clip((values - low) / (high - low), 0, 1)
         values = 1 - values if inverted else values
-        if self.bits == 16 and values.ndim == 2:
-            return Image.fromarray(np.rint(values * 65535).astype(np.float32))
-        levels = Image.fromarray(np.rint(values * 255).astype(np.uint8))
-        return levels.convert("RGB") if self.channels == 3 else levels
+        levels = Image.fromarray(np.rint(values * (65535 if self.bits == 16 else 255)).astype(np.float32))
+        levels = _turned(levels, image)
+        if self.bits == 16:
+            return levels
+        return levels.convert("L").convert("RGB" if self.channels == 3 else "L")
 
-    def _white(self, image: Image.Image) -> float:
-        own = own_white(image)
-        return own or (self.scale or {}).get(kind(image)) or (1.0 if image.mode == "F" else 65535.0)
-
-    def _check(self, values: np.ndarray, white: float, name: str) -> None:
-        low, high = float(values.min()), float(values.max())
-        if not np.isfinite([low, high]).all():
-            raise ValueError(f"pixel values from {low} to {high}")
-        known = name in (self.scale or {})  # from a sample of the set: what is above is clipped
-        if self.value_range is None and (low < 0 or (not known and high > TOLERANCE * white)):
+    def _white(self, image: Image.Image, name: str) -> float:
+        white = own_white(image) or (self.scale or {}).get(name) or (1.0 if image.mode == "F" else None)
+        if white is None:
             raise ValueError(
-                f"pixel values from {low:g} to {high:g}, where 0 is black and {white:g} is white: "
+                f"no sample of the set had {name} images, and they have no usual scale: --value-range LOW,HIGH says "
+                "what their values mean"
+            )
+        return white
+
+    def _check(self, values: np.ndarray, white: float) -> None:
+        if not np.isfinite(values).all():
+            raise ValueError("not all of its pixel values are finite")
+        if self.value_range is not None:
+            return
+        least = (1 - TOLERANCE) * min(white, float(values.max()))
+        beyond = np.count_nonzero(values > TOLERANCE * white) + np.count_nonzero(values < min(0.0, least))
+        if beyond > STRAYS * values.size:
+            raise ValueError(
+                f"pixel values from {values.min():g} to {values.max():g}, where 0 is black and {white:g} is white: "
                 "--value-range LOW,HIGH says what they mean"
             )
+
+
+def _turned(levels: Image.Image, image: Image.Image) -> Image.Image:
+    """`levels` upright by the EXIF tag of `image`."""
+    exif = image.getexif()
+    if exif.get(ExifTags.Base.Orientation, 1) == 1:
+        return levels
+    levels.info["exif"] = exif.tobytes()
+    return ImageOps.exif_transpose(levels)
+
+
+def values_of(image: Image.Image) -> np.ndarray:
+    """The values of an image as they are stored: Pillow reads unsigned 32 bits as signed ones."""
+    if image.mode == "L" and _tag(image, _SAMPLE_FORMAT) == _SIGNED:
+        raise ValueError("signed 8-bit values, which Pillow reads as if they had no sign")
+    values = np.asarray(image)
+    if image.mode == "I" and _tag(image, _BITS) == 32 and _tag(image, _SAMPLE_FORMAT) != _SIGNED:
+        values = values.view(np.uint32)
+    return values
+
+
+def stored_units(image: Image.Image, path: str | Path) -> float:
+    """How many units of the file one of Pillow's values is: it stretches PNM, and halves the bits of colour."""
+    if image.format == "PPM":
+        with open(path, "rb") as file:
+            header = re.sub(rb"#[^\n]*\n", b" ", file.read(1024)).split(maxsplit=4)
+        most = int(header[3]) if header[0] in (b"P2", b"P3", b"P5", b"P6") else 255
+        return most / (65535 if image.mode == "I" else 255)
+    return 257.0 if kind(image).startswith("16-bit colour") else 1.0
 
 
 def open_header(path: str | Path) -> Image.Image:
@@ -151,7 +194,7 @@ def register_plugin(extension: str) -> bool:
 
 def drawn_by_us(image: Image.Image) -> bool:
     """Whether maefast wrote this picture, by its header."""
-    if image.info.get("Software") == SOFTWARE:
+    if image.info.get("Software") == SOFTWARE or _tag(image, _SOFTWARE) == SOFTWARE:
         return True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged tags
@@ -166,10 +209,7 @@ def is_deep(image: Image.Image) -> bool:
 def own_white(image: Image.Image) -> float | None:
     """The value of white by the bits that a deep file tells; None for floats, 32-bit and signed integers."""
     if image.mode.startswith("I;16"):
-        bits, most = _tag(image, _BITS), _tag(image, _MAX_SAMPLE)
-        if most and most & (most + 1):  # some write the largest value of the image there, which is no scale
-            most = None
-        return float(most or 2 ** (bits or 16) - 1)
+        return float(2 ** (_tag(image, _BITS) or 16) - 1)
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits in 32; a PGM's own maximum becomes 65535
         return 65535.0
     return None
@@ -178,16 +218,17 @@ def own_white(image: Image.Image) -> float | None:
 def kind(image: Image.Image) -> str:
     """What a file holds, for messages."""
     if not is_deep(image):
-        return "8-bit"
+        deep = (_tag(image, _BITS) or 8) == 16 or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+        return "16-bit colour (read with 8)" if deep and image.mode != "L" else "8-bit"
     if image.mode == "F":
         return "float"
     bits = _tag(image, _BITS) or 16
     return f"{bits}-bit signed" if _tag(image, _SAMPLE_FORMAT) == _SIGNED else f"{bits}-bit"
 
 
-def _tag(image: Image.Image, tag: int) -> int | None:
+def _tag(image: Image.Image, tag: int) -> Any:
     value = getattr(image, "tag_v2", {}).get(tag)
-    return value[0] if isinstance(value, tuple) else value
+    return value[0] if isinstance(value, tuple) and value else value
 
 
 def flat(image: Image.Image) -> Image.Image:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 # Purposes. The numbers are part of the format: changing one changes every run.
-SHUFFLE, AUGMENT, MASK, PICTURE, MODEL = 1, 2, 3, 4, 5
+SHUFFLE, AUGMENT, MASK, PICTURE, MODEL, SAMPLE = 1, 2, 3, 4, 5, 6
 
 
 def generator(seed: int, purpose: int, a: int = 0, b: int = 0) -> np.random.Generator:

@@ -6,19 +6,33 @@ Only where the files do not tell: floats and 32-bit integers have no scale, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import seeds
 from .config import parse_value_range
 from .errors import ConfigError
 from .images import ImageSet
-from .pixels import TOLERANCE, Decoder, drawn_by_us, is_deep, kind, open_header, own_white
+from .pixels import (
+    STRAYS,
+    TOLERANCE,
+    Decoder,
+    drawn_by_us,
+    flat,
+    is_deep,
+    kind,
+    open_header,
+    own_white,
+    stored_units,
+    values_of,
+)
 
 HEADERS, FILES, PIXELS = 256, 64, 65536  # looked at: headers, whole files of those, values of each file
-LEAST = 0.05  # share of the scale that a set should use
+LEAST = 0.05  # share of the scale that a set should use; of values, or files, that may be outside of it
+WIDE = 0.25  # of a given range that the bits of a file should be able to reach
 SCALES = (1.0, 255.0, 65535.0)
 
 
@@ -31,6 +45,7 @@ class _Kind:
     paths: list[Path]
     low: float = 0.0
     high: float = 0.0
+    highs: list[float] = field(default_factory=list)  # of each file
     values: np.ndarray | None = None
 
 
@@ -49,25 +64,35 @@ def settle(images: ImageSet, decoder: Decoder, value_range: Any) -> tuple[Decode
         return decoder, _hints([_measure(entry) for entry in kinds], wanted)
     if wanted is not None:
         return _percentiles(kinds, decoder, wanted)
-    deep = [_measure(entry) for entry in kinds if entry.name != "8-bit"]
+    deep = [_measure(entry) for entry in kinds if not entry.name.endswith(("8-bit", "with 8)"))]
     lines = []
     for entry in deep:
         if entry.white is None and entry.paths:
-            entry.white, line = _find_scale(entry)
+            entry.white = (decoder.scale or {}).get(entry.name)
+            if entry.white is None:
+                entry.white, line = _find_scale(entry)
+                lines.append(line)
             decoder = replace(decoder, scale={**(decoder.scale or {}), entry.name: entry.white})
-            lines.append(line)
     return decoder, lines + _hints(deep, None)
+
+
+def _draw(count: int, size: int, *purpose: int) -> np.ndarray:
+    """`count` of `size` indices, in order: by chance, for a regular step could follow a pattern in names or pixels."""
+    if size <= count:
+        return np.arange(size)
+    return np.sort(seeds.generator(0, seeds.SAMPLE, *purpose).choice(size, count, replace=False))
 
 
 def _sample(images: ImageSet, decoder: Decoder) -> list[_Kind]:
     kinds: dict[tuple[str, float | None], _Kind] = {}
-    for index in np.unique(np.linspace(0, len(images) - 1, HEADERS).astype(int)):
+    for index in _draw(HEADERS, len(images)):
         path = images.path(int(index))
         try:
             with open_header(path) as image:
                 if 0 < decoder.max_pixels < image.width * image.height or drawn_by_us(image):
                     continue
-                key = kind(image), own_white(image) if is_deep(image) else 255.0
+                deep = is_deep(image)
+                key = kind(image), own_white(image) if deep else 255.0 * max(1.0, stored_units(image, path))
         except Exception:  # met again, and told, when it is read
             continue
         kinds.setdefault(key, _Kind(*key, [])).paths.append(path)
@@ -75,35 +100,40 @@ def _sample(images: ImageSet, decoder: Decoder) -> list[_Kind]:
 
 
 def _measure(entry: _Kind) -> _Kind:
-    """With the smallest and largest value, and some of the values, of up to `FILES` of its files."""
+    """With values of up to `FILES` of its files, and their range but for strays, such as hot pixels."""
     parts, lows, highs = [], [], []
-    for index in np.unique(np.linspace(0, len(entry.paths) - 1, FILES).astype(int)):
+    for index in _draw(FILES, len(entry.paths), 1):
+        path = entry.paths[index]
         try:
-            with open_header(entry.paths[index]) as image:
-                values = np.asarray(image if is_deep(image) else image.convert("RGB")).astype(np.float64).ravel()
+            with open_header(path) as image:
+                unit = stored_units(image, path)
+                image.load()
+                values = values_of(image if is_deep(image) else flat(image).convert("RGB"))
         except Exception:
             continue
+        values = values.reshape(-1, *values.shape[2:])  # pixels
+        values = values[_draw(PIXELS, len(values), 2, int(index))].astype(np.float64).ravel() * unit
         values = values[np.isfinite(values)]
         if values.size:
-            lows.append(values.min())
-            highs.append(values.max())
-            parts.append(values[:: -(-values.size // PIXELS)])
+            lows.append(np.quantile(values, STRAYS / 10, method="lower"))
+            highs.append(np.quantile(values, 1 - STRAYS / 10, method="higher"))
+            parts.append(values)
     if not parts:
         return replace(entry, paths=[])
-    return replace(entry, low=float(min(lows)), high=float(max(highs)), values=np.concatenate(parts))
+    return replace(entry, low=float(min(lows)), high=float(max(highs)), highs=highs, values=np.concatenate(parts))
 
 
 def _find_scale(entry: _Kind) -> tuple[float, str]:
     """White of one kind of files: kinds in one set have nothing to do with each other."""
-    low, high, names = entry.low, entry.high, entry.name
-    scales = SCALES if names == "float" else SCALES[1:]
+    low, high, name = entry.low, entry.high, entry.name
+    scales = SCALES if name == "float" else SCALES[1:]
     scale = next((scale for scale in scales if high <= TOLERANCE * scale), None)
-    if low < 0 or scale is None:
+    if scale is None or low < min(0.0, (1 - TOLERANCE) * high):
         raise ConfigError(
-            f"the {names} images have values from {low:g} to {high:g} (in a sample of the set), and no usual scale: "
+            f"the {name} images have values from {low:g} to {high:g} (in a sample of the set), and no usual scale: "
             f"give --value-range {low:g},{high:g}, or percentiles such as --value-range 1%,99%"
         )
-    line = f"{names} images: 0 is black and {scale:g} white, by a sample of the set with values up to {high:g}"
+    line = f"{name} images: 0 is black and {scale:g} white, by a sample of the set with values up to {high:g}"
     return scale, f"{line} (--value-range sets it)"
 
 
@@ -122,20 +152,32 @@ def _percentiles(kinds: list[_Kind], decoder: Decoder, wanted: str) -> tuple[Dec
 
 
 def _hints(kinds: Sequence[_Kind], given: tuple[float, float] | None) -> list[str]:
-    """A line for each kind of which so little of the scale is used that its images come out nearly black, or flat."""
+    """A line for each kind whose images come out nearly black, flat, or with much of them outside of the range."""
     lines = []
     for entry in kinds:
         low, high = given or (0.0, entry.white or 0.0)
         if not entry.paths or high <= low:
             continue
         used = (min(entry.high, high) - max(entry.low, low)) / (high - low)
-        bits = next((b for b in (10, 12, 14) if entry.high <= 2**b - 1 < high), None) if given is None else None
-        text = f"values of the {entry.name} images lie from {entry.low:g} to {entry.high:g} in a sample of the set"
-        if used < LEAST:
+        bits = next((b for b in (10, 12, 14) if entry.high <= 2**b - 1 < high), None)
+        bits = bits if given is None and entry.name != "float" and entry.high > 255 else None
+        dark = sum(value - low < LEAST * (high - low) for value in entry.highs)
+        outside = float(np.mean((entry.values < low) | (entry.values > high)))
+        text = f"warning: values of the {entry.name} images lie from {entry.low:g} to {entry.high:g} in a sample"
+        whole = f" (--value-range {entry.low:g},{entry.high:g} would use it all)" if entry.low < entry.high else ""
+        if bits is not None:
+            lines.append(f"{text}: {bits}-bit data? --value-range 0,{2**bits - 1} would use all of the scale")
+        elif used < LEAST:
             lines.append(
-                f"warning: {text}: {max(used, 0):.1%} of the range from {low:g} to {high:g} is used, so they are "
-                f"nearly one grey; --value-range {entry.low:g},{entry.high:g} would use it all"
+                f"{text}: {max(used, 0):.1%} of the range from {low:g} to {high:g} is used, "
+                f"so they are nearly one grey{whole}"
             )
-        elif bits is not None:
-            lines.append(f"warning: {text}: {bits}-bit data? --value-range 0,{2**bits - 1} would use all of the scale")
+        elif given is not None and entry.white is not None and entry.white < WIDE * (high - low):
+            lines.append(f"{text}: of the range from {low:g} to {high:g} they can use {entry.white / (high - low):.0%}")
+        elif outside > LEAST:
+            lines.append(f"{text}: {outside:.0%} of them are outside of the range from {low:g} to {high:g}{whole}")
+        elif dark > LEAST * len(entry.highs):
+            lines.append(
+                f"{text}: {dark} of {len(entry.highs)} files use less than {LEAST:.0%} of the range to {high:g}"
+            )
     return lines

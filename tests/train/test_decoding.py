@@ -42,7 +42,7 @@ def test_each_kind_of_file_has_a_scale_of_its_own(tmp_path):
     ("dtype", "high", "hint"),
     [
         (np.float32, 0.03, "3.0% of the range from 0 to 1 is used"),
-        (np.int32, 300, "0.5% of the range from 0 to 65535 is used"),
+        (np.int32, 300, "10-bit data? --value-range 0,1023"),
         (np.int32, 4095, "12-bit data? --value-range 0,4095"),
     ],
 )

@@ -104,7 +104,7 @@ def test_a_stray_file_of_another_kind_is_not_guessed(tmp_path):
     with pytest.raises(BadImage, match="pixel values from -1 to 1"):
         Decoder()(tmp_path / "0.tif")
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "nan.tif")
-    with pytest.raises(BadImage, match="pixel values from nan"):
+    with pytest.raises(BadImage, match="not all of its pixel values are finite"):
         Decoder(value_range=(0, 1))(tmp_path / "nan.tif")
 
 
@@ -145,15 +145,109 @@ def test_hardly_used_ranges_are_told(tmp_path):
 
 
 def test_bits_that_a_file_tells(tmp_path):
-    """TIFF's MaxSampleValue, and a PGM's maximum; white-is-zero is turned round."""
+    """A PGM's maximum; white-is-zero is turned round. TIFF's MaxSampleValue may be that of the one image: no scale."""
     tifffile = pytest.importorskip("tifffile")
     values = np.array([[0, 2048, 4095]], np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", values, extratags=[(281, 3, 1, 4095, True)])
     tifffile.imwrite(tmp_path / "b.tif", values * 16, photometric="miniswhite")
     (tmp_path / "c.pgm").write_bytes(b"P5 3 1 4095\n" + values.astype(">u2").tobytes())
     (a, b, c), _ = decoded(tmp_path)
-    assert a.tolist() == c.tolist() == [[0, 128, 255]]
+    assert a.tolist() == [[0, 8, 16]]
+    assert c.tolist() == [[0, 128, 255]]
     assert b.tolist() == [[255, 127, 0]]
+
+
+def test_a_range_is_in_units_of_the_file(tmp_path):
+    """Pillow stretches a PGM to its maximum, and reads sixteen bits of colour with eight."""
+    values = np.array([[0, 511, 1023]], np.uint16)
+    (tmp_path / "a.pgm").write_bytes(b"P5\n# a comment\n3 1 1023\n" + values.astype(">u2").tobytes())
+    (tmp_path / "b.pgm").write_bytes(b"P5 3 1 15\n" + bytes([0, 7, 15]))
+    assert np.asarray(Decoder(1, value_range=(0, 1023))(tmp_path / "a.pgm")).tolist() == [[0, 127, 255]]
+    assert np.asarray(Decoder(1, value_range=(0, 7))(tmp_path / "b.pgm")).tolist() == [[0, 255, 255]]
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "c.tif", np.full((4, 4, 3), 16384, np.uint16), photometric="rgb")
+    assert np.asarray(Decoder(3, value_range=(0, 32768))(tmp_path / "c.tif")).ravel()[0] in (127, 128)
+
+
+def test_unsigned_and_signed_integers(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", np.array([[0, 2**31, 2**32 - 1]], np.uint32))
+    assert np.asarray(Decoder(1, value_range=(0, 2**32 - 1))(tmp_path / "a.tif")).tolist() == [[0, 128, 255]]
+    tifffile.imwrite(tmp_path / "b.tif", np.array([[-60, 4, 67]], np.int8))
+    with pytest.raises(BadImage, match="signed 8-bit values"):
+        Decoder(1)(tmp_path / "b.tif")
+
+
+def test_the_sample_follows_no_pattern_in_names(tmp_path):
+    """Every other file of another scale: a regular step saw one half alone."""
+    write(tmp_path, np.float32, *[(0, 255 if i % 2 else 1) for i in range(511)], size=2)
+    _, lines = decoded(tmp_path)
+    assert "255 white" in lines[0]
+    assert "files use less than 5% of the range" in lines[1]
+
+
+def test_files_that_no_sample_showed(tmp_path):
+    """One file in six hundred: its kind has no scale, and gets none."""
+    write(tmp_path, np.uint8, *[(0, 255)] * 300, suffix="png", size=2)
+    write(tmp_path / "z", np.int32, (0, 255))
+    images = find_images(tmp_path)
+    decoder = Decoder(1)
+    with pytest.raises(BadImage, match="no sample of the set had 32-bit signed images"):
+        decoder(images.path(300))
+    write(tmp_path / "z", np.float32, (0, 1))
+    assert np.asarray(decoder(images.path(300))).max() == 255
+
+
+def test_hot_pixels_set_no_scale(tmp_path):
+    for i in range(3):
+        values = np.linspace(0, 1, 64 * 64).reshape(64, 64).astype(np.float32)
+        values[0, 0], values[0, 1] = 5000, -3
+        Image.fromarray(values).save(tmp_path / f"{i}.tif")
+    images, lines = decoded(tmp_path)
+    assert "1 white" in lines[0]
+    assert 120 < images[0].mean() < 136
+    values[: 64 // 8] = 3  # an eighth of them is no stray any more
+    Image.fromarray(values).save(tmp_path / "3.tif")
+    with pytest.raises(BadImage, match=r"3\.tif.*where 0 is black and 1 is white"):
+        Decoder(1, scale={"float": 1.0})(tmp_path / "3.tif")
+
+
+def test_percentiles_see_every_channel_and_no_hidden_pixel(tmp_path):
+    rng = np.random.default_rng(0)
+    colours = np.stack(
+        [rng.integers(0, 51, (256, 256)), rng.integers(0, 256, (256, 256)), rng.integers(100, 256, (256, 256))], -1
+    )
+    Image.fromarray(colours.astype(np.uint8)).save(tmp_path / "a.png")
+    decoder, _ = settle(find_images(tmp_path), Decoder(3), "1%,99%")
+    assert decoder.value_range == pytest.approx((0, 252), abs=4)
+    clear = np.full((64, 64, 4), (10, 10, 10, 0), np.uint8)
+    clear[:32] = (200, 200, 200, 255)
+    Image.fromarray(clear).save(tmp_path / "a.png")
+    decoder, _ = settle(find_images(tmp_path), Decoder(3), "0%,100%")
+    assert decoder.value_range == (200, 255)  # what is clear is white
+
+
+def test_ranges_that_do_not_suit(tmp_path):
+    _, (line,) = decoded(write(tmp_path / "a", np.uint8, (0, 255), suffix="png"), "0,1")
+    assert "% of them are outside of the range from 0 to 1" in line
+    _, (line,) = decoded(write(tmp_path / "b", np.uint8, (0, 255), suffix="png"), "0,4095")
+    assert "of the range from 0 to 4095 they can use 6%" in line
+    _, (line,) = decoded(write(tmp_path / "c", np.uint16, (0, 1000)))
+    assert "10-bit data? --value-range 0,1023" in line
+
+
+def test_the_sample_needs_little_memory(tmp_path):
+    """Views into whole images once kept all of them."""
+    import tracemalloc
+
+    for i in range(8):
+        Image.fromarray(np.zeros((1500, 2000, 3), np.uint8)).save(tmp_path / f"{i}.png", compress_level=1)
+    images = find_images(tmp_path)
+    tracemalloc.start()
+    settle(images, Decoder(3), "0,200")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 80 * 2**20
 
 
 @pytest.mark.parametrize(
