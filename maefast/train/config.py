@@ -67,8 +67,18 @@ class PretrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        self.data, self.output_dir, self.resume = str(self.data), str(self.output_dir), str(self.resume)
-        self.crop_scale, self.crop_ratio = tuple(self.crop_scale), tuple(self.crop_ratio)
+        for name in ("data", "output_dir", "resume"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, os.PathLike)):
+                raise ConfigError(f"{_flag(name)} must be a name, not {value!r}")
+            setattr(self, name, str(value))
+        for name in ("crop_scale", "crop_ratio"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(type(number) in (int, float) for number in value):
+                raise ConfigError(f"{_flag(name)} wants two numbers, not {value!r}")
+            setattr(self, name, tuple(value))
+        if not isinstance(self.model_args, dict):
+            raise ConfigError(f"model_args wants names and values, not {self.model_args!r}")
         if isinstance(self.value_range, tuple):
             self.value_range = list(self.value_range)
         if isinstance(self.img_size, (tuple, list)):
@@ -164,6 +174,8 @@ def load_config(path: str | Path) -> dict[str, Any]:
         document = yaml.load(Path(path).read_text(), Loader=_loader(yaml))  # JSON is YAML
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: no text ({error})") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {path}: not valid YAML or JSON: {error}") from error
     if not isinstance(document, dict):

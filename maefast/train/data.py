@@ -214,14 +214,29 @@ class Loader:
             self._on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def close(self) -> None:
-        """Put the signal handler back. The workers end with the iterator."""
+        """End the workers, whatever holds on to this object, and put the signal handler back."""
+        workers = getattr(self._iterator, "_workers", ())
+        if workers:
+            self._iterator._shutdown_workers()
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()  # torch's terminate() would wait for `_GRACE`
+        self._iterator = iter(())
         if self._on_child is not None:
             signal.signal(signal.SIGCHLD, self._on_child)
             self._on_child = None
 
     def next(self) -> Batch:
         began = time.perf_counter()
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainError(
+                f"a process that loads images was lost, killed for its memory perhaps (fewer --workers, a smaller "
+                f"--cache-mb): {error}"
+            ) from error
         self.waited += time.perf_counter() - began
         self.bad.update(batch.bad)
         if not len(batch.images):

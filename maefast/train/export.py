@@ -18,7 +18,6 @@ from maefast.models.hf_config import config_of
 
 from . import checkpoint
 from .build import check_mask, image_shape, mask_ratio_of
-from .config import parse_value_range
 from .data import MEAN, STD
 from .errors import BadImage, ConfigError
 from .images import ImageSet, Names
@@ -180,18 +179,17 @@ def _decoder(
 ) -> Decoder:
     """As the run decoded its images, if the weights are of one, unless told otherwise."""
     decoder = Decoder(channels)
-    state = weights.source.parent / checkpoint.STATE
+    state, quiet = weights.source.parent / checkpoint.STATE, False
     if state.is_file():
+        quiet = value_range is None  # what looks odd was said by the run
         run = checkpoint.read_state(state.parent)
         decoder = replace(decoder, bits=run.config.get("pixel_bits", 8), scale=run.extra.get("scale"))
         value_range = run.config.get("value_range") if value_range is None else value_range
         max_pixels = run.config.get("max_pixels") if max_pixels is None else max_pixels
     if max_pixels is not None:
         decoder = replace(decoder, max_pixels=max_pixels)
-    if decoder.scale is not None and parse_value_range(value_range) is None:
-        return decoder
     decoder, lines = settle(ImageSet("", "", Names(str(path) for path in images)), decoder, value_range)
-    for line in lines:
+    for line in () if quiet else lines:
         print(line)
     return decoder
 

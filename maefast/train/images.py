@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ def find_images(data: str | Path, output: str | Path | None = None) -> ImageSet:
 
     Files are those with a common image extension, sorted by their path relative to the folder (hidden files
     and folders are left out, links are followed), so the order is the same on every machine. What maefast writes is no
-    data: the folder `output`, folders of other runs, and the pictures that it draws.
+    data: the folder `output` (but not images that lie in it, if it is `data` itself) and the pictures that it draws.
     """
     if str(data) == "skimage" and not Path("skimage").is_dir():
         return ImageSet("skimage", "", Names(str(path) for path in shipped_photographs()))
@@ -136,15 +137,18 @@ def find_images(data: str | Path, output: str | Path | None = None) -> ImageSet:
 
 @dataclass
 class _LeftOut:
-    runs: list[str] = field(default_factory=list)
+    output: str = ""
+    closed: list[str] = field(default_factory=list)
     drawn: list[str] = field(default_factory=list)
     unreadable: dict[str, int] = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
-        if self.runs:
-            yield f"left out {', '.join(self.runs[:3])}{', …' * (len(self.runs) > 3)}: what a run of maefast wrote"
+        if self.output:
+            yield f"left out {self.output}: the output folder"
         if self.drawn:
             yield f"left out {', '.join(self.drawn[:3])}{', …' * (len(self.drawn) > 3)}: drawn by maefast"
+        if self.closed:
+            yield f"left out {', '.join(self.closed[:3])}{', …' * (len(self.closed) > 3)}: may not be read"
         for extension, count in self.unreadable.items():
             package = PLUGINS[extension][0].replace("_", "-")
             yield f"left out {count} {extension} file(s), which Pillow reads with the package {package} (not installed)"
@@ -161,34 +165,56 @@ def _identity(path: str | Path | None) -> tuple[int, int] | None:
 def _walk(root: Path, output: tuple[int, int] | None, left_out: _LeftOut) -> Iterator[str]:
     """Names of the images below `root`, relative to it."""
     seen: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+
+    def closed(error: OSError) -> None:
+        left_out.closed.append(os.path.relpath(error.filename, root))
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=closed):
         identity, inside = _identity(folder), os.path.relpath(folder, root).replace(os.sep, "/")
         prefix = "" if inside == "." else f"{inside}/"
-        ours = identity == output or _is_run(folder, folders, names)
-        if identity in seen or (ours and prefix):  # a link back to a folder above would be followed for ever
-            left_out.runs += [inside] if ours and identity not in seen else []
+        if identity in seen or (
+            identity == output and prefix
+        ):  # a link back to a folder above would be followed for ever
+            left_out.output = inside if identity not in seen else left_out.output
             folders.clear()
             continue
         seen.add(identity)
-        ours_below = ("checkpoints", "pictures", "tensorboard") if ours else ()  # images that lie beside them are data
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in ours_below)
+        ours = identity == output or _is_run(folder, folders, names)  # images that lie beside what it wrote are data
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        pictures = _is_run(*_above(folder)) if os.path.basename(folder) == "pictures" else False
         for name in names:
             extension = os.path.splitext(name)[1].lower()
             if extension not in EXTENSIONS or name.startswith("."):
                 continue
             if extension in PLUGINS and not register_plugin(extension):
                 left_out.unreadable[extension] = left_out.unreadable.get(extension, 0) + 1
-            elif _is_drawn(folder, name):
+            elif (ours and name in _ENDS) or (pictures and _STEP.fullmatch(name)) or _is_drawn(folder, name):
                 left_out.drawn.append(prefix + name)
             else:
                 yield prefix + name
 
 
+# Pictures in a run's folder and in its pictures/: those of older versions have no mark.
+_ENDS, _STEP = ("reconstruction.png", "loss_curve.png"), re.compile(r"step-\d{8,}\.png")
+
+
+def _above(folder: str) -> tuple[str, list[str], list[str]]:
+    above = os.path.dirname(folder)
+    names = os.listdir(above)
+    return above, names, names
+
+
 def _is_run(folder: str, folders: list[str], names: list[str]) -> bool:
     """Whether a folder is that of a run: by what is in it, whatever it is called."""
-    if "config.yaml" in names and "metrics.csv" in names:
+    if "checkpoints" in folders and checkpoint.latest(Path(folder, "checkpoints"))[0] is not None:
         return True
-    return "checkpoints" in folders and checkpoint.latest(Path(folder, "checkpoints"))[0] is not None
+    if "config.yaml" not in names or "metrics.csv" not in names:
+        return False
+    try:
+        text = Path(folder, "config.yaml").read_text(errors="replace")
+    except OSError:
+        return False
+    return "\noutput_dir:" in text and "\nmask_ratio:" in text
 
 
 def _is_drawn(folder: str, name: str) -> bool:

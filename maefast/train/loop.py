@@ -19,7 +19,7 @@ from torch import nn
 from . import checkpoint, pictures, schedule, seeds
 from .accelerator import Processes, make_accelerator
 from .build import build_model, image_shape, mask_ratio_of
-from .config import PretrainConfig
+from .config import PretrainConfig, parse_value_range
 from .data import Augment, Batch, Loader, Positions, TrainImages
 from .errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError
 from .images import find_images
@@ -92,6 +92,8 @@ class Run:
         if config.max_pixels is not None:
             self.decoder = replace(self.decoder, max_pixels=config.max_pixels)
         self.decoder, self._notes = settle(self.images, self.decoder, config.value_range)
+        wanted = parse_value_range(config.value_range)
+        self._percentiles = wanted if isinstance(wanted, str) else None
         if self.decoder.value_range is not None:  # percentiles as the numbers that they came to
             self.config = replace(self.config, value_range=list(self.decoder.value_range))
         self.batch_images = config.batch_size * config.accum * self.world
@@ -120,6 +122,7 @@ class Run:
             self._say(note)
         if path is not None:
             self._resume(path)
+            config = self.config
         peak = config.lr if config.lr is not None else schedule.peak_lr(config.blr, self.batch_images)
         warmup = schedule.warmup_steps(config.warmup, self.total)
         if config.min_lr > peak:
@@ -176,6 +179,11 @@ class Run:
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
+        asked = state.extra.get("percentiles")
+        if asked is not None and asked == self._percentiles:  # the numbers are kept, also when the data have grown
+            kept = tuple(state.config["value_range"])
+            self.decoder = replace(self.decoder, value_range=kept)
+            self.config = replace(self.config, value_range=list(kept))
         now = self.config, self.model_config, self.images, self.total, self.decoder.scale, self.world
         for line in compare(state, *now):
             self._say(line)
@@ -242,7 +250,8 @@ class Run:
         if signal.name or any(name for name, _ in told):
             return signal.name or "a signal to another process"
         if self.last is not None:
-            self._say(f"stopped after step {self.done} of {self.total}, saved as {self.last}; the same command goes on")
+            self._say(f"stopped after step {self.done} of {self.total}, saved as {self.last}")
+            self._say("once the cause is mended, the same command goes on from there")
         raise self._failed or TrainError(f"stopped by another process: {next(text for _, text in told if text)}")
 
     def _step(self) -> None:
@@ -327,6 +336,7 @@ class Run:
                     "fingerprint": self.images.fingerprint(),
                     "processes": self.world,
                     "scale": self.decoder.scale,
+                    "percentiles": self._percentiles,
                     "torch": torch.__version__,
                 },
             )

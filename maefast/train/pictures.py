@@ -23,6 +23,7 @@ from .errors import SKIP_BAD, BadImage, ConfigError
 from .images import ImageSet
 from .pixels import SOFTWARE, Decoder, centre_crop, to_array
 
+_TIFF_SOFTWARE = 305  # the tag
 COLUMNS = ("original", "masked", "reconstruction", "pasted")
 _GAP, _HEAD, _LINE, _CELL = 6, 26, 16, 160
 _TRIES = 20  # to find another example near one that cannot be read
@@ -115,11 +116,15 @@ def picture_format(path: Path) -> str:
     """The format that the name of a picture asks for. ConfigError: none that can be written."""
     known = Image.registered_extensions()
     name = known.get(path.suffix.lower())
-    if name not in Image.SAVE:
-        raise ConfigError(f"{path}: give a name that ends in .png, .jpg, .webp or another that pictures are written in")
+    if name not in _SIDES:  # formats that carry our mark
+        raise ConfigError(f"{path}: give a name that ends in .png, .jpg, .webp or .tif")
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; give the name of a file")
     return name
+
+
+# Formats of pictures, and how many pixels a side of them may have.
+_SIDES = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383, "TIFF": 2**31 - 1}
 
 
 def save_picture(columns: list[torch.Tensor], names: Sequence[str], path: Path, title: str = "") -> None:
@@ -135,6 +140,8 @@ def save_picture(columns: list[torch.Tensor], names: Sequence[str], path: Path, 
     top = _HEAD + _LINE * len(lines) + (4 if lines else 0)
     caption = 18
     sheet = Image.new("RGB", (wide, top + rows * (height + _GAP + caption)), (255, 255, 255))
+    if max(sheet.size) > _SIDES[format]:
+        raise ConfigError(f"{path}: {rows} images make a picture of {sheet.width} x {sheet.height} pixels; name a .png")
     draw = ImageDraw.Draw(sheet)
     for i, line in enumerate(lines):
         draw.text((_GAP, 4 + _LINE * i), line, fill=(90, 90, 90), font=small)
@@ -154,6 +161,11 @@ def save_picture(columns: list[torch.Tensor], names: Sequence[str], path: Path, 
     tag, exif = PngInfo(), Image.Exif()
     tag.add_text("Software", SOFTWARE)
     exif[ExifTags.Base.Software] = SOFTWARE
-    more = {"PNG": {"pnginfo": tag}, "JPEG": {"exif": exif, "quality": 92}, "WEBP": {"exif": exif}}
+    more = {
+        "PNG": {"pnginfo": tag},
+        "JPEG": {"exif": exif, "quality": 92},
+        "WEBP": {"exif": exif},
+        "TIFF": {"tiffinfo": {_TIFF_SOFTWARE: SOFTWARE}},
+    }
     sheet.save(temporary, format=format, **more.get(format, {}))
     os.replace(temporary, path)

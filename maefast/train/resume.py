@@ -86,6 +86,8 @@ def compare(
     lines = differences(state.config, config.to_dict())
     if (len(images), images.fingerprint()) != (state.extra["images"], state.extra["fingerprint"]):
         lines.append(f"images: {state.extra['images']} -> {len(images)} (the list of files is another)")
+    if "scale" not in state.extra and scale:
+        lines.append("decoding of images: floats and 32-bit integers once had a scale for each image, now one for all")
     old, new = state.extra.get("scale", scale) or {}, scale or {}
     for kind in sorted({*old, *new}):
         if old.get(kind) != new.get(kind):

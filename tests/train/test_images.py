@@ -51,7 +51,7 @@ def test_what_maefast_writes_is_never_data(tmp_path, monkeypatch, data):
     again = find_images(data, out)
     assert list(again.files) == list(first.files)
     assert again.fingerprint() == first.fingerprint()
-    assert "what a run of maefast wrote" in again.notes[0]
+    assert "left out out: the output folder" in again.notes[0]
     # Another run, into another folder: the first is known by what is in it, whatever it is called.
     out.rename(tmp_path / data / "renamed")
     assert list(find_images(data, tmp_path / "elsewhere").files) == list(first.files)
@@ -76,12 +76,56 @@ def test_images_beside_a_run_are_data(tmp_path):
     assert find_images(tmp_path).files == first.files
 
 
+def test_images_of_the_user_s_own_are_never_taken_for_ours(tmp_path):
+    """In folders with the names of ours, beside another program's run, below a run of ours."""
+    paint = Image.new("RGB", (16, 16), (9, 90, 200))
+    for name in (
+        "pictures/cat.png",
+        "checkpoints/dog.png",
+        "tensorboard/cow.png",
+        "a/step-00000001.png",
+        "loss_curve.png",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        paint.save(tmp_path / name)
+    first = find_images(tmp_path, tmp_path)
+    assert len(first) == 5
+    (tmp_path / "config.yaml").write_text("optimizer: adam\n")  # of another program
+    (tmp_path / "metrics.csv").write_text("epoch,loss\n")
+    assert find_images(tmp_path).files == first.files
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "metrics.csv").unlink()
+    (tmp_path / "loss_curve.png").unlink()
+    first = find_images(tmp_path, tmp_path)
+    pretrain(tiny_config(tmp_path, tmp_path, steps=2, picture_rows=2, picture_every=1))
+    again = find_images(tmp_path, tmp_path)
+    assert again.files == first.files
+    assert "drawn by maefast" in again.notes[0]
+    assert len(find_images(tmp_path.parent).files) >= len(first)  # and from above
+
+
+def test_pictures_of_older_versions_have_no_mark(tmp_path):
+    write_photos(tmp_path, count=3)
+    first = find_images(tmp_path)
+    pretrain(tiny_config(tmp_path, tmp_path / "out", steps=2, picture_rows=2, picture_every=1))
+    for path in (tmp_path / "out").rglob("*.png"):
+        Image.open(path).convert("RGB").save(path)
+    assert find_images(tmp_path).files == first.files  # known by their place in a run
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_folders_that_may_not_be_read_are_told(tmp_path):
+    write_photos(tmp_path, count=3)
+    (tmp_path / "closed").mkdir(mode=0o000)
+    assert "left out closed: may not be read" in find_images(tmp_path).notes[0]
+
+
 def test_our_own_pictures_under_another_name(tmp_path):
     """Told when they are met; a photograph called reconstruction.png is one."""
     photo = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
     photo.save(tmp_path / "reconstruction.png")
     assert find_images(tmp_path).files == ("reconstruction.png",)
-    for suffix in ("png", "jpg", "webp"):
+    for suffix in ("png", "jpg", "webp", "tif"):
         path = tmp_path / f"figure1.{suffix}"
         pictures.save_picture([torch.zeros(1, 3, 8, 8, dtype=torch.uint8)] * 4, ["a"], path)
         with pytest.raises(BadImage, match="maefast drew this picture; it is no data"):

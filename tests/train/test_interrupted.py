@@ -145,7 +145,7 @@ def test_a_loader_process_that_is_killed(folder, tmp_path, moment):
 
         patch.setattr(Objective, "forward", forward_)
         patch.setattr(Run, "_step", step_)
-        with pytest.raises(RuntimeError, match="DataLoader worker"):
+        with pytest.raises(RuntimeError, match="a process that loads images was lost.*DataLoader worker"):
             pretrain(config)
     saved = checkpoint.latest(tmp_path / "out" / "checkpoints")[0]
     assert saved is not None
@@ -164,6 +164,24 @@ def test_a_worker_outlives_sigterm_for_a_while(folder, tmp_path):
     assert "stopped by SIGTERM after step 5 of 12" in (tmp_path / "out" / "log.txt").read_text()
     assert run_process(victims.train, config) == 0
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+def test_a_run_that_fails_ends_at_once(folder, tmp_path):
+    """With the error in hand, which holds the loader, its processes are ended all the same."""
+    config = tiny_config(folder, tmp_path / "out", workers=2)
+    break_image(folder, config.seed, 5)
+    began = time.perf_counter()
+    with pytest.raises(BadImage) as error:
+        pretrain(config)
+    assert time.perf_counter() - began < 30
+    assert error.value.path.exists()
+    children = [Path(f"/proc/{pid}/comm") for pid in children_of(os.getpid())]
+    assert not [path for path in children if path.exists() and "pt_data_worker" in path.read_text()]
+
+
+def children_of(pid: int) -> list[str]:
+    path = Path(f"/proc/self/task/{pid}/children")
+    return path.read_text().split() if path.exists() else []
 
 
 def test_the_handler_of_signals_is_put_back(folder, tmp_path):

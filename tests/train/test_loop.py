@@ -252,6 +252,25 @@ def test_numbers_in_yaml(tmp_path):
     assert config.data == "1e3x"
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("crop_scale: 0.5", "--crop-scale wants two numbers, not 0.5"),
+        ("crop_scale: [a, b]", "--crop-scale wants two numbers"),
+        ("crop_scale: 0.2,1.0", "--crop-scale wants two numbers, not '0.2,1.0'"),
+        ("model_args: 5", "model_args wants names and values"),
+        ("data: null", "--data must be a name, not None"),
+    ],
+)
+def test_configurations_that_make_no_sense(tmp_path, text, message):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        PretrainConfig(**load_config(tmp_path / "config.yaml"))
+    (tmp_path / "config.yaml").write_bytes(b"data: \xff\xfe")
+    with pytest.raises(ConfigError, match="no text"):
+        load_config(tmp_path / "config.yaml")
+
+
 def test_model_arguments_and_sizes():
     assert parse_model_args(["depth=4", "mlp_ratio=2.5", "positions=learned", "x=True"]) == {
         "depth": 4, "mlp_ratio": 2.5, "positions": "learned", "x": True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -308,6 +310,30 @@ def test_a_run_keeps_its_range(tmp_path, capsys):
     config.value_range, config.steps = "0,8000", 4
     pretrain(config)
     assert "value_range: [0.0, 4000.0] -> [0.0, 8000.0]" in capsys.readouterr().out
+
+
+def test_percentiles_are_kept_though_the_data_grow(tmp_path, capsys):
+    folder = write(tmp_path / "data", np.uint16, *[(0, 4000)] * 4)
+    config = tiny_config(folder, tmp_path / "out", steps=2, value_range="0%,100%")
+    pretrain(config)
+    write(folder, np.uint16, *[(0, 4000)] * 4, (0, 60000))
+    config.steps = 3
+    pretrain(config)
+    assert "value_range:" not in capsys.readouterr().out
+    assert load_config(tmp_path / "out" / "config.yaml")["value_range"] == [0, 4000]
+
+
+def test_checkpoints_of_the_older_rule_say_so(tmp_path, capsys):
+    folder = write(tmp_path / "data", np.float32, *[(0, 1)] * 4)
+    config = tiny_config(folder, tmp_path / "out", steps=2)
+    pretrain(config)
+    for path in (tmp_path / "out" / "checkpoints").glob("*/state.json"):
+        document = json.loads(path.read_text())
+        del document["extra"]["scale"]
+        path.write_text(json.dumps(document))
+    config.steps = 3
+    pretrain(config)
+    assert "once had a scale for each image" in capsys.readouterr().out
 
 
 def test_a_run_notices_another_scale(tmp_path, capsys):
