@@ -145,7 +145,7 @@ def test_a_loader_process_that_is_killed(folder, tmp_path, moment):
 
         patch.setattr(Objective, "forward", forward_)
         patch.setattr(Run, "_step", step_)
-        with pytest.raises(RuntimeError, match="a process that loads images was lost.*DataLoader worker"):
+        with pytest.raises(RuntimeError, match=r"a process that loads images was lost.*DataLoader worker"):
             pretrain(config)
     saved = checkpoint.latest(tmp_path / "out" / "checkpoints")[0]
     assert saved is not None
