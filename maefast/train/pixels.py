@@ -79,18 +79,19 @@ class Decoder:
             raise BadImage(path, f"{type(error).__name__}: {error}") from error
 
     def _levels(self, image: Image.Image, unit: float = 1.0) -> Image.Image:
-        deep, name, stored = is_deep(image), kind(image), values_of(image)
+        deep, name = is_deep(image), kind(image)
         inverted = deep and _tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO  # Pillow turns 8 bits round, and no others
         low, high = self.value_range or (0.0, self._white(image, name) if deep else 255.0)
         if self.value_range is not None:
             low, high = low / unit, high / unit
         if not deep:
+            refuse_signed(image)
             image = flat(ImageOps.exif_transpose(image)).convert("RGB" if self.channels == 3 else "L")
             if (low, high) == (0.0, 255.0):
                 return image
             table = np.rint(np.clip((np.arange(256) - low) / (high - low), 0, 1) * 255).astype(int).tolist()
             return image.point(table * len(image.getbands()))
-        values = stored.astype(np.float64)
+        values = values_of(image).astype(np.float64)
         if "transparency" in image.info:
             values[values == image.info["transparency"]] = high
         self._check(values, high)
@@ -135,13 +136,17 @@ def _turned(levels: Image.Image, image: Image.Image) -> Image.Image:
 
 
 def values_of(image: Image.Image) -> np.ndarray:
-    """The values of an image as they are stored: Pillow reads unsigned 32 bits as signed ones."""
-    if image.mode == "L" and _tag(image, _SAMPLE_FORMAT) == _SIGNED:
-        raise ValueError("signed 8-bit values, which Pillow reads as if they had no sign")
+    """The values of a deep image as they are stored: Pillow reads unsigned 32 bits as signed ones."""
     values = np.asarray(image)
     if image.mode == "I" and _tag(image, _BITS) == 32 and _tag(image, _SAMPLE_FORMAT) != _SIGNED:
         values = values.view(np.uint32)
     return values
+
+
+def refuse_signed(image: Image.Image) -> None:
+    """Raise ValueError for signed values of 8 bits."""
+    if image.mode == "L" and _tag(image, _SAMPLE_FORMAT) == _SIGNED:
+        raise ValueError("signed 8-bit values, which Pillow reads as if they had no sign")
 
 
 def stored_units(image: Image.Image, path: str | Path) -> float:

@@ -26,6 +26,7 @@ from .pixels import (
     kind,
     open_header,
     own_white,
+    refuse_signed,
     stored_units,
     values_of,
 )
@@ -108,7 +109,8 @@ def _measure(entry: _Kind) -> _Kind:
             with open_header(path) as image:
                 unit = stored_units(image, path)
                 image.load()
-                values = values_of(image if is_deep(image) else flat(image).convert("RGB"))
+                refuse_signed(image)
+                values = values_of(image) if is_deep(image) else np.asarray(flat(image).convert("RGB"))
         except Exception:
             continue
         values = values.reshape(-1, *values.shape[2:])  # pixels
