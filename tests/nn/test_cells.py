@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import maefast
-from bench.peers.plain_sparse import Active, masked
 from maefast import Cells, masking
 from maefast.nn import DropPath, UnknownSparseOp
 from maefast.ops import CellMask
+from tests.nn.common import Odd, assert_equals_masked
 
 
 class Residual(nn.Module):
@@ -111,21 +111,7 @@ def test_equals_every_layer_times_the_mask(name, ragged):
     sparse = maefast.sparsify(copy.deepcopy(dense))
     assert sparse.state_dict().keys() == dense.state_dict().keys()
     images, plan = inputs(ragged=ragged)
-    active = Active()
-    active.set(~plan.mask[:, None])
-    masked(dense, active)
-    want = dense(images * active.map(images))
-    out = sparse(Cells.pack(images, plan))
-    assert out.shape == want.shape
-    keep = active.map(want)
-    torch.testing.assert_close(out.dense(), want * keep, rtol=1e-10, atol=1e-10)
-    weight = torch.randn_like(want)
-    (want * keep * weight).sum().backward()
-    (out.dense() * weight).sum().backward()
-    for (name, p), q in zip(sparse.named_parameters(), dense.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9, msg=name)
-    for (name, p), q in zip(sparse.named_buffers(), dense.buffers()):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10, msg=name)
+    assert_equals_masked(dense, sparse, images, plan)
 
 
 @pytest.mark.parametrize("name", [n for n in NETS if n != "next"])
@@ -233,15 +219,6 @@ def test_unknown_modules_are_named(module, message):
     model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ModuleDict({"up": module}))
     with pytest.raises(UnknownSparseOp, match=message):
         maefast.sparsify(model)
-
-
-class Odd(nn.Module):
-    def __init__(self, run):
-        super().__init__()
-        self.run = run
-
-    def forward(self, x):
-        return self.run(x)
 
 
 @pytest.mark.parametrize(

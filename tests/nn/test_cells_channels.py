@@ -12,6 +12,7 @@ from maefast import Cells, masking
 from maefast.nn import UnknownSparseOp
 from maefast.nn.sparsify import activations
 from maefast.ops import CellMask
+from tests.nn.common import Odd
 
 SHAPE = (3, 8, 6, 4)
 
@@ -184,15 +185,6 @@ def test_masked_sites_are_in_no_reduction():
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
-
-
-class Odd(nn.Module):
-    def __init__(self, run):
-        super().__init__()
-        self.run = run
-
-    def forward(self, x):
-        return self.run(x)
 
 
 MIXED = {

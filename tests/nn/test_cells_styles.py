@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import maefast
-from bench.peers.plain_sparse import Active, masked
 from maefast import Cells, masking
 from maefast.ops import CellMask
+from tests.nn.common import assert_equals_masked
 
 
 class ConvNormAct(nn.Sequential):
@@ -224,18 +224,4 @@ def test_equals_every_layer_times_the_mask(name, active, train):
     plan = CellMask.all_visible(3, (3, 2))
     if active != "all":
         plan = masking.cells(3, (3, 2), keep=3 if active == "some" else [4, 1, 6], generator=generator)
-    mask = Active()
-    mask.set(~plan.mask[:, None])
-    masked(dense, mask)
-    want = dense(images * mask.map(images))
-    out = sparse(Cells.pack(images, plan))
-    assert out.shape == want.shape
-    keep = mask.map(want)
-    torch.testing.assert_close(out.dense(), want * keep, rtol=1e-10, atol=1e-10)
-    weight = torch.randn_like(want)
-    (want * keep * weight).sum().backward()
-    (out.dense() * weight).sum().backward()
-    for (key, p), q in zip(sparse.named_parameters(), dense.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-8, msg=key)
-    for (key, p), q in zip(sparse.named_buffers(), dense.buffers()):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10, msg=key)
+    assert_equals_masked(dense, sparse, images, plan, gradients=1e-8)
