@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,9 @@ from maefast.models import hf_config
 from maefast.models.convert import hf_to_mae, is_hf
 from maefast.models.convnames import FCMAE, is_sparse, is_timm_convnext, sparse_to_fcmae, timm_to_convnext
 from maefast.models.files import CONFIG, config_beside, describe, open_file, refused_class
-from maefast.models.fit import fit_state, fit_to_model
+from maefast.models.fit import fit_to_model
 from maefast.models.unwrap import Ambiguous, find_state, only_state
 from maefast.ops._checks import one_of
-
-__all__ = ["Content", "fit_state", "load_checkpoint", "read_content", "read_state_dict"]
 
 _FCMAE_DECODER = ("mask_token", "proj.", "pred.", "decoder.")
 TRIED = (
@@ -40,7 +38,7 @@ class Content:
     tensors: dict[str, Tensor]
     config: dict[str, Any] | None = None
     place: str = ""
-    averaged: bool = field(default=False)
+    averaged: bool = False
 
 
 def read_content(path: str | os.PathLike, ema: bool = False, names: Collection[str] = ()) -> Content:

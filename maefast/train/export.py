@@ -21,7 +21,7 @@ from .build import check_mask, image_shape, mask_ratio_of
 from .data import MEAN, STD
 from .errors import BadImage, ConfigError
 from .images import ImageSet, Names
-from .infer import check_vit, infer_arguments, make_model, unusual_heads
+from .infer import check_vit, infer_arguments, make_model, sides_of, unusual_heads
 from .pixels import Decoder
 from .value_range import settle
 from .weights import Weights, open_weights
@@ -65,7 +65,7 @@ def export_file(
     if hf:
         arguments = infer_arguments(weights, name, img_size, heads, lines.append)
         check_vit(weights, arguments, whole)
-        if whole and len(set(_pair(arguments["img_size"]))) > 1:
+        if whole and len(set(sides_of(arguments["img_size"]))) > 1:
             raise ConfigError(
                 "--format hf-mae: transformers' ViTMAE takes square images only; use hf (the encoder) or mae"
             )
@@ -194,12 +194,8 @@ def _decoder(
     return decoder
 
 
-def _pair(size: int | Sequence[int]) -> Sequence[int]:
-    return (size, size) if isinstance(size, int) else size
-
-
 def _hf_preprocessor(arguments: dict[str, Any]) -> dict[str, Any]:
-    height, width = _pair(arguments["img_size"])
+    height, width = sides_of(arguments["img_size"])
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

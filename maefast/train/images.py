@@ -172,10 +172,10 @@ def _walk(root: Path, output: tuple[int, int] | None, left_out: _LeftOut) -> Ite
     for folder, folders, names in os.walk(root, followlinks=True, onerror=closed):
         identity, inside = _identity(folder), os.path.relpath(folder, root).replace(os.sep, "/")
         prefix = "" if inside == "." else f"{inside}/"
-        if identity in seen or (
-            identity == output and prefix
-        ):  # a link back to a folder above would be followed for ever
-            left_out.output = inside if identity not in seen else left_out.output
+        known, apart = identity in seen, identity == output and bool(prefix)
+        if apart and not known:
+            left_out.output = inside
+        if known or apart:  # known: a link back to a folder above would be followed for ever
             folders.clear()
             continue
         seen.add(identity)

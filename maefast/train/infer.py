@@ -52,7 +52,7 @@ def infer_arguments(
     if weights.family != "mae":
         arguments = _convnet_arguments(weights)
         if img_size is not None:
-            _must_agree(weights, arguments.setdefault("img_size", _sides(img_size)), img_size)
+            _must_agree(weights, arguments.setdefault("img_size", sides_of(img_size)), img_size)
         return arguments
     width = _tensor(weights, "cls_token", 3).shape[-1]
     _, channels, ph, pw = _tensor(weights, "patch_embed.proj.weight", 4).shape
@@ -119,13 +119,13 @@ def unusual_heads(arguments: dict[str, Any]) -> bool:
     return width is not None and arguments.get("num_heads") != _HEADS.get(width)
 
 
-def _sides(img_size: int | Sequence[int]) -> list[int]:
+def sides_of(img_size: int | Sequence[int]) -> list[int]:
     return [img_size, img_size] if isinstance(img_size, int) else list(img_size)
 
 
 def _must_agree(weights: Weights, found: int | Sequence[int] | None, given: int | Sequence[int] | None) -> None:
-    if given is not None and found is not None and _sides(found) != _sides(given):
-        height, width = _sides(found)
+    if given is not None and found is not None and sides_of(found) != sides_of(given):
+        height, width = sides_of(found)
         raise ConfigError(f"--img-size {given}: {weights.source} is of a model for {height} x {width} pixels")
 
 
@@ -136,8 +136,8 @@ def _grid(weights: Weights, patch: Sequence[int], img_size: int | Sequence[int] 
     if grid and certain:
         _must_agree(weights, [side * p for side, p in zip(grid, patch)], img_size)
     elif img_size is not None:
-        grid = tuple(side // p for side, p in zip(_sides(img_size), patch))
-        if grid[0] * grid[1] != patches or any(side % p for side, p in zip(_sides(img_size), patch)):
+        grid = tuple(side // p for side, p in zip(sides_of(img_size), patch))
+        if grid[0] * grid[1] != patches or any(side % p for side, p in zip(sides_of(img_size), patch)):
             raise ConfigError(
                 f"--img-size {img_size} has {grid[0]} x {grid[1]} patches of {patch[0]} x {patch[1]}; "
                 f"{weights.source} holds positions of {patches}"

@@ -23,7 +23,6 @@ from .errors import SKIP_BAD, BadImage, ConfigError
 from .images import ImageSet
 from .pixels import SOFTWARE, Decoder, centre_crop, to_array
 
-_TIFF_SOFTWARE = 305  # the tag
 COLUMNS = ("original", "masked", "reconstruction", "pasted")
 _GAP, _HEAD, _LINE, _CELL = 6, 26, 16, 160
 _TRIES = 20  # to find another example near one that cannot be read
@@ -165,7 +164,7 @@ def save_picture(columns: list[torch.Tensor], names: Sequence[str], path: Path, 
         "PNG": {"pnginfo": tag},
         "JPEG": {"exif": exif, "quality": 92},
         "WEBP": {"exif": exif},
-        "TIFF": {"tiffinfo": {_TIFF_SOFTWARE: SOFTWARE}},
+        "TIFF": {"tiffinfo": {ExifTags.Base.Software: SOFTWARE}},
     }
-    sheet.save(temporary, format=format, **more.get(format, {}))
+    sheet.save(temporary, format=format, **more[format])
     os.replace(temporary, path)

@@ -28,7 +28,7 @@ except ImportError as error:  # pragma: no cover - the extra is installed wherev
 SOFTWARE = "maefast"  # in the pictures that we draw, which are no data
 # Above it Pillow takes an image for a decompression bomb and refuses it.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _SOFTWARE = 258, 262, 339, 305  # tags of TIFF
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED, _WHITE_IS_ZERO = 2, 0
 # How far above white (or below black) values may lie, and what share of a file's may lie further still: hot pixels.
 TOLERANCE, STRAYS = 1.1, 0.01
@@ -72,7 +72,7 @@ class Decoder:
                 if drawn_by_us(image):
                     raise ValueError("maefast drew this picture; it is no data")
                 image.load()
-                return self._levels(image, stored_units(image, path))
+                return self._levels(image, stored_units(image, path) if self.value_range is not None else 1.0)
         except MemoryError:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
@@ -156,7 +156,7 @@ def stored_units(image: Image.Image, path: str | Path) -> float:
             header = re.sub(rb"#[^\n]*\n", b" ", file.read(1024)).split(maxsplit=4)
         most = int(header[3]) if header[0] in (b"P2", b"P3", b"P5", b"P6") else 255
         return most / (65535 if image.mode == "I" else 255)
-    return 257.0 if kind(image).startswith("16-bit colour") else 1.0
+    return 257.0 if _is_halved(image) else 1.0
 
 
 def open_header(path: str | Path) -> Image.Image:
@@ -199,7 +199,7 @@ def register_plugin(extension: str) -> bool:
 
 def drawn_by_us(image: Image.Image) -> bool:
     """Whether maefast wrote this picture, by its header."""
-    if image.info.get("Software") == SOFTWARE or _tag(image, _SOFTWARE) == SOFTWARE:
+    if image.info.get("Software") == SOFTWARE or _tag(image, ExifTags.Base.Software) == SOFTWARE:
         return True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged tags
@@ -223,12 +223,18 @@ def own_white(image: Image.Image) -> float | None:
 def kind(image: Image.Image) -> str:
     """What a file holds, for messages."""
     if not is_deep(image):
-        deep = (_tag(image, _BITS) or 8) == 16 or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-        return "16-bit colour (read with 8)" if deep and image.mode != "L" else "8-bit"
+        return "16-bit colour (read with 8)" if _is_halved(image) else "8-bit"
     if image.mode == "F":
         return "float"
     bits = _tag(image, _BITS) or 16
     return f"{bits}-bit signed" if _tag(image, _SAMPLE_FORMAT) == _SIGNED else f"{bits}-bit"
+
+
+def _is_halved(image: Image.Image) -> bool:
+    """Whether Pillow reads sixteen bits of colour with eight."""
+    if is_deep(image) or image.mode == "L":
+        return False
+    return _tag(image, _BITS) == 16 or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
 def _tag(image: Image.Image, tag: int) -> Any:

@@ -39,10 +39,11 @@ SCALES = (1.0, 255.0, 65535.0)
 
 @dataclass
 class _Kind:
-    """Files of one kind in the sample. `white`: by their bits, or None."""
+    """Files of one kind in the sample. `white`: by their bits, or None. `deep`: of more than 8, as they are read."""
 
     name: str
     white: float | None
+    deep: bool
     paths: list[Path]
     low: float = 0.0
     high: float = 0.0
@@ -65,7 +66,7 @@ def settle(images: ImageSet, decoder: Decoder, value_range: Any) -> tuple[Decode
         return decoder, _hints([_measure(entry) for entry in kinds], wanted)
     if wanted is not None:
         return _percentiles(kinds, decoder, wanted)
-    deep = [_measure(entry) for entry in kinds if not entry.name.endswith(("8-bit", "with 8)"))]
+    deep = [_measure(entry) for entry in kinds if entry.deep]
     lines = []
     for entry in deep:
         if entry.white is None and entry.paths:
@@ -85,7 +86,7 @@ def _draw(count: int, size: int, *purpose: int) -> np.ndarray:
 
 
 def _sample(images: ImageSet, decoder: Decoder) -> list[_Kind]:
-    kinds: dict[tuple[str, float | None], _Kind] = {}
+    kinds: dict[tuple[str, float | None, bool], _Kind] = {}
     for index in _draw(HEADERS, len(images)):
         path = images.path(int(index))
         try:
@@ -93,7 +94,8 @@ def _sample(images: ImageSet, decoder: Decoder) -> list[_Kind]:
                 if 0 < decoder.max_pixels < image.width * image.height or drawn_by_us(image):
                     continue
                 deep = is_deep(image)
-                key = kind(image), own_white(image) if deep else 255.0 * max(1.0, stored_units(image, path))
+                white = own_white(image) if deep else 255.0 * max(1.0, stored_units(image, path))
+                key = kind(image), white, deep
         except Exception:  # met again, and told, when it is read
             continue
         kinds.setdefault(key, _Kind(*key, [])).paths.append(path)

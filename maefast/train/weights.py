@@ -1,4 +1,4 @@
-"""Reading weights, from our own checkpoints and from published ones, and the models that they are of."""
+"""Reading weights, from our own checkpoints and from published ones; `infer` tells of which model they are."""
 
 from __future__ import annotations
 
