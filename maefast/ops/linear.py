@@ -151,6 +151,48 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+# --- without autograd, for `linear` and the transformer block -------------------------------------------------
+
+
+def takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of x [..., K] with weight [N, K] runs on oneDNN."""
+    return (
+        x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and x.device.type == "cpu"
+        and x.numel() * weight.shape[0] >= MIN_WORK
+        and linear_library()[0] == "onednn"
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias."""
+    return _product(x, weight, bias) if takes_onednn(x, weight) else F.linear(x, weight, bias)
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad [R, N] and weight [N, K] -> [R, K]."""
+    return _product(grad, weight.t()) if takes_onednn(grad, weight.t()) else torch.mm(grad, weight)
+
+
+def weight_gradient(
+    grad: Tensor, x: Tensor, dtype: torch.dtype, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """grad [R, N] and x [R, K] -> the gradients of the weight [N, K] in `dtype`, and of the bias [N], if a dtype is
+    named."""
+    if takes_onednn(grad, x.t()):
+        columns, total = _transpose_sum(grad, bias_dtype is not None)
+        return _product(columns, x.t()), total
+    total = None
+    if bias_dtype is not None:
+        total = grad.sum(0, dtype=bias_dtype) if grad.is_cuda else grad.sum(0).to(bias_dtype)
+    if dtype is grad.dtype:
+        return torch.mm(grad.t(), x), total
+    if grad.is_cuda and dtype is torch.float32:
+        return torch.mm(grad.t(), x, out_dtype=dtype), total
+    return torch.mm(grad.t(), x).to(dtype), total
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
