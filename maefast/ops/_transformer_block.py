@@ -13,9 +13,10 @@ from torch import Tensor
 
 from maefast.ops import _attention_table, _autograd, _registry
 from maefast.ops._library_attention import LibraryAttention
-from maefast.ops.linear import input_gradient, product, weight_gradient
+from maefast.ops.linear import Products, products
 from maefast.ops.mask import TokenMask
 
+_unsafe_view = torch.ops.aten._unsafe_view.default._op
 KEEP = ("lean", "all", "nothing")
 WEIGHTS = 18  # norm1 2, qkv 3 weights (or one and two None) and 3 biases, proj 2, norm2 2, fc1 2, fc2 2, scales 2
 
@@ -24,39 +25,35 @@ class Form:
     """What all calls of one kind (shapes, dtypes, options, backend) share."""
 
     def __init__(
-        self,
-        *,
-        shape,
-        stream,
-        low,
-        wide,
-        heads,
-        eps,
-        scale,
-        tanh,
-        count,
-        prefix,
-        keep,
-        batch,
-        packed,
-        backends,
-        attention,
-    ) -> None:
-        self.batch, self.length, self.width = batch, None if packed else shape[-2], shape[-1]
+        self, *, x, stream, low, wide, heads, hidden, eps, scale, tanh, count, masked, prefix, keep, sequences, backends
+    ) -> None:  # fmt: skip
+        self.batch, self.width = sequences or len(x), x.shape[-1]
+        self.length = x.shape[1] if x.ndim == 3 else None
         self.stream, self.low, self.wide = stream, low, wide
-        self.heads, self.scale, self.tanh = heads, scale, tanh
+        self.heads, self.scale, self.tanh = (heads, self.width // heads), scale, tanh
         self.eps1, self.eps2 = eps
-        self.count, self.prefix, self.keep = count, prefix, keep
-        raw = _registry.raw
+        self.count, self.prefix, self.keep, self.some = count, prefix, keep, count is not None or masked is not None
+
+        def raw(op: str, name: str):
+            return _registry.raw(op, name)._op  # of its overhead, what Python adds
+
         self.norm, self.norm_backward = raw("add_norm", backends.norm), raw("add_norm_backward", backends.norm)
         self.gelu, self.gelu_backward = raw("bias_gelu", backends.gelu), raw("bias_gelu_backward", backends.gelu)
-        self.library = _attention_table.LIBRARIES.get(attention)
+        self.library = _attention_table.LIBRARIES.get(backends.attention)
         if self.library is None:
-            self.attend = raw("attention", attention)
-            self.attend_backward = raw("attention_backward", attention)
+            self.attend = raw("attention", backends.attention)
+            self.attend_backward = raw("attention_backward", backends.attention)
         if backends.gather is not None:
             self.gather = raw("gather_tokens", backends.gather)
             self.gather_backward = raw("gather_tokens_backward", backends.gather)
+
+        def layer(rows: int, inputs: int, outputs: int) -> Products:
+            return products(x.device.type, low, rows, inputs, outputs)
+
+        rows, d = x.numel() // self.width, self.width
+        wanted = masked.total_masked if masked is not None else len(x) * count if count is not None else rows
+        self.qkv, self.q, self.kv = layer(rows, d, 3 * d), layer(wanted, d, d), layer(rows, d, 2 * d)
+        self.proj, self.fc1, self.fc2 = layer(wanted, d, d), layer(wanted, d, hidden), layer(wanted, hidden, d)
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether the kernels add such a delta to the stream as it is."""
@@ -66,6 +63,7 @@ class Form:
 class Backends(NamedTuple):
     norm: str
     gelu: str
+    attention: str  # or a library
     gather: str | None  # where only the masked tokens are wanted
 
 
@@ -104,7 +102,10 @@ def _add(form: Form, out: Tensor, rows: Tensor, masked: TokenMask | None) -> Ten
 
 
 def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return t if t is None or t.dtype is dtype else t.to(dtype)
+    """In `dtype`, contiguous as the kernels want it."""
+    if t is None:
+        return None
+    return (t if t.dtype is dtype else t.to(dtype)).contiguous()
 
 
 def _joined(parts: tuple[Tensor | None, ...], width: int, dtype: torch.dtype) -> Tensor | None:
@@ -160,7 +161,7 @@ def _back_through(grad: Tensor, scale: Tensor | None, drop: Tensor | None, low: 
     return _Branch(_to(grad * scale, low), _to(grad, low))
 
 
-def _last_layer(before, x, weight, bias, scale, wide, need):
+def _last_layer(layer: Products, before, x, weight, bias, scale, wide, need):
     """Gradients of (weight, bias, scale) of scale * (x weight^T + bias); `need` says which are asked for.
 
     The scale's needs no copy of the layer's output: sum_r before * out = <weight, before^T x> + bias * sum_r before.
@@ -171,9 +172,9 @@ def _last_layer(before, x, weight, bias, scale, wide, need):
     if scale is None:
         bias_dtype = bias.dtype if need_bias else None
         if not need_weight:
-            return None, before.sum(0).to(bias_dtype), None
-        return *weight_gradient(before, x, weight.dtype, bias_dtype), None
-    product_, total = weight_gradient(before, x, wide, wide)
+            return None, before.sum(0), None
+        return *layer.weight_gradient(before, x, weight.dtype, bias_dtype), None
+    product_, total = layer.weight_gradient(before, x, wide, wide)
     factor = scale.to(wide)
     grad_scale = None
     if need_scale:
@@ -212,19 +213,18 @@ class _Kept(NamedTuple):
 
 def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, masked):
     """(r1, delta of the output, _Kept, LibraryAttention or None). starts: (cu_q, cu_k, max_q, max_k)."""
-    low, width, some = form.low, form.width, form.count is not None or masked is not None
+    low, width, heads = form.low, form.width, form.heads
     qkv_weight, proj_weight, fc1_weight, fc2_weight = lowered
     residual, y1, mean1, rstd1 = form.norm(r0, delta, _to(w[0], form.wide), _to(w[1], form.wide), form.eps1, low)
     if delta is not None:
         r0 = residual
     bias = _joined(w[5:8], width, low)
-    heads = (form.heads, width // form.heads)
-    if some:
+    if form.some:
         q_bias, kv_bias = (None, None) if bias is None else bias.split([width, 2 * width])
-        q = product(_take(form, y1, masked), qkv_weight[:width], q_bias).view(-1, *heads)
-        kv = product(y1, qkv_weight[width:], kv_bias).view(-1, 2, *heads)
+        q = form.q.forward(_take(form, y1, masked), qkv_weight[:width], q_bias).view(-1, *heads)
+        kv = form.kv.forward(y1, qkv_weight[width:], kv_bias).view(-1, 2, *heads)
     else:
-        q, kv = product(y1, qkv_weight, bias).view(-1, 3, *heads), None
+        q, kv = form.qkv.forward(y1, qkv_weight, bias).view(-1, 3, *heads), None
     cu_q, cu_k, max_q, max_k = starts
     graph = lse = entropy = mass = None
     if form.library is None:
@@ -235,15 +235,15 @@ def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, masked):
     else:
         graph = LibraryAttention(form.library, form.batch, form.scale)
         a = graph.forward(q, kv, *starts).reshape(-1, width)
-    r = _take(form, r0, masked) if some else r0
+    r = _take(form, r0, masked) if form.some else r0
     if w[16] is None and drop1 is None:  # the bias is added with the residual
-        p, shift = product(a, proj_weight), _to(w[9], form.wide)
+        p, shift = form.proj.forward(a, proj_weight, None), _to(w[9], form.wide)
     else:
-        p, shift = scale_branch(product(a, proj_weight, _to(w[9], low)), w[16], drop1), None
+        p, shift = scale_branch(form.proj.forward(a, proj_weight, _to(w[9], low)), w[16], drop1), None
     r1, y2, mean2, rstd2 = form.norm(r, p, _to(w[10], form.wide), _to(w[11], form.wide), form.eps2, low, shift)
-    h = product(y2, fc1_weight)
+    h = form.fc1.forward(y2, fc1_weight, None)
     g = form.gelu(h, _to(w[13], form.wide), form.tanh)
-    out = scale_branch(product(g, fc2_weight, _to(w[15], low)), w[17], drop2)
+    out = scale_branch(form.fc2.forward(g, fc2_weight, _to(w[15], low)), w[17], drop2)
     whole = form.keep != "lean"
     kept = _Kept(
         r0, mean1, rstd1, y1 if whole else None, q, kv, a, lse, entropy, mass,
@@ -260,22 +260,21 @@ def _gradients(form: Form, k: _Kept, graph, grad_r1, grad_out, w, lowered, drop1
     low, wide, width = form.low, form.wide, form.width
     need_x, delta_dtype, need = needs
     qkv_weight, proj_weight, fc1_weight, fc2_weight = lowered
-    some = form.count is not None or masked is not None
     grads: list[Tensor | None] = [None] * WEIGHTS
     graph, graph_kept = graph
 
     branch = _back_through(grad_out, w[17], drop2, low)
-    grad = input_gradient(branch.grad, fc2_weight)
+    grad = form.fc2.input_gradient(branch.grad, fc2_weight)
     again = k.g is None and (need[14] or need[17])
     grad, grads[13], g = form.gelu_backward(grad, k.h, _to(w[13], wide), form.tanh, need[13], again)
     if not need[13]:
         grads[13] = None
     g = k.g if k.g is not None else g
     ends = need[14], need[15], need[17]
-    grads[14], grads[15], grads[17] = _last_layer(branch.before, g, w[14], w[15], w[17], wide, ends)
+    grads[14], grads[15], grads[17] = _last_layer(form.fc2, branch.before, g, w[14], w[15], w[17], wide, ends)
     del g, branch
 
-    grad_y = input_gradient(grad, fc1_weight)
+    grad_y = form.fc1.input_gradient(grad, fc1_weight)
     plain = w[16] is None and drop1 is None
     shift = plain and need[9]
     again = k.y2 is None and need[12]
@@ -286,23 +285,26 @@ def _gradients(form: Form, k: _Kept, graph, grad_r1, grad_out, w, lowered, drop1
     )  # fmt: skip
     if p_dtype is grad_r.dtype:
         grad_p = grad_r
-    grads[10], grads[11] = (tables[0] if need[10] else None), (tables[1] if need[11] else None)
+    tables = tables.unbind(0)
+    for at in (10, 11):
+        if need[at]:
+            grads[at] = tables[at - 10]
     if need[12]:
-        grads[12], _ = weight_gradient(grad, k.y2 if k.y2 is not None else y, w[12].dtype, None)
+        grads[12], _ = form.fc1.weight_gradient(grad, k.y2 if k.y2 is not None else y, w[12].dtype, None)
     del grad, grad_y, y
 
     branch = _back_through(grad_p, w[16], drop1, low)
     ends = need[8], need[9] and not shift, need[16]
-    grads[8], grads[9], grads[16] = _last_layer(branch.before, k.a, w[8], w[9], w[16], wide, ends)
+    grads[8], grads[9], grads[16] = _last_layer(form.proj, branch.before, k.a, w[8], w[9], w[16], wide, ends)
     if shift:
         grads[9] = tables[2]
     if not (need_x or delta_dtype is not None or any(need[:8])):
         return None, None, grads
-    grad_a = input_gradient(branch.grad, proj_weight)
+    grad_a = form.proj.input_gradient(branch.grad, proj_weight)
     del branch, grad_p
     if graph is None:
         cu_q, cu_k, max_q, max_k = starts
-        grad_a = grad_a.view(-1, form.heads, width // form.heads)
+        grad_a = grad_a.view(-1, *form.heads)
         a = k.a.view(grad_a.shape)
         options = form.batch, max_q, max_k, form.scale, False, None, None, False
         grad_q, grad_kv, _ = form.attend_backward(
@@ -315,12 +317,12 @@ def _gradients(form: Form, k: _Kept, graph, grad_r1, grad_out, w, lowered, drop1
     del grad_a
 
     again = k.y1 is None and any(need[2:5])
-    if some:
-        grad_y = input_gradient(grad_kv, qkv_weight[width:])
-        grad_y = _add(form, grad_y, input_gradient(grad_q, qkv_weight[:width]), masked)
+    if form.some:
+        grad_y = form.kv.input_gradient(grad_kv, qkv_weight[width:])
+        grad_y = _add(form, grad_y, form.q.input_gradient(grad_q, qkv_weight[:width]), masked)
         grad_r = _put(form, grad_r, masked)
     else:
-        grad_y = input_gradient(grad_q, qkv_weight)
+        grad_y = form.qkv.input_gradient(grad_q, qkv_weight)
     grad_x, tables, grad_delta, y = form.norm_backward(
         grad_y, grad_r, k.r0, k.mean1, k.rstd1, _to(w[0], wide), need[0] or need[1],
         _to(w[1], wide) if again else None, delta_dtype,
@@ -328,7 +330,10 @@ def _gradients(form: Form, k: _Kept, graph, grad_r1, grad_out, w, lowered, drop1
     del grad_y, grad_r
     if delta_dtype is grad_x.dtype:
         grad_delta = grad_x
-    grads[0], grads[1] = (tables[0] if need[0] else None), (tables[1] if need[1] else None)
+    tables = tables.unbind(0)
+    for at in (0, 1):
+        if need[at]:
+            grads[at] = tables[at]
     y = k.y1 if k.y1 is not None else y
     _qkv_gradients(form, grads, grad_q, grad_kv, y, w, need, masked)
     return grad_x, grad_delta, grads
@@ -340,15 +345,12 @@ def _qkv_gradients(form: Form, grads, grad_q, grad_kv, y, w, need, masked) -> No
         return
     width, need_weight = form.width, any(need[2:5])
     bias_dtype = next((t.dtype for t, n in zip(w[5:8], need[5:8]) if n), None)
-    parts = (
-        [(grad_q, y)] if grad_kv is None else [(grad_q, _take(form, y, masked) if need_weight else None), (grad_kv, y)]
-    )
+    parts = [(form.qkv, grad_q, y)]
+    if grad_kv is not None:
+        parts = [(form.q, grad_q, _take(form, y, masked) if need_weight else None), (form.kv, grad_kv, y)]
     found = []
-    for grad, x in parts:
-        if need_weight:
-            found.append(weight_gradient(grad, x, w[2].dtype, bias_dtype))
-        else:
-            found.append((None, grad.sum(0).to(bias_dtype)))
+    for layer, grad, x in parts:
+        found.append(layer.weight_gradient(grad, x, w[2].dtype, bias_dtype) if need_weight else (None, grad.sum(0)))
     weight, total = (t[0] if len(t) == 1 or t[0] is None else torch.cat(t) for t in zip(*found))
     for at, gradient in ((2, weight), (5, total)):
         joint = w[at] is not None and w[at].shape[0] == 3 * width
@@ -367,8 +369,9 @@ class TransformerBlock(torch.autograd.Function):
         added = None if delta is None else delta.view(-1, form.width)
         r1, out, kept, graph = _forward(form, x.view(-1, form.width), added, w, lowered, drop1, drop2, starts, masked)
         if x.ndim == 3 and masked is None:
-            shape = (x.shape[0], form.count or x.shape[1], form.width)
-            r1, out = (torch.ops.aten._unsafe_view.default(t, shape) for t in (r1, out))
+            # Not views, which nobody could write into; see `norm._AddNorm`.
+            shape = (x.shape[0], form.count or form.length, form.width)
+            r1, out = _unsafe_view(r1, shape), _unsafe_view(out, shape)
         if ctx is not None:
             # x too, whatever is kept: it shows who asks for a second derivative (see `_autograd.once`), and in a stack
             # of blocks it is what the block before keeps.
@@ -411,7 +414,7 @@ def _backward(ctx, grad_r1: Tensor, grad_out: Tensor):
         lowered, more = _lower(form, w, rest[fields : fields + 4]), rest[fields + 4 :]
     _, need_x, need_delta, *_ = ctx.needs_input_grad
     needs = need_x, ctx.delta_dtype if need_delta else None, ctx.needs_input_grad[-WEIGHTS:]
-    flat = [t.reshape(-1, form.width).contiguous() for t in (grad_r1, grad_out)]
+    flat = [t.contiguous().view(-1, form.width) for t in (grad_r1, grad_out)]
     grad_x, grad_delta, grads = _gradients(
         form, kept, (graph, more), *flat, w, lowered, drop1, drop2, starts, masked, needs
     )

@@ -5,6 +5,7 @@ Contract, checks and definition; the autograd node is in `_transformer_block`.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -205,6 +206,7 @@ def _scaled(out: Tensor, scale: Tensor | None, drop: Tensor | None) -> Tensor:
 # --- checks, once for each kind of call ---------------------------------------------------------------------
 
 _FORMS: dict[tuple, Form | None] = {}
+_KIND = attrgetter("shape", "dtype", "device")
 _MOST_FORMS = 4096  # ragged calls are of another kind at each step
 
 
@@ -220,9 +222,11 @@ def _form(x, delta, flat, options, drop1, drop2, cu_seqlens, masked) -> Form | N
     try:
         kind = x.device.type
         key = (
-            *(t if t is None else (t.shape, t.dtype, t.device) for t in (x, delta, drop1, drop2, cu_seqlens, *flat)),
+            *[t if t is None else _KIND(t) for t in (x, delta, drop1, drop2, cu_seqlens, *flat)],
             *options,
-            None if masked is None else (masked.batch, masked.num_tokens, masked.device, masked.total_masked > 0),
+            None
+            if masked is None
+            else (masked.batch, masked.num_tokens, masked.device, masked.total_masked, masked.max_masked),
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
             _dispatch.forced(),
         )
@@ -279,29 +283,31 @@ def _checked(
     branch = [low if t is None else torch.promote_types(low, t.dtype) for t in w[-2:]]
     if any(dtype is not stream and not (wide is stream and dtype.itemsize == 2) for dtype in (low, *branch)):
         return None
+    longest = max_seqlen if packed else x.shape[1]
     call = _attention_table.Call(
         device=kind,
         dtype=low,
         head_dim=width // num_heads,
-        max_q=max_seqlen if packed else masked.max_masked if masked is not None else count or x.shape[1],
-        max_k=max_seqlen if packed else x.shape[1],
+        max_q=masked.max_masked if masked is not None else count or longest,
+        max_k=longest,
         packed=packed or masked is not None,
         cross=masked is not None or count is not None,
         causal=False,
         extras=False,
         scaled=scale is not None and scale != (width // num_heads) ** -0.5,
     )
-    served = _attention_table.choose(call, backend)
-    gather = None if masked is None else _dispatch.choose("gather_tokens", kind, low, backend)
     backends = Backends(
-        _dispatch.choose("add_norm", kind, stream, backend), _dispatch.choose("bias_gelu", kind, low, backend), gather
+        norm=_dispatch.choose("add_norm", kind, stream, backend),
+        gelu=_dispatch.choose("bias_gelu", kind, low, backend),
+        attention=_attention_table.choose(call, backend),
+        gather=None if masked is None else _dispatch.choose("gather_tokens", kind, low, backend),
     )
-    if "reference" in (*backends, served):
+    if "reference" in backends:
         return None
     return Form(
-        shape=x.shape, stream=stream, low=low, wide=wide, heads=num_heads, eps=eps, tanh=approximate == "tanh",
-        scale=(width // num_heads) ** -0.5 if scale is None else float(scale), count=count, prefix=prefix, keep=keep,
-        batch=cu.shape[0] - 1 if packed else len(x), packed=packed, backends=backends, attention=served,
+        x=x, stream=stream, low=low, wide=wide, heads=num_heads, hidden=w[12].shape[0], eps=eps, tanh=approximate == "tanh",
+        scale=(width // num_heads) ** -0.5 if scale is None else float(scale), count=count, masked=masked, prefix=prefix,
+        keep=keep, sequences=cu.shape[0] - 1 if packed else None, backends=backends,
     )  # fmt: skip
 
 
