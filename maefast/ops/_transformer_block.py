@@ -74,7 +74,7 @@ def _take(form: Form, rows: Tensor, masked: TokenMask | None) -> Tensor:
     """The wanted rows of [B * S, D]."""
     tokens = rows.view(form.batch, form.length, form.width)
     if masked is None:
-        return tokens[:, form.length - form.count :].reshape(-1, form.width)
+        return tokens[:, form.length - form.count :].reshape(-1, form.width).contiguous()
     return form.gather(tokens, masked.masked, masked.cu_masked, masked.max_masked, form.prefix, False)
 
 

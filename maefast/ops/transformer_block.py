@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from maefast.ops import _attention_table, _autograd, _checks, _dispatch
 from maefast.ops._transformer_block import KEEP, Backends, Form, TransformerBlock
@@ -102,7 +103,10 @@ def transformer_block(
     form = _form(x, delta, flat, options, drop1, drop2, cu_seqlens, masked)
     if form is None:
         options = num_heads, eps, scale, approximate, max_seqlen, count, prefix, backend
-        return _composed(x, delta, flat, *options, drop1, drop2, cu_seqlens, masked)
+        args = x, delta, flat, *options, drop1, drop2, cu_seqlens, masked
+        if keep == "nothing" and torch.is_grad_enabled():
+            return checkpoint(_composed, *args, use_reentrant=False)
+        return _composed(*args)
     x = x if x.dtype is form.stream else x.to(form.stream)
     if delta is not None:
         delta = (delta if form.takes(delta.dtype) else delta.to(form.stream)).contiguous()
@@ -305,10 +309,22 @@ def _checked(
     if "reference" in backends:
         return None
     return Form(
-        x=x, stream=stream, low=low, wide=wide, heads=num_heads, hidden=w[12].shape[0], eps=eps, tanh=approximate == "tanh",
-        scale=(width // num_heads) ** -0.5 if scale is None else float(scale), count=count, masked=masked, prefix=prefix,
-        keep=keep, sequences=cu.shape[0] - 1 if packed else None, backends=backends,
-    )  # fmt: skip
+        x=x,
+        stream=stream,
+        low=low,
+        wide=wide,
+        heads=num_heads,
+        hidden=w[12].shape[0],
+        eps=eps,
+        scale=(width // num_heads) ** -0.5 if scale is None else float(scale),
+        tanh=approximate == "tanh",
+        count=count,
+        masked=masked,
+        prefix=prefix,
+        keep=keep,
+        sequences=cu.shape[0] - 1 if packed else None,
+        backends=backends,
+    )
 
 
 def _check_numbers(width, num_heads, eps, scale, approximate, keep) -> None:
