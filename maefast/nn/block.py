@@ -119,7 +119,7 @@ class Block(nn.Module):
         return self._run(x, delta, pending, packing, keep=keep)
 
     def forward_tail(
-        self, x: Tensor, count: int, delta: Tensor | None = None, pending: bool = False
+        self, x: Tensor, count: int, delta: Tensor | None = None, pending: bool = False, keep: str | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The last `count` tokens of the output, computing no more than they need: [B, S, D] -> [B, count, D].
 
@@ -127,17 +127,23 @@ class Block(nn.Module):
         """
         if not 1 <= count <= x.shape[1]:
             raise ValueError(f"count must lie in [1, {x.shape[1]}] (the number of tokens), got {count}")
-        return self._run(x, delta, pending, count=None if count == x.shape[1] else count)
+        return self._run(x, delta, pending, count=None if count == x.shape[1] else count, keep=keep)
 
     def forward_masked(
-        self, x: Tensor, plan: TokenMask, prefix: int = 0, delta: Tensor | None = None, pending: bool = False
+        self,
+        x: Tensor,
+        plan: TokenMask,
+        prefix: int = 0,
+        delta: Tensor | None = None,
+        pending: bool = False,
+        keep: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The masked tokens of the output, packed, for samples that mask different numbers of tokens.
 
         [B, prefix + N, D] in place -> [M, D] in plan order. As in `forward_tail`, the other tokens give keys and
         values only.
         """
-        return self._run(x, delta, pending, masked=plan, prefix=prefix)
+        return self._run(x, delta, pending, masked=plan, prefix=prefix, keep=keep)
 
     def _run(self, x, delta, pending, packing=None, count=None, masked=None, prefix=0, keep=None):
         weights, keep = self._weights(), keep or self.keep
