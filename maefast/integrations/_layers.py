@@ -99,6 +99,34 @@ def then(x: Tensor, *modules: nn.Module | None) -> Tensor:
     return x
 
 
+def scales(end: Tensor | nn.Module | None) -> bool:
+    """Whether a part at the end of a branch does nothing or multiplies by one factor a channel or a sample, whatever it
+    is given: `factors` takes it for that."""
+    return (
+        end is None or isinstance(end, Tensor) or still(end) or type(end).__name__.endswith(("LayerScale", "DropPath"))
+    )
+
+
+def factors(
+    ends: tuple[Tensor | nn.Module | None, ...], x: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """(factor of each channel [D], of each sample [B]) of what comes behind a branch for x [B, S, D], or None. Modules
+    are called on ones: they may draw, and have gradients."""
+    scale = drop = None
+    for end in ends:
+        if isinstance(end, Tensor):
+            scale = end
+        elif not still(end):
+            dtype = product_dtype(weight) if scale is None else torch.promote_types(product_dtype(weight), scale.dtype)
+            if type(end).__name__.endswith("DropPath"):
+                ones = torch.ones(len(x), 1, 1, dtype=dtype, device=x.device)
+                found = end(ones)
+                drop = None if found is ones else found.view(len(x))
+            else:
+                scale = end(torch.ones(1, 1, x.shape[-1], dtype=dtype, device=x.device)).view(-1)
+    return scale, drop
+
+
 def strided_patches(conv: nn.Module) -> str | None:
     """Why a convolution is not a linear map of disjoint patches, or None if it is."""
     if type(conv) not in (nn.Conv2d, nn.Conv3d):

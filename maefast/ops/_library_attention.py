@@ -25,9 +25,6 @@ class LibraryAttention:
 
     def forward(self, q: Tensor, kv: Tensor | None, cu_q, cu_k, max_q: int, max_k: int) -> Tensor:
         """Rows q [T, 3, H, d], or q [Tq, H, d] with kv [Tk, 2, H, d] -> [Tq, H, d]."""
-        parts = [q] if kv is None else [q, kv]
-        if cu_q is None:
-            parts = [t.unflatten(0, (self.batch, -1)) for t in parts]
 
         def keep(t: Tensor) -> int:
             self.kept.append(t.detach())
@@ -35,12 +32,20 @@ class LibraryAttention:
 
         with torch.enable_grad(), saved_tensors_hooks(keep, lambda at: self._now[at]):
             start = torch.zeros((), requires_grad=True, device=q.device)
-            parts = [_Cut.apply(t, start) for t in parts]
-            out = self.library(*parts, *([] if kv is not None else [None]), cu_q, cu_k, max_q, max_k, self.scale, False)
-            self._ends = get_gradient_edge(out), [get_gradient_edge(t) for t in parts]
-        out = out.detach()
+            parts = [t if t is None else _Cut.apply(t, start) for t in self._dense_rows(cu_q, q, kv)]
+            out = self.library(*parts, cu_q, cu_k, max_q, max_k, self.scale, False)
+            self._ends = get_gradient_edge(out), [get_gradient_edge(t) for t in parts if t is not None]
         self._shape, self._dense = out.shape, cu_q is None
+        out = out.detach()
         return out.flatten(0, 1) if self._dense else out
+
+    def alone(self, q: Tensor, kv: Tensor | None, cu_q, cu_k, max_q: int, max_k: int) -> Tensor:
+        """`forward` where no backward follows."""
+        out = self.library(*self._dense_rows(cu_q, q, kv), cu_q, cu_k, max_q, max_k, self.scale, False)
+        return out if cu_q is not None else out.flatten(0, 1)
+
+    def _dense_rows(self, cu_q: Tensor | None, *parts: Tensor | None) -> list[Tensor | None]:
+        return [t if t is None or cu_q is not None else t.unflatten(0, (self.batch, -1)) for t in parts]
 
     def taken(self) -> list[Tensor]:
         """What is to be kept, handed over."""

@@ -211,7 +211,7 @@ class _Kept(NamedTuple):
     g: Tensor | None
 
 
-def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, masked):
+def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, masked, saving):
     """(r1, delta of the output, _Kept, LibraryAttention or None). starts: (cu_q, cu_k, max_q, max_k)."""
     low, width, heads = form.low, form.width, form.heads
     qkv_weight, proj_weight, fc1_weight, fc2_weight = lowered
@@ -234,7 +234,7 @@ def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, masked):
         a = a.view(-1, width)
     else:
         graph = LibraryAttention(form.library, form.batch, form.scale)
-        a = graph.forward(q, kv, *starts).reshape(-1, width)
+        a = (graph.forward if saving else graph.alone)(q, kv, *starts).reshape(-1, width)
     r = _take(form, r0, masked) if form.some else r0
     if w[16] is None and drop1 is None:  # the bias is added with the residual
         p, shift = form.proj.forward(a, proj_weight, None), _to(w[9], form.wide)
@@ -367,7 +367,8 @@ class TransformerBlock(torch.autograd.Function):
         starts = cu_q, cu_k, max_q, max_k
         lowered = _lower(form, w)
         added = None if delta is None else delta.view(-1, form.width)
-        r1, out, kept, graph = _forward(form, x.view(-1, form.width), added, w, lowered, drop1, drop2, starts, masked)
+        rows, saving = x.view(-1, form.width), ctx is not None and form.keep != "nothing"
+        r1, out, kept, graph = _forward(form, rows, added, w, lowered, drop1, drop2, starts, masked, saving)
         if x.ndim == 3 and masked is None:
             # Not views, which nobody could write into; see `norm._AddNorm`.
             shape = (x.shape[0], form.count or form.length, form.width)
@@ -405,7 +406,7 @@ def _backward(ctx, grad_r1: Tensor, grad_out: Tensor):
     starts = cu_q, cu_k, *ctx.longest
     if form.keep == "nothing":
         lowered = _lower(form, w)
-        _, _, kept, graph = _forward(form, rest[0], None, w, lowered, drop1, drop2, starts, masked)
+        _, _, kept, graph = _forward(form, rest[0], None, w, lowered, drop1, drop2, starts, masked, True)
         more = () if graph is None else graph.taken()
     else:
         fields = len(_Kept._fields)
