@@ -15,11 +15,12 @@ from .ops import backend
 
 __version__ = "0.1.0"
 
-_LAZY = ("doctor", "integrations", "kernels", "masking", "models", "nn")
+_LAZY = ("doctor", "graphs", "integrations", "kernels", "masking", "models", "nn")
 _FROM = {
     "Cells": "nn",
     "sparsify": "nn",
     "accelerate": "integrations",
+    "graphed_step": "graphs",
     "report": "integrations",
     "restore": "integrations",
 }
@@ -29,6 +30,8 @@ __all__ = [
     "accelerate",
     "backend",
     "doctor",
+    "graphed_step",
+    "graphs",
     "integrations",
     "kernels",
     "masking",
@@ -41,7 +44,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import doctor, integrations, kernels, masking, models, nn
+    from . import doctor, graphs, integrations, kernels, masking, models, nn
+    from .graphs import graphed_step
     from .integrations import accelerate, report, restore
     from .nn import Cells, sparsify
 
