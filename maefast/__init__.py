@@ -20,12 +20,14 @@ _FROM = {
     "Cells": "nn",
     "sparsify": "nn",
     "accelerate": "integrations",
+    "GraphCaptureError": "graphs",
     "graphed_step": "graphs",
     "report": "integrations",
     "restore": "integrations",
 }
 __all__ = [
     "Cells",
+    "GraphCaptureError",
     "__version__",
     "accelerate",
     "backend",
@@ -45,7 +47,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import doctor, graphs, integrations, kernels, masking, models, nn
-    from .graphs import graphed_step
+    from .graphs import GraphCaptureError, graphed_step
     from .integrations import accelerate, report, restore
     from .nn import Cells, sparsify
 

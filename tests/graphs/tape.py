@@ -1,6 +1,6 @@
 """A stand-in for a CUDA graph on a CPU: what is recorded are calls of torch's operators on fixed memory, not Python.
 
-Recording leaves no trace, as capturing on CUDA does: what operators wrote is put back, and so are the random generators.
+Recording leaves no trace, as on CUDA: what operators wrote is put back, and so are the random generators.
 A replay runs the same operators on the same tensors and writes into the same results, so whatever Python had computed
 (numbers, shapes, choices) is as it was recorded.
 """
