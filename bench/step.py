@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import environment, results, timing
-from bench.peers.models import NAMES, PEERS
+from bench.peers.models import CUDA_PEERS, NAMES, PEERS
 
 # preset -> model, default batch; and where they differ from the ViT's: share masked, peers, what is timed ("step", or
 # "encoder": forward and backward of the encoder alone, without an optimiser).
@@ -366,11 +366,12 @@ def finish(name: str, args: argparse.Namespace, run: Callable[[], dict], show: C
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.step", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=tuple(PRESETS), default="demo")
-    parser.add_argument("--peers", nargs="+", choices=PEERS)
+    parser.add_argument("--peers", nargs="+", choices=(*PEERS, "cuda"), help=f"cuda: {' '.join(CUDA_PEERS)}")
     parser.add_argument("--compile", action="store_true", help="also time the torch.compile'd plain model")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    peers = tuple(args.peers or PRESETS[args.preset].get("peers", DEFAULT_PEERS))
+    asked = args.peers or PRESETS[args.preset].get("peers", DEFAULT_PEERS)
+    peers = tuple(name for peer in asked for name in (CUDA_PEERS if peer == "cuda" else (peer,)))
     peers = (*peers, "plain_compiled") if args.compile else peers
     given = {"peers": peers, "rounds": args.rounds, "steps": args.steps, "budget": args.budget}
     return finish("bench.step", args, lambda: measure(args.preset, args.batch, args.dtype, args.device, **given), show)
