@@ -25,6 +25,10 @@ def make(kind: str = "mae", device: str = "cpu") -> nn.Module:
     else:
         widths = [8, 8, 16, 16]
         model = models.create("fcmae", img_size=64, depths=[1, 1, 1, 1], widths=widths, decoder_embed_dim=16)
+    with torch.no_grad():  # away from zeros, behind which branches would hide
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model.to(device)
 
 
