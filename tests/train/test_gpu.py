@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from maefast.train import checkpoint, loop, pretrain
 from tests.train.common import CREATORS, convnet_config, losses, rows, tiny_config
@@ -63,3 +64,21 @@ def test_convnets_as_a_graph(photos, tmp_path, kind):
         config = convnet_config(kind, photos, tmp_path / name, device="auto", graph=name)
         pretrain(config, create_model=CREATORS.get(kind))
     assert column(tmp_path / "on") == pytest.approx(column(tmp_path / "off"), rel=1e-2)
+
+
+@pytest.mark.parametrize("graph", ["off", "on"])
+@pytest.mark.parametrize("kind", ["mae", "fcmae"])
+def test_a_step_never_waits_for_the_device(photos, tmp_path, monkeypatch, graph, kind):
+    original = loop.Run._step
+
+    def step(self):
+        quiet = self.done not in (0, 3)  # kernels are compiled, the graph is captured
+        torch.cuda.set_sync_debug_mode("error" if quiet else "default")
+        try:
+            original(self)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loop.Run, "_step", step)
+    make = tiny_config if kind == "mae" else lambda *args, **more: convnet_config("fcmae", *args, **more)
+    pretrain(make(photos, tmp_path, device="auto", graph=graph, clip=1.0, amp="bf16", steps=8, workers=1))
