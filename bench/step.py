@@ -192,14 +192,16 @@ def race(
         low, high = timing.quartiles(samples[name])
         median = statistics.median(samples[name])
         notes = {key: value for key, value in first[name].items() if key not in ("loss", "grad_norm", "parameters")}
-        compiled = {}
+        more = {}
         if name.endswith("_compiled") and f"{ours}_compiled" in samples:
-            compiled["ratio_compiled"] = timing.ratio(samples[name], samples[f"{ours}_compiled"])
+            more["ratio_compiled"] = timing.ratio(samples[name], samples[f"{ours}_compiled"])
+        if f"{ours}_graphed" in samples:
+            more["ratio_graphed"] = timing.ratio(samples[name], samples[f"{ours}_graphed"])
         records.append(
             {
                 **record,
                 "ratio": timing.ratio(samples[name], samples[ours]),
-                **compiled,
+                **more,
                 "step_s": median,
                 "low_s": low,
                 "high_s": high,
@@ -294,6 +296,18 @@ def show(doc: dict) -> None:
     encoder = doc["settings"].get("part") == "encoder"
     what = "encoder forward and backward of" if encoder else "one training step of"
     print_table(doc, f"{first['preset']}: {size} images", what, NAMES)
+    for line in graphed(doc["records"]):
+        print(line)
+
+
+def graphed(records: list[dict]) -> list[str]:
+    """What the others say against maefast's step as one CUDA graph."""
+    ours = f"{records[0]['peer']}_graphed"
+    return [
+        f"{NAMES[r['peer']]}, vs {NAMES[ours]}: {r['ratio_graphed']:.2f}x"
+        for r in records
+        if "ratio_graphed" in r and r["peer"] != ours
+    ]
 
 
 def print_table(doc: dict, title: str, what: str, names: dict[str, str]) -> None:

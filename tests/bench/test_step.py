@@ -86,6 +86,15 @@ def test_peers_that_need_cuda():
     assert set(models.CUDA_PEERS) <= set(models.PEERS) == set(models.NAMES)
 
 
+def test_what_is_said_about_a_graph():
+    records = [{"peer": "maefast", "ratio_graphed": 1.25}, {"peer": "plain", "ratio_graphed": 2.0}, {"peer": "hf"}]
+    records.append({"peer": "maefast_graphed", "ratio_graphed": 1.0})
+    assert step.graphed(records) == [
+        "maefast, vs maefast, step as one CUDA graph: 1.25x",
+        "plain eager model, vs maefast, step as one CUDA graph: 2.00x",
+    ]
+
+
 def test_disagreement_is_refused():
     good = {"loss": 1.0, "grad_norm": 2.0}
     step._agree({"plain": good, "maefast": {"loss": 1.0 + 1e-7, "grad_norm": 2.0}}, "float32")

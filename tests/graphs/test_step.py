@@ -185,6 +185,48 @@ def test_models_of_others(how, as_dict):
     assert len(set(losses)) == 40
 
 
+def test_two_steps_of_one_model(taped):
+    """A second step for the last, smaller batches: same parameters, same optimiser, in turn."""
+    model, other = make(), make()
+    optimizer, second = adamw(model), adamw(other)
+    data = [images[: 2 if i % 3 == 2 else 3] for i, images in enumerate(batches(model, 18))]
+    rates = [RATE * 2.0 ** -(i % 5) for i in range(18)]
+
+    def between():
+        for group in optimizer.param_groups:
+            group["lr"] = rates[len(seen)]
+        seen.append(None)
+
+    seen = []
+    between()
+    torch.manual_seed(5)
+    wanted = loop(model, optimizer, data, between=lambda: between() if len(seen) < 18 else None)
+    torch.manual_seed(5)
+    steps = {size: maefast.graphed_step(other, second, warmup=2) for size in (2, 3)}
+    found = []
+    for images, rate in zip(data, rates):
+        for group in second.param_groups:
+            group["lr"] = rate
+        found.append(steps[len(images)](images))
+    assert all(step.captured for step in steps.values())
+    assert all(map(torch.equal, found, wanted))
+    assert same(model, other, optimizer, second)
+
+
+def test_released_and_used_again(taped):
+    model = make()
+    optimizer = adamw(model)
+    step = maefast.graphed_step(model, optimizer, warmup=1)
+    for images in batches(model, 3):
+        step(images)
+    step.release()
+    assert [group["lr"] for group in optimizer.param_groups] == [RATE, RATE]
+    loop(model, optimizer, batches(model, 2))
+    for images in batches(model, 3, size=2):  # another shape
+        step(images)
+    assert step.captured
+
+
 def test_earlier_results_stay(taped):
     model = make()
     step = maefast.graphed_step(model, adamw(model), clip=1.0)
