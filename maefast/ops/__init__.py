@@ -14,8 +14,10 @@ from maefast.ops.norm import add_norm
 from maefast.ops.pool import avg_pool_cells, global_pool_cells, max_pool_cells
 from maefast.ops.restore import restore_tokens
 from maefast.ops.sparse_conv import conv_cells
+from maefast.ops.transformer_block import BlockWeights, transformer_block
 
 __all__ = [
+    "BlockWeights",
     "CellMask",
     "TokenMask",
     "add_norm",
@@ -40,5 +42,6 @@ __all__ = [
     "restore_tokens",
     "segment_sum",
     "token_mask",
+    "transformer_block",
     "unpack_cells",
 ]

@@ -183,6 +183,9 @@ def norm_cases(full: bool):
                 row = meta(x_rows)
                 passed = None if delta is None else x
                 yield text, norm.add_norm_backward, (y, passed, x, row, row, table, True)
+            # As in a transformer block: the bias of the linear layer before, and the norm once more.
+            yield f"{label} shift", norm.add_norm, (x, y, table, table, 1e-6, low, table)
+            yield f"{label} shift", norm.add_norm_backward, (y, x, x, row, row, table, True, table, low, True)
 
 
 def gelu_cases(full: bool):
@@ -190,11 +193,12 @@ def gelu_cases(full: bool):
 
     for name, dtype in (DTYPES if full else {"bf16": torch.bfloat16}).items():
         for width in (768, 2048, 3072) if full else (3072,):
-            x, bias = meta(12800, width, dtype=dtype), meta(width, dtype=dtype)
+            x, bias = meta(12800, width, dtype=dtype), meta(width)
             for tanh in (False, True):
                 text = f"{name} D={width}{' tanh' if tanh else ''}"
                 yield text, gelu.bias_gelu, (x, bias, tanh)
-                yield text, gelu.bias_gelu_backward, (x, x, bias, tanh, True)
+                for again in (False, True):
+                    yield text, gelu.bias_gelu_backward, (x, x, bias, tanh, True, again)
 
 
 def attention_cases(full: bool):
