@@ -26,8 +26,6 @@ def problem(config: PretrainConfig, accelerator: Accelerator) -> str | None:
         return f"it is for one process, and {accelerator.num_processes} train together"
     if config.amp == "fp16":
         return "fp16 needs a gradient scaler, which decides on the host whether to step; --amp bf16 needs none"
-    if config.recompute:
-        return "--recompute saves the state of the random generator, which a capture forbids"
     return None
 
 

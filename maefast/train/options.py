@@ -51,7 +51,7 @@ HELP = {
         "amp": "Mixed precision.",
         "device": "auto takes the GPU if there is one.",
         "graph": "A step as one CUDA graph, so that Python does not slow it down. auto: where it can be (one process, "
-        "a CUDA device, no fp16, no --recompute); on: or stop, saying why not.",
+        "a CUDA device, no fp16); on: or stop, saying why not.",
         "seed": "Fixes weights, order, crops and masks.",
     },
     "Output and resuming": {
