@@ -76,6 +76,8 @@ class Recorder:
         self.graph.replay()
 
     def forget(self) -> None:
+        if self.graph is not None:
+            torch.cuda.synchronize(self.device)  # its memory may be taken by others from here on
         self.graph = None
 
     def _begin(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
