@@ -15,7 +15,7 @@ from .ops import backend
 
 __version__ = "0.1.0"
 
-_LAZY = ("doctor", "integrations", "kernels", "masking", "models", "nn")
+_LAZY = ("doctor", "integrations", "kernels", "masking", "models", "nn", "optim")
 _FROM = {
     "Cells": "nn",
     "sparsify": "nn",
@@ -35,13 +35,14 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "optim",
     "report",
     "restore",
     "sparsify",
 ]
 
 if TYPE_CHECKING:
-    from . import doctor, integrations, kernels, masking, models, nn
+    from . import doctor, integrations, kernels, masking, models, nn, optim
     from .integrations import accelerate, report, restore
     from .nn import Cells, sparsify
 

@@ -60,6 +60,13 @@ FAMILIES: dict[str, dict[str, str]] = {
         "bias_gelu": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
         "bias_gelu_backward": "(Tensor grad, Tensor x, Tensor? bias, bool tanh, bool need_bias) -> (Tensor, Tensor)",
     },
+    # All in place. Each list has one tensor a parameter; max_exp_avg_sqs and shadows may be empty.
+    "adamw": {
+        "adamw": "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
+        " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] shadows, Tensor(g!)[] steps, Tensor? lr_tensor, float lr,"
+        " float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale,"
+        " Tensor? found_inf) -> ()",
+    },
     "attention": {
         "attention": "(Tensor q, Tensor? kv, Tensor? cu_q, Tensor? cu_k, SymInt batch, SymInt max_q, SymInt max_k,"
         " float scale, bool causal, Tensor? key_bias, Tensor? marked, bool stats)"
@@ -226,6 +233,27 @@ def _bias_gelu(x, bias, tanh):
 
 def _bias_gelu_backward(grad, x, bias, tanh, need_bias):
     return x.new_empty(x.shape), x.new_empty(x.shape[1:] if need_bias else (0,))
+
+
+def _adamw(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    max_exp_avg_sqs,
+    shadows,
+    steps,
+    lr_tensor,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    maximize,
+    grad_scale,
+    found_inf,
+):
+    return None
 
 
 def _attention(q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal, key_bias, marked, stats):
