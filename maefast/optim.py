@@ -26,7 +26,7 @@ class AdamW(Optimizer):
     The state has the same names and shapes, so a state dict of one loads into the other and training goes on. Nothing
     is read by the host on CUDA, so a step can be captured in a CUDA graph, with `lr` as a tensor on the device where it
     is to change. Takes `grad_scale` and `found_inf` from `torch.amp.GradScaler` as torch's fused form does, leaving
-    gradients unscaled. Gradients may have another floating dtype than their parameter (`Tensor.grad_dtype`). The moments
+    gradients unscaled. A gradient may have another floating dtype than its parameter (`Tensor.grad_dtype`). The moments
     of 16-bit parameters are 16-bit, as in torch.
 
     Args:
@@ -146,8 +146,8 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def refresh_shadows(self, *, every: bool = False) -> None:
-        """Write the copies of weights that have changed since; the host waits for nothing. Call it before each replay of
-        a CUDA graph that reads copies (`shadows_in_graph`). `every`: also the copies that look valid, after a change
+        """Write the copies of weights that have changed since; the host waits for nothing. Call it before each replay
+        of a CUDA graph that reads copies (`shadows_in_graph`). `every`: also the copies that look valid, after a change
         that nothing has seen."""
         for param, shadow in self._shadows.items():
             if (every or not shadow.is_valid()) and shadow.fits(param):

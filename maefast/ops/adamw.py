@@ -45,8 +45,8 @@ def adamw(
     Args:
         params: of any shapes and floating dtypes, all on one device. They must not overlap in memory.
         grads: like `params`; a gradient may have another floating dtype.
-        exp_avgs, exp_avg_sqs, max_exp_avg_sqs: m, v and the largest v so far, in the parameter's dtype. Without the last:
-            no AMSGrad.
+        exp_avgs, exp_avg_sqs, max_exp_avg_sqs: m, v and the largest v so far, in the parameter's dtype. Without the
+            last: no AMSGrad.
         steps: float32, one number each: steps taken so far; counted up.
         lr: a number, or one number in a tensor; on the parameters' device it is not read by the host.
         shadows: bfloat16 or float16, like `params`, which must be float32 or float64 then: get the new values, rounded.
