@@ -1,9 +1,9 @@
 """Triton kernel of the adamw family: one step of AdamW over up to 16 tensors in a launch.
 
 The addresses go as arguments of the launch, which a CUDA graph keeps; each program picks its tensor's by a chain of
-selects. A table of addresses in device memory would make it one launch instead of ten for a ViT-B, but gradients move, so
-it would be copied from the host again, which a capture allows only from memory that is kept for it; one launch a tensor
-would make it 150, most of them for a thousand numbers.
+selects. A table of addresses in device memory would make it one launch instead of ten for a ViT-B, but gradients move,
+so it would be copied from the host again, which a capture allows only from memory that is kept for it. One launch a
+tensor would make it 150, most of them for a thousand numbers.
 """
 
 from __future__ import annotations
@@ -22,46 +22,48 @@ BLOCK = 2048  # elements a program: 16 a thread
 ALIGNED = 16  # elements: a whole number of these keeps accesses 16 bytes wide
 
 
-@triton.jit(do_not_specialize=["units"])
+@triton.jit
 def adamw_kernel(
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, shadows, steps, units, lr, grad_scale, found_inf,
+    weights, grads, averages, squares, highests, shadows, steps, sizes, lr, grad_scale, found_inf,
     decay, beta1, rest1, log_beta1, beta2, rest2, log_beta2, eps,
     HIGHEST: tl.constexpr, SHADOW: tl.constexpr, LR_TENSOR: tl.constexpr, SCALED: tl.constexpr, FOUND: tl.constexpr,
     MAXIMIZE: tl.constexpr, UNIT: tl.constexpr, TENSORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of one tensor, which has units[i] * UNIT elements. rest = 1 - beta; decay is the weight decay."""
+    """A block of one tensor, which has (sizes[i] - 3) / 2 * UNIT elements. rest = 1 - beta; decay: of the weights."""
     block = tl.program_id(0)
-    param, grad, exp_avg, exp_avg_sq, step, count = params[0], grads[0], exp_avgs[0], exp_avg_sqs[0], steps[0], units[0]
-    highest = max_exp_avg_sqs[0] if HIGHEST else None
+    weight, grad, exp_avg, exp_avg_sq, step = weights[0], grads[0], averages[0], squares[0], steps[0]
+    highest = highests[0] if HIGHEST else None
     shadow = shadows[0] if SHADOW else None
-    first = block * 0
-    end = tl.cdiv(units[0] * UNIT, BLOCK)
+    count = ((sizes[0] - 3) // 2).to(tl.int64)
+    first = count * 0
+    end = tl.cdiv(count * UNIT, BLOCK)
     for i in tl.static_range(1, TENSORS):
         past = block >= end
-        param = tl.where(past, params[i], param)
+        weight = tl.where(past, weights[i], weight)
         grad = tl.where(past, grads[i], grad)
-        exp_avg = tl.where(past, exp_avgs[i], exp_avg)
-        exp_avg_sq = tl.where(past, exp_avg_sqs[i], exp_avg_sq)
+        exp_avg = tl.where(past, averages[i], exp_avg)
+        exp_avg_sq = tl.where(past, squares[i], exp_avg_sq)
         if HIGHEST:
-            highest = tl.where(past, max_exp_avg_sqs[i], highest)
+            highest = tl.where(past, highests[i], highest)
         if SHADOW:
             shadow = tl.where(past, shadows[i], shadow)
         step = tl.where(past, steps[i], step)
-        count = tl.where(past, units[i], count)
+        own = ((sizes[i] - 3) // 2).to(tl.int64)
+        count = tl.where(past, own, count)
         first = tl.where(past, end, first)
-        end += tl.cdiv(units[i] * UNIT, BLOCK)
-    at = (block - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count.to(tl.int64) * UNIT
+        end += tl.cdiv(own * UNIT, BLOCK)
+    at = (block - first) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count * UNIT
     # 1 - beta^t from the logarithm, in float64: no digits are lost where the power is near 1.
     t = tl.load(step).to(tl.float64)
     correction1 = (1.0 - tl.exp(t * log_beta1)).to(tl.float32)
     correction2 = (1.0 - tl.exp(t * log_beta2)).to(tl.float32)
     rate = tl.load(lr) if LR_TENSOR else lr
-    p = tl.load(param + at, mask=inside, other=0.0).to(tl.float32)
+    p = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     live = inside
     if FOUND:
         finite = tl.load(found_inf) == 0.0
-        live = at < tl.where(finite, count, 0).to(tl.int64) * UNIT
+        live = at < tl.where(finite, count, 0) * UNIT
     g = tl.load(grad + at, mask=live, other=0.0).to(tl.float32)
     if SCALED:
         g = g / tl.load(grad_scale)
@@ -78,7 +80,7 @@ def adamw_kernel(
         tl.store(highest + at, v.to(highest.dtype.element_ty), mask=live)
     new = p - rate * decay * p
     new -= (rate / correction1) * m / (tl.sqrt_rn(v) / tl.sqrt_rn(correction2) + eps)
-    tl.store(param + at, new.to(param.dtype.element_ty), mask=live)
+    tl.store(weight + at, new.to(weight.dtype.element_ty), mask=live)
     if SHADOW:
         if FOUND:
             new = tl.where(finite, new, p)
@@ -133,11 +135,12 @@ def adamw(
             spare = size - len(chosen)
             chosen += chosen[:1] * spare  # tensors without elements, for which there is no program
             picked = [tuple([tensors[i] for i in chosen]) if tensors else None for tensors in lists]
-            units = tuple([count // unit for count in counts] + [0] * spare)
+            # Never 1, never a multiple of 16: Triton would compile another kernel for each mixture of those.
+            sizes = tuple([2 * (count // unit) + 3 for count in counts] + [3] * spare)
             grid = (sum(ceil_div(count, BLOCK) for count in counts),)
             with guard(params[0]):
                 adamw_kernel[grid](
-                    *picked, units, rate, grad_scale, found_inf, **scalars, **flags,
+                    *picked, sizes, rate, grad_scale, found_inf, **scalars, **flags,
                     UNIT=unit, TENSORS=size, BLOCK=BLOCK, num_warps=4, **OPTIONS,
                 )  # fmt: skip
     if found_inf is not None:

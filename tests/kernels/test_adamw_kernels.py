@@ -94,3 +94,8 @@ def test_early_corrections_keep_their_digits(device):
     """1 - 0.9999 at the first step, in float32, would lose four of seven digits."""
     lists = make([64], torch.float32, torch.float32, shadow=False, amsgrad=False, seed=0, step=0)
     check(lists, device, torch.float32, betas=(0.9999, 0.9999), decay=0.0)
+
+
+def test_arguments_have_names_of_their_own():
+    """A tuple named as a variable of Triton's own launching function would be taken for that."""
+    assert not {"params", "specialization", "options", "backend"} & set(adamw.adamw_kernel.arg_names)
