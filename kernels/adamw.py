@@ -35,8 +35,8 @@ def adamw_kernel(
     highest = highests[0] if HIGHEST else None
     shadow = shadows[0] if SHADOW else None
     count = ((sizes[0] - 3) // 2).to(tl.int64)
-    first = count * 0
-    end = tl.cdiv(count * UNIT, BLOCK)
+    first = block * 0
+    end = tl.cdiv(count * UNIT, BLOCK).to(tl.int32)
     for i in tl.static_range(1, TENSORS):
         past = block >= end
         weight = tl.where(past, weights[i], weight)
@@ -51,8 +51,8 @@ def adamw_kernel(
         own = ((sizes[i] - 3) // 2).to(tl.int64)
         count = tl.where(past, own, count)
         first = tl.where(past, end, first)
-        end += tl.cdiv(own * UNIT, BLOCK)
-    at = (block - first) * BLOCK + tl.arange(0, BLOCK)
+        end += tl.cdiv(own * UNIT, BLOCK).to(tl.int32)
+    at = (block - first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count * UNIT
     # 1 - beta^t from the logarithm, in float64: no digits are lost where the power is near 1.
     t = tl.load(step).to(tl.float64)
