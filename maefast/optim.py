@@ -35,8 +35,8 @@ class AdamW(Optimizer):
         foreach, differentiable: may not be True. capturable, fused: no effect, every step is both.
         shadow: torch.bfloat16 or torch.float16: each step also writes a copy of every float32 or float64 `nn.Parameter`
             in this dtype, 2 bytes more of memory each, that layers read in the place of a cast under autocast
-            (`shadow_of`). `nn.Parameter.data` is watched from then on, in the whole process, so that a weight that is
-            changed through it loses its copy until the next step.
+            (`shadow_of`). `nn.Parameter.data` and other optimizers are watched from then on, in the whole process, so
+            that a weight that is changed by them loses its copy until the next step.
 
     Raises:
         ValueError: a number out of range, an option that is not served, a parameter twice.
@@ -45,6 +45,7 @@ class AdamW(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler then leaves the division by its scale to `step`
+    _counts_writes = True  # autograd's versions rise with each step, which torch's fused optimizers leave out
 
     def __init__(
         self,

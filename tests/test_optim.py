@@ -257,6 +257,26 @@ def test_a_model_that_changed_under_its_state(change):
         train(optimizer, 1, 2)
 
 
+def test_tensor_subclasses():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    with pytest.raises(TypeError, match="plain dense tensors, not"):
+        AdamW([nn.Parameter(TwoTensor(torch.zeros(2), torch.zeros(2)))])
+
+
+def test_an_option_of_one_group_may_be_a_tensor():
+    """Tensors are read when a step is made, as torch reads them."""
+    lr, beta = torch.tensor(0.1), torch.tensor(0.5)
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([{"params": [weight], "lr": lr, "betas": (beta, beta)}], weight_decay=0.0)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
+    lr.fill_(0.0)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
+
+
 def test_ops_backend_is_obeyed():
     params = parameters()
     optimizer = AdamW(params)
@@ -292,6 +312,17 @@ def test_gpu_equals_torch_and_never_waits(options):
     ours.load_state_dict(keep[1])
     train(ours, 4, 8, absent=True)
     assert_same(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_gpu_and_cpu_in_one_group():
+    def run(make):
+        params = [p for pair in zip(parameters(), parameters(device="cuda")) for p in pair]
+        optimizer = make(params, lr=0.1)
+        train(optimizer, 0, 3)
+        return optimizer
+
+    assert_same(run(AdamW), run(torch.optim.AdamW))
 
 
 @pytest.mark.gpu

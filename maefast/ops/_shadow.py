@@ -5,9 +5,9 @@ the copy for a quarter of that traffic; the layers ask `shadow_of` for it and ca
 
 A copy is in use only while nothing else has written to the weight. Whatever autograd counts (`_version`) is seen:
 in-place operations, `load_state_dict`, writes through views and `detach()`. What it does not count is `.data`, which
-averages of weights are often copied back through; so `Parameter.data` is watched from the first copy on. Not seen are
-writes through NumPy, DLPack, addresses, code that torch.compile compiled, and `.data` of a detached alias; after those
-call `maefast.optim.AdamW.refresh_shadows`.
+averages of weights are often copied back through, and torch's fused optimizers; so from the first copy on
+`Parameter.data` and the steps of all optimizers are watched. Not seen are writes through NumPy, DLPack, storages and
+addresses, by another process, and `.data` of a detached alias; after those call `maefast.optim.AdamW.refresh_shadows`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 SHADOW_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -24,20 +25,20 @@ SHADOW_DTYPES = (torch.bfloat16, torch.float16)
 class Shadow:
     """The copy of one parameter. Its optimizer owns both and calls `record` when it has written them."""
 
-    __slots__ = ("__weakref__", "aliased", "copy", "param", "pointer", "version")
+    __slots__ = ("__weakref__", "aliased", "copy", "param", "pointer", "shape", "strides", "version")
 
     def __init__(self, param: nn.Parameter, dtype: torch.dtype) -> None:
-        _watch_data()
+        _watch()
         self.param = param  # not weak: torch.utils.swap_tensors refuses a tensor with weak references
         self.copy = torch.empty_like(param, dtype=dtype, requires_grad=False)
+        self.shape, self.strides = self.copy.shape, self.copy.stride()
         self.version = self.pointer = -1
         self.aliased = True  # a tensor that shares the parameter's memory but not its version may exist
         _SHADOWS[id(param)] = self
 
     def fits(self, param: Tensor) -> bool:
         """Whether the copy has the parameter's place, shape and order in memory."""
-        copy = self.copy
-        return copy.shape == param.shape and copy.stride() == param.stride() and copy.device == param.device
+        return self.shape == param.shape and self.strides == param.stride() and self.copy.device == param.device
 
     def record(self, param: Tensor) -> None:
         """Parameter and copy hold the same numbers now."""
@@ -49,7 +50,12 @@ class Shadow:
 
     def is_valid(self) -> bool:
         param = self.param
-        return self.version == param._version and self.pointer == param.data_ptr() and self.fits(param)
+        return (
+            self.version == param._version
+            and self.pointer == param.data_ptr()
+            and self.strides == param.stride()
+            and self.shape == param.shape
+        )
 
 
 _SHADOWS: weakref.WeakValueDictionary[int, Shadow] = weakref.WeakValueDictionary()  # by the parameter's id
@@ -106,10 +112,21 @@ def _set_data(param: nn.Parameter, value: Tensor) -> None:
     _DATA.__set__(param, value)
 
 
-def _watch_data() -> None:
-    """`Parameter.data` as it is, but a copy ends when it is read or set: what it returns can be written to unseen."""
+def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    if not getattr(optimizer, "_counts_writes", False):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                shadow = _SHADOWS.get(id(param))
+                if shadow is not None:
+                    shadow.version = -1
+
+
+def _watch() -> None:
+    """`Parameter.data` as it is, but a copy ends when it is read or set: what it returns can be written to unseen. And
+    a copy ends when an optimizer that may not count its writes has made a step."""
     if "data" not in vars(nn.Parameter):
         nn.Parameter.data = property(_get_data, _set_data, doc=_DATA.__doc__)
+        register_optimizer_step_post_hook(_after_step)
 
 
 def _holders(tensor: Tensor) -> int:

@@ -133,6 +133,45 @@ def other_optimizer(layer):
     torch.optim.SGD(layer.parameters(), lr=1.0).step()
 
 
+def other_fused_optimizer(layer):
+    """Raises no version."""
+    layer(torch.randn(2, 4)).sum().backward()
+    torch.optim.AdamW(layer.parameters(), lr=1.0, fused=True).step()
+
+
+def in_inference_mode(layer):
+    with torch.inference_mode():
+        layer.weight.add_(1)
+
+
+def many_at_once(layer):
+    with torch.no_grad():
+        torch._foreach_mul_(list(layer.parameters()), 2)
+
+
+def another_parameter(layer):
+    with torch.no_grad():
+        nn.Parameter(layer.weight).add_(1)
+
+
+def bits(layer):
+    with torch.no_grad():
+        layer.weight.view(torch.int32).add_(2**20)
+
+
+def compiled(layer):
+    @torch.compile(backend="aot_eager")
+    def change(weight):
+        with torch.no_grad():
+            weight.mul_(2)
+
+    change(layer.weight)
+
+
+def compiled_data(layer):
+    torch.compile(lambda weight: weight.data.mul_(2), backend="aot_eager")(layer.weight)
+
+
 def other_adamw(layer):
     layer(torch.randn(2, 4)).sum().backward()
     AdamW(layer.parameters(), lr=1.0).step()
@@ -159,7 +198,14 @@ CHANGES = [
     set_to,
     turned,
     other_optimizer,
+    other_fused_optimizer,
     other_adamw,
+    in_inference_mode,
+    many_at_once,
+    another_parameter,
+    bits,
+    compiled,
+    compiled_data,
 ]
 
 
