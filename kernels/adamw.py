@@ -126,8 +126,9 @@ def adamw(
     kinds: dict[tuple, list[int]] = {}
     for i, (param, grad) in enumerate(zip(params, grads)):
         if param.numel():
-            kinds.setdefault((param.dtype, grad.dtype, param.numel() % ALIGNED == 0), []).append(i)
-    for (_, _, even), members in kinds.items():
+            copy = shadows[i].dtype if shadows else None
+            kinds.setdefault((param.dtype, grad.dtype, copy, param.numel() % ALIGNED == 0), []).append(i)
+    for (*_, even), members in kinds.items():
         unit, size = ALIGNED if even else 1, min(TENSORS, power(len(members)))
         for start in range(0, len(members), size):
             chosen = members[start : start + size]

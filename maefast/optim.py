@@ -198,6 +198,8 @@ class AdamW(Optimizer):
 
 
 def _start(param: Tensor, slots: dict[str, Tensor], amsgrad: bool) -> None:
+    if param.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a parameter's first step cannot be captured, each replay would begin anew: take one before")
     slots["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
     for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])):
         slots[name] = torch.zeros_like(param, memory_format=torch.preserve_format)

@@ -56,18 +56,16 @@ def adamw(
     Raises:
         TypeError, ValueError: lists, shapes, dtypes or devices do not fit.
     """
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
     lists |= {"max_exp_avg_sqs": max_exp_avg_sqs, "shadows": shadows}
-    _check({"params": params, **lists}, lr, betas, grad_scale, found_inf)
-    update(
-        *(list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps)),
-        **{"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize},
-        **{"max_exp_avg_sqs": list(max_exp_avg_sqs), "shadows": list(shadows)},
-        **{"grad_scale": grad_scale, "found_inf": found_inf, "backend": backend},
-    )
+    _check_lists(lists)
+    _check_numbers(lr, betas, eps, weight_decay, grad_scale, found_inf)
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+    options |= {"grad_scale": grad_scale, "found_inf": found_inf, "backend": backend}
+    update(**{name: list(tensors) for name, tensors in lists.items()}, **options)
 
 
-def _check(lists: dict, lr, betas, grad_scale, found_inf) -> None:
+def _check_lists(lists: dict[str, Sequence[Tensor]]) -> None:
     for name, tensors in lists.items():
         if not isinstance(tensors, (list, tuple)):
             raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
@@ -75,6 +73,8 @@ def _check(lists: dict, lr, betas, grad_scale, found_inf) -> None:
             raise ValueError(f"{name} must hold {len(lists['params'])} tensors, as params does, got {len(tensors)}")
         for i, (tensor, param) in enumerate(zip(tensors, lists["params"])):
             _checks.tensor(f"{name}[{i}]", tensor)
+            if tensor.layout is not torch.strided:
+                raise TypeError(f"{name}[{i}] must be a dense tensor, got {tensor.layout}")
             _checks.same_device(**{"params[0]": lists["params"][0], f"{name}[{i}]": tensor})
             if name == "steps":
                 if tensor.dtype is not torch.float32 or tensor.numel() != 1:
@@ -86,14 +86,27 @@ def _check(lists: dict, lr, betas, grad_scale, found_inf) -> None:
                 raise TypeError(f"{name}[{i}] must be {param.dtype}, as its parameter is, got {tensor.dtype}")
             if name == "shadows" and (tensor.dtype not in SHADOW_DTYPES or param.dtype in HALVES):
                 raise TypeError(f"{name}[{i}] must have 16 bits, and its parameter more: got {tensor.dtype}")
-    if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
+
+
+def _check_numbers(lr, betas, eps, weight_decay, grad_scale, found_inf) -> None:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    numbers = {"betas[0]": betas[0], "betas[1]": betas[1], "eps": eps, "weight_decay": weight_decay}
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not value >= 0 or (name.startswith("betas") and not value < 1):
+            raise ValueError(
+                f"{name} must {'lie in [0, 1)' if name.startswith('betas') else 'be 0 or more'}, got {value}"
+            )
     for name, value in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if value is None or (name == "lr" and isinstance(value, (int, float))):
-            continue
-        _checks.tensor(name, value)
-        if value.numel() != 1:
-            raise ValueError(f"{name} must hold one number, got shape {tuple(value.shape)}")
+        if name == "lr" and isinstance(value, (int, float)):
+            if not value >= 0:
+                raise ValueError(f"lr must be 0 or more, got {value}")
+        elif value is not None or name == "lr":
+            _checks.tensor(name, value)
+            if value.numel() != 1:
+                raise ValueError(f"{name} must hold one number, got shape {tuple(value.shape)}")
 
 
 @torch.no_grad()
