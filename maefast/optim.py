@@ -118,6 +118,7 @@ class AdamW(Optimizer):
                     step = torch.as_tensor(slots["step"], dtype=torch.float32)
                     slots["step"] = step.detach().reshape(()).to(param.device)
 
+    @torch._disable_dynamo  # as torch.optim marks what it does not trace; torch.compiler.disable imports dynamo with us
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. `closure` computes the loss again, with gradients, and its value

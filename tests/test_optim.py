@@ -257,6 +257,30 @@ def test_a_model_that_changed_under_its_state(change):
         train(optimizer, 1, 2)
 
 
+@pytest.mark.parametrize("shadow", [None, torch.bfloat16])
+def test_inside_compiled_code(shadow):
+    """The step runs as it is: a break in the graph."""
+
+    def run(compiled):
+        layer = nn.Linear(4, 4)
+        nn.init.constant_(layer.weight, 0.5)
+        nn.init.zeros_(layer.bias)
+        optimizer = AdamW(layer.parameters(), lr=0.1, shadow=shadow)
+
+        def step():
+            optimizer.zero_grad()
+            layer(torch.arange(8.0).view(2, 4)).square().sum().backward()
+            optimizer.step()
+
+        step = torch.compile(step, backend="aot_eager") if compiled else step
+        for _ in range(3):
+            step()
+        assert (shadow_of(layer.weight, torch.bfloat16) is not None) == (shadow is not None)
+        return optimizer
+
+    assert_same(run(True), run(False))
+
+
 def test_tensor_subclasses():
     from torch.testing._internal.two_tensor import TwoTensor
 
