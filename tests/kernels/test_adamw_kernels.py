@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import maefast
 from maefast.kernels import adamw
 from maefast.ops.adamw import adamw_reference
+from maefast.optim import AdamW, shadow_of
 from tests.kernels.support import INTERPRET, assert_close, property_test, random_tensor
 
 NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "shadows", "steps")
@@ -94,6 +97,25 @@ def test_early_corrections_keep_their_digits(device):
     """1 - 0.9999 at the first step, in float32, would lose four of seven digits."""
     lists = make([64], torch.float32, torch.float32, shadow=False, amsgrad=False, seed=0, step=0)
     check(lists, device, torch.float32, betas=(0.9999, 0.9999), decay=0.0)
+
+
+def test_optimizer(device):
+    """Four steps of the optimizer on this backend, gradients absent in turn, one weight in channels-last memory."""
+    shapes = [(3, 5), (7,), (1,), (0,), (40, 33), (2, 3, 4, 4)]
+    ours, theirs = ([nn.Parameter(random_tensor(*s, seed=i).to(device)) for i, s in enumerate(shapes)] for _ in "ab")
+    ours[5].data = ours[5].data.contiguous(memory_format=torch.channels_last)
+    lr = torch.tensor(0.05, device=device)
+    mine, other = AdamW(ours, lr=lr, shadow=SHADOW), torch.optim.AdamW(theirs, lr=0.05)
+    for step in range(4):
+        for i, (a, b) in enumerate(zip(ours, theirs)):
+            grad = random_tensor(*a.shape, seed=100 * step + i).to(device)
+            a.grad, b.grad = (None, None) if (step + i) % 3 == 0 else (grad, grad.clone())
+        with maefast.backend("triton"):
+            mine.step()
+        other.step()
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        assert_close(a, b, f"weight {i}")
+        assert torch.equal(shadow_of(a, SHADOW), a.to(SHADOW))
 
 
 def test_arguments_have_names_of_their_own():
