@@ -71,8 +71,7 @@ class AdamW(Optimizer):
             raise ValueError("differentiable=True is not served: use torch.optim.AdamW")
         if shadow is not None and shadow not in SHADOW_DTYPES:
             raise ValueError(f"shadow must be torch.bfloat16, torch.float16 or None, got {shadow!r}")
-        if len(betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {betas!r}")
+        _check_betas(betas)
         self.shadow = shadow
         self._shadows: dict[Tensor, Shadow] = {}
         defaults = {
@@ -187,13 +186,11 @@ class AdamW(Optimizer):
         return list(found.values())
 
     def _shadow(self, param: Tensor) -> Shadow | None:
-        if self.shadow is None:
+        if self.shadow is None or param.dtype in SHADOW_DTYPES or not isinstance(param, nn.Parameter):
             return None
         shadow = self._shadows.get(param)
         if shadow is not None and shadow.fits(param):
             return shadow
-        if not isinstance(param, nn.Parameter) or param.dtype not in (torch.float32, torch.float64):
-            return None
         self._shadows[param] = shadow = Shadow(param, self.shadow)
         return shadow
 
@@ -206,18 +203,27 @@ def _start(param: Tensor, slots: dict[str, Tensor], amsgrad: bool) -> None:
         slots[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
 
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float, Tensor)):
+        raise TypeError(f"{name} must be a number, or one in a tensor, got {type(value).__name__}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must hold one number, got shape {tuple(value.shape)}")
+    return float(value)
+
+
+def _check_betas(betas: Any) -> None:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
+    for index, beta in enumerate(betas):
+        if not 0 <= _number(f"betas[{index}]", beta) < 1:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+
+
 def _check_group(group: dict[str, Any]) -> None:
     for name, text in (("lr", "learning rate"), ("eps", "epsilon value"), ("weight_decay", "weight_decay value")):
-        value = group[name]
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{name} must hold one number, got shape {tuple(value.shape)}")
-        if not float(value) >= 0:
-            raise ValueError(f"Invalid {text}: {value}")
-    for index, beta in enumerate(group["betas"]):
-        if isinstance(beta, Tensor) and beta.numel() != 1:
-            raise ValueError(f"betas[{index}] must hold one number, got shape {tuple(beta.shape)}")
-        if not 0 <= float(beta) < 1:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+        if not _number(name, group[name]) >= 0:
+            raise ValueError(f"Invalid {text}: {group[name]}")
+    _check_betas(group["betas"])
     params = group["params"]
     if len({id(param) for param in params}) < len(params):
         raise ValueError("a parameter is in its group twice")

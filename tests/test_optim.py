@@ -201,6 +201,19 @@ def test_copies_and_files_of_an_optimizer():
     assert "shadow" not in optimizer.state_dict()["param_groups"][0]
 
 
+def test_a_model_cast_with_its_state():
+    """To 16 bits, where no copy is needed, and back."""
+    layer = nn.Linear(4, 4)
+    optimizer = AdamW(layer.parameters(), shadow=torch.bfloat16)
+    for dtype in (torch.float32, torch.float16, torch.float32):
+        layer.to(dtype)
+        optimizer.load_state_dict(optimizer.state_dict())  # casts the state, as torch's does
+        train(optimizer, 0, 2)
+        found = shadow_of(layer.weight, torch.bfloat16)
+        assert (found is not None) == (dtype is torch.float32)
+        assert found is None or torch.equal(found, layer.weight.bfloat16())
+
+
 W = nn.Parameter(torch.zeros(2, 2))
 REFUSED = [
     ({"foreach": True}, ValueError, "foreach=True"),
@@ -214,6 +227,10 @@ REFUSED = [
     ({"weight_decay": -0.1}, ValueError, "Invalid weight_decay value"),
     ({"betas": (0.9, 1.0)}, ValueError, "Invalid beta parameter at index 1"),
     ({"betas": (0.9,)}, ValueError, "betas must be two numbers"),
+    ({"betas": 0.9}, ValueError, "betas must be two numbers"),
+    ({"betas": (0.9, None)}, TypeError, r"betas\[1\] must be a number"),
+    ({"lr": "fast"}, TypeError, "lr must be a number"),
+    ({"eps": None}, TypeError, "eps must be a number"),
     ({"params": [nn.Parameter(torch.zeros(2, dtype=torch.complex64))]}, TypeError, "complex64"),
     ({"params": []}, ValueError, "empty parameter list"),
     ({"params": [{"params": [W], "lr": -2.0}]}, ValueError, "Invalid learning rate: -2.0"),

@@ -7,7 +7,8 @@ A copy is in use only while nothing else has written to the weight. Whatever aut
 in-place operations, `load_state_dict`, writes through views and `detach()`. What it does not count is `.data`, which
 averages of weights are often copied back through, and torch's fused optimizers; so from the first copy on
 `Parameter.data` and the steps of all optimizers are watched. Not seen are writes through NumPy, DLPack, storages and
-addresses, by another process, and `.data` of a detached alias; after those call `maefast.optim.AdamW.refresh_shadows`.
+addresses, by other processes and collectives, and `.data` of a detached alias; after those call
+`maefast.optim.AdamW.refresh_shadows`.
 """
 
 from __future__ import annotations
