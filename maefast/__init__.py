@@ -15,7 +15,7 @@ from .ops import backend
 
 __version__ = "0.1.0"
 
-_LAZY = ("doctor", "graphs", "integrations", "kernels", "masking", "models", "nn")
+_LAZY = ("doctor", "graphs", "integrations", "kernels", "masking", "models", "nn", "optim")
 _FROM = {
     "Cells": "nn",
     "sparsify": "nn",
@@ -40,13 +40,14 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "optim",
     "report",
     "restore",
     "sparsify",
 ]
 
 if TYPE_CHECKING:
-    from . import doctor, graphs, integrations, kernels, masking, models, nn
+    from . import doctor, graphs, integrations, kernels, masking, models, nn, optim
     from .graphs import GraphCaptureError, graphed_step
     from .integrations import accelerate, report, restore
     from .nn import Cells, sparsify

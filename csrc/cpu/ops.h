@@ -57,6 +57,14 @@ std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const 
                                                       const std::optional<Tensor>& bias, bool tanh,
                                                       bool need_bias, bool need_out);
 
+// adamw.cpp
+void adamw(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+           const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+           const std::vector<Tensor>& max_exp_avg_sqs, const std::vector<Tensor>& shadows,
+           const std::vector<Tensor>& steps, const std::optional<Tensor>& lr_tensor, double lr, double beta1,
+           double beta2, double eps, double weight_decay, bool maximize,
+           const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf);
+
 // attention.cpp
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q, const std::optional<Tensor>& kv,
                                                      const std::optional<Tensor>& cu_q,

@@ -1,6 +1,7 @@
 """Fused ops for masked autoencoders. Each op's file holds its contract, its checks and its plain definition."""
 
 from maefast.ops._dispatch import backend
+from maefast.ops.adamw import adamw
 from maefast.ops.attention import attention
 from maefast.ops.cell_norm import batch_norm_act, grn, group_norm_cells, instance_norm_cells, segment_sum
 from maefast.ops.cells import CellMask, pack_cells, unpack_cells
@@ -20,6 +21,7 @@ __all__ = [
     "BlockWeights",
     "CellMask",
     "TokenMask",
+    "adamw",
     "add_norm",
     "attention",
     "avg_pool_cells",

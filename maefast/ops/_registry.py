@@ -65,6 +65,13 @@ FAMILIES: dict[str, dict[str, str]] = {
         "bias_gelu_backward": "(Tensor grad, Tensor x, Tensor? bias, bool tanh, bool need_bias, bool need_out=False)"
         " -> (Tensor, Tensor, Tensor)",
     },
+    # All in place. Each list has one tensor a parameter; max_exp_avg_sqs and shadows may be empty.
+    "adamw": {
+        "adamw": "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
+        " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] shadows, Tensor(g!)[] steps, Tensor? lr_tensor, float lr,"
+        " float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale,"
+        " Tensor? found_inf) -> ()",
+    },
     "attention": {
         "attention": "(Tensor q, Tensor? kv, Tensor? cu_q, Tensor? cu_k, SymInt batch, SymInt max_q, SymInt max_k,"
         " float scale, bool causal, Tensor? key_bias, Tensor? marked, bool stats)"
@@ -245,6 +252,27 @@ def _bias_gelu_backward(grad, x, bias, tanh, need_bias, need_out=False):
         x.new_empty(x.shape[1:] if need_bias else (0,), dtype=wide),
         x.new_empty((x.shape[0] if need_out else 0, x.shape[1])),
     )
+
+
+def _adamw(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    max_exp_avg_sqs,
+    shadows,
+    steps,
+    lr_tensor,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    maximize,
+    grad_scale,
+    found_inf,
+):
+    return None
 
 
 def _attention(q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal, key_bias, marked, stats):
