@@ -13,6 +13,7 @@ from torch import Tensor
 
 from maefast.ops import _attention_table, _autograd, _registry
 from maefast.ops._library_attention import LibraryAttention
+from maefast.ops._shadow import shadow_of
 from maefast.ops.linear import Products, products
 from maefast.ops.mask import TokenMask
 
@@ -108,11 +109,19 @@ def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return (t if t.dtype is dtype else t.to(dtype)).contiguous()
 
 
+def _lowered(weight: Tensor, low: torch.dtype) -> Tensor:
+    """The weight in `low`: the copy that its optimizer keeps, where there is one."""
+    if weight.dtype is low:
+        return weight.contiguous()
+    copy = shadow_of(weight, low)
+    return _to(weight, low) if copy is None else copy
+
+
 def _joined(parts: tuple[Tensor | None, ...], width: int, dtype: torch.dtype) -> Tensor | None:
     """Three weights or biases side by side in `dtype`; one as it is. A bias that is missing among others is zero."""
     first, *others = parts
     if others[0] is None and others[1] is None and (first is None or first.shape[0] == 3 * width):
-        return _to(first, dtype)
+        return None if first is None else _lowered(first, dtype)
     if all(t is not None and t.dtype is dtype for t in parts):
         return torch.cat(parts)
     like = next(t for t in parts if t is not None)
@@ -127,7 +136,7 @@ PRODUCTS = (2, 8, 12, 14)  # of the weights: qkv, proj, fc1, fc2
 
 def _lower(form: Form, w: tuple[Tensor | None, ...], casts: tuple[Tensor | None, ...] = (None,) * 4) -> list[Tensor]:
     """The weights of the four products in the dtype that they run in; `casts`: those that are there already."""
-    found = [_to(w[at], form.low) if cast is None else cast for at, cast in zip(PRODUCTS[1:], casts[1:])]
+    found = [_lowered(w[at], form.low) if cast is None else cast for at, cast in zip(PRODUCTS[1:], casts[1:])]
     return [_joined(w[2:5], form.width, form.low) if casts[0] is None else casts[0], *found]
 
 

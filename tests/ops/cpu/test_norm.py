@@ -24,7 +24,7 @@ def test_shift_and_side_outputs(types, size):
     """The shift is added in the arithmetic type; y comes out of the backward bit for bit as out of the forward; the
     gradient in delta's dtype is that of x rounded, and its sum over the rows the gradient of the shift."""
     stream, narrow, out = types
-    (rows, width), wide = size, torch.float64 if stream is torch.float64 else torch.float32
+    width, wide = size[1], torch.float64 if stream is torch.float64 else torch.float32
     x, delta, grad_y = randn(*size, dtype=stream), randn(*size, dtype=narrow, seed=1), randn(*size, dtype=out, seed=2)
     weight, bias, shift = (randn(width, dtype=wide, seed=n) for n in (3, 4, 5))
     residual, y, mean, rstd = raw("add_norm", x, delta, weight, bias, 1e-6, out, shift)
