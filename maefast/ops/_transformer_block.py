@@ -221,8 +221,7 @@ def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, masked, sa
 
 def _through_mlp(form: Form, k: _Kept, grads, grad_r1, grad_out, w, lowered, drop2, need):
     """From the gradients of what came out (the stream's may be None) to (that of the stream behind the attention, the
-    same in the dtype of the attention branch, whether it was summed for the bias of proj). Fills in `grads` from norm2 on.
-    """
+    same in the dtype of the attention branch, whether it was summed for the bias of proj). Fills in `grads`."""
     low, wide, (*_, fc1_weight, fc2_weight) = form.low, form.wide, lowered
     branch = _back_through(grad_out, w[17], drop2, low)
     grad = form.fc2.input_gradient(branch.grad, fc2_weight)

@@ -14,17 +14,8 @@ from maefast.ops.linear import Products, products
 
 KEEP = ("lean", "all", "nothing")
 # Fields of BlockWeights; weight and bias of qkv count three times.
-NAMES = (
-    "norm1_weight",
-    "norm1_bias",
-    "qkv_weight",
-    "qkv_bias",
-    "proj_weight",
-    "proj_bias",
-    "norm2_weight",
-    "norm2_bias",
-)
-NAMES += ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "scale1", "scale2")
+NAMES = ("norm1_weight", "norm1_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
+NAMES += ("norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "scale1", "scale2")
 
 
 class Backends(NamedTuple):
