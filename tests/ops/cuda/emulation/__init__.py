@@ -84,7 +84,8 @@ class Emulated:
         self.threads = self.bytes = self.rounds = 0  # of the last launch
 
     def _call(self, q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal, backward, **places: Tensor) -> None:
-        assert q.is_contiguous() and (kv is None or kv.is_contiguous())
+        assert q.is_contiguous()
+        assert kv is None or kv.is_contiguous()
         heads, width = q.shape[-2:]
         part, size = heads * width, q.element_size()
         key = q.data_ptr() + part * size if kv is None else kv.data_ptr()
@@ -106,7 +107,9 @@ class Emulated:
         self.threads, self.bytes, self.rounds = run.threads, run.bytes, run.rounds
 
     def forward(self, q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal, key_bias, marked, stats):
-        assert key_bias is None and marked is None and not stats
+        assert key_bias is None
+        assert marked is None
+        assert not stats
         out = torch.full((q.shape[0], *q.shape[-2:]), float("nan"), dtype=q.dtype)
         lse = torch.full((q.shape[0], q.shape[-2]), float("nan"))
         sizes = (batch, max_q, max_k, scale, causal)
