@@ -11,6 +11,16 @@ namespace maefast::cuda {
 constexpr int kFwdWarps = 8;
 constexpr int kTileKeys = kShort;
 
+// Blocks on a multiprocessor: three leave 80 registers, which do for width 32 from sm_90 on.
+template <int kDepth>
+__host__ __device__ constexpr int fwd_resident() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return kDepth <= 16 ? 3 : kDepth <= 96 ? 2 : 1;
+#else
+  return kDepth <= 32 ? 3 : 2;
+#endif
+}
+
 // How a launch divides its queries.
 struct FwdShape {
   int parts, warps;  // blocks of a sequence and head, warps of a block
@@ -39,7 +49,8 @@ __device__ void load_keys(const Args& p, uint16_t* tile, int64_t key, int first,
 }
 
 template <class T, int kDepth>
-__global__ void __launch_bounds__(32 * kFwdWarps, 2) attention_tiled_fwd_kernel(Args p, int parts) {
+__global__ void __launch_bounds__(32 * kFwdWarps, fwd_resident<kDepth>())
+    attention_tiled_fwd_kernel(Args p, int parts) {
   extern __shared__ __align__(16) uint16_t shared[];
   constexpr int kStride = kDepth + 8, kStage = 2 * kTileKeys * kStride;
   constexpr bool kHold = kDepth <= 64;  // Q in registers, or read again for each tile
@@ -63,6 +74,8 @@ __global__ void __launch_bounds__(32 * kFwdWarps, 2) attention_tiled_fwd_kernel(
   const float scale2 = fmaxf(fabsf(p.scale) * kLog2E, 1e-37f);
   float x[kDepth / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
   uint32_t held[kHold ? kDepth / 16 : 1][4];
+  // Where this lane's rows of fragments begin, matrices side by side down or to the right first.
+  const int down = kept(at.row * kStride + at.col), right = kept(at.row_n * kStride + at.col_n);
   if (stop <= 0) {
     copies_done();
     __syncthreads();
@@ -83,7 +96,8 @@ __global__ void __launch_bounds__(32 * kFwdWarps, 2) attention_tiled_fwd_kernel(
       }
     }
     if (row_m >= sq.length || (p.causal && n0 > row_m + 15)) continue;
-    const uint16_t *const k_tile = stages + stage * kStage, *const v_tile = k_tile + kTileKeys * kStride;
+    const uint16_t* const k_rows = stages + stage * kStage + right;
+    const uint16_t* const v_rows = stages + stage * kStage + kTileKeys * kStride + down;
     const int left = sk.length - n0, tiles = left < kTileKeys ? padded(left) / 16 : kTiles;
     float s[2 * kTiles][4] = {};
 #pragma unroll
@@ -99,7 +113,7 @@ __global__ void __launch_bounds__(32 * kFwdWarps, 2) attention_tiled_fwd_kernel(
       for (int j = 0; j < kTiles; ++j) {
         if (j < tiles) {
           uint32_t y[4];
-          at.b_by_n(y, k_tile, kStride, 16 * j, 16 * k);
+          load_matrices<false>(y, k_rows + 16 * (j * kStride + k));
           multiply<T>(s[2 * j], a, y[0], y[1]);
           multiply<T>(s[2 * j + 1], a, y[2], y[3]);
         }
@@ -144,27 +158,34 @@ __global__ void __launch_bounds__(32 * kFwdWarps, 2) attention_tiled_fwd_kernel(
           total[r] += e0 + e1;
           a[i] = pack<T>(e0, e1);
         }
-        accumulate<T, kDepth>(at, x, a, v_tile, 16 * j);
+#pragma unroll
+        for (int n = 0; n < kDepth / 16; ++n) {
+          uint32_t y[4];
+          load_matrices<true>(y, v_rows + 16 * (j * kStride + n));
+          multiply<T>(x[2 * n], a, y[0], y[1]);
+          multiply<T>(x[2 * n + 1], a, y[2], y[3]);
+        }
       }
     }
   }
   if (row_m >= sq.length) return;
+  const int64_t first = span(p.cu_q, b, p.max_q).first + first_q;  // read again rather than kept in registers
   float inverse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     total[r] = quad_sum(total[r]);
     inverse[r] = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
-    const int row = row_m + at.g + 8 * r;
-    if (at.t == 0 && row < sq.length) {
-      p.lse[(sq.first + row) * p.heads + h] =
+    const int row = m + at.g + 8 * r;
+    if (at.t == 0 && first_q + row < sq.length) {
+      p.lse[(first + row) * p.heads + h] =
           total[r] == 0.0f ? -INFINITY : (top[r] * scale2 + log2f(total[r])) * kLn2;
     }
   }
   uint32_t rounded[kDepth / 8][2];
   round_rows<T, kDepth>(rounded, x, inverse[0], inverse[1]);
   const int64_t stride = static_cast<int64_t>(p.heads) * p.width;
-  store_rows<T, kDepth>(at, q, m, rounded, p.out + (sq.first + first_q) * stride + head, stride,
-                        sq.length - first_q, p.width);
+  store_rows<T, kDepth>(at, q, m, rounded, p.out + first * stride + h * p.width, stride, sq.length - first_q,
+                        p.width);
 }
 
 }  // namespace maefast::cuda
