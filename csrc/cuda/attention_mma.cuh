@@ -34,6 +34,12 @@ __device__ inline int kept(int x) {
   return x;
 }
 
+// __syncthreads() for warps that come to it in different places, which PTX allows and CUDA C++ does not
+// promise.
+__device__ inline void block_barrier() {
+  asm volatile("bar.sync 0;" ::: "memory");
+}
+
 // Ends a group of copies; waits for all groups but the latest `kPending`.
 __device__ inline void copies_end() {
   asm volatile("cp.async.commit_group;" ::: "memory");

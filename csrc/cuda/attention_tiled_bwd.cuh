@@ -235,13 +235,13 @@ struct Helper {
     fetch(1);
     for (int i = 0; i <= steps; ++i) {
       copies_but<kStages - 2>();
-      __syncthreads();
+      block_barrier();
       bring(i + kStages - 1);
       if (i > 0) grad_q(i - 1, warps, first_round, last_round);
       put(i + 1);
       fetch(i + 2);
     }
-    __syncthreads();  // K has been read
+    block_barrier();  // K has been read
   }
 };
 
@@ -375,7 +375,7 @@ struct KeyWarp {
     const int64_t from = (sk.first + first) * p.kv_stride + static_cast<int64_t>(h) * p.width;
     if (count > 0) load(from, count);
     for (int i = 0; i <= steps; ++i) {
-      __syncthreads();
+      block_barrier();
       if (i == steps || count <= 0) continue;
       if (p.causal && 16 * i + 15 < first) {
         no_step(i);
@@ -383,7 +383,7 @@ struct KeyWarp {
         step(i, first, count);
       }
     }
-    __syncthreads();
+    block_barrier();
     if (count > 0) store(from, count);
   }
 
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(Bwd<kDepth, kBlocks>::kThreads, 1) attention_t
     Helper<T, kDepth, kBlocks> helper(p, in, span(p.cu_q, b, p.max_q), h);
     const int length = span(p.cu_k, b, p.max_k).length;
     do {
-      if (n > 0) __syncthreads();  // all have left the round before
+      if (n > 0) block_barrier();  // all have left the round before
       const int left = length - n;
       helper.round(left < keys ? (left + B::kKeys - 1) / B::kKeys : key_warps, n == 0, left <= keys);
       n += keys;
@@ -430,7 +430,7 @@ __global__ void __launch_bounds__(Bwd<kDepth, kBlocks>::kThreads, 1) attention_t
     const int steps = (span(p.cu_q, b, p.max_q).length + 15) / 16;
     const Span sk = span(p.cu_k, b, p.max_k);
     do {
-      if (n > 0) __syncthreads();
+      if (n > 0) block_barrier();
       KeyWarp<T, kDepth, kBlocks> key(p, in);
       key.round(steps, n + warp * B::kKeys, sk, h);
       n += keys;

@@ -1,4 +1,5 @@
-// The kernels of csrc/cuda/attention_*.cuh, block by block on a CPU, launched as attention.cu and attention_tiled.cu do.
+// The kernels of csrc/cuda/attention_*.cuh, block by block on a CPU, launched as attention.cu and
+// attention_tiled.cu do.
 #include "cuda/attention_kernel.cuh"
 #include "cuda/attention_tiled_bwd.cuh"
 #include "cuda/attention_tiled_fwd.cuh"
@@ -45,7 +46,8 @@ void launch_backward(Args p, Run& run) {
   std::vector<float> sums(blocks * shape.sums + 4, NAN);
   p.sums = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(sums.data()) + 15) / 16 * 16);
   run.rounds = shape.rounds;
-  launch(run, blocks, shape.threads, shape.bytes, [&p] { attention_tiled_bwd_kernel<T, kDepth, kBlocks>(p); });
+  launch(run, blocks, shape.threads, shape.bytes,
+         [&p] { attention_tiled_bwd_kernel<T, kDepth, kBlocks>(p); });
 }
 
 template <class T, int kDepth>

@@ -1,7 +1,8 @@
-// CUDA's threads on a CPU, enough of them for the device code of csrc/cuda/attention_*.cuh: each thread of a block is a
-// fiber that runs to its next meeting of the warp or the block. Warps and lanes run in an order that is chosen, copies
-// into shared memory land at once or not before they are waited for, shared memory begins as NaN: what lacks a barrier
-// or a wait gives other results in some of these. Threads of a warp that meet in different places end the process.
+// CUDA's threads on a CPU, enough of them for the device code of csrc/cuda/attention_*.cuh: each thread of a
+// block is a fiber that runs to its next meeting of the warp or the block. Warps and lanes run in an order
+// that is chosen, copies into shared memory land at once or not before they are waited for, shared memory
+// begins as NaN: what lacks a barrier or a wait gives other results in some of these. Threads of a warp that
+// meet in different places end the process.
 #pragma once
 
 #include <setjmp.h>
@@ -79,7 +80,7 @@ inline jmp_buf scheduler;
 inline Fiber* current;
 inline ucontext_t unused;
 inline std::function<void()> kernel;
-inline bool late;            // copies land when they are waited for
+inline bool late;  // copies land when they are waited for
 inline uint32_t brought[64][2][32][kWords];
 inline size_t shared_bytes;
 
@@ -119,9 +120,9 @@ inline void check_shared(const void* place) {
 }
 
 // Brings words to a meeting of the warp, which `kind` names; what all lanes brought comes back.
-inline const uint32_t (*meet(int kind, const uint32_t* words, int count))[kWords] {
+inline const uint32_t (*meet(int kind, const uint32_t* words, int count)) [kWords] {
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint32_t(*const all)[kWords] = brought[warp][current->parity ^= 1];
+  uint32_t (*const all)[kWords] = brought[warp][current->parity ^= 1];
   std::copy(words, words + count, all[lane]);
   leave(At::kWarp, kind);
   return all;

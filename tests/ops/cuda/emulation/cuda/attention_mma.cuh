@@ -1,5 +1,5 @@
-// Stands in for csrc/cuda/attention_mma.cuh on a CPU: the same functions, by the layouts that the PTX manual gives for
-// ldmatrix and mma.m16n8k16.
+// Stands in for csrc/cuda/attention_mma.cuh on a CPU: the same functions, by the layouts that the PTX manual
+// gives for ldmatrix and mma.m16n8k16.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -18,11 +18,16 @@ inline int kept(int x) {
   return x;
 }
 
+inline void block_barrier() {
+  __syncthreads();
+}
+
 inline void copy_in(uint16_t* to, const uint16_t* from, bool wanted) {
   simt::check_shared(to);
   simt::Copy copy{to, {}};
   if (wanted) {
-    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) simt::fail("a source that is not a multiple of 16 bytes");
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0)
+      simt::fail("a source that is not a multiple of 16 bytes");
     std::memcpy(copy.bytes, from, 16);
   }
   simt::current->copies.back().push_back(copy);
@@ -50,9 +55,12 @@ inline void load_matrices(uint32_t (&r)[4], const uint16_t* row) {
   std::memcpy(words, row, 16);
   const auto all = simt::meet(3 + kTranspose, words, 4);
   const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const auto half = [&](int matrix, unsigned i, unsigned j) { return all[8 * matrix + i][j / 2] >> j % 2 * 16 & 0xffff; };
+  const auto half = [&](int matrix, unsigned i, unsigned j) {
+    return all[8 * matrix + i][j / 2] >> j % 2 * 16 & 0xffff;
+  };
   for (int m = 0; m < 4; ++m) {
-    r[m] = kTranspose ? half(m, 2 * t, g) | half(m, 2 * t + 1, g) << 16 : half(m, g, 2 * t) | half(m, g, 2 * t + 1) << 16;
+    r[m] = kTranspose ? half(m, 2 * t, g) | half(m, 2 * t + 1, g) << 16
+                      : half(m, g, 2 * t) | half(m, g, 2 * t + 1) << 16;
   }
 }
 
@@ -71,7 +79,8 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     const unsigned n = 2 * t + e % 2;
     for (int k = 0; k < 16; ++k) {
       const int pair = k % 8 / 2, right = k / 8;
-      c[e] += widen<T>(all[4 * g + pair][lower + 2 * right], k % 2) * widen<T>(all[4 * n + pair][4 + right], k % 2);
+      c[e] += widen<T>(all[4 * g + pair][lower + 2 * right], k % 2) *
+              widen<T>(all[4 * n + pair][4 + right], k % 2);
     }
   }
 }
