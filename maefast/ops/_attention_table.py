@@ -20,7 +20,7 @@ from torch import Tensor
 from maefast.ops import _dispatch
 
 KERNELS = ("cuda", "triton", "cpu")  # ours, behind the raw op; "reference" is always there
-CUDA_LONGEST = 64  # csrc/cuda/attention_kernel.cuh
+CUDA_LONGEST = 256  # kLongest of csrc/cuda/attention_kernel.cuh
 
 
 class Call(NamedTuple):
