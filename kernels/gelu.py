@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -12,17 +14,52 @@ from ._common import OPTIONS, ceil_div, check_dtypes, guard, power, sum_parts
 TILE = {"num_warps": 4, **OPTIONS}
 
 
+# The interpreter knows no assembly; these two instructions of the special-function unit are all there is of it.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x to 1 unit in the last place, for normal x: one instruction, where a division takes five and a branch."""
+    if INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def power_of_two(x):
+    """2 ** x, 0 where it is below the smallest normal float."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
 @triton.jit
 def gelu_parts(x, TANH: tl.constexpr):
-    """(GELU(x) / x, its derivative) in float32: the erf form, or the tanh form as x * sigmoid(2u)."""
+    """(GELU(x) / x, its derivative) in float32: the erf form, or the tanh form as x * sigmoid(2u). Without branches."""
     if TANH:
-        square = x * x
-        u2 = x * (1.5957691216057308 + 0.07135481282989505 * square)
-        gate = tl.sigmoid(u2)
-        slope = gate + x * gate * (1.0 - gate) * (1.5957691216057308 + 0.21406443848968514 * square)
+        # Beyond 10 the sigmoid is 0 or 1 to the last digit; the square must stay finite. NaN stays.
+        z = tl.maximum(tl.minimum(x, 10.0, tl.PropagateNan.ALL), -10.0, tl.PropagateNan.ALL)
+        square = z * z
+        u2 = z * tl.fma(square, 0.07135481282989505, 1.5957691216057308)
+        gate = reciprocal(1.0 + power_of_two(-1.4426950408889634 * u2))
+        slope = tl.fma(z * gate * (1.0 - gate), tl.fma(square, 0.21406443848968514, 1.5957691216057308), gate)
     else:
-        gate = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        slope = gate + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        # Phi(-|x|) = exp(-x^2 / 2) * t * P(t), t = 1 / (1 + 0.4 |x| / sqrt 2), as in csrc/cpu/gelu_math.h.
+        z = tl.minimum(tl.abs(x), 13.0, tl.PropagateNan.ALL)
+        t = reciprocal(tl.fma(z, 0.282842712, 1.0))
+        e = power_of_two(-0.7213475204444817 * (z * z))
+        p = tl.fma(t, 0.0205325913, -0.0696987286)
+        p = tl.fma(p, t, 0.0410319939)
+        p = tl.fma(p, t, 0.045093637)
+        p = tl.fma(p, t, 0.0391020775)
+        p = tl.fma(p, t, 0.0970310047)
+        p = tl.fma(p, t, 0.100857235)
+        p = tl.fma(p, t, 0.113233835)
+        p = tl.fma(p, t, 0.112816386)
+        tail = e * t * p
+        gate = tl.where(x > 0.0, 1.0 - tail, tail)
+        slope = tl.fma(tl.where(x > 0.0, z, -z) * 0.3989422804014327, e, gate)
     return gate, slope
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,3 +51,20 @@ def test_no_rows(device, dtype):
     assert gelu.bias_gelu(x, None, False).shape == x.shape
     bias = torch.ones(8, device=device)
     assert not gelu.bias_gelu_backward(x, x, bias, False, True)[1].any()
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+def test_far_out(device, tanh):
+    """Both tails, element by element; infinities and NaN as they are."""
+    x = torch.cat(
+        [torch.linspace(-14, 14, 8192 - 64), torch.tensor([1e4, -1e4, 1e30, -1e30, 0.0, -0.0, 1e-30, math.nan] * 8)]
+    )
+    x = x.view(-1, 64)
+    high = x.double().requires_grad_()
+    want = bias_gelu_reference(high, None, tanh)
+    (slope,) = torch.autograd.grad(want.sum(), high)
+    there = x.to(device)
+    out = gelu.bias_gelu(there, None, tanh).double().cpu()
+    grad = gelu.bias_gelu_backward(torch.ones_like(there), there, None, tanh, False)[0].double().cpu()
+    torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(grad, slope, rtol=3e-6, atol=3e-6, equal_nan=True)
