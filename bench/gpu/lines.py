@@ -4,8 +4,9 @@ is killed loses nothing. Everything else (what did not run, the summary, the dis
     {"stage": "smoke", "id": "triton/add_norm/bfloat16", "outcome": "passed", "seconds": 0.8, "tree": "9c1f...", ...}
 
 Outcomes: passed, measured, skipped (with a reason), unable (a library cannot take the case) are final; failed, crashed,
-timeout are tried again by the next call. A line of outcome "planned" names all `ids` of a stage, one of outcome
-"environment" the machine. Where an id has several lines, the last one counts.
+timeout are tried again by the next call. Lines of other outcomes are no results: "planned" names all `ids` of a stage,
+"environment" the machine, "again" what a later call is about to try again. Of several results of an id the last one
+counts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from bench.environment import ROOT
 STAGES = ("build", "smoke", "speed", "all-tests", "tune")
 FINAL = ("passed", "measured", "skipped", "unable")
 WRONG = ("failed", "crashed", "timeout")
-MARKS = ("planned", "environment")
+MARKS = ("planned", "environment", "again")
 TAIL = 600  # characters of an error that are kept
 SOURCES = ("maefast", "kernels", "csrc", "tests", "bench/micro", "bench/peers")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.peers import plain_sparse
 from bench.peers.plain_mae import PlainMAE
@@ -16,13 +17,14 @@ from maefast.nn import Cells
 from maefast.ops import CellMask
 
 # The first is what the ratios are about; the others are what users have.
-PEERS = ("maefast", "plain", "hf", "plain_compiled", "maefast_compiled")
+PEERS = ("maefast", "plain", "hf", "plain_compiled", "maefast_compiled", "plain_cudnn")
 NAMES = {
     "maefast": "maefast",
     "plain": "plain eager model",
     "hf": "HF ViTMAE",
     "plain_compiled": "plain model, torch.compile",
     "maefast_compiled": "maefast, torch.compile",
+    "plain_cudnn": "plain eager model, cuDNN's attention",
 }
 Loss = Callable[..., Tensor]
 BATCHES = 2
@@ -70,7 +72,7 @@ def build(peer: str, config: dict, mask_ratio: float, device: str, part: str = "
     if part != "step":
         raise ValueError("only masked convnets are timed without their decoder")
     state = PlainMAE.from_config(config).state_dict()
-    base = peer.removesuffix("_compiled")
+    base = peer.removesuffix("_compiled").removesuffix("_cudnn")
     if base == "hf":
         return _hf(config, state, mask_ratio, device)
     if base == "plain":
@@ -82,7 +84,14 @@ def build(peer: str, config: dict, mask_ratio: float, device: str, part: str = "
     model.load_state_dict(state, strict=True)
     model.to(device).train()
     call = torch.compile(model, dynamic=False) if peer.endswith("_compiled") else model
-    return model, lambda images, noise: call(images, mask_ratio, noise)[0]
+    if not peer.endswith("_cudnn"):
+        return model, lambda images, noise: call(images, mask_ratio, noise)[0]
+
+    def cudnn(images: Tensor, noise: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return model(images, mask_ratio, noise)[0]
+
+    return model, cudnn
 
 
 def _hf(config: dict, state: dict[str, Tensor], mask_ratio: float, device: str) -> tuple[nn.Module, Loss]:

@@ -11,11 +11,13 @@ load(peer, **request) imports what it needs, task(peer, ...) -> Task builds it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -52,7 +54,9 @@ class Worker:
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
         reset_peak(device)
         torch.manual_seed(2)  # models that draw their masks themselves draw the same ones
-        loss = self._backward()
+        with _turn(device, batch):
+            loss = self._backward()
+            self._release()
         norm = torch.stack([p.grad.double().norm() for p in parameters if p.grad is not None]).norm()
         count = sum(p.numel() for p in parameters)
         return {"loss": loss.item(), "grad_norm": norm.item(), "parameters": count, **self.task.notes}
@@ -71,7 +75,9 @@ class Worker:
         if self.device != "cpu":  # a wait after every step would add a gap to each
             self._wait()
             seconds = [(time.perf_counter() - start) / steps]
-        return {"seconds": seconds, "loss": loss.item()}
+        found = {"seconds": seconds, "loss": loss.item()}
+        self._release()
+        return found
 
     def memory(self) -> dict:
         if self.device == "cuda":
@@ -93,9 +99,25 @@ class Worker:
         loss.backward()
         return loss
 
+    def _release(self) -> None:
+        """The activations' memory goes back: the other peers' processes need the same device."""
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
     def _wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def _turn(device: str, batch: int):
+    """One process at a time, where several first steps at once would not fit the device."""
+    if device != "cuda" or batch < 128:
+        yield
+        return
+    with open(Path(tempfile.gettempdir(), "maefast-bench-step.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _status(field: str) -> int | None:
