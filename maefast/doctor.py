@@ -249,7 +249,7 @@ def _warnings(info: Info) -> list[str]:
             if not _serves(build.get("cuda_archs", ""), int(gpu["capability"])):
                 found.append(f"_cuda.so has no code for {gpu['name']} (sm_{gpu['capability']}): set MAEFAST_CUDA_ARCHS")
     supported = _driver_cuda() if info["gpus"] and native["cuda"] else None
-    if supported is not None and int(build["cuda"].split(".")[0]) > supported:
+    if supported is not None and build.get("cuda") and int(build["cuda"].split(".")[0]) > supported:
         found.append(
             f"_cuda.so was compiled with CUDA {build['cuda']}, and the driver supports CUDA {supported}: "
             "update the driver, or rebuild with an nvcc of that version"

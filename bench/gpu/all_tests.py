@@ -161,7 +161,7 @@ def run(ids: list[str], selection: list[str], path: Path, processes: int, second
             for marker in folder.glob("running-*"):
                 id = marker.read_text()
                 if id in _unknown(path, [id]):
-                    what = {"outcome": "timeout", "error": "the stage's time was over"}
+                    what = {"outcome": "cut", "error": "the stage's time was over"}
                     output.write(id, **(what if over else {"outcome": "crashed", "error": "its process ended"}))
             if not over and len(_unknown(path, ids)) == len(ids):
                 status = [process.returncode for process in group]
@@ -196,14 +196,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lines", type=Path, required=True, help="the file that lines are appended to")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--processes", type=int, default=max(1, len(os.sched_getaffinity(0)) - 2))
-    parser.add_argument("--marker", default="gpu")
+    parser.add_argument("--marker", default="gpu", help="`not_gpu` for the others")
     parser.add_argument("--log", type=Path, help="what pytest prints goes here")
     parser.add_argument("tests", nargs="*", default=["tests"])
     args = parser.parse_args(argv)
     start = time.monotonic()
     output = lines.Lines(args.lines, "all-tests")
     try:
-        ids = order(collect(args.tests, args.marker))
+        ids = order(collect(args.tests, args.marker.replace("_", " ")))
     except RuntimeError as error:
         output.write("collection", "failed", error=str(error))
         print(error, file=sys.stderr)

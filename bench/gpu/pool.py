@@ -59,7 +59,7 @@ def run(
     Args:
         make: make(*arguments) -> work, in each process; work(id) -> {"outcome": ..., ...}. Importable, as are the
             arguments.
-        seconds: for all; what has not begun then is not reported, what has is reported as "timeout".
+        seconds: for all; what has not begun then is not reported, what has is reported as "cut".
         each: seconds for one.
     """
     context = multiprocessing.get_context("spawn")
@@ -90,7 +90,7 @@ def run(
                 _next(workers, worker, waiting, outcome, lambda: _Worker(context, make, arguments))
         for worker in workers:
             took = round(time.monotonic() - worker.start, 3)
-            report(worker.job, {"outcome": "timeout", "error": "the stage's time was over", "seconds": took})
+            report(worker.job, {"outcome": "cut", "error": "the stage's time was over", "seconds": took})
     finally:
         for worker in workers:
             worker.stop()
