@@ -4,10 +4,10 @@
     python -m bench.gpu.tune LINES ... --write    write it
     python -m bench.gpu.tune --measure --lines FILE     on a GPU: first measure what the tables need beyond `speed`
 
-Evidence: a kernel of which every smoke result passed, in every dtype it serves, and every gpu test of its family, all of
-the code that ran last. Rules: for each measured length the fastest of what can be chosen; a call is served as the
-shortest measured case that is at least as long and as wide, float16 as bfloat16. What was not measured keeps the rules of
-before. Without evidence there is no rule for CUDA C++.
+Evidence: a kernel of which every smoke result passed, in every dtype it serves, and every gpu test of its family, all
+of the code that ran last. Rules: for each measured length the fastest of what can be chosen; a call is served as the
+shortest measured case that is at least as long and as wide, float16 as bfloat16. What was not measured keeps the rules
+of before. Without evidence there is no rule for CUDA C++.
 """
 
 from __future__ import annotations
