@@ -18,16 +18,16 @@ set -uo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="${PYTHON:-python3}"
 TOTAL="${MAEFAST_CHECK_SECONDS:-540}"
-LIBRARIES="${MAEFAST_CHECK_LIBRARIES:-}"
-MODE=all ARCH="" EARLIER="" ORDER=(build smoke speed all-tests tune) CHOSEN=()
+PREBUILT="${MAEFAST_CHECK_LIBRARIES:-}" # not LIBRARIES, which nvcc reads
+MODE=all DRY="" ARCH="" EARLIER="" ORDER=(build smoke speed all-tests tune) CHOSEN=()
 while (($#)); do
   case "$1" in
     build | smoke | speed | all-tests | tune) CHOSEN+=("$1") ;;
-    --dry-run) MODE=dry ;;
+    --dry-run) DRY=1 ;;
     --build-only) MODE=build CHOSEN=(build) ;;
     --rehearse) MODE=rehearse ;;
     --arch) ARCH="${2:?--arch needs a value, such as 90a}"; shift ;;
-    --libraries) LIBRARIES="${2:?--libraries needs a folder}"; shift ;;
+    --libraries) PREBUILT="${2:?--libraries needs a folder}"; shift ;;
     --lines) EARLIER="${2:?--lines needs a file}"; shift ;;
     -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "gpu_check: unknown argument $1 (see --help)" >&2; exit 2 ;;
@@ -50,17 +50,18 @@ need_command() { command -v "$1" >/dev/null || missing+=("$1: $2"); }
 need_module() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)" 2>/dev/null || missing+=("Python module $1: $2"); }
 [[ -x /usr/local/cuda/bin/nvcc ]] && ! command -v nvcc >/dev/null && PATH="$PATH:/usr/local/cuda/bin"
 need_command "$PYTHON" "set PYTHON to a Python that has torch"
-if [[ $MODE == rehearse && -z $LIBRARIES ]]; then # those of the installed package
-  LIBRARIES="$("$PYTHON" -c 'from maefast import _native; print(_native.find_library("cpu").parent)' 2>/dev/null)" || LIBRARIES=""
+if [[ $MODE == rehearse && -z $PREBUILT ]]; then # those of the installed package
+  PREBUILT="$("$PYTHON" -c 'from maefast import _native; print(_native.find_library("cpu").parent)' 2>/dev/null)" || PREBUILT=""
 fi
-[[ -z $LIBRARIES || -d $LIBRARIES ]] || missing+=("$LIBRARIES: no such folder of libraries")
+[[ -z $PREBUILT || -d $PREBUILT ]] || missing+=("$PREBUILT: no such folder of libraries")
+[[ -d $PREBUILT ]] && PREBUILT="$(cd "$PREBUILT" && pwd)"
 [[ -z $EARLIER || -f $EARLIER ]] || missing+=("$EARLIER: no such file of results")
 SUFFIX="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))' 2>/dev/null)" || SUFFIX=.so
 TARGETS=() # what no folder of libraries brings
 for target in _C _cpu _cuda; do
   name="$target.so"; [[ $target == _C ]] && name="_C$SUFFIX"
   [[ $target == _cuda && $MODE == rehearse ]] && continue
-  [[ -n $LIBRARIES && -f $LIBRARIES/$name ]] || TARGETS+=("$target")
+  [[ -n $PREBUILT && -f $PREBUILT/$name ]] || TARGETS+=("$target")
 done
 if ((${#TARGETS[@]})); then
   [[ $MODE == rehearse ]] || need_command nvcc "the CUDA compiler"
@@ -133,8 +134,8 @@ echo "plan, $TOTAL s in all:"
 for stage in "${ORDER[@]}"; do
   chosen "$stage" && printf '  %-9s at most %3d s  %s\n' "$stage" "${LIMIT[$stage]}" "${WHAT[$stage]}"
 done
-if [[ $MODE == dry ]]; then
-  [[ $GPU == none:* ]] && echo "without --dry-run this would stop here with status 3: no GPU"
+if [[ -n $DRY ]]; then
+  [[ $MODE == all && $GPU == none:* ]] && echo "without --dry-run this would stop here with status 3: no GPU"
   exit 0
 fi
 if [[ $MODE == all && $GPU == none:* ]]; then
@@ -171,7 +172,7 @@ build() {
   cp -r "$STAGE/kernels" "$STAGE/maefast/kernels"
   for target in $TARGETS; do cp "$BUILD/cmake/$target"*.so "$STAGE/maefast/"; done
   for name in _C"$SUFFIX" _cpu.so _cuda.so; do
-    [[ -f $STAGE/maefast/$name || ! -f $LIBRARIES/$name ]] || cp "$LIBRARIES/$name" "$STAGE/maefast/"
+    [[ -f $STAGE/maefast/$name || ! -f $PREBUILT/$name ]] || cp "$PREBUILT/$name" "$STAGE/maefast/"
   done
   cd "$STAGE"
   # An editable install of maefast goes before every path; within the stage it must not.
@@ -182,7 +183,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuild
 PY
   "$PYTHON" -m bench.gpu.staged
 }
-export BUILD STAGE ROOT PYTHON ARCH LIBRARIES SUFFIX
+export BUILD STAGE ROOT PYTHON ARCH PREBUILT SUFFIX
 build_script="$(declare -f build); TARGETS='${TARGETS[*]-}' GENERATOR='${GENERATOR[*]-}' CUDA=on; "
 [[ $MODE == rehearse ]] && build_script+="CUDA=off; "
 
@@ -226,7 +227,7 @@ fi
 export PASS_SECONDS=1
 WARM=""
 if chosen smoke; then
-  if chosen speed && [[ $MODE == all ]]; then # torch.compile of the peers needs cores more than the GPU
+  if chosen speed && [[ $MODE != rehearse ]]; then # torch.compile of the peers needs cores more than the GPU
     timeout -k 5 150 "$PYTHON" -m bench.gpu.speed --warm >>"$LOG" 2>&1 &
     WARM=$!
   fi

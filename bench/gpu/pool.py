@@ -15,7 +15,12 @@ Work = Callable[[str], Outcome]
 
 
 def _serve(pipe, make: Callable[..., Work], arguments: tuple) -> None:
-    work = make(*arguments)
+    try:
+        work = make(*arguments)
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        return
+    pipe.send(None)  # ready
     while (id := pipe.recv()) is not None:
         start = time.monotonic()
         try:
@@ -34,11 +39,15 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.job: str | None = None
+        self.ready = False  # it still imports, which is not the job's time
         self.start = time.monotonic()
 
     def give(self, id: str | None) -> None:
         self.job, self.start = id, time.monotonic()
         self.pipe.send(id)
+
+    def took(self) -> float:
+        return time.monotonic() - self.start if self.ready else 0.0
 
     def stop(self) -> None:
         self.process.kill()
@@ -61,6 +70,9 @@ def run(
             arguments.
         seconds: for all; what has not begun then is not reported, what has is reported as "cut".
         each: seconds for one.
+
+    Raises:
+        RuntimeError: `make` failed.
     """
     context = multiprocessing.get_context("spawn")
     waiting, deadline = list(reversed(ids)), time.monotonic() + seconds
@@ -72,24 +84,29 @@ def run(
             now = time.monotonic()
             if now >= deadline:
                 break
-            until = min(deadline, *(worker.start + each for worker in workers))
+            until = min([deadline, *(worker.start + each for worker in workers if worker.ready)])
             ready = multiprocessing.connection.wait([w.pipe for w in workers], max(0.0, until - now))
             for worker in list(workers):
                 if worker.pipe in ready:
                     try:
                         outcome = worker.pipe.recv()
+                        if outcome is None:
+                            worker.ready, worker.start = True, time.monotonic()
+                            continue
+                        if isinstance(outcome, str):
+                            raise RuntimeError(f"the processes cannot start: {outcome}")
                     except (EOFError, OSError):
                         worker.process.join(5)
                         outcome = {"outcome": "crashed", "error": f"exit status {worker.process.exitcode}"}
-                        outcome["seconds"] = round(time.monotonic() - worker.start, 3)
-                elif time.monotonic() - worker.start >= each:
+                        outcome["seconds"] = round(worker.took(), 3)
+                elif worker.took() >= each:
                     outcome = {"outcome": "timeout", "error": f"not done after {each:g} s", "seconds": each}
                 else:
                     continue
                 report(worker.job, outcome)
                 _next(workers, worker, waiting, outcome, lambda: _Worker(context, make, arguments))
         for worker in workers:
-            took = round(time.monotonic() - worker.start, 3)
+            took = round(worker.took(), 3)
             report(worker.job, {"outcome": "cut", "error": "the stage's time was over", "seconds": took})
     finally:
         for worker in workers:
