@@ -11,12 +11,24 @@ pytest.importorskip("rich")
 
 from bench import results
 from bench.gpu import lines, summary, tune
+from maefast import ops
 from maefast.ops import _attention_table, _conv_table, _dispatch, _dispatch_data
 from tests.bench.common import ENVIRONMENT, SHAPE
 
 MACHINE = {**ENVIRONMENT, "kind": "cuda", "device": "NVIDIA Test", "date": "2026-01-02 03:04 UTC"}
 BEFORE = json.loads(_dispatch_data.PATH.read_text())
-EMPTY = {**BEFORE, "evidence": {"cuda": {}, "triton": {}}}
+# As before any measurement, whatever the file holds by now.
+EMPTY = {
+    **BEFORE,
+    "evidence": {"cuda": {}, "triton": {}},
+    "attention": [rule for rule in BEFORE["attention"] if "measured on" not in rule["why"]],
+    "conv": [
+        *(rule for rule in BEFORE["conv"] if rule["device"] == "cpu"),
+        {"device": "cuda", "route": "halo", "grouped": False, "smallest": 4, "why": "not measured"},
+        {"device": "cuda", "route": "taps", "grouped": False, "smallest": 1, "why": "not measured"},
+        {"device": "cuda", "route": "halo", "grouped": True, "smallest": 4, "why": "not measured"},
+    ],
+}
 GATHER = ["gather_tokens", "gather_tokens_backward"]
 CLOCK = {"low_s": 1e-6, "high_s": 1e-6, "rounds": 3}
 
@@ -129,15 +141,18 @@ def test_a_rehearsal_is_no_evidence():
 
 
 def test_without_evidence_dispatch_is_as_before(monkeypatch):
-    before = {}
-    for _ in range(2):
-        now = {(n, w, p, d): serves(n, w, p, d) for n in (17, 64, 197) for w in (32, 64) for p in (False, True)
-               for d in (torch.bfloat16, torch.float32) if "varlen" not in serves(n, w, p, d)}  # fmt: skip
-        before = before or now
-        apply(EMPTY, monkeypatch)
-    assert now == before
-    assert "cuda" not in now.values()
-    assert all(not rule.why.startswith("measured") for rule in _attention_table.TABLE)
+    """Packed 16-bit calls go to varlen_attn, dense ones to torch, the rest to Triton; convolutions as by EMPTY."""
+    apply(EMPTY, monkeypatch)
+    monkeypatch.setattr(_attention_table, "_varlen_attn", lambda: lambda q, k, v, cu_q, cu_k, max_q, max_k, scale: None)
+    for length in (1, 17, 64, 197, 4096):
+        for width in (32, 64):
+            assert serves(length, width) == serves(length, width, dtype=torch.float32) == "sdpa"
+            assert serves(length, width, packed=True) == "varlen"
+            assert serves(length, width, packed=True, dtype=torch.float32) == "triton"
+            assert serves(length, width, extras=True) == "triton"
+    for op in ("add_norm", *GATHER):
+        assert _dispatch.choose(op, "cuda", torch.bfloat16) == "triton"
+    assert [backend for backend, _ in _attention_table.why("cuda")] == ["varlen", "sdpa", "triton"]
 
 
 def test_cuda_is_never_chosen_without_evidence(monkeypatch):
@@ -184,6 +199,16 @@ def test_packed_and_dense_calls_have_rules_of_their_own(monkeypatch):
 def test_a_gain_within_the_noise_changes_nothing(monkeypatch):
     apply(tune.data([*evidence(), *timed(50, eager=100, maefast_cuda=99)], EMPTY), monkeypatch)
     assert serves(50) == "sdpa"
+
+
+def test_rules_of_width_and_dtype_are_traced(monkeypatch):
+    """torch.compile reads the table; a rule must not break the graph."""
+    rule = {"device": "cpu", "backend": "sdpa", "longest": 50, "why": "measured on a test", "packed": False}
+    rule |= {"dtypes": ["float32"], "widths": [0, 32]}
+    apply({**EMPTY, "attention": [rule, *EMPTY["attention"]]}, monkeypatch)
+    q = torch.randn(2, 5, 3, 2, 16)
+    compiled = torch.compile(ops.attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q), ops.attention(q, backend="reference"))
 
 
 def test_several_batches_count_alike():
