@@ -106,8 +106,9 @@ fi
 
 # --- the plan ----------------------------------------------------------------------------------------------
 
-LINES_FILE="$OUT/gpu_check.jsonl" LOG="$OUT/gpu_check.log" KEPT="$BUILD/gpu_check.jsonl"
-TOY=(); [[ $MODE == rehearse ]] && TOY=(--rehearse)
+NAME=gpu_check TABLES="$OUT/dispatch_data.json" TOY=()
+if [[ $MODE == rehearse ]]; then NAME=gpu_rehearsal TABLES="$OUT/gpu_rehearsal_tables.json" TOY=(--rehearse); fi
+LINES_FILE="$OUT/$NAME.jsonl" LOG="$OUT/$NAME.log" KEPT="$BUILD/$NAME.jsonl"
 declare -A LIMIT=([build]=150 [smoke]=120 [speed]=220 [all-tests]=500 [tune]=60)
 if [[ $MODE == build ]]; then TOTAL=3600 LIMIT[build]=3600; fi # nothing waits behind it
 if [[ $MODE == rehearse ]]; then # no judge of speed: a busy machine has time
@@ -118,7 +119,7 @@ fi
 module() { echo "$PYTHON -m bench.gpu.$1 --lines $LINES_FILE ${TOY[*]-}"; }
 declare -A WHAT=(
   [build]="${TARGETS[*]:-nothing} compiled for architecture $ARCH, the rest copied, into $STAGE"
-  [smoke]="$(module smoke)" [speed]="$(module speed)" [tune]="$(module tune) --measure --write --data $OUT/dispatch_data.json"
+  [smoke]="$(module smoke)" [speed]="$(module speed)" [tune]="$(module tune) --measure --write --data $TABLES"
   [all-tests]="$(module all_tests) --log $LOG"
 )
 if [[ $MODE == rehearse ]]; then
@@ -147,7 +148,7 @@ fi
 
 mkdir -p "$BUILD"
 : >>"$LOG"
-[[ $MODE == rehearse ]] && rm -f "$KEPT" "$LINES_FILE"
+[[ $MODE == rehearse ]] && rm -f "$KEPT" "$LINES_FILE" "$TABLES" # it begins anew
 [[ -n $EARLIER && ! $EARLIER -ef $LINES_FILE ]] && cat "$EARLIER" >>"$LINES_FILE"
 [[ -f $LINES_FILE ]] || { [[ -f $KEPT ]] && cp "$KEPT" "$LINES_FILE"; }
 [[ -f $LINES_FILE ]] && cp "$LINES_FILE" "$KEPT"
@@ -247,5 +248,5 @@ if chosen tune; then part tune ${WHAT[tune]}; fi
 # --- the verdict, last -------------------------------------------------------------------------------------
 
 say "summary"
-"$PYTHON" -m bench.gpu.summary "$LINES_FILE" --stages "${CHOSEN[@]}" | tee "$OUT/summary.txt"
+"$PYTHON" -m bench.gpu.summary "$LINES_FILE" --stages "${CHOSEN[@]}" | tee "$OUT/$NAME.txt"
 exit "${PIPESTATUS[0]}"

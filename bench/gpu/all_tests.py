@@ -118,7 +118,7 @@ class Reporter:
 
 
 def command_line(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    return [sys.executable, "-m", "pytest", "-q", "--color=no", "--tb=short", "-p", "no:cacheprovider", *arguments]
 
 
 def collect(selection: list[str], marker: str) -> list[str]:
