@@ -60,9 +60,7 @@ def make(rehearse: bool) -> pool.Work:
             if name == "videomae" and not lines.has_module("transformers"):
                 return {"outcome": "skipped", "error": "transformers is not installed"}
             dtype = getattr(torch, text)
-            # In the interpreter a convnet takes a minute.
-            backend = "triton" if rehearse and name in trainings.EARLY else None
-            found = trainings.errors(name, device, dtype, rehearse, backend)
+            found = trainings.errors(name, device, dtype, rehearse, "triton" if rehearse else None)
             problem = trainings.too_large(found, dtype)
             fields = {"model": name}
         else:
