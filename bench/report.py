@@ -11,6 +11,7 @@ from bench.dropin import compiled
 from bench.environment import ROOT
 from bench.micro import tables
 from bench.peers import dropin_models, models
+from bench.step import graphed
 
 PAGE = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- begin: written by python -m bench.report -->", "<!-- end -->"
@@ -113,6 +114,7 @@ def step(doc: dict) -> str:
     encoder = "; encoder alone, forward and backward" if doc["settings"].get("part") == "encoder" else ""
     text = f"**{first['preset']}**: {_size(first)} images, patch {patch}, {_batch(first)}{encoder}. "
     text += peers_table(doc, models.NAMES)
+    text += "".join(f"\n{line[0].upper()}{line[1:]}.\n" for line in graphed(doc["records"]))
     plain = next((r for r in doc["records"] if r["peer"] == "plain" and "error" not in r), None)
     aim = AIM_STEP.get(first["preset"], {}).get(first["dtype"])
     if plain and aim and plain["ratio"] < aim:

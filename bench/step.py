@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import environment, results, timing
-from bench.peers.models import NAMES, PEERS
+from bench.peers.models import CUDA_PEERS, NAMES, PEERS
 
 # preset -> model, default batch; and where they differ from the ViT's: share masked, peers, what is timed ("step", or
 # "encoder": forward and backward of the encoder alone, without an optimiser).
@@ -213,14 +213,16 @@ def _records(
         low, high = timing.quartiles(samples[name])
         median = statistics.median(samples[name])
         notes = {key: value for key, value in first[name].items() if key not in ("loss", "grad_norm", "parameters")}
-        compiled = {}
+        more = {}
         if name.endswith("_compiled") and f"{ours}_compiled" in samples:
-            compiled["ratio_compiled"] = timing.ratio(samples[name], samples[f"{ours}_compiled"])
+            more["ratio_compiled"] = timing.ratio(samples[name], samples[f"{ours}_compiled"])
+        if f"{ours}_graphed" in samples:
+            more["ratio_graphed"] = timing.ratio(samples[name], samples[f"{ours}_graphed"])
         records.append(
             {
                 **record,
                 "ratio": timing.ratio(samples[name], samples[ours]),
-                **compiled,
+                **more,
                 "step_s": median,
                 "low_s": low,
                 "high_s": high,
@@ -321,6 +323,18 @@ def show(doc: dict) -> None:
     encoder = doc["settings"].get("part") == "encoder"
     what = "encoder forward and backward of" if encoder else "one training step of"
     print_table(doc, f"{first['preset']}: {size} images", what, NAMES)
+    for line in graphed(doc["records"]):
+        print(line)
+
+
+def graphed(records: list[dict]) -> list[str]:
+    """What the others say against maefast's step as one CUDA graph."""
+    ours = f"{records[0]['peer']}_graphed"
+    return [
+        f"{NAMES[r['peer']]}, vs {NAMES[ours]}: {r['ratio_graphed']:.2f}x"
+        for r in records
+        if "ratio_graphed" in r and r["peer"] != ours
+    ]
 
 
 def print_table(doc: dict, title: str, what: str, names: dict[str, str]) -> None:
@@ -393,11 +407,12 @@ def finish(name: str, args: argparse.Namespace, run: Callable[[], dict], show: C
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.step", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=tuple(PRESETS), default="demo")
-    parser.add_argument("--peers", nargs="+", choices=PEERS)
+    parser.add_argument("--peers", nargs="+", choices=(*PEERS, "cuda"), help=f"cuda: {' '.join(CUDA_PEERS)}")
     parser.add_argument("--compile", action="store_true", help="also time the torch.compile'd plain model")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    peers = tuple(args.peers or PRESETS[args.preset].get("peers", DEFAULT_PEERS))
+    asked = args.peers or PRESETS[args.preset].get("peers", DEFAULT_PEERS)
+    peers = tuple(name for peer in asked for name in (CUDA_PEERS if peer == "cuda" else (peer,)))
     peers = (*peers, "plain_compiled") if args.compile else peers
     given = {"peers": peers, "rounds": args.rounds, "steps": args.steps, "budget": args.budget}
     return finish("bench.step", args, lambda: measure(args.preset, args.batch, args.dtype, args.device, **given), show)

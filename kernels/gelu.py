@@ -45,10 +45,12 @@ def bias_gelu_fwd_kernel(
 
 @triton.jit
 def bias_gelu_bwd_kernel(
-    grad, x, bias, grad_x, parts, rows, per_program, width,
-    HAS_BIAS: tl.constexpr, NEED_BIAS: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad, x, bias, grad_x, again, parts, rows, per_program, width,
+    HAS_BIAS: tl.constexpr, NEED_BIAS: tl.constexpr, NEED_OUT: tl.constexpr, TANH: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns over `per_program` rows; the column sums stay in registers until the end."""
+    """A block of columns over `per_program` rows; the column sums stay in registers until the end. NEED_OUT: the GELU
+    once more, into `again`."""
     blocks = tl.cdiv(width, BLOCK)
     pid = tl.program_id(0)
     program = (pid // blocks).to(tl.int64)
@@ -63,7 +65,9 @@ def bias_gelu_bwd_kernel(
         inside = (row < last)[:, None] & (col < width)[None, :]
         at = row[:, None] * width + col[None, :]
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
-        _, slope = gelu_parts(value, TANH)
+        gate, slope = gelu_parts(value, TANH)
+        if NEED_OUT:
+            tl.store(again + at, (value * gate).to(again.dtype.element_ty), mask=inside)
         out = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * slope
         tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
         if NEED_BIAS:
@@ -79,7 +83,7 @@ def _tile(width: int) -> tuple[int, int]:
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    """x [R, D] -> GELU(x + bias). Reads and writes each element once."""
+    """x [R, D] -> GELU(x + bias), bias in float32. Reads and writes each element once."""
     check_dtypes("bias_gelu", x, bias)
     out = torch.empty_like(x)
     rows, width = x.shape
@@ -93,29 +97,30 @@ def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 
 
 def bias_gelu_backward(
-    grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_bias: bool
-) -> tuple[Tensor, Tensor]:
-    """-> grad_x [R, D] and the gradient of the bias [D] (or [0]), both in x's dtype."""
+    grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, need_bias: bool, need_out: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> grad_x [R, D], the gradient of the bias [D] (or [0]) in float32, and the GELU once more (or [0, D])."""
     check_dtypes("bias_gelu_backward", grad, x, bias)
     grad_x = torch.empty_like(x)
     rows, width = x.shape
-    grad_bias = x.new_empty((width if need_bias else 0,))
+    grad_bias = x.new_empty((width if need_bias else 0,), dtype=torch.float32)
+    out = x.new_empty((rows if need_out else 0, width))
     if not grad_x.numel():
-        return grad_x, grad_bias.zero_()
+        return grad_x, grad_bias.zero_(), out
     tile, block = _tile(width)
     blocks = ceil_div(width, block)
     # About 1024 programs in all; each leaves one partial sum of its columns.
     each = ceil_div(ceil_div(rows, max(1, 1024 // blocks)), tile) * tile
     programs = ceil_div(rows, each)
     parts = torch.empty((programs, width) if need_bias else (0,), dtype=torch.float32, device=x.device)
-    flags = {"HAS_BIAS": bias is not None, "NEED_BIAS": bool(need_bias), "TANH": bool(tanh)}
+    flags = {"HAS_BIAS": bias is not None, "NEED_BIAS": bool(need_bias), "NEED_OUT": bool(need_out), "TANH": bool(tanh)}
     with guard(x):
         bias_gelu_bwd_kernel[(programs * blocks,)](
-            grad, x, bias, grad_x, parts, rows, each, width, **flags, ROWS=tile, BLOCK=block, **TILE
+            grad, x, bias, grad_x, out, parts, rows, each, width, **flags, ROWS=tile, BLOCK=block, **TILE
         )
         if need_bias:
             sum_parts(parts, grad_bias)
-    return grad_x, grad_bias
+    return grad_x, grad_bias, out
 
 
 OPS = {"bias_gelu": bias_gelu, "bias_gelu_backward": bias_gelu_backward}

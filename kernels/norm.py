@@ -12,8 +12,8 @@ from ._common import OPTIONS, ceil_div, check_dtypes, guard, power, sum_parts
 
 @triton.jit
 def add_norm_fwd_kernel(
-    x, delta, weight, bias, residual, y, mean, rstd, rows, width, eps,
-    HAS_DELTA: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, delta, weight, bias, shift, residual, y, mean, rstd, rows, width, eps,
+    HAS_DELTA: tl.constexpr, HAS_SHIFT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Whole rows in registers: each element is read once and written once (twice with a residual)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -22,7 +22,10 @@ def add_norm_fwd_kernel(
     at = row[:, None] * width + col[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_DELTA:
-        value += tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_SHIFT:
+            added += tl.load(shift + col, mask=col < width, other=0.0)[None, :]
+        value += added
         stored = value.to(residual.dtype.element_ty)
         tl.store(residual + at, stored, mask=inside)
         value = stored.to(tl.float32)  # the norm is that of the stream as it is kept
@@ -39,10 +42,12 @@ def add_norm_fwd_kernel(
 
 @triton.jit
 def add_norm_bwd_kernel(
-    grad_y, grad_residual, residual, mean, rstd, weight, grad_x, parts, rows, per_program, width,
-    HAS_PASSED: tl.constexpr, NEED_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_y, grad_residual, residual, mean, rstd, weight, bias, grad_x, grad_delta, y, parts, rows, per_program, width,
+    HAS_PASSED: tl.constexpr, TABLES: tl.constexpr, NARROW: tl.constexpr, AGAIN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`per_program` consecutive rows, ROWS at a time; sums for weight and bias stay in registers until the end.
+    """`per_program` consecutive rows, ROWS at a time; sums for weight, bias (TABLES = 2) and shift (3) stay in
+    registers until the end. NARROW: grad_x in 16 bits too. AGAIN: the norm once more.
 
     With n the normalised row and w = grad_y * weight: grad_x = rstd * (w - mean(w) - n * mean(w * n)).
     """
@@ -51,6 +56,9 @@ def add_norm_bwd_kernel(
     w = tl.load(weight + col, mask=col < width, other=0.0)
     weight_total = tl.zeros([BLOCK], tl.float32)
     bias_total = tl.zeros([BLOCK], tl.float32)
+    shift_total = tl.zeros([BLOCK], tl.float32)
+    if AGAIN:
+        b = tl.load(bias + col, mask=col < width, other=0.0)
     last = tl.minimum((program + 1) * per_program, rows)
     for start in range(program * per_program, last, ROWS):
         row = start + tl.arange(0, ROWS)
@@ -69,13 +77,21 @@ def add_norm_bwd_kernel(
         if HAS_PASSED:
             out += tl.load(grad_residual + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
-        if NEED_WEIGHT:
+        if NARROW:
+            tl.store(grad_delta + at, out.to(grad_delta.dtype.element_ty), mask=inside)
+        if AGAIN:
+            tl.store(y + at, (n * w[None, :] + b[None, :]).to(y.dtype.element_ty), mask=inside)
+        if TABLES > 0:
             weight_total += tl.sum(g * n, axis=0)
             bias_total += tl.sum(g, axis=0)
-    if NEED_WEIGHT:
-        at = parts + program * 2 * width + col
+        if TABLES > 2:
+            shift_total += tl.sum(tl.where(inside, out, 0.0), axis=0)
+    if TABLES > 0:
+        at = parts + program * TABLES * width + col
         tl.store(at, weight_total, mask=col < width)
         tl.store(at + width, bias_total, mask=col < width)
+        if TABLES > 2:
+            tl.store(at + 2 * width, shift_total, mask=col < width)
 
 
 def _tile(width: int) -> tuple[int, int, dict]:
@@ -86,10 +102,17 @@ def _tile(width: int) -> tuple[int, int, dict]:
 
 
 def add_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, delta [R, D] -> residual (empty without delta), y in `dtype`, mean and rstd [R] in float32."""
-    check_dtypes("add_norm", x, delta, weight, bias)
+    """x, delta [R, D] -> residual (empty without delta), y in `dtype`, mean and rstd [R] in float32. shift: [D] in
+    float32, added to delta."""
+    check_dtypes("add_norm", x, delta, weight, bias, shift)
     rows, width = x.shape
     residual = torch.empty_like(x) if delta is not None else x.new_empty((0,))
     y = torch.empty((rows, width), dtype=dtype, device=x.device)
@@ -98,11 +121,10 @@ def add_norm(
     check_dtypes("add_norm", y)
     if rows:
         tile, block, options = _tile(width)
-        args = x, delta, weight, bias, residual, y, mean, rstd, rows, width, eps
+        args = x, delta, weight, bias, shift, residual, y, mean, rstd, rows, width, eps
+        flags = {"HAS_DELTA": delta is not None, "HAS_SHIFT": shift is not None}
         with guard(x):
-            add_norm_fwd_kernel[(ceil_div(rows, tile),)](
-                *args, HAS_DELTA=delta is not None, ROWS=tile, BLOCK=block, **options
-            )
+            add_norm_fwd_kernel[(ceil_div(rows, tile),)](*args, **flags, ROWS=tile, BLOCK=block, **options)
     return residual, y, mean, rstd
 
 
@@ -114,26 +136,36 @@ def add_norm_backward(
     rstd: Tensor,
     weight: Tensor,
     need_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """-> grad_x [R, D] like residual, and the gradients of weight and bias [2, D] in float32 (or [0, D])."""
-    check_dtypes("add_norm_backward", grad_y, grad_residual, residual)
+    bias: Tensor | None = None,
+    delta_dtype: torch.dtype | None = None,
+    need_shift: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> grad_x [R, D] like residual; the gradients of weight, bias and shift, [0, 2 or 3, D] in float32; grad_x in
+    `delta_dtype`, or [0, D]; with the bias y once more, or [0, D]."""
+    check_dtypes("add_norm_backward", grad_y, grad_residual, residual, bias)
     rows, width = residual.shape
     grad_x = torch.empty_like(residual)
-    tables = torch.empty((2 if need_weight else 0, width), dtype=torch.float32, device=residual.device)
+    count = 3 if need_shift else 2 if need_weight else 0
+    tables = torch.empty((count, width), dtype=torch.float32, device=residual.device)
+    narrow = delta_dtype is not None and delta_dtype is not residual.dtype
+    grad_delta = residual.new_empty((rows if narrow else 0, width), dtype=delta_dtype if narrow else residual.dtype)
+    y = grad_y.new_empty((0 if bias is None else rows, width))
+    check_dtypes("add_norm_backward", grad_delta)
     if not rows:
-        return grad_x, tables.zero_()
+        return grad_x, tables.zero_(), grad_delta, y
     tile, block, options = _tile(width)
     # At most 512 programs (about 4 an SM): each leaves one partial sum.
     each = ceil_div(ceil_div(rows, 512), tile) * tile
     programs = ceil_div(rows, each)
-    parts = torch.empty((programs, 2, width) if need_weight else (0,), dtype=torch.float32, device=residual.device)
-    args = grad_y, grad_residual, residual, mean, rstd, weight, grad_x, parts, rows, each, width
-    flags = {"HAS_PASSED": grad_residual is not None, "NEED_WEIGHT": bool(need_weight)}
+    parts = torch.empty((programs, count, width), dtype=torch.float32, device=residual.device)
+    tensors = grad_y, grad_residual, residual, mean, rstd, weight, bias, grad_x, grad_delta, y, parts
+    args = *tensors, rows, each, width
+    flags = {"HAS_PASSED": grad_residual is not None, "TABLES": count, "NARROW": narrow, "AGAIN": bias is not None}
     with guard(residual):
         add_norm_bwd_kernel[(programs,)](*args, **flags, ROWS=tile, BLOCK=block, **options)
-        if need_weight:
+        if count:
             sum_parts(parts, tables)
-    return grad_x, tables
+    return grad_x, tables, grad_delta, y
 
 
 OPS = {"add_norm": add_norm, "add_norm_backward": add_norm_backward}

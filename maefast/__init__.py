@@ -15,33 +15,40 @@ from .ops import backend
 
 __version__ = "0.1.0"
 
-_LAZY = ("doctor", "integrations", "kernels", "masking", "models", "nn")
+_LAZY = ("doctor", "graphs", "integrations", "kernels", "masking", "models", "nn", "optim")
 _FROM = {
     "Cells": "nn",
     "sparsify": "nn",
     "accelerate": "integrations",
+    "GraphCaptureError": "graphs",
+    "graphed_step": "graphs",
     "report": "integrations",
     "restore": "integrations",
 }
 __all__ = [
     "Cells",
+    "GraphCaptureError",
     "__version__",
     "accelerate",
     "backend",
     "doctor",
+    "graphed_step",
+    "graphs",
     "integrations",
     "kernels",
     "masking",
     "models",
     "nn",
     "ops",
+    "optim",
     "report",
     "restore",
     "sparsify",
 ]
 
 if TYPE_CHECKING:
-    from . import doctor, integrations, kernels, masking, models, nn
+    from . import doctor, graphs, integrations, kernels, masking, models, nn, optim
+    from .graphs import GraphCaptureError, graphed_step
     from .integrations import accelerate, report, restore
     from .nn import Cells, sparsify
 

@@ -37,6 +37,12 @@ class Device(str, Enum):
     cpu = "cpu"
 
 
+class Graph(str, Enum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class Picture(str, Enum):
     restored = "restored"
     raw = "raw"
@@ -115,6 +121,7 @@ def pretrain(
     cache_mb: Annotated[int, option("cache_mb")] = 512,
     amp: Annotated[Amp, option("amp")] = Amp.no,
     device: Annotated[Device, option("device")] = Device.auto,
+    graph: Annotated[Graph, option("graph")] = Graph.auto,
     seed: Annotated[int, option("seed")] = 0,
     output_dir: Annotated[str, option("output_dir")] = "out",
     config: Annotated[Path | None, option("config")] = None,

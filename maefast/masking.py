@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from maefast import graphs
 from maefast.ops.cells import CellMask
 from maefast.ops.mask import TokenMask
 
@@ -51,11 +52,13 @@ def _keep(num_tokens: int, ratio: float | Sequence[float] | None, keep, rule: st
     """Exactly one of `ratio` and `keep`; a ratio may be given for each sample."""
     if (ratio is None) == (keep is None):
         raise ValueError("give exactly one of `ratio` and `keep`")
-    if keep is not None:
-        return keep
-    if isinstance(ratio, (list, tuple)):
-        return [keep_count(num_tokens, r, rule) for r in ratio]
-    return keep_count(num_tokens, ratio, rule)
+    if keep is None:
+        each = isinstance(ratio, (list, tuple))
+        keep = [keep_count(num_tokens, r, rule) for r in ratio] if each else keep_count(num_tokens, ratio, rule)
+    # A ragged plan is counted on the host and copied from there, which a graph cannot replay.
+    if graphs.recording() and (isinstance(keep, Tensor) or (isinstance(keep, (list, tuple)) and len(set(keep)) > 1)):
+        raise ValueError("a graphed step needs one mask ratio or count for all samples, because its shapes are fixed")
+    return keep
 
 
 def _noise(noise: Tensor | None, shape: tuple[int, ...], generator, device) -> Tensor:
@@ -177,6 +180,11 @@ def block(
         grid_size: (rows, columns) of tokens.
         min_area, max_area: of a rectangle, in tokens. aspect: range of height / width.
     """
+    if graphs.recording():
+        raise ValueError(
+            "block masks are drawn on the host, which a graphed step cannot do: draw them before it and hand the map to"
+            " a loss of your own that calls from_bool(map, keep=...)"
+        )
     height, width = grid_size
     num_tokens = height * width
     count = _keep(num_tokens, ratio, keep, rule)

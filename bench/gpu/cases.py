@@ -180,6 +180,13 @@ def transformer_cases(size: Size) -> Iterator[Case]:
         rows = {"x": (2, size.rows, wide)}
         yield Case(f"add_norm-{wide}-delta", backward("add_norm"), {**rows, "delta": rows["x"], **affine}, _norm)
         yield Case(f"add_norm-{wide}", backward("add_norm"), {**rows, **affine}, _norm)
+    # As under autocast: float32 weights, a 16-bit delta, and a 16-bit result beside the float32 stream.
+    shapes = {
+        **dict.fromkeys(("x", "delta"), (2, size.rows, size.width)),
+        "weight": (size.width,),
+        "bias": (size.width,),
+    }
+    yield Case("add_norm-wide stream", backward("add_norm"), shapes, _wide_norm)
     for wide in (size.hidden, 70):
         for approximate in ("none", "tanh"):
             call = functools.partial(_gelu, approximate)
@@ -190,6 +197,15 @@ def transformer_cases(size: Size) -> Iterator[Case]:
 
 def _norm(backend, device, x, weight, bias, delta=None):
     return ops.add_norm(x, delta, weight, bias, backend=backend)[delta is None :]  # x comes back as it is
+
+
+def _wide_norm(backend, device, x, weight, bias, delta):
+    if backend == "reference":
+        return ops.add_norm(x, delta, weight, bias, backend=backend)
+    wide = (t.float() for t in (x, weight, bias))
+    stream, weight, bias = wide
+    stream, y = ops.add_norm(stream, delta, weight, bias, dtype=delta.dtype, backend=backend)
+    return stream.to(x.dtype), y
 
 
 def _gelu(approximate, backend, device, x, bias=None):
@@ -245,6 +261,18 @@ def _cross_attention(backend, device, q, kv, key_bias=None, stats=False):
     return out, *found
 
 
+def optimizer_cases(size: Size) -> Iterator[Case]:
+    for width in (size.width, 70):
+        names = ("param", "grad", "exp_avg", "exp_avg_sq")
+        yield Case(f"adamw-{width}", ("adamw",), dict.fromkeys(names, (size.rows, width)), _adamw, positive=True)
+
+
+def _adamw(backend, device, param, grad, exp_avg, exp_avg_sq):
+    lists = [[t.detach().clone()] for t in (param, grad, exp_avg, exp_avg_sq)]
+    ops.adamw(*lists, [torch.tensor(3.0, device=device)], lr=1e-2, weight_decay=0.05, backend=backend)
+    return [tensor for (tensor,) in (lists[0], *lists[2:])]
+
+
 # --- masked convnets, and every other public op ----------------------------------------------------------------
 
 # op -> the raw ops that its case in tests/ops/cases.py runs.
@@ -266,7 +294,7 @@ RAW = {
     "conv_cells by rows": (),
     "conv_cells on the map": ("pack_cells", "unpack_cells"),
 }
-SEEN = ("add_norm", "bias_gelu", "attention", "patch_embed", "gather_tokens", "restore_tokens", "patch_loss")
+SEEN = ("adamw", "add_norm", "bias_gelu", "attention", "patch_embed", "gather_tokens", "restore_tokens", "patch_loss")
 
 
 def cell_cases(size: Size) -> Iterator[Case]:
@@ -303,6 +331,10 @@ def _batch_norm(act, backend, device, x, weight, bias, residual):
     return ops.batch_norm_act(x, weight, bias, **options)
 
 
+# What most users need; the rest comes after the trainings of transformers.
+COMMON = (token_cases, transformer_cases, attention_cases, optimizer_cases)
+
+
 # --- all together ----------------------------------------------------------------------------------------------
 
 
@@ -313,7 +345,7 @@ def runs(size: Size, backends: tuple[str, ...]) -> list[Run]:
     """
     late = lambda case: "implicit" in case.name  # noqa: E731
     found = []
-    for group in (token_cases, transformer_cases, attention_cases, cell_cases):
+    for group in (*COMMON, cell_cases):
         every = list(group(size))
         for dtype in DTYPES:
             for case in (c for c in every if dtype in c.dtypes):

@@ -21,11 +21,7 @@ def plan(rehearse: bool) -> list[str]:
     early, late = (
         [f"train/{name}/{dtype}" for name in tasks for dtype in dtypes] for tasks in (trainings.EARLY, trainings.LATE)
     )
-    first = {
-        run.name
-        for group in (cases.token_cases, cases.transformer_cases, cases.attention_cases)
-        for run in group(cases.TOY if rehearse else cases.REAL)
-    }
+    first = {run.name for group in cases.COMMON for run in group(cases.TOY if rehearse else cases.REAL)}
     common = [id for id in kernels if id.split("/")[1] in first]
     rare = [id for id in kernels if id.split("/")[1] not in first]
     last = [id for id in rare if "implicit" in id]

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from bench.gpu import lines
 
-STEP_PEERS = ("plain", "plain_cudnn", "hf", "plain_compiled", "maefast_compiled")
+STEP_PEERS = ("plain", "plain_cudnn", "hf", "plain_compiled", "maefast_compiled", "maefast_graphed")
+TUNED_PEERS = ("plain", "plain_autotuned", "plain_cudagraphs", "maefast_graphed")  # minutes of autotuning
 BATCHES = (256, 64, 1024, 4096)
 LENGTHS = (50, 197, 17, 65, 257)
 HEADS = ((12, 64), (16, 32))
@@ -34,8 +35,17 @@ class Item(NamedTuple):
 # --- steps -----------------------------------------------------------------------------------------------------
 
 
-def step_item(preset: str, batch: int, dtype: str, device: str, peers: tuple[str, ...] | None, toy: bool) -> Item:
-    name = f"step/{preset}/b{batch}/{dtype}"
+def step_item(
+    preset: str,
+    batch: int,
+    device: str,
+    peers: tuple[str, ...] | None,
+    toy: bool,
+    seconds: float = 75.0,
+    more: str = "",
+) -> Item:
+    dtype = "bfloat16"
+    name = f"step/{preset}/b{batch}/{dtype}{more}"
 
     def run(write: Write) -> None:
         from bench import step
@@ -50,7 +60,7 @@ def step_item(preset: str, batch: int, dtype: str, device: str, peers: tuple[str
         settings = doc["settings"]
         records(doc["records"])
 
-    return Item(name, run, 75.0)
+    return Item(name, run, seconds)
 
 
 def warm(device: str) -> None:
@@ -200,10 +210,11 @@ def items(device: str, toy: bool) -> list[Item]:
     steps = [("toy", 2)] if toy else [("vit_b", batch) for batch in BATCHES[:2]]
     peers = ("plain", "hf") if toy else STEP_PEERS
     return [
-        *(step_item(preset, batch, "bfloat16", device, peers, toy) for preset, batch in steps),
+        *(step_item(preset, batch, device, peers, toy) for preset, batch in steps),
         *attention_items(device, toy, bandwidth),
         *token_items(device, toy, bandwidth),
-        *(step_item(preset, batch, "bfloat16", device, None, toy) for preset, batch in convnets),
+        *(step_item(preset, batch, device, None, toy, 40.0) for preset, batch in convnets),
+        *(step_item(preset, 64, device, TUNED_PEERS, toy, 180.0, "/tuned") for preset, _ in steps[1:]),
     ]
 
 

@@ -23,6 +23,7 @@ FAMILIES = (
     "linear",
     "norm",
     "gelu",
+    "adamw",
     "loss",
     "cells",
     "pool",

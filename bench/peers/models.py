@@ -17,27 +17,54 @@ from maefast.nn import Cells
 from maefast.ops import CellMask
 
 # The first is what the ratios are about; the others are what users have.
-PEERS = ("maefast", "plain", "hf", "plain_compiled", "maefast_compiled", "plain_cudnn")
+PEERS = (
+    "maefast",
+    "plain",
+    "hf",
+    "plain_compiled",
+    "maefast_compiled",
+    "plain_autotuned",
+    "plain_cudagraphs",
+    "maefast_graphed",
+    "plain_graphed",
+    "plain_cudnn",
+)
+# What a step is to be compared with on a GPU.
+CUDA_PEERS = ("plain", "plain_autotuned", "plain_cudagraphs", "maefast_compiled", "maefast_graphed")
 NAMES = {
     "maefast": "maefast",
     "plain": "plain eager model",
     "hf": "HF ViTMAE",
     "plain_compiled": "plain model, torch.compile",
     "maefast_compiled": "maefast, torch.compile",
+    "plain_autotuned": "plain model, torch.compile (max-autotune-no-cudagraphs)",
+    "plain_cudagraphs": "plain model, torch.compile (reduce-overhead)",
+    "maefast_graphed": "maefast, step as one CUDA graph",
+    "plain_graphed": "plain model, step as one CUDA graph",
     "plain_cudnn": "plain eager model, cuDNN's attention",
 }
+# Ending of a peer's name -> the mode of torch.compile.
+MODES = {"compiled": None, "autotuned": "max-autotune-no-cudagraphs", "cudagraphs": "reduce-overhead"}
 Loss = Callable[..., Tensor]
 BATCHES = 2
 
 
 @dataclass
 class Task:
-    """What a worker trains: loss(*inputs) for each inputs of `data` in turn; `notes` go into its answer."""
+    """What a worker trains: loss(*inputs) for each inputs of `data` in turn; `notes` go into its answer. `graphed`: the
+    whole step is captured by `maefast.graphed_step`."""
 
     model: nn.Module
     loss: Loss
     data: list[tuple[Tensor, ...]]
     notes: dict = field(default_factory=dict)
+    graphed: bool = False
+
+
+def variant(peer: str) -> tuple[str, str]:
+    """("plain", "compiled") of "plain_compiled", ("plain", "") of "plain"."""
+    base, _, ending = peer.partition("_")
+    return base, ending
 
 
 def load(peer: str, config: dict) -> None:
@@ -48,6 +75,11 @@ def load(peer: str, config: dict) -> None:
 
 def task(peer: str, *, config: dict, batch: int, device: str, part: str, tokens: int, mask_ratio: float) -> Task:
     """A peer with random images and noise, the same for all peers."""
+    ending = variant(peer)[1]
+    if ending in ("graphed", "cudagraphs") and device != "cuda":
+        raise ValueError(f"CUDA graphs need --device cuda, and this is {device}")
+    if ending == "graphed" and part != "step":
+        raise ValueError("only a whole step is captured as one graph")
     model, loss = build(peer, config, mask_ratio, device, part)
     generator = torch.Generator().manual_seed(1)
     channels, (height, width) = config["in_chans"], config["img_size"]
@@ -56,7 +88,7 @@ def task(peer: str, *, config: dict, batch: int, device: str, part: str, tokens:
         images = torch.randn(batch, channels, height, width, generator=generator)
         noise = torch.rand(batch, tokens, generator=generator)
         data.append((images.to(device), noise.to(device)))
-    return Task(model, loss, data)
+    return Task(model, loss, data, graphed=ending == "graphed")
 
 
 def build(peer: str, config: dict, mask_ratio: float, device: str, part: str = "step") -> tuple[nn.Module, Loss]:
@@ -72,7 +104,9 @@ def build(peer: str, config: dict, mask_ratio: float, device: str, part: str = "
     if part != "step":
         raise ValueError("only masked convnets are timed without their decoder")
     state = PlainMAE.from_config(config).state_dict()
-    base = peer.removesuffix("_compiled").removesuffix("_cudnn")
+    base, ending = variant(peer)
+    if peer not in PEERS and ending not in ("", "graphed", *MODES):
+        raise ValueError(f"unknown peer {peer!r}; choose from {', '.join(PEERS)}")
     if base == "hf":
         return _hf(config, state, mask_ratio, device)
     if base == "plain":
@@ -83,8 +117,8 @@ def build(peer: str, config: dict, mask_ratio: float, device: str, part: str = "
         raise ValueError(f"unknown peer {peer!r}; choose from {', '.join(PEERS)}")
     model.load_state_dict(state, strict=True)
     model.to(device).train()
-    call = torch.compile(model, dynamic=False) if peer.endswith("_compiled") else model
-    if not peer.endswith("_cudnn"):
+    call = torch.compile(model, dynamic=False, mode=MODES[ending]) if ending in MODES else model
+    if ending != "cudnn":
         return model, lambda images, noise: call(images, mask_ratio, noise)[0]
 
     def cudnn(images: Tensor, noise: Tensor) -> Tensor:
@@ -130,7 +164,7 @@ def _hf(config: dict, state: dict[str, Tensor], mask_ratio: float, device: str) 
 
 def _convnet(peer: str, config: dict, mask_ratio: float, device: str, part: str) -> tuple[nn.Module, Loss]:
     """A masked convnet, or the dense one times the mask, in channels-last memory."""
-    base = peer.removesuffix("_compiled")
+    base, ending = variant(peer)
     if base not in ("maefast", "plain"):
         raise ValueError(f"{NAMES.get(peer, peer)} has no masked convnet")
     ours = models.create(**config)
@@ -145,8 +179,8 @@ def _convnet(peer: str, config: dict, mask_ratio: float, device: str, part: str)
         def call(images: Tensor, noise: Tensor) -> Tensor:
             return model(images, mask_ratio, noise)[0]
 
-    if peer.endswith("_compiled"):
-        call = torch.compile(call, dynamic=False)
+    if ending in MODES:
+        call = torch.compile(call, dynamic=False, mode=MODES[ending])
     if base == "plain":
         return module, lambda images, noise: call(images.to(memory_format=torch.channels_last), noise)
     return module, call

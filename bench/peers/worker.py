@@ -11,19 +11,20 @@ load(peer, **request) imports what it needs, task(peer, ...) -> Task builds it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib
 import json
 import os
 import resource
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 from bench.environment import exact_float32
+from maefast.graphs import graphed_step
+
+ATTEMPTS = 6
 
 
 class Worker:
@@ -53,13 +54,22 @@ class Worker:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
         reset_peak(device)
-        torch.manual_seed(2)  # models that draw their masks themselves draw the same ones
-        with _turn(device, batch):
-            loss = self._backward()
-            self._release()
+        self.graphed = None
+        loss = self._first_backward()
         norm = torch.stack([p.grad.double().norm() for p in parameters if p.grad is not None]).norm()
         count = sum(p.numel() for p in parameters)
-        return {"loss": loss.item(), "grad_norm": norm.item(), "parameters": count, **self.task.notes}
+        answer = {"loss": loss.item(), "grad_norm": norm.item(), "parameters": count, **self.task.notes}
+        if self.task.graphed:
+            del loss  # and with it the autograd graph, which remembers another stream
+            self.graphed = graphed_step(
+                self.task.model,
+                self.optimizer,
+                loss=self.task.loss,
+                autocast=torch.bfloat16 if self.bf16 else None,
+                warmup=2,
+            )
+        self._give_back()
+        return answer
 
     def run(self, steps: int) -> dict:
         """One step that is not counted (another process was here just now), then `steps` steps."""
@@ -75,9 +85,10 @@ class Worker:
         if self.device != "cpu":  # a wait after every step would add a gap to each
             self._wait()
             seconds = [(time.perf_counter() - start) / steps]
-        found = {"seconds": seconds, "loss": loss.item()}
-        self._release()
-        return found
+        answer = {"seconds": seconds, "loss": loss.item()}
+        del loss
+        self._give_back()
+        return answer
 
     def memory(self) -> dict:
         if self.device == "cuda":
@@ -85,39 +96,49 @@ class Worker:
         return {"peak_bytes": max(peak_bytes() - self.baseline, 1), "baseline_bytes": self.baseline}
 
     def _step(self) -> torch.Tensor:
+        if self.graphed is not None:
+            return self.graphed(*self._inputs())
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward()
         if self.part == "step":
             self.optimizer.step()
         return loss.detach()
 
-    def _backward(self) -> torch.Tensor:
+    def _inputs(self) -> tuple[torch.Tensor, ...]:
         inputs = self.task.data[self.done % len(self.task.data)]
         self.done += 1
+        return inputs
+
+    def _first_backward(self) -> torch.Tensor:
+        """On a GPU all peers are built at once; one that finds no room waits until others have given theirs back."""
+        for attempt in range(ATTEMPTS):
+            torch.manual_seed(2)  # models that draw their masks themselves draw the same ones
+            self.done = 0
+            try:
+                return self._backward()
+            except torch.OutOfMemoryError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
+            self._give_back()
+            time.sleep(5)
+        raise AssertionError
+
+    def _give_back(self) -> None:
+        """Memory that is free, for the other peers on the device; the step that is not counted takes it again."""
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def _backward(self) -> torch.Tensor:
+        inputs = self._inputs()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             loss = self.task.loss(*inputs)
         loss.backward()
         return loss
 
-    def _release(self) -> None:
-        """The activations' memory goes back: the other peers' processes need the same device."""
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-
     def _wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def _turn(device: str, batch: int):
-    """One process at a time, where several first steps at once would not fit the device."""
-    if device != "cuda" or batch < 128:
-        yield
-        return
-    with open(Path(tempfile.gettempdir(), "maefast-bench-step.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _status(field: str) -> int | None:

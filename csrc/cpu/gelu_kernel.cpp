@@ -30,7 +30,7 @@ MAEFAST_INLINE void for_registers(int64_t n, const F& f) {
 
 // v[k] = x + bias, of register k from x on.
 template <bool biased, class T, class A, int N, class Lanes>
-MAEFAST_INLINE void load_sum(vec<A> (&v)[N], const T* x, const T* bias, Lanes lanes) {
+MAEFAST_INLINE void load_sum(vec<A> (&v)[N], const T* x, const A* bias, Lanes lanes) {
   MAEFAST_EACH(k) {
     v[k] = load<A>(x + k * kLanes<A>, lanes);
     if constexpr (biased) v[k] += load<A>(bias + k * kLanes<A>, lanes);
@@ -40,7 +40,7 @@ MAEFAST_INLINE void load_sum(vec<A> (&v)[N], const T* x, const T* bias, Lanes la
 template <class T, bool tanh, bool biased>
 void bias_gelu_typed(const GeluArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  const T* bias = static_cast<const T*>(a.bias);
+  const A* bias = static_cast<const A*>(a.bias);
   const int64_t d = a.width;
   for (int64_t r = begin; r < end; ++r) {
     const T* x = static_cast<const T*>(a.x) + r * d;
@@ -49,16 +49,16 @@ void bias_gelu_typed(const GeluArgs& a, int64_t begin, int64_t end) {
       constexpr int N = decltype(count)::n;
       vec<A> v[N];
       load_sum<biased, T, A>(v, x + i, bias + i, lanes);
-      gelu<T, tanh, false>(v);
+      gelu<T, tanh>(v);
       MAEFAST_EACH(k) store<A>(out + i + k * kLanes<A>, v[k], lanes);
     });
   }
 }
 
-template <class T, bool tanh, bool biased>
+template <class T, bool tanh, bool biased, bool again>
 void bias_gelu_backward_typed(const GeluBackwardArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  const T* bias = static_cast<const T*>(a.bias);
+  const A* bias = static_cast<const A*>(a.bias);
   const int64_t d = a.width;
   for (int64_t unit = begin; unit < end; ++unit) {
     A* sums = a.bias_sums ? static_cast<A*>(a.bias_sums) + unit * d : nullptr;
@@ -67,11 +67,18 @@ void bias_gelu_backward_typed(const GeluBackwardArgs& a, int64_t begin, int64_t 
       const T* x = static_cast<const T*>(a.x) + r * d;
       const T* grad = static_cast<const T*>(a.grad) + r * d;
       T* grad_x = static_cast<T*>(a.grad_x) + r * d;
+      T* out = again ? static_cast<T*>(a.out) + r * d : nullptr;
       for_registers<T>(d, [&](int64_t i, auto lanes, auto count) {
         constexpr int N = decltype(count)::n;
         vec<A> v[N];
         load_sum<biased, T, A>(v, x + i, bias + i, lanes);
-        gelu<T, tanh, true>(v);
+        if constexpr (again) {
+          vec<A> value[N];
+          gelu_both<T, tanh>(v, value);
+          MAEFAST_EACH(k) store<A>(out + i + k * kLanes<A>, value[k], lanes);
+        } else {
+          gelu_slope<T, tanh>(v);
+        }
         MAEFAST_EACH(k) {
           const int64_t at = i + k * kLanes<A>;
           v[k] *= load<A>(grad + at, lanes);
@@ -107,8 +114,10 @@ void bias_gelu(const GeluArgs& a, int64_t begin, int64_t end) {
 
 void bias_gelu_backward(const GeluBackwardArgs& a, int64_t begin, int64_t end) {
   with_form(a, [&](auto t, auto tanh, auto biased) {
-    bias_gelu_backward_typed<typename decltype(t)::type, decltype(tanh)::on, decltype(biased)::on>(a, begin,
-                                                                                                   end);
+    using T = typename decltype(t)::type;
+    if (a.out)
+      return bias_gelu_backward_typed<T, decltype(tanh)::on, decltype(biased)::on, true>(a, begin, end);
+    bias_gelu_backward_typed<T, decltype(tanh)::on, decltype(biased)::on, false>(a, begin, end);
   });
 }
 

@@ -11,7 +11,7 @@ namespace maefast {
 
 struct GeluArgs {
   const void* x;     // [R, D]
-  const void* bias;  // [D] or null
+  const void* bias;  // [D] in the arithmetic type, or null
   void* out;         // [R, D]
   int64_t width;
   bool tanh;
@@ -23,6 +23,7 @@ struct GeluBackwardArgs {
   const void* x;
   const void* bias;
   void* grad_x;
+  void* out;        // [R, D], the GELU once more; or null
   void* bias_sums;  // [units, D] in the arithmetic type, or null
   int64_t rows, width, units;
   bool tanh;

@@ -1,4 +1,4 @@
-// GELU and its derivative on N registers at once, in place; for kernel files (see cpu/isa.h).
+// GELU and its derivative on N registers at once; for kernel files (see cpu/isa.h).
 //
 // Each is one chain of dependent instructions, some hundred cycles long. The chains of N registers stand side
 // by side in the code, because a processor's schedulers are too small to find the next one behind the first.
@@ -36,13 +36,17 @@ MAEFAST_INLINE void polynomial(vec_f32 (&p)[N], const vec_f32 (&r)[N], const flo
   for (int i = 2; i < M; ++i) horner(p, r, c[i]);
 }
 
+// What a function makes of x: x itself becomes the value, or the slope; with kBoth x becomes the slope and y
+// the value.
+enum Wanted { kValue, kSlope, kBoth };
+
 // ---- erf form: x * Phi(x) and Phi(x) + x * phi(x)
 
 // Phi(-|x|) = exp(-x^2 / 2) * t * P(t), t = 1 / (1 + 0.4 |x| / sqrt 2): a minimax fit of erfcx / 2 with
 // relative error 6e-8 up to |x| = 14, beyond which Phi(-|x|) is below the smallest float. The same
 // exponential serves phi.
-template <bool slope, int N>
-MAEFAST_INLINE void gelu_erf(vec_f32 (&x)[N]) {
+template <Wanted wanted, int N>
+MAEFAST_INLINE void gelu_erf(vec_f32 (&x)[N], vec_f32 (&y)[N]) {
   constexpr float kErfcx[] = {0.0205325913f, -0.0696987286f, 0.0410319939f, 0.045093637f, 0.0391020775f,
                               0.0970310047f, 0.100857235f,   0.113233835f,  0.112816386f};
   vec_f32 t[N], p[N], e[N];
@@ -56,7 +60,8 @@ MAEFAST_INLINE void gelu_erf(vec_f32 (&x)[N]) {
     e[k] = exp_near(e[k]);
     const vec_f32 tail = e[k] * t[k] * p[k];
     const vec_f32 cdf = select(x[k] > 0.0f, 1.0f - tail, tail);
-    x[k] = slope ? fma(x[k], e[k] * float(kInvSqrt2Pi), cdf) : x[k] * cdf;
+    if constexpr (wanted == kBoth) y[k] = x[k] * cdf;
+    x[k] = wanted == kValue ? x[k] * cdf : fma(x[k], e[k] * float(kInvSqrt2Pi), cdf);
   }
 }
 
@@ -104,8 +109,8 @@ MAEFAST_INLINE void gelu_erf_coarse(vec_f32 (&x)[N]) {
 
 // ---- tanh form: x * s, s = sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
 
-template <bool slope, int N>
-MAEFAST_INLINE void gelu_tanh(vec_f32 (&x)[N]) {
+template <Wanted wanted, int N>
+MAEFAST_INLINE void gelu_tanh(vec_f32 (&x)[N], vec_f32 (&y)[N]) {
   constexpr float kLinear = float(2 * kSqrt2OverPi);
   vec_f32 square[N], s[N];
   MAEFAST_EACH(k) {
@@ -116,7 +121,8 @@ MAEFAST_INLINE void gelu_tanh(vec_f32 (&x)[N]) {
   MAEFAST_EACH(k) {
     const vec_f32 value = x[k] * s[k];
     const vec_f32 du = fma(square[k], splat(float(6 * kSqrt2OverPi * kCubic)), splat(kLinear));
-    x[k] = slope ? fma(value * (1.0f - s[k]), du, s[k]) : value;
+    if constexpr (wanted == kBoth) y[k] = value;
+    x[k] = wanted == kValue ? value : fma(value * (1.0f - s[k]), du, s[k]);
   }
 }
 
@@ -135,20 +141,45 @@ MAEFAST_INLINE double gelu_double(double x) {
   }
 }
 
-// x becomes GELU(x), or its slope there; T: what the result is stored as.
-template <class T, bool tanh, bool slope, int N>
-MAEFAST_INLINE void gelu(vec<acc_t<T>> (&x)[N]) {
+// T: what the results are stored as.
+template <class T, bool tanh, Wanted wanted, int N>
+MAEFAST_INLINE void gelu_forms(vec<acc_t<T>> (&x)[N], vec<acc_t<T>> (&y)[N]) {
   if constexpr (is_same<T, double>) {
     MAEFAST_EACH(k) {
-      for (int i = 0; i < kLanes<double>; ++i) x[k][i] = gelu_double<tanh, slope>(x[k][i]);
+      for (int i = 0; i < kLanes<double>; ++i) {
+        if constexpr (wanted == kBoth) y[k][i] = gelu_double<tanh, false>(x[k][i]);
+        x[k][i] = gelu_double<tanh, wanted != kValue>(x[k][i]);
+      }
     }
   } else if constexpr (tanh) {
-    gelu_tanh<slope>(x);
+    gelu_tanh<wanted>(x, y);
   } else if constexpr (is_same<T, bf16>) {
-    gelu_erf_coarse<slope>(x);
+    if constexpr (wanted == kBoth) {
+      MAEFAST_EACH(k) y[k] = x[k];
+      gelu_erf_coarse<false>(y);
+    }
+    gelu_erf_coarse<wanted != kValue>(x);
   } else {
-    gelu_erf<slope>(x);
+    gelu_erf<wanted>(x, y);
   }
+}
+
+// x becomes GELU(x).
+template <class T, bool tanh, int N>
+MAEFAST_INLINE void gelu(vec<acc_t<T>> (&x)[N]) {
+  gelu_forms<T, tanh, kValue>(x, x);
+}
+
+// x becomes the slope there.
+template <class T, bool tanh, int N>
+MAEFAST_INLINE void gelu_slope(vec<acc_t<T>> (&x)[N]) {
+  gelu_forms<T, tanh, kSlope>(x, x);
+}
+
+// x becomes the slope, value the GELU.
+template <class T, bool tanh, int N>
+MAEFAST_INLINE void gelu_both(vec<acc_t<T>> (&x)[N], vec<acc_t<T>> (&value)[N]) {
+  gelu_forms<T, tanh, kBoth>(x, value);
 }
 
 }  // namespace

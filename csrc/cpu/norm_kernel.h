@@ -12,7 +12,8 @@ namespace maefast {
 struct AddNormArgs {
   const void* x;       // [R, D]
   const void* delta;   // [R, D] or null
-  const void* weight;  // [D] in the arithmetic type, as bias, mean and rstd
+  const void* shift;   // [D] added to delta, or null; in the arithmetic type, as weight, bias, mean and rstd
+  const void* weight;  // [D]
   const void* bias;
   void* residual;  // [R, D], or null without delta
   void* y;         // [R, D]
@@ -30,10 +31,13 @@ struct AddNormBackwardArgs {
   const void* mean;
   const void* rstd;
   const void* weight;
-  void* grad_x;  // [R, D] in residual's type
-  void* sums;    // [units, 2, D]: weight, bias; or null
-  int64_t rows, width, units;
-  DType x_type, y_type;
+  const void* bias;  // only for y
+  void* grad_x;      // [R, D] in residual's type
+  void* grad_delta;  // [R, D], grad_x in 16 bits; or null
+  void* y;           // [R, D], the norm once more, in grad_y's type; or null
+  void* sums;        // [units, tables, D]: weight, bias, and with three tables grad_x; or null
+  int64_t rows, width, units, tables;
+  DType x_type, y_type, delta_type;
 };
 
 struct NormKernels {

@@ -42,18 +42,28 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad, c
 // norm.cpp
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm(const Tensor& x, const std::optional<Tensor>& delta,
                                                     const Tensor& weight, const Tensor& bias, double eps,
-                                                    ScalarType dtype);
-std::tuple<Tensor, Tensor> add_norm_backward(const Tensor& grad_y, const std::optional<Tensor>& grad_residual,
-                                             const Tensor& residual, const Tensor& mean, const Tensor& rstd,
-                                             const Tensor& weight, bool need_weight);
+                                                    ScalarType dtype, const std::optional<Tensor>& shift);
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(
+    const Tensor& grad_y, const std::optional<Tensor>& grad_residual, const Tensor& residual,
+    const Tensor& mean, const Tensor& rstd, const Tensor& weight, bool need_weight,
+    const std::optional<Tensor>& bias, std::optional<ScalarType> delta_dtype, bool need_shift);
 
 // linear.cpp
 std::tuple<Tensor, Tensor> transpose_sum(const Tensor& x, bool need_sum);
 
 // gelu.cpp
 Tensor bias_gelu(const Tensor& x, const std::optional<Tensor>& bias, bool tanh);
-std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x,
-                                              const std::optional<Tensor>& bias, bool tanh, bool need_bias);
+std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x,
+                                                      const std::optional<Tensor>& bias, bool tanh,
+                                                      bool need_bias, bool need_out);
+
+// adamw.cpp
+void adamw(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+           const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+           const std::vector<Tensor>& max_exp_avg_sqs, const std::vector<Tensor>& shadows,
+           const std::vector<Tensor>& steps, const std::optional<Tensor>& lr_tensor, double lr, double beta1,
+           double beta2, double eps, double weight_decay, bool maximize,
+           const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf);
 
 // attention.cpp
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q, const std::optional<Tensor>& kv,

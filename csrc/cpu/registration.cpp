@@ -23,6 +23,8 @@ STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
   // gelu
   m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
   m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
+  // adamw
+  m.impl("adamw", TORCH_BOX(&adamw));
   // attention
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));

@@ -5,47 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from maefast import ops
 from maefast.integrations._guards import HOOKS
+from maefast.nn.watched import hooked, plain_tensor, touched, watched, wrapper
 
-
-def hooked(*modules: nn.Module) -> bool:
-    """Whether somebody watches one of the modules, wraps it, or gave it another forward: then it is called as it is.
-    FSDP does, to have the parameters there in time."""
-    return _watched_everywhere() or any(touched(module) for module in modules)
-
-
-def touched(m: nn.Module) -> bool:
-    """`hooked` for one module, without hooks on every module of the process."""
-    own = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    return bool(own) or "forward" in m.__dict__ or wrapper(m)
-
-
-def _watched_everywhere() -> bool:
-    """Hooks on every module of the process."""
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
-
-
-def wrapper(module: nn.Module) -> bool:
-    """Whether a module answers for another one inside it, as those of FSDP1, torch.compile and checkpointing do."""
-    return type(module).__getattr__ is not nn.Module.__getattr__
-
-
-def plain_tensor(t: Tensor) -> bool:
-    """Not a subclass: those are quantised, sharded or otherwise not what the kernels take."""
-    return type(t) is nn.Parameter or type(t) is Tensor
-
-
-def watched(*roots: nn.Module) -> bool:
-    """`hooked`, for everything inside: whether something would see what a module is given or returns."""
-    return _watched_everywhere() or any(touched(module) for root in roots for module in root.modules())
+__all__ = ["hooked", "plain_tensor", "touched", "watched", "wrapper"]  # of nn.watched, by one name with the rest
 
 
 def only_sharded(module: nn.Module) -> bool:
@@ -132,6 +97,34 @@ def then(x: Tensor, *modules: nn.Module | None) -> Tensor:
     for module in modules:
         x = x if still(module) else module(x)
     return x
+
+
+def scales(end: Tensor | nn.Module | None) -> bool:
+    """Whether a part at the end of a branch does nothing or multiplies by one factor a channel or a sample, whatever it
+    is given: `factors` takes it for that."""
+    return (
+        end is None or isinstance(end, Tensor) or still(end) or type(end).__name__.endswith(("LayerScale", "DropPath"))
+    )
+
+
+def factors(
+    ends: tuple[Tensor | nn.Module | None, ...], x: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """(factor of each channel [D], of each sample [B]) of what comes behind a branch for x [B, S, D], or None. Modules
+    are called on ones: they may draw, and have gradients."""
+    scale = drop = None
+    for end in ends:
+        if isinstance(end, Tensor):
+            scale = end
+        elif not still(end):
+            dtype = product_dtype(weight) if scale is None else torch.promote_types(product_dtype(weight), scale.dtype)
+            if type(end).__name__.endswith("DropPath"):
+                ones = torch.ones(len(x), 1, 1, dtype=dtype, device=x.device)
+                found = end(ones)
+                drop = None if found is ones else found.view(len(x))
+            else:
+                scale = end(torch.ones(1, 1, x.shape[-1], dtype=dtype, device=x.device)).view(-1)
+    return scale, drop
 
 
 def strided_patches(conv: nn.Module) -> str | None:

@@ -1,11 +1,14 @@
 """Layouts of pre-norm transformer blocks: where a block keeps its parts, and when each of them may be fused.
 
 A layout is a class of static functions of a block: `fits` (is it one), `norms`, `attend` (the first branch, from the
-normed tokens to what is added to them; `count` asks for the last tokens only), `feed` (the second), `passes` (whether a
-call with further arguments is the plain one), `problem` (why the attention runs as it was).
+normed tokens to what is added to them; `count` asks for the last tokens only), `feed` (the second), `whole` (the block
+as one op, if all of its parts are what they look like), `passes` (whether a call with further arguments is the plain
+one), `problem` (why the attention runs as it was).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,73 @@ from torch import Tensor, nn
 from maefast import ops
 from maefast.integrations import _code, _hf, _swap
 from maefast.integrations import _layers as layers
+
+
+class Whole(NamedTuple):
+    """A block that `ops.transformer_block` computes."""
+
+    norm1: nn.Module
+    qkv_weight: Tensor | tuple[Tensor, ...]
+    qkv_bias: Tensor | tuple[Tensor | None, ...] | None
+    proj: nn.Module
+    norm2: nn.Module
+    fc1: nn.Module
+    fc2: nn.Module
+    heads: int
+    scale: float
+    act: nn.Module
+    ends: tuple[
+        tuple[Tensor | nn.Module | None, ...], ...
+    ]  # of both branches: factors, and modules that may be missing
+
+    def fits(self) -> bool:
+        linear = self.proj, self.fc1, self.fc2
+        if not (
+            layers.plain_norm(self.norm1) and layers.plain_norm(self.norm2) and all(map(layers.plain_linear, linear))
+        ):
+            return False
+        weight = self.qkv_weight if isinstance(self.qkv_weight, Tensor) else self.qkv_weight[0]
+        width, (outputs, inputs) = self.norm1.weight.shape[0], self.proj.weight.shape
+        rows = width * 3 if weight is self.qkv_weight else width
+        return (
+            width == inputs == outputs == weight.shape[1] == self.norm2.weight.shape[0]
+            and weight.shape[0] == rows
+            and width % self.heads == 0
+            and self.fc1.weight.shape[0] == self.fc2.weight.shape[1]
+            and layers.gelu(self.act) is not None
+            and all(map(layers.scales, (end for ends in self.ends for end in ends)))
+        )
+
+    def run(self, x: Tensor, delta: Tensor | None, count: int | None) -> tuple[Tensor, Tensor]:
+        (scale1, drop1), (scale2, drop2) = (layers.factors(ends, x, self.proj.weight) for ends in self.ends)
+        weights = ops.BlockWeights(
+            self.norm1.weight,
+            self.norm1.bias,
+            self.qkv_weight,
+            self.qkv_bias,
+            self.proj.weight,
+            self.proj.bias,
+            self.norm2.weight,
+            self.norm2.bias,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            scale1,
+            scale2,
+        )
+        return ops.transformer_block(
+            x,
+            delta,
+            weights,
+            self.heads,
+            eps=(self.norm1.eps, self.norm2.eps),
+            scale=self.scale,
+            approximate=layers.gelu(self.act),
+            drop1=drop1,
+            drop2=drop2,
+            count=None if count == x.shape[1] else count,
+        )
 
 
 class Timm:
@@ -99,6 +169,31 @@ class Timm:
         gamma = getattr(block, "gamma_1", None)
         out = out if gamma is None else gamma * out
         return layers.then(out, getattr(block, "ls1", None), _either(block, "drop_path1", "drop_path"))
+
+    @staticmethod
+    def whole(block: nn.Module) -> Whole | None:
+        attn, mlp, act = block.attn, block.mlp, Timm.activation(block)
+        if act is None or Timm.problem(block) is not None:
+            return None
+        q_bias = getattr(attn, "q_bias", None)
+        path1, path2 = _either(block, "drop_path1", "drop_path"), _either(block, "drop_path2", "drop_path")
+        gamma1, gamma2 = getattr(block, "gamma_1", None), getattr(block, "gamma_2", None)
+        return Whole(
+            block.norm1,
+            attn.qkv.weight,
+            attn.qkv.bias if q_bias is None else (q_bias, None, attn.v_bias),  # VideoMAE: keys have no bias
+            attn.proj,
+            block.norm2,
+            mlp.fc1,
+            mlp.fc2,
+            attn.num_heads,
+            attn.scale,
+            act,
+            (
+                (getattr(attn, "proj_drop", None), gamma1, getattr(block, "ls1", None), path1),
+                (gamma2, getattr(block, "ls2", None), path2),
+            ),
+        )
 
     @staticmethod
     def problem(block: nn.Module) -> str | None:
@@ -198,6 +293,31 @@ class HuggingFace5:
         return layers.then(out, *(getattr(block, name, None) for name in ("dropout", "layer_scale2", "drop_path")))
 
     @staticmethod
+    def whole(block: nn.Module) -> Whole | None:
+        attn, mlp, act = block.attention, block.mlp, HuggingFace5.activation(block)
+        if act is None or HuggingFace5.problem(block) is not None:
+            return None
+        first, second = HuggingFace5.norms(block)
+        dropout, path = getattr(block, "dropout", None), getattr(block, "drop_path", None)
+        parts = attn.q_proj, attn.k_proj, attn.v_proj
+        return Whole(
+            first,
+            tuple(part.weight for part in parts),
+            tuple(part.bias for part in parts),
+            attn.o_proj,
+            second,
+            mlp.fc1,
+            mlp.fc2,
+            attn.num_attention_heads,
+            attn.scaling,
+            act,
+            (
+                (dropout, getattr(block, "layer_scale1", None), path),
+                (dropout, getattr(block, "layer_scale2", None), path),
+            ),
+        )
+
+    @staticmethod
     def activation(block: nn.Module) -> nn.Module | None:
         return None if layers.hooked(block.mlp) else getattr(block.mlp, "activation_fn", None)
 
@@ -272,6 +392,29 @@ class HuggingFace4:
         first, last, act = block.intermediate, block.output, HuggingFace4.activation(block)
         out = layers.linear(last.dense, first(y)) if act is None else layers.mlp(first.dense, act, last.dense, y)
         return layers.then(out, last.dropout)
+
+    @staticmethod
+    def whole(block: nn.Module) -> Whole | None:
+        attn, output, act = block.attention.attention, block.attention.output, HuggingFace4.activation(block)
+        if act is None or HuggingFace4.problem(block) is not None:
+            return None
+        parts = attn.query, attn.key, attn.value
+        biases = [part.bias for part in parts]
+        if getattr(attn, "q_bias", None) is not None:  # VideoMAE: keys have no bias
+            biases = [attn.q_bias, None, attn.v_bias]
+        return Whole(
+            block.layernorm_before,
+            tuple(part.weight for part in parts),
+            tuple(biases),
+            output.dense,
+            block.layernorm_after,
+            block.intermediate.dense,
+            block.output.dense,
+            attn.num_attention_heads,
+            getattr(attn, "scaling", attn.attention_head_size**-0.5),
+            act,
+            ((output.dropout,), (block.output.dropout,)),
+        )
 
     @staticmethod
     def activation(block: nn.Module) -> nn.Module | None:

@@ -58,6 +58,7 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: float | Sequence[float] = 0.75,
         noise: Tensor | None = None,
         mask: TokenMask | Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> TokenMask:
         """The TokenMask that `forward` would use; arguments as there."""
         self._check_images(images)
@@ -74,10 +75,15 @@ class MaskedAutoencoder(nn.Module):
                 for r in (mask_ratio if each else [mask_ratio])
             ]
             return masking.random(
-                batch, self.num_patches, keep=keep if each else keep[0], noise=noise, device=images.device
+                batch,
+                self.num_patches,
+                keep=keep if each else keep[0],
+                noise=noise,
+                generator=generator,
+                device=images.device,
             )
-        if noise is not None:
-            raise ValueError("give `noise` or `mask`, not both")
+        if noise is not None or generator is not None:
+            raise ValueError(f"give `{'generator' if noise is None else 'noise'}` or `mask`, not both")
         if isinstance(mask, TokenMask):
             if (mask.batch, mask.num_tokens) != (batch, self.num_patches):
                 raise ValueError(f"the images are {batch} samples of {self.num_patches} patches, but mask is {mask}")

@@ -89,10 +89,11 @@ class FCMAE(MaskedAutoencoder):
         noise: Tensor | None = None,
         mask: TokenMask | Tensor | None = None,
         pred: str = "masked",
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mask, reconstruct, score; arguments and results as in `MaskedAutoencoderViT.forward`, cells for patches."""
         one_of("pred", pred, PREDICTIONS)
-        plan = self.plan(images, mask_ratio, noise, mask)
+        plan = self.plan(images, mask_ratio, noise, mask, generator)
         if plan.total_masked == 0:
             raise ValueError("the mask removes no cell, so there is no loss; use encode() for whole images")
         out = self._decode(self._encode(images, plan), plan, pred)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from maefast import ops
@@ -120,6 +121,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         noise: Tensor | None = None,
         mask: TokenMask | Tensor | None = None,
         pred: str = "masked",
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mask, reconstruct, score.
 
@@ -131,6 +133,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
             mask: use this mask and draw nothing (`mask_ratio` is ignored): a TokenMask, or bool [B, N], True =
                 removed.
             pred: "masked" predicts masked patches only; "full" predicts all of them, which costs more.
+            generator: of the images' device, what `noise` is drawn from instead of the default one.
 
         Returns:
             loss: scalar, mean over the pixels of removed patches; float32 (float64 in a float64 model).
@@ -142,7 +145,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
             TypeError, ValueError: wrong shape, dtype, device or ratio; a mask that removes nothing.
         """
         one_of("pred", pred, PREDICTIONS)
-        plan = self.plan(images, mask_ratio, noise, mask)
+        plan = self.plan(images, mask_ratio, noise, mask, generator)
         if plan.total_masked == 0:
             raise ValueError("the mask removes no patch, so there is no loss; use encode() for whole images")
         out = self.decode(self.encode_visible(images, plan), plan, pred)

@@ -160,6 +160,7 @@ class SparK(MaskedAutoencoder):
         noise: Tensor | None = None,
         mask: TokenMask | Tensor | None = None,
         pred: str = "masked",
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mask, reconstruct, score; arguments as in `MaskedAutoencoderViT.forward`. round(N * (1 - ratio)) cells stay.
 
@@ -168,7 +169,7 @@ class SparK(MaskedAutoencoder):
             decoder is dense, so both cost the same. mask: float [B, N], 1 where removed.
         """
         one_of("pred", pred, PREDICTIONS)
-        plan = self.plan(images, mask_ratio, noise, mask)
+        plan = self.plan(images, mask_ratio, noise, mask, generator)
         if plan.total_masked == 0:
             raise ValueError("the mask removes no cell, so there is no loss; use encode() for whole images")
         out = self.predict(images, plan)

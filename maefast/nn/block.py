@@ -1,6 +1,6 @@
 """The pre-norm transformer block of ViT, with parameter names of timm and MAE, and ways to run a part of it.
 
-Tokens come as [B, S, D], or packed [T, D] with `Packing`. Attention goes through the one seam, `maefast.ops.attention`.
+Tokens come as [B, S, D], or packed [T, D] with `Packing`.
 
 Blocks hand on a pending sum: (x, delta) stands for x + delta, which the next norm adds in the pass that it makes
 anyway. `Block.forward` hides this unless asked for it.
@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from maefast import ops
 from maefast.nn.layers import LayerNorm, Linear
+from maefast.nn.watched import plain_tensor, touched, watched_everywhere
 from maefast.ops import TokenMask
 
 
@@ -48,14 +50,25 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         return self.proj(ops.attention(qkv, cu_seqlens_q=cu_seqlens, max_seqlen_q=longest).flatten(-2))
 
-    def project(self, queries: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q [..., H, D/H] of some tokens and kv [..., 2, H, D/H] of all, from one qkv weight."""
-        dim = x.shape[-1]
+    def of_some(self, queries: Tensor, x: Tensor, masked: TokenMask | None = None) -> Tensor:
+        """Of some tokens as queries, [B, Sq, D] or packed masked ones [M, D], to all [B, S, D]; like `queries`."""
+        batch, length, dim = x.shape
         # split, not two slices: its backward writes the gradient of the weight once.
         weight_q, weight_kv = self.qkv.weight.split([dim, 2 * dim])
         bias_q, bias_kv = self.qkv.bias.split([dim, 2 * dim])
         q = ops.linear(queries, weight_q, bias_q).unflatten(-1, (self.num_heads, -1))
-        return q, ops.linear(x, weight_kv, bias_kv).unflatten(-1, (2, self.num_heads, -1))
+        kv = ops.linear(x, weight_kv, bias_kv).unflatten(-1, (2, self.num_heads, -1))
+        if masked is None:
+            return self.proj(ops.attention(q, kv).flatten(-2))
+        out = ops.attention(
+            q,
+            kv.flatten(0, 1),
+            cu_seqlens_q=masked.cu_masked,
+            cu_seqlens_k=torch.arange(batch + 1, dtype=torch.int32, device=x.device) * length,
+            max_seqlen_q=masked.max_masked,
+            max_seqlen_k=length,
+        )
+        return self.proj(out.flatten(-2))
 
 
 class Mlp(nn.Module):
@@ -71,10 +84,15 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """``x += attn(norm1(x)); x += mlp(norm2(x))`` (Dosovitskiy et al., 2021).
+    """``x += attn(norm1(x)); x += mlp(norm2(x))`` (Dosovitskiy et al., 2021), as one op: `ops.transformer_block`.
+
+    Module by module instead where somebody watches one of them (hooks), wraps it or put another in its place.
 
     Args:
         dim: D. num_heads: divides D. mlp_ratio: hidden width of the MLP over D. eps: of the LayerNorms.
+
+    Attributes:
+        keep: "lean", "all" or "nothing": what is kept for the backward, see `ops.transformer_block`.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6) -> None:
@@ -83,20 +101,25 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.keep = "lean"
 
     def forward(
-        self, x: Tensor, packing: Packing | None = None, delta: Tensor | None = None, pending: bool = False
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        delta: Tensor | None = None,
+        pending: bool = False,
+        keep: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, S, D] -> [B, S, D], or packed [T, D] -> [T, D].
 
-        The input is x + delta if `delta` is given; with `pending` the result is a pair whose sum is the output.
+        The input is x + delta if `delta` is given; with `pending` the result is a pair whose sum is the output. `keep`:
+        for this call.
         """
-        x, y = self._enter(x, delta)
-        x, y = self.norm2(x, self.attn(y, packing))
-        return self._leave(x, self.mlp(y), pending)
+        return self._run(x, delta, pending, packing, keep=keep)
 
     def forward_tail(
-        self, x: Tensor, count: int, delta: Tensor | None = None, pending: bool = False
+        self, x: Tensor, count: int, delta: Tensor | None = None, pending: bool = False, keep: str | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The last `count` tokens of the output, computing no more than they need: [B, S, D] -> [B, count, D].
 
@@ -104,43 +127,75 @@ class Block(nn.Module):
         """
         if not 1 <= count <= x.shape[1]:
             raise ValueError(f"count must lie in [1, {x.shape[1]}] (the number of tokens), got {count}")
-        if count == x.shape[1]:
-            return self(x, delta=delta, pending=pending)
-        x, y = self._enter(x, delta)
-        q, kv = self.attn.project(y[:, -count:], y)
-        x, y = self.norm2(x[:, -count:], self.attn.proj(ops.attention(q, kv).flatten(-2)))
-        return self._leave(x, self.mlp(y), pending)
+        return self._run(x, delta, pending, count=None if count == x.shape[1] else count, keep=keep)
 
     def forward_masked(
-        self, x: Tensor, plan: TokenMask, prefix: int = 0, delta: Tensor | None = None, pending: bool = False
+        self,
+        x: Tensor,
+        plan: TokenMask,
+        prefix: int = 0,
+        delta: Tensor | None = None,
+        pending: bool = False,
+        keep: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The masked tokens of the output, packed, for samples that mask different numbers of tokens.
 
         [B, prefix + N, D] in place -> [M, D] in plan order. As in `forward_tail`, the other tokens give keys and
         values only.
         """
+        return self._run(x, delta, pending, masked=plan, prefix=prefix, keep=keep)
 
-        def take(tokens: Tensor) -> Tensor:
-            rows = ops.gather_tokens(tokens, plan, "masked", prefix=prefix, keep_prefix=False)
-            return rows.reshape(-1, tokens.shape[-1])
-
-        x, y = self._enter(x, delta)
-        q, kv = self.attn.project(take(y), y.flatten(0, 1))
-        length = x.shape[1]
-        out = ops.attention(
-            q,
-            kv,
-            cu_seqlens_q=plan.cu_masked,
-            cu_seqlens_k=torch.arange(plan.batch + 1, dtype=torch.int32, device=plan.device) * length,
-            max_seqlen_q=plan.max_masked,
-            max_seqlen_k=length,
-        )
-        x, y = self.norm2(take(x), self.attn.proj(out.flatten(-2)))
-        return self._leave(x, self.mlp(y), pending)
-
-    def _enter(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(x + delta, its norm)."""
-        return (x, self.norm1(x)) if delta is None else self.norm1(x, delta)
-
-    def _leave(self, x: Tensor, delta: Tensor, pending: bool) -> Tensor | tuple[Tensor, Tensor]:
+    def _run(self, x, delta, pending, packing=None, count=None, masked=None, prefix=0, keep=None):
+        weights, keep = self._weights(), keep or self.keep
+        cu_seqlens, longest = packing or (None, None)
+        if weights is None:
+            args = x, delta, packing, count, masked, prefix
+            if keep == "nothing" and torch.is_grad_enabled():
+                x, delta = checkpoint(self._by_modules, *args, use_reentrant=False)
+            else:
+                x, delta = self._by_modules(*args)
+        else:
+            x, delta = ops.transformer_block(
+                x,
+                delta,
+                weights,
+                self.attn.num_heads,
+                eps=(self.norm1.eps, self.norm2.eps),
+                cu_seqlens=cu_seqlens,
+                max_seqlen=longest,
+                count=count,
+                masked=masked,
+                prefix=prefix,
+                keep=keep,
+            )
         return (x, delta) if pending else x + delta
+
+    def _weights(self) -> ops.BlockWeights | None:
+        """What the op needs, or None where the modules have to be called."""
+        norm1, attn, norm2, mlp = self._modules.values()
+        parts = norm1, attn, norm2, mlp, *attn._modules.values(), *mlp._modules.values()
+        if tuple(map(type, parts)) != _PARTS or watched_everywhere() or any(map(touched, parts)):
+            return None
+        qkv, proj, fc1, fc2 = parts[4:]
+        tensors = [t for part in (norm1, qkv, proj, norm2, fc1, fc2) for t in (part.weight, part.bias)]
+        return ops.BlockWeights(*tensors) if all(t is None or plain_tensor(t) for t in tensors) else None
+
+    def _by_modules(self, x, delta, packing, count, masked, prefix):
+        x, y = (x, self.norm1(x)) if delta is None else self.norm1(x, delta)
+        if count is None and masked is None:
+            out = self.attn(y, packing)
+        else:
+            y, x, out = y, self._wanted(x, count, masked, prefix), self._wanted(y, count, masked, prefix)
+            out = self.attn.of_some(out, y, masked)
+        x, y = self.norm2(x, out)
+        return x, self.mlp(y)
+
+    @staticmethod
+    def _wanted(tokens: Tensor, count: int | None, masked: TokenMask | None, prefix: int) -> Tensor:
+        if masked is None:
+            return tokens[:, -count:]
+        rows = ops.gather_tokens(tokens, masked, "masked", prefix=prefix, keep_prefix=False)
+        return rows.reshape(-1, tokens.shape[-1])
+
+
+_PARTS = (LayerNorm, Attention, LayerNorm, Mlp, Linear, Linear, Linear, Linear)

@@ -45,10 +45,11 @@ def run_decoder(
     if which == "full":
         return pred(run_norm(norm, *run_blocks(blocks, x, recompute=recompute))[:, 1:])
     x, delta = run_blocks(blocks[:-1], x, recompute=recompute)
+    keep = "nothing" if recompute else None
     if tail:
-        x, delta = blocks[-1].forward_tail(x, plan.max_masked, delta, pending=True)
+        x, delta = blocks[-1].forward_tail(x, plan.max_masked, delta, pending=True, keep=keep)
     else:
-        x, delta = blocks[-1].forward_masked(x, plan, 1, delta, pending=True)
+        x, delta = blocks[-1].forward_masked(x, plan, 1, delta, pending=True, keep=keep)
     return pred(run_norm(norm, x, delta))
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from maefast.nn.block import Block, Packing
 from maefast.nn.init import init_tokens_, init_weights_
@@ -39,15 +38,12 @@ def run_blocks(
 ) -> tuple[Tensor, Tensor | None]:
     """x through all blocks, as a pending sum (x, delta); see `maefast.nn.block`.
 
-    With `recompute`, activations inside a block are computed again in the backward.
+    With `recompute`, blocks keep their input alone for the backward.
     """
     delta = None
     for block in blocks:
         pending = not block._forward_hooks  # a hook shall see the block's whole output
-        if recompute and torch.is_grad_enabled():
-            x = checkpoint(block, x, packing, delta, pending, use_reentrant=False)
-        else:
-            x = block(x, packing, delta, pending)
+        x = block(x, packing, delta, pending, keep="nothing" if recompute else None)
         x, delta = x if pending else (x, None)
     return x, delta
 

@@ -1,6 +1,7 @@
 """Fused ops for masked autoencoders. Each op's file holds its contract, its checks and its plain definition."""
 
 from maefast.ops._dispatch import backend
+from maefast.ops.adamw import adamw
 from maefast.ops.attention import attention
 from maefast.ops.cell_norm import batch_norm_act, grn, group_norm_cells, instance_norm_cells, segment_sum
 from maefast.ops.cells import CellMask, pack_cells, unpack_cells
@@ -14,10 +15,13 @@ from maefast.ops.norm import add_norm
 from maefast.ops.pool import avg_pool_cells, global_pool_cells, max_pool_cells
 from maefast.ops.restore import restore_tokens
 from maefast.ops.sparse_conv import conv_cells
+from maefast.ops.transformer_block import BlockWeights, transformer_block
 
 __all__ = [
+    "BlockWeights",
     "CellMask",
     "TokenMask",
+    "adamw",
     "add_norm",
     "attention",
     "avg_pool_cells",
@@ -40,5 +44,6 @@ __all__ = [
     "restore_tokens",
     "segment_sum",
     "token_mask",
+    "transformer_block",
     "unpack_cells",
 ]

@@ -29,6 +29,9 @@ def apply(function: type[torch.autograd.Function], *args):
                 break
         else:
             return function.forward(None, *args)
+        if not torch.compiler.is_compiling():
+            # What Function.apply adds in Python is for functorch, and costs more than a small kernel.
+            return super(torch.autograd.Function, function).apply(*args)
     return function.apply(*args)
 
 

@@ -33,6 +33,7 @@ PUBLIC_OPS = {
     "add_norm": "add_norm",
     "bias_gelu": "bias_gelu",
     "patch_loss": "patch_loss",
+    "adamw": "adamw",
     "batch_norm_act": "norm_act",
     "grn": "norm_act",
     "group_norm_cells": "norm_act",

@@ -48,17 +48,29 @@ FAMILIES: dict[str, dict[str, str]] = {
         " ScalarType x_dtype) -> (Tensor, Tensor, Tensor)",
     },
     "norm": {
-        "add_norm": "(Tensor x, Tensor? delta, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
+        # shift [D] is added to delta: the bias of the linear layer that made it.
+        "add_norm": "(Tensor x, Tensor? delta, Tensor weight, Tensor bias, float eps, ScalarType dtype,"
+        " Tensor? shift=None) -> (Tensor, Tensor, Tensor, Tensor)",
+        # grad_x, [weight, bias, shift], and where asked for (empty else): grad_x in delta's dtype, y once more.
         "add_norm_backward": "(Tensor grad_y, Tensor? grad_residual, Tensor residual, Tensor mean, Tensor rstd,"
-        " Tensor weight, bool need_weight) -> (Tensor, Tensor)",
+        " Tensor weight, bool need_weight, Tensor? bias=None, ScalarType? delta_dtype=None, bool need_shift=False)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
     },
     "linear": {
         "transpose_sum": "(Tensor x, bool need_sum) -> (Tensor, Tensor)",
     },
     "gelu": {
         "bias_gelu": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
-        "bias_gelu_backward": "(Tensor grad, Tensor x, Tensor? bias, bool tanh, bool need_bias) -> (Tensor, Tensor)",
+        # with need_out the GELU once more, else empty
+        "bias_gelu_backward": "(Tensor grad, Tensor x, Tensor? bias, bool tanh, bool need_bias, bool need_out=False)"
+        " -> (Tensor, Tensor, Tensor)",
+    },
+    # All in place. Each list has one tensor a parameter; max_exp_avg_sqs and shadows may be empty.
+    "adamw": {
+        "adamw": "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
+        " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] shadows, Tensor(g!)[] steps, Tensor? lr_tensor, float lr,"
+        " float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale,"
+        " Tensor? found_inf) -> ()",
     },
     "attention": {
         "attention": "(Tensor q, Tensor? kv, Tensor? cu_q, Tensor? cu_k, SymInt batch, SymInt max_q, SymInt max_k,"
@@ -207,13 +219,22 @@ def _restore_tokens_backward(
     )
 
 
-def _add_norm(x, delta, weight, bias, eps, dtype):
+def _add_norm(x, delta, weight, bias, eps, dtype, shift=None):
     statistic = lambda: x.new_empty(x.shape[:1], dtype=weight.dtype)  # noqa: E731
     return x.new_empty((0,) if delta is None else x.shape), x.new_empty(x.shape, dtype=dtype), statistic(), statistic()
 
 
-def _add_norm_backward(grad_y, grad_residual, residual, mean, rstd, weight, need_weight):
-    return residual.new_empty(residual.shape), weight.new_empty((2 if need_weight else 0, weight.shape[0]))
+def _add_norm_backward(
+    grad_y, grad_residual, residual, mean, rstd, weight, need_weight, bias=None, delta_dtype=None, need_shift=False
+):
+    rows, width = residual.shape
+    narrow = delta_dtype is not None and delta_dtype is not residual.dtype
+    return (
+        residual.new_empty(residual.shape),
+        weight.new_empty((3 if need_shift else 2 if need_weight else 0, weight.shape[0])),
+        residual.new_empty((rows if narrow else 0, width), dtype=delta_dtype if narrow else residual.dtype),
+        grad_y.new_empty((0 if bias is None else rows, width)),
+    )
 
 
 def _transpose_sum(x, need_sum):
@@ -224,8 +245,34 @@ def _bias_gelu(x, bias, tanh):
     return x.new_empty(x.shape)
 
 
-def _bias_gelu_backward(grad, x, bias, tanh, need_bias):
-    return x.new_empty(x.shape), x.new_empty(x.shape[1:] if need_bias else (0,))
+def _bias_gelu_backward(grad, x, bias, tanh, need_bias, need_out=False):
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[1:] if need_bias else (0,), dtype=wide),
+        x.new_empty((x.shape[0] if need_out else 0, x.shape[1])),
+    )
+
+
+def _adamw(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    max_exp_avg_sqs,
+    shadows,
+    steps,
+    lr_tensor,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    maximize,
+    grad_scale,
+    found_inf,
+):
+    return None
 
 
 def _attention(q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal, key_bias, marked, stats):

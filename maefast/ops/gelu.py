@@ -26,7 +26,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none", *, back
     _checks.same_device(x=x, bias=bias)
     if bias is not None:
         bias = _checks.vector("bias", bias, x.shape[-1])
-        bias = (bias if bias.dtype is x.dtype else bias.to(x.dtype)).contiguous()
+        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+        bias = (bias if bias.dtype is wide else bias.to(wide)).contiguous()
     name = _dispatch.choose("bias_gelu", x.device.type, x.dtype, backend)
     if name == "reference":
         return bias_gelu_reference(x, bias, approximate == "tanh")
@@ -58,5 +59,5 @@ class _BiasGelu(torch.autograd.Function):
         need_x, need_bias = ctx.needs_input_grad[:2]
         run = _registry.raw("bias_gelu_backward", ctx.backend)
         rows = (-1, x.shape[-1])
-        grad_x, grad_bias = run(grad.reshape(rows).contiguous(), x.view(rows), bias, ctx.tanh, need_bias)
+        grad_x, grad_bias, _ = run(grad.reshape(rows).contiguous(), x.view(rows), bias, ctx.tanh, need_bias)
         return grad_x.view(x.shape) if need_x else None, grad_bias if need_bias else None, None, None

@@ -11,7 +11,9 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +151,53 @@ def _opaque_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @_opaque_product.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+# --- without autograd, for the transformer block ------------------------------------------------------------
+
+
+class Products(NamedTuple):
+    """The products of a linear layer on one library, without autograd and without looking at their arguments."""
+
+    forward: Callable[..., Tensor]  # (x [R, K], weight [N, K], bias [N] or None) -> [R, N]
+    input_gradient: Callable[[Tensor, Tensor], Tensor]  # (grad [R, N], weight) -> [R, K]
+    # (grad, x, dtype of the weight's, of the bias's or None if it is not wanted) -> gradients of weight and bias
+    weight_gradient: Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def products(device: str, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Products:
+    """Of the library that serves a layer of this size in `linear`."""
+    large = device == "cpu" and dtype is torch.float32 and rows * inputs * outputs >= MIN_WORK
+    return _ONEDNN if large and linear_library()[0] == "onednn" else _TORCH
+
+
+def _onednn_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    return _product(grad, weight.t())
+
+
+def _onednn_weight_gradient(
+    grad: Tensor, x: Tensor, dtype: torch.dtype, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    columns, total = _transpose_sum(grad, bias_dtype is not None)
+    return _product(columns, x.t()), total
+
+
+def _torch_weight_gradient(
+    grad: Tensor, x: Tensor, dtype: torch.dtype, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    total = None
+    if bias_dtype is not None:
+        # A sum in another dtype makes a copy of all rows on a CPU; on a GPU it rounds once.
+        total = grad.sum(0) if bias_dtype is grad.dtype or not grad.is_cuda else grad.sum(0, dtype=bias_dtype)
+    if dtype is grad.dtype:
+        return torch.mm(grad.t(), x), total
+    if grad.is_cuda and dtype is torch.float32:
+        return torch.mm(grad.t(), x, out_dtype=dtype), total
+    return torch.mm(grad.t(), x).to(dtype), total
+
+
+_TORCH = Products(F.linear, torch.mm, _torch_weight_gradient)
+_ONEDNN = Products(_product, _onednn_input_gradient, _onednn_weight_gradient)
 
 
 class _Linear(torch.autograd.Function):

@@ -113,7 +113,7 @@ class _AddNorm(torch.autograd.Function):
         run = _registry.raw("add_norm_backward", ctx.backend)
         shape, rows = residual.shape, (-1, residual.shape[-1])
         grad_residual = None if grad_residual is None else grad_residual.reshape(rows).contiguous()
-        grad_x, grad_tables = run(
+        grad_x, grad_tables, grad_delta, _ = run(
             grad_y.reshape(rows).contiguous(),
             grad_residual,
             residual.view(rows),
@@ -121,11 +121,14 @@ class _AddNorm(torch.autograd.Function):
             rstd,
             weight,
             need_weight or need_bias,  # one pass makes both
+            None,
+            ctx.delta_dtype if need_delta else None,
         )
-        grad_x = grad_x.view(shape)
+        if need_delta and ctx.delta_dtype is residual.dtype:
+            grad_delta = grad_x
         return (
-            grad_x if need_x else None,
-            grad_x.to(ctx.delta_dtype) if need_delta else None,
+            grad_x.view(shape) if need_x else None,
+            grad_delta.view(shape) if need_delta else None,
             grad_tables[0] if need_weight else None,
             grad_tables[1] if need_bias else None,
             *(None,) * 3,

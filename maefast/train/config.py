@@ -52,6 +52,7 @@ class PretrainConfig:
     # Machine.
     amp: str = "no"
     device: str = "auto"
+    graph: str = "auto"
     workers: int = field(default_factory=lambda: default_workers())
     cache_mb: int = 512
     skip_bad: bool = False
@@ -130,6 +131,7 @@ class PretrainConfig:
         parse_value_range(self.value_range)
         must(self.picture in PICTURES, f"--picture must be {' or '.join(PICTURES)}, not {self.picture!r}")
         must(self.device in ("auto", "cpu"), f"--device must be auto or cpu, not {self.device!r}")
+        must(self.graph in ("auto", "on", "off"), f"--graph must be auto, on or off, not {self.graph!r}")
         sizes = self.img_size if isinstance(self.img_size, list) else [self.img_size]
         must(
             len(sizes) <= 2 and len(sizes) > 0 and all(s is None or s >= 1 for s in sizes),
@@ -271,7 +273,7 @@ def _flag(name: str) -> str:
 HARMLESS = {
     "output_dir", "resume", "save_every", "keep", "picture_every", "picture_rows", "picture", "log_every",
     "tensorboard", "max_pixels", "workers", "cache_mb", "init_from", "init_ema", "init_exact", "recompute", "skip_bad",
-    "data", "epochs", "steps",
+    "graph", "data", "epochs", "steps",
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from .build import build_model, image_shape, mask_ratio_of
 from .config import PretrainConfig, parse_value_range
 from .data import Augment, Batch, Loader, Positions, TrainImages
 from .errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError
+from .graph import GraphSteps
 from .images import find_images
 from .metrics import MetricsFile, Progress, Row, open_tensorboard, read_rows, save_loss_curve
 from .objective import Objective
@@ -80,6 +81,7 @@ class Run:
         self.accelerator = make_accelerator(config)
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
         self.device = self.accelerator.device
+        self.graph = GraphSteps(config, self.accelerator, own_model=create_model is not None)
         self.images = find_images(config.data, config.output_dir)
         torch.manual_seed(config.seed)
         self.model = build_model(config, create_model)
@@ -159,6 +161,7 @@ class Run:
                 config.seed,
                 skip_bad=config.skip_bad,
             )
+        self.graph.prepare(self.objective, self.optimizer)
         if self.main:
             checkpoint.clean(self.folder)
             self.out.mkdir(parents=True, exist_ok=True)
@@ -174,7 +177,8 @@ class Run:
         self._say(
             f"{config.model}: {trained / 1e6:.2f} M parameters; {len(self.images)} images of {self.images.source}; "
             f"steps {self.done} to {self.total} of {self.batch_images} images; peak lr {peak:.3g}; "
-            f"{self.world} x {self.device.type}, amp {config.amp}; into {self.out}"
+            f"{self.world} x {self.device.type}, amp {config.amp}{', as a CUDA graph' if self.graph.step else ''}; "
+            f"into {self.out}"
         )
 
     def _resume(self, path: Path) -> None:
@@ -260,7 +264,14 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(seeds.torch_seed(config.seed, step, self.accelerator.process_index))
-        total, norm = None, None
+        loss, norm = self.graph(self._batches, self._say) or self._plain_step()
+        self.done += 1
+        self.position += self.batch_images
+        epoch = self.position / len(self.images)
+        self._pending.append(Pending(self.done, epoch, rate, loss, norm))
+
+    def _plain_step(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        config, total, norm = self.config, None, None
         for batch in self._batches:
             images = batch.images.to(self.device, non_blocking=True)
             noise = batch.noise.to(self.device, non_blocking=True)
@@ -272,10 +283,7 @@ class Run:
                 self.stepper.step()
                 self.stepper.zero_grad()
             total = loss.detach() if total is None else total + loss.detach()
-        self.done += 1
-        self.position += self.batch_images
-        epoch = self.position / len(self.images)
-        self._pending.append(Pending(self.done, epoch, rate, total / config.accum, norm))
+        return total / config.accum, norm
 
     def _restart_clock(self) -> None:
         self._clock, self.loader.waited = time.perf_counter(), 0.0
@@ -286,13 +294,15 @@ class Run:
         values = torch.stack([entry.loss.float() for entry in pending])
         if self.world > 1:
             values = self.accelerator.reduce(values, "mean")
-        losses = values.tolist()
+        losses, norms = values.tolist(), [None] * len(pending)
+        if pending[0].grad_norm is not None:  # with clipping all have one
+            norms = torch.stack([entry.grad_norm.double() for entry in pending]).tolist()
         seconds = time.perf_counter() - self._clock
         speed = len(pending) * self.batch_images / seconds
         wait = min(1.0, self.loader.waited / seconds)
         rows = [
-            Row(entry.step, entry.epoch, loss, entry.lr, _item(entry.grad_norm), speed, wait)
-            for entry, loss in zip(pending, losses, strict=True)
+            Row(entry.step, entry.epoch, loss, entry.lr, norm, speed, wait)
+            for entry, loss, norm in zip(pending, losses, norms, strict=True)
         ]
         self._pending.clear()
         self._restart_clock()
@@ -402,7 +412,3 @@ class Run:
             if part is not None:
                 part.close()
         self._others.close()
-
-
-def _item(value: torch.Tensor | float | None) -> float | None:
-    return None if value is None else float(value)

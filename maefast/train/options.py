@@ -50,6 +50,8 @@ HELP = {
     "Machine": {
         "amp": "Mixed precision.",
         "device": "auto takes the GPU if there is one.",
+        "graph": "A step as one CUDA graph, so that Python does not slow it down. auto: where it can be (one process, "
+        "a CUDA device, no fp16); on: or stop, saying why not.",
         "seed": "Fixes weights, order, crops and masks.",
     },
     "Output and resuming": {

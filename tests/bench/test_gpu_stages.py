@@ -170,8 +170,7 @@ def test_order_of_the_tests():
 
 
 def ran(kind: str, size: cases.Size) -> set[str]:
-    every = [c for group in (cases.token_cases, cases.transformer_cases, cases.attention_cases, cases.cell_cases)
-             for c in group(size)]  # fmt: skip
+    every = [case for group in (*cases.COMMON, cases.cell_cases) for case in group(size)]
     return {op for case in every if kind in case.backends for op in case.raw}
 
 

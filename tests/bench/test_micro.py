@@ -35,6 +35,7 @@ def test_every_public_token_op_is_there():
         "linear",
         "add_norm",
         "bias_gelu",
+        "adamw",
         "patch_loss",
         "pack_cells",
         "unpack_cells",
@@ -64,7 +65,7 @@ def test_case(case):
     assert sum(record.get("default", False) for record in records) == 1
 
 
-ATTENTION = [case for case in CASES if case.op.more]
+ATTENTION = [case for case in CASES if case.op.more and case.op.name.startswith("attention")]
 
 
 def test_attention_is_measured_where_the_targets_are():
@@ -102,6 +103,13 @@ def test_further_peers_agree_or_say_why_not(case):
     assert "WRONG" not in " ".join(errors.values())
     ours = next(r for r in records if r["variant"] == "maefast-reference")
     assert set(ours["ratios"]) == {"eager", *timed}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.op.name == "adamw"], ids=str)
+def test_forms_of_adamw_agree(case):
+    records, samples = suite.run(case, ("eager", "tuned", "library"), rounds=1, warmup=0)
+    assert {"eager", "tuned", "foreach", "maefast-reference"} <= samples.keys()
+    assert not [r for r in records if "error" in r and r["variant"] != "maefast-cpu"], records
 
 
 @pytest.mark.parametrize("op", suite.ops("attention"), ids=lambda op: op.name)

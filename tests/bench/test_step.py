@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,6 +62,39 @@ def test_convnets_compute_the_same(part):
         models.build("hf", create("fcmae_convnextv2_atto", img_size=64).config, 0.6, "cpu")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_graphed_step_computes_the_same(dtype, monkeypatch):
+    """On a CPU it is the plain step; and what needs CUDA says so."""
+    original, losses = models.task, {}
+    for graphed in (False, True):
+
+        def task(*args, graphed=graphed, **keywords):
+            return replace(original(*args, **keywords), graphed=graphed)
+
+        monkeypatch.setattr(models, "task", task)
+        one = worker.Worker()
+        one.build("maefast", _config(), batch=2, dtype=dtype, device="cpu", tokens=16, mask_ratio=0.75)
+        assert (one.graphed is not None) == graphed
+        losses[graphed] = [one.run(steps=2)["loss"] for _ in range(3)]
+    assert losses[True] == losses[False]
+
+
+def test_peers_that_need_cuda():
+    doc = step.measure("toy", peers=("plain_cudagraphs", "maefast_graphed", "plain_graphed"), rounds=1, steps=1)
+    for record in doc["records"][1:]:
+        assert record["error"] == "ValueError: CUDA graphs need --device cuda, and this is cpu"
+    assert set(models.CUDA_PEERS) <= set(models.PEERS) == set(models.NAMES)
+
+
+def test_what_is_said_about_a_graph():
+    records = [{"peer": "maefast", "ratio_graphed": 1.25}, {"peer": "plain", "ratio_graphed": 2.0}, {"peer": "hf"}]
+    records.append({"peer": "maefast_graphed", "ratio_graphed": 1.0})
+    assert step.graphed(records) == [
+        "maefast, vs maefast, step as one CUDA graph: 1.25x",
+        "plain eager model, vs maefast, step as one CUDA graph: 2.00x",
+    ]
+
+
 def test_disagreement_is_refused():
     good = {"loss": 1.0, "grad_norm": 2.0}
     step._agree({"plain": good, "maefast": {"loss": 1.0 + 1e-7, "grad_norm": 2.0}}, "float32")
@@ -90,3 +125,12 @@ def test_on_a_gpu():
     records = step.compare("toy", dtype="bfloat16", device="cuda", peers=("plain",), rounds=1, steps=2)
     assert all("step_s" in record for record in records)
     assert torch.cuda.is_available()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["toy", "fcmae_toy"])
+def test_graphs_on_a_gpu(preset):
+    records = step.compare(
+        preset, dtype="bfloat16", device="cuda", peers=("plain", "maefast_graphed"), rounds=1, steps=2
+    )
+    assert all("step_s" in record for record in records), records

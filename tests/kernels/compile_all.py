@@ -183,6 +183,9 @@ def norm_cases(full: bool):
                 row = meta(x_rows)
                 passed = None if delta is None else x
                 yield text, norm.add_norm_backward, (y, passed, x, row, row, table, True)
+            # As in a transformer block: the bias of the linear layer before, and the norm once more.
+            yield f"{label} shift", norm.add_norm, (x, y, table, table, 1e-6, low, table)
+            yield f"{label} shift", norm.add_norm_backward, (y, x, x, row, row, table, True, table, low, True)
 
 
 def gelu_cases(full: bool):
@@ -190,11 +193,12 @@ def gelu_cases(full: bool):
 
     for name, dtype in (DTYPES if full else {"bf16": torch.bfloat16}).items():
         for width in (768, 2048, 3072) if full else (3072,):
-            x, bias = meta(12800, width, dtype=dtype), meta(width, dtype=dtype)
+            x, bias = meta(12800, width, dtype=dtype), meta(width)
             for tanh in (False, True):
                 text = f"{name} D={width}{' tanh' if tanh else ''}"
                 yield text, gelu.bias_gelu, (x, bias, tanh)
-                yield text, gelu.bias_gelu_backward, (x, x, bias, tanh, True)
+                for again in (False, True):
+                    yield text, gelu.bias_gelu_backward, (x, x, bias, tanh, True, again)
 
 
 def attention_cases(full: bool):
@@ -338,6 +342,23 @@ def cell_norm_cases(full: bool):
                     yield text, cell_norm.norm_act_backward, (x, x, *tables, moved, moved, act)
 
 
+def adamw_cases(full: bool):
+    from maefast.kernels.adamw import adamw
+
+    f32, bf16 = torch.float32, torch.bfloat16
+    kinds = [(f32, f32, bf16, False), (f32, bf16, bf16, False), (bf16, bf16, None, False)]
+    kinds += [(torch.float16, f32, None, True), (f32, f32, None, True), (f32, f32, bf16, True)] if full else []
+    for dtype, grad, shadow, amsgrad in kinds:
+        for count in (768, 771, 2**31 + 16) if full else (768, 771):
+            for scaled in (False, True):
+                text = "".join([", amsgrad" * amsgrad, ", shadow" * (shadow is not None), ", scaled" * scaled])
+                one = meta(1) if scaled else None
+                made = [[meta(count, dtype=d) for _ in range(20)] for d in (dtype, grad, dtype, dtype, dtype, shadow)]
+                made[4:] = made[4] if amsgrad else [], made[5] if shadow else [], [meta() for _ in range(20)]
+                scalars = one, 0.1, 0.9, 0.95, 1e-8, 0.05, scaled, one, one
+                yield f"{str(dtype)[6:]} grad {str(grad)[6:]} [{count}]{text}", adamw, (*made, *scalars)
+
+
 def depthwise_cases(full: bool):
     from maefast.kernels import depthwise
 
@@ -381,6 +402,7 @@ CASES = (
     loss_cases,
     norm_cases,
     gelu_cases,
+    adamw_cases,
     attention_cases,
     cell_norm_cases,
     cells_cases,
@@ -390,6 +412,19 @@ CASES = (
     depthwise_cases,
     wide_cases,
 )
+
+
+DIVISIBLE = [["tt.divisibility", 16]]
+
+
+def kind_of(value, special: bool) -> tuple[str, bool]:
+    """The type that Triton gives an argument, and whether it takes it for a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+        return "*" + (short.get(value.dtype) or f"i{8 * value.element_size()}"), special
+    if isinstance(value, float):
+        return "fp32", False
+    return "i32" if -(2**31) <= value < 2**31 else "i64", special and value % 16 == 0
 
 
 def record(full: bool) -> list[Launch]:
@@ -409,18 +444,17 @@ def record(full: bool) -> list[Launch]:
         for position, param in enumerate(self.params):
             value = bound[param.name]
             special = not param.do_not_specialize
+            if isinstance(value, tuple):
+                kinds = [kind_of(item, special) for item in value]
+                signature[param.name] = tuple(kind for kind, _ in kinds)
+                attributes.update({(position, i): DIVISIBLE for i, (_, whole) in enumerate(kinds) if whole})
+                continue
             if param.is_constexpr or value is None or (special and type(value) is int and value == 1):
                 signature[param.name], constants[param.name] = "constexpr", value
                 continue
-            if isinstance(value, torch.Tensor):
-                short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-                signature[param.name] = "*" + (short.get(value.dtype) or f"i{8 * value.element_size()}")
-            elif isinstance(value, float):
-                signature[param.name] = "fp32"
-            else:
-                signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if special and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)):
-                attributes[(position,)] = [["tt.divisibility", 16]]
+            signature[param.name], whole = kind_of(value, special)
+            if whole:
+                attributes[(position,)] = DIVISIBLE
         launch = Launch(label, self.fn.__module__, self.fn.__name__, signature, constants, attributes, options)
         seen.setdefault(repr(launch[1:]), launch)
 

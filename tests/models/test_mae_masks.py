@@ -56,6 +56,21 @@ def test_samples_that_mask_nothing_or_everything():
     assert all(torch.isfinite(g).all() for g in gradients(model).values())
 
 
+def test_a_generator_of_ones_own():
+    """The same draw as the noise made with it; the default generator is left alone."""
+    model = small()
+    images, _ = inputs(model)
+    noise = torch.rand(len(images), model.num_patches, generator=torch.Generator().manual_seed(3))
+    state = torch.get_rng_state()
+    found = model(images, generator=torch.Generator().manual_seed(3))
+    assert all(map(torch.equal, found, model(images, noise=noise)))
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="give `noise` or `generator`, not both"):
+        model(images, noise=noise, generator=torch.Generator())
+    with pytest.raises(ValueError, match="give `generator` or `mask`, not both"):
+        model(images, mask=masking.random(len(images), model.num_patches, 0.5), generator=torch.Generator())
+
+
 def test_own_masks():
     """A plan, its bool map, and the noise that made it give the same loss; the ratio is ignored then."""
     model = small()

@@ -102,6 +102,7 @@ def test_opcheck(where):
     for tanh in (False, True):
         torch.library.opcheck(_registry.raw("bias_gelu", backend), (x, bias, tanh))
         torch.library.opcheck(_registry.raw("bias_gelu_backward", backend), (grad, x, bias, tanh, True))
+        torch.library.opcheck(_registry.raw("bias_gelu_backward", backend), (grad, x, bias, tanh, True, True))
         torch.library.opcheck(_registry.raw("bias_gelu_backward", backend), (grad, x, None, tanh, False))
 
 

@@ -136,9 +136,10 @@ def test_opcheck(where):
     run = _registry.raw("add_norm", backend)
     for added in (None, delta):
         torch.library.opcheck(run, (x, added, weight, bias, 1e-6, torch.float32))
+    torch.library.opcheck(run, (x, delta, weight, bias, 1e-6, torch.float32, bias))
     mean, rstd = run(x, None, weight, bias, 1e-6, torch.float32)[2:]
-    for passed, need in ((None, False), (grad, True)):
-        args = (grad, passed, x, mean, rstd, weight, need)
+    for passed, need, more in ((None, False, ()), (grad, True, ()), (grad, True, (bias, torch.float16, True))):
+        args = (grad, passed, x, mean, rstd, weight, need, *more)
         torch.library.opcheck(_registry.raw("add_norm_backward", backend), args)
 
 

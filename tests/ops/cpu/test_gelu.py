@@ -54,8 +54,8 @@ def test_bfloat16_is_the_rounded_float64_result(which):
 @pytest.mark.parametrize("which", [value, slope])
 def test_bfloat16_adds_the_bias_in_float32(which):
     """The sum keeps the digits that bfloat16 would drop."""
-    x, bias = randn(300, 257, dtype=torch.bfloat16) * 3, randn(257, dtype=torch.bfloat16, seed=1)
-    total = (x.float() + bias.float()).double()
+    x, bias = randn(300, 257, dtype=torch.bfloat16) * 3, randn(257, seed=1)
+    total = (x.float() + bias).double()
     away = (total - SLOPE_ZERO).abs() > (1e-3 if which is slope else 0)  # float32 has no more digits nearer to it
     assert errors(run(which, x, bias), which(total))[away].max() <= 0.516
 
@@ -81,3 +81,20 @@ def test_infinity_and_nan(dtype):
     assert grad[3] == 1
     assert abs(float(out[4])) < 1e-30
     assert abs(float(grad[4])) < 1e-30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tanh", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_backward_gives_the_value_once_more(dtype, tanh, biased):
+    """Bit for bit what the forward gave, and the same gradients."""
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    x, grad = randn(70, 83, dtype=dtype) * 3, randn(70, 83, dtype=dtype, seed=1)
+    bias = randn(83, dtype=wide, seed=2) if biased else None
+    grad_x, grad_bias, none = raw("bias_gelu_backward", grad, x, bias, tanh, biased)
+    again_x, again_bias, out = raw("bias_gelu_backward", grad, x, bias, tanh, biased, True)
+    assert none.shape == (0, 83)
+    assert torch.equal(out, raw("bias_gelu", x, bias, tanh))
+    assert torch.equal(again_x, grad_x)
+    assert torch.equal(again_bias, grad_bias)
+    assert again_bias.dtype is wide

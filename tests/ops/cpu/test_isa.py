@@ -29,7 +29,7 @@ def test_numerics_on(isa):
     env = {**os.environ, "MAEFAST_CPU_ISA": isa, "MAEFAST_TEST_EXAMPLES": "15"}
     files = [
         str(Path(__file__).with_name(name))
-        for name in ("test_numerics.py", "test_threads.py", "test_gelu.py", "test_sparse_conv.py")
+        for name in ("test_numerics.py", "test_threads.py", "test_gelu.py", "test_sparse_conv.py", "test_adamw.py")
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)

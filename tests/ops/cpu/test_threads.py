@@ -47,6 +47,7 @@ def calls(batch: int, tokens: int, width: int, dtype: torch.dtype) -> dict:
     each, stats = raw("patch_loss", pred, images, plan.masked, *loss_args)
     flat, wide = full.flatten(0, 1), torch.float64 if dtype is torch.float64 else torch.float32
     weight = randn(width, dtype=wide, seed=3)
+    narrow = torch.float16 if dtype is torch.float32 else dtype
     mean, rstd = raw("add_norm", flat, None, weight, weight, 1e-6, dtype)[2:]
     grad_args = torch.ones_like(each), pred, images, plan.masked, plan.slot, stats, *loss_args
     restore_args = plan.visible, plan.masked, plan.slot, plan.cu_visible, 1 + tokens, prefix
@@ -68,8 +69,11 @@ def calls(batch: int, tokens: int, width: int, dtype: torch.dtype) -> dict:
         "patch_loss": lambda: raw("patch_loss", pred, images, plan.masked, *loss_args),
         "add_norm": lambda: raw("add_norm", flat, flat, weight, weight, 1e-6, dtype),
         "add_norm_backward": lambda: raw("add_norm_backward", flat, flat, flat, mean, rstd, weight, True),
-        "bias_gelu": lambda: raw("bias_gelu", flat, token, False),
-        "bias_gelu_backward": lambda: raw("bias_gelu_backward", flat, flat, token, False, True),
+        "add_norm_backward_all": lambda: raw(
+            "add_norm_backward", flat, flat, flat, mean, rstd, weight, True, weight, narrow, True
+        ),
+        "bias_gelu": lambda: raw("bias_gelu", flat, weight, False),
+        "bias_gelu_backward": lambda: raw("bias_gelu_backward", flat, flat, weight, False, True, True),
         "patch_loss_backward": lambda: raw("patch_loss_backward", *grad_args, True),
     }
 
