@@ -193,6 +193,20 @@ def transformer_cases(size: Size) -> Iterator[Case]:
             x = {"x": (2, size.rows, wide)}
             yield Case(f"bias_gelu-{wide}-{approximate}", backward("bias_gelu"), {**x, "bias": (wide,)}, call)
     yield Case("bias_gelu-no bias", backward("bias_gelu"), {"x": (2, size.rows, 70)}, functools.partial(_gelu, "none"))
+    # The branches that only the block takes. In 16 bits its products round, too: the trainings judge that.
+    d, f = (256, 1024) if size is REAL else (32, 64)
+    rows = {"x": (2, size.rows, d), "delta": (2, size.rows, d)}
+    norms = dict.fromkeys(("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"), (d,))
+    linears = {"qkv": (3 * d, d), "proj": (d, d), "fc1": (f, d), "fc2": (d, f)}
+    weights = {f"{name}_weight": shape for name, shape in linears.items()}
+    weights |= {f"{name}_bias": shape[:1] for name, shape in linears.items()}
+    raw = backward("add_norm", "bias_gelu", "attention")
+    yield Case("transformer_block", raw, {**rows, **norms, **weights}, _block, (torch.float32,))
+
+
+def _block(backend, device, x, delta, **weights):
+    weights = {name: w / w.shape[1] ** 0.5 if w.ndim == 2 else w for name, w in weights.items()}
+    return ops.transformer_block(x, delta, ops.BlockWeights(**weights), x.shape[-1] // 16, backend=backend)
 
 
 def _norm(backend, device, x, weight, bias, delta=None):

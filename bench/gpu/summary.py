@@ -93,12 +93,12 @@ def documents(found: list[lines.Line], name: str) -> Iterable[tuple[str, dict[st
     """(file name, document of `bench.results`) of all that was measured, for docs/results.md."""
     machine = lines.environment(found)
     micro, steps = [], {}
-    for line in lines.latest(found).values():
+    for (_, id), line in lines.latest(found).items():
         record = line.get("record")
         if record is None:
             continue
         if "peer" in record:
-            key = record["preset"], record["dtype"], record["shape"]["batch"]
+            key = record["preset"], record["dtype"], f"b{record['shape']['batch']}{'-tuned' * ('/tuned/' in id)}"
             steps.setdefault(key, ([], line["settings"]))[0].append(record)
         elif "conv" not in line:
             micro.append(record)
@@ -111,7 +111,7 @@ def documents(found: list[lines.Line], name: str) -> Iterable[tuple[str, dict[st
     for (preset, dtype, batch), (records, settings) in steps.items():
         records = sorted(records, key=lambda record: record["peer"] != "maefast")
         doc = results.document("step", machine, settings, [r["peer"] for r in records], records)
-        yield f"step-{preset}-{dtype}-b{batch}-{name}.json", doc
+        yield f"step-{preset}-{dtype}-{batch}-{name}.json", doc
 
 
 def main(argv: list[str] | None = None) -> int:
