@@ -188,7 +188,8 @@ export BUILD STAGE ROOT PYTHON ARCH PREBUILT SUFFIX
 build_script="$(declare -f build); TARGETS='${TARGETS[*]-}' GENERATOR='${GENERATOR[*]-}' CUDA=on; "
 [[ $MODE == rehearse ]] && build_script+="CUDA=off; "
 
-STATUS=0
+STATUS=0 CHILD="" WARM=""
+trap 'kill $CHILD $WARM 2>/dev/null; exit 143' TERM INT
 # part STAGE COMMAND...: run under the stage's limit and what is left of the whole; everything it says goes to $LOG.
 part() {
   local name=$1 limit=${LIMIT[$1]} left=$((TOTAL - SECONDS)) start=$SECONDS
@@ -199,9 +200,14 @@ part() {
     return 1
   fi
   say "$name (at most $limit s)" | tee -a "$LOG"
-  SECONDS_LEFT=$((limit - 3))
-  timeout -k 5 "$limit" "$@" ${PASS_SECONDS:+--seconds "$SECONDS_LEFT"} 2>&1 | tee -a "$LOG" | tail -n "${TAIL:-30}"
-  STATUS=${PIPESTATUS[0]}
+  local before
+  before=$(wc -c <"$LOG")
+  # In the background, so that a signal to this script reaches it at once.
+  timeout -k 5 "$limit" "$@" ${PASS_SECONDS:+--seconds "$((limit - 3))"} >>"$LOG" 2>&1 &
+  CHILD=$!
+  wait "$CHILD"
+  STATUS=$?
+  tail -c "+$((before + 1))" "$LOG" | tail -n "${TAIL:-30}"
   echo "== $name: status $STATUS, $((SECONDS - start)) s"
   [[ $STATUS == 0 ]]
 }
@@ -225,8 +231,7 @@ if chosen build; then
   "$PYTHON" -m bench.gpu.staged --lines "$LINES_FILE" >>"$LOG" 2>&1
   "$PYTHON" -m maefast.cli doctor --json >"$OUT/doctor.json" 2>>"$LOG" || echo "maefast doctor failed; see $LOG"
 fi
-export PASS_SECONDS=1
-WARM=""
+PASS_SECONDS=1
 if chosen smoke; then
   if chosen speed && [[ $MODE != rehearse ]]; then # torch.compile of the peers needs cores more than the GPU
     timeout -k 5 150 "$PYTHON" -m bench.gpu.speed --warm >>"$LOG" 2>&1 &
