@@ -170,12 +170,22 @@ def peers_table(doc: dict, names: dict[str, str]) -> str:
                 f"{r['low_s'] * 1e3:.1f}-{r['high_s'] * 1e3:.1f}",
                 f"{r['images_per_s']:.1f}",
                 f"{r['peak_bytes'] / 2**20:.0f}",
+                f"{r['step_bytes'] / 2**20:.0f}" if "step_bytes" in r else "-",
                 f"{r['first_loss']:.6f}",
                 names[r["peer"]],
             ]
         )
     text = f"Medians of {timed[0]['rounds']} rounds of {doc['settings']['steps_a_round']} steps.\n\n"
-    heads = [f"time vs {ours}", f"memory vs {ours}", "step ms", "quartiles", "images/s", "peak MB", "first loss"]
+    heads = [
+        f"time vs {ours}",
+        f"memory vs {ours}",
+        "step ms",
+        "quartiles",
+        "images/s",
+        "peak MB",
+        "MB a step",
+        "first loss",
+    ]
     text += markdown([*heads, "model"], rows, 1)
     for r in records:
         if "error" in r:

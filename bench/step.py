@@ -230,6 +230,11 @@ def _records(
                 "images_per_s": batch / median,
                 **memory[name],
                 "memory_ratio": memory[name]["peak_bytes"] / memory[ours]["peak_bytes"],
+                **(
+                    {"step_memory_ratio": memory[name]["step_bytes"] / memory[ours]["step_bytes"]}
+                    if "step_bytes" in memory[name] and "step_bytes" in memory[ours]
+                    else {}
+                ),
                 "first_loss": first[name]["loss"],
                 "grad_norm": first[name]["grad_norm"],
                 "last_loss": losses[name],
@@ -347,7 +352,7 @@ def print_table(doc: dict, title: str, what: str, names: dict[str, str]) -> None
     first = records[0]
     ours = names[first["peer"]]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (f"time vs {ours}", "step ms", "images/s", "peak MB", f"memory vs {ours}"):
+    for name in (f"time vs {ours}", "step ms", "images/s", "peak MB", f"memory vs {ours}", "MB a step", f"vs {ours}"):
         table.add_column(name, justify="right")
     table.add_column(what)
     for r in sorted((r for r in records if "error" not in r), key=lambda r: r["ratio"]):
@@ -358,6 +363,8 @@ def print_table(doc: dict, title: str, what: str, names: dict[str, str]) -> None
             f"{r['images_per_s']:.{0 if r['images_per_s'] >= 10 else 1}f}",
             f"{r['peak_bytes'] / 2**20:.0f}",
             "1" if one else f"{r['memory_ratio']:.2f}x",
+            f"{r['step_bytes'] / 2**20:.0f}" if "step_bytes" in r else "-",
+            "1" if one else f"{r['step_memory_ratio']:.2f}x" if "step_memory_ratio" in r else "-",
             names[r["peer"]],
             style="bold" if one else None,
         )

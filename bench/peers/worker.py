@@ -11,6 +11,8 @@ load(peer, **request) imports what it needs, task(peer, ...) -> Task builds it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import importlib
 import json
 import os
@@ -91,9 +93,24 @@ class Worker:
         return answer
 
     def memory(self) -> dict:
+        """peak_bytes: of all of training; step_bytes: of one more step, above what was held before it (parameters and
+        optimizer states, no gradients)."""
         if self.device == "cuda":
-            return {"peak_bytes": torch.cuda.max_memory_allocated(), "baseline_bytes": 0}
-        return {"peak_bytes": max(peak_bytes() - self.baseline, 1), "baseline_bytes": self.baseline}
+            found = {"peak_bytes": torch.cuda.max_memory_allocated(), "baseline_bytes": 0}
+        else:
+            found = {"peak_bytes": max(peak_bytes() - self.baseline, 1), "baseline_bytes": self.baseline}
+        if self.graphed is not None:
+            return found  # its memory is held all the time
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        self._wait()
+        release_freed()
+        reset_peak(self.device)
+        before = torch.cuda.memory_allocated() if self.device == "cuda" else resident_bytes()
+        self._step()
+        self._wait()
+        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_bytes()
+        return {**found, "step_bytes": max(peak - before, 1)}
 
     def _step(self) -> torch.Tensor:
         if self.graphed is not None:
@@ -156,6 +173,12 @@ def resident_bytes() -> int:
 def peak_bytes() -> int:
     # ru_maxrss starts from the parent's peak where a process was forked; VmHWM is this process's own.
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def release_freed() -> None:
+    """Back to the system what the C library keeps of freed memory, or it would count as held before a step."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak(device: str) -> None:

@@ -1,5 +1,5 @@
-// Attention over sequences of up to 64 tokens in float16 and bfloat16: checks and launches of
-// attention_kernel.cuh.
+// Attention over sequences of up to 256 tokens in float16 and bfloat16: checks, and the launches for up to 64
+// tokens, of attention_kernel.cuh.
 //
 // Not run on a device yet. To measure first: one warp for two heads up to 16 tokens, a cap on
 // the registers of the backward (__launch_bounds__(128, 5)), P and dS in the place of v and k (a third less
@@ -7,8 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cuda/attention_kernel.cuh"
-#include "cuda/common.cuh"
+#include "cuda/attention_launch.cuh"
 #include "cuda/ops.h"
 
 namespace maefast::cuda {
@@ -20,34 +19,10 @@ void launch(const Args& p, int64_t batch, bool backward, cudaStream_t stream) {
   const int rows = (backward ? 2 : 1) * rows_q + 2 * rows_k;
   const size_t bytes = 2 * (rows * (kDepth + 8) + (backward ? 2 * rows_q * (rows_k + 8) : 0));
   const auto kernel = backward ? attention_bwd_kernel<T, kDepth> : attention_fwd_kernel<T, kDepth>;
-  if (bytes > 48 * 1024) {  // up to 86 KiB, which every device from sm_80 on has
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  }
+  allow_shared(kernel, bytes);  // up to 86 KiB, which every device from sm_80 on has
   const int warps = (backward && rows_k > rows_q ? rows_k : rows_q) / 16;
   kernel<<<static_cast<unsigned>(batch * p.heads), 32 * (warps > 0 ? warps : 1), bytes, stream>>>(p);
   check_launch(backward ? "attention_backward" : "attention");
-}
-
-template <class T>
-void launch_width(const Args& p, int64_t batch, bool backward, cudaStream_t stream) {
-  switch ((p.width + 15) / 16) {
-    case 1:
-      return launch<T, 16>(p, batch, backward, stream);
-    case 2:
-      return launch<T, 32>(p, batch, backward, stream);
-    case 3:
-      return launch<T, 48>(p, batch, backward, stream);
-    case 4:
-      return launch<T, 64>(p, batch, backward, stream);
-    case 5:
-      return launch<T, 80>(p, batch, backward, stream);
-    case 6:
-      return launch<T, 96>(p, batch, backward, stream);
-    case 7:
-      return launch<T, 112>(p, batch, backward, stream);
-    default:
-      return launch<T, 128>(p, batch, backward, stream);
-  }
 }
 
 // Rows start at multiples of 16 bytes unless the storage itself is a view into something odd.
@@ -81,7 +56,8 @@ Args arguments(const Tensor& q, const std::optional<Tensor>& kv, const std::opti
   p.causal = causal;
   p.cu_q = starts(cu_q, batch);
   p.cu_k = cross ? starts(cu_k, batch) : p.cu_q;
-  STD_TORCH_CHECK(max_q <= kLongest && max_k <= kLongest, "attention: the CUDA kernel takes up to 64 tokens");
+  STD_TORCH_CHECK(max_q <= kLongest && max_k <= kLongest, "attention: the CUDA kernel takes up to ", kLongest,
+                  " tokens");
   STD_TORCH_CHECK(p.width % 8 == 0 && p.width >= 16 && p.width <= 128, "attention: head width ", p.width);
   STD_TORCH_CHECK(q.scalar_type() == ScalarType::Half || q.scalar_type() == ScalarType::BFloat16,
                   "attention: the CUDA kernel takes float16 and bfloat16");
@@ -95,12 +71,16 @@ Args arguments(const Tensor& q, const std::optional<Tensor>& kv, const std::opti
 }
 
 void run(const Args& p, int64_t batch, bool backward, const Tensor& like) {
+  if (p.max_q > kShort || p.max_k > kShort) return run_tiled(p, batch, backward, like);
   const Launch on(like);
-  if (like.scalar_type() == ScalarType::Half) {
-    launch_width<Half>(p, batch, backward, on.stream);
-  } else {
-    launch_width<Bfloat>(p, batch, backward, on.stream);
-  }
+  with_depth(p.width, [&](auto depth) {
+    constexpr int kDepth = decltype(depth)::value;
+    if (like.scalar_type() == ScalarType::Half) {
+      launch<Half, kDepth>(p, batch, backward, on.stream);
+    } else {
+      launch<Bfloat, kDepth>(p, batch, backward, on.stream);
+    }
+  });
 }
 
 constexpr const char* kExtras = "attention: the CUDA kernel has neither key bias nor statistics";
@@ -128,12 +108,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q_, const std
 std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_, const std::optional<Tensor>& grad_lse, const std::optional<Tensor>& grad_entropy,
     const std::optional<Tensor>& grad_mass, const Tensor& q_, const std::optional<Tensor>& kv_,
-    const Tensor& /*out*/, const Tensor& lse, const Tensor& /*entropy*/, const Tensor& /*mass*/,
+    const Tensor& out_, const Tensor& lse, const Tensor& /*entropy*/, const Tensor& /*mass*/,
     const std::optional<Tensor>& cu_q, const std::optional<Tensor>& cu_k, int64_t batch, int64_t max_q,
     int64_t max_k, double scale, bool causal, const std::optional<Tensor>& key_bias,
     const std::optional<Tensor>& marked, bool need_bias) {
   STD_TORCH_CHECK(!grad_lse && !grad_entropy && !grad_mass && !key_bias && !marked && !need_bias, kExtras);
-  const Tensor q = aligned(q_), grad = aligned(grad_);
+  const Tensor q = aligned(q_), grad = aligned(grad_), out = aligned(out_);
   const std::optional<Tensor> kv = kv_ ? std::optional<Tensor>(aligned(*kv_)) : std::nullopt;
   Args p = arguments(q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal);
   const int64_t rows = q.size(0), columns = kv ? kv->size(0) : rows;
@@ -142,6 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   Tensor grad_kv =
       kv ? empty({columns, 2, p.heads, p.width}, q.scalar_type(), q) : empty({0}, q.scalar_type(), q);
   p.grad = words(grad);
+  p.o = words(out);
   p.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
   p.dq = words(grad_q);
   p.dk = kv ? words(grad_kv) : p.dq + (p.v - p.k);

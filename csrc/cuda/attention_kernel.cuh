@@ -1,5 +1,6 @@
-// The device code of attention.cu: one block for each sequence and head, one warp for every 16 rows,
-// everything in shared memory, one pass, sums in float32, no atomics.
+// The device code of attention.cu for up to 64 tokens: one block for each sequence and head, one warp for
+// every 16 rows, everything in shared memory, one pass, sums in float32, no atomics. Longer ones:
+// attention_tiled_*.cuh.
 //
 // Widths are padded to a multiple of 16 and lengths to one of 16 with zeros in shared memory, which add
 // nothing to a sum.
@@ -11,8 +12,9 @@
 
 namespace maefast::cuda {
 
-constexpr int kLongest = 64;
-constexpr int kTiles = kLongest / 16;  // of 16 keys or queries
+constexpr int kLongest = 256;        // tokens; above 64 in attention_tiled_*.cuh
+constexpr int kShort = 64;           // whose scores a warp holds at once
+constexpr int kTiles = kShort / 16;  // of 16 keys or queries
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -25,6 +27,8 @@ struct Args {
   int heads, width, max_q, max_k;  // width: elements of a head, in steps of 8
   float scale;
   bool causal;
+  const uint16_t* o;  // the output, for the backward above 64 tokens
+  float* sums;        // dQ between its rounds over the keys
 };
 
 struct Span {

@@ -27,6 +27,29 @@ __device__ inline void copies_done() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+// x, which the compiler keeps in a register instead of computing it again from its parts, which then stay
+// alive.
+__device__ inline int kept(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// __syncthreads() for warps that come to it in different places, which PTX allows and CUDA C++ does not
+// promise.
+__device__ inline void block_barrier() {
+  asm volatile("bar.sync 0;" ::: "memory");
+}
+
+// Ends a group of copies; waits for all groups but the latest `kPending`.
+__device__ inline void copies_end() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int kPending>
+__device__ inline void copies_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Four 8x8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
 template <bool kTranspose>
 __device__ inline void load_matrices(uint32_t (&r)[4], const uint16_t* row) {
@@ -69,6 +92,22 @@ __device__ inline uint32_t pack(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
+}
+
+template <class T>
+__device__ inline float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  } else {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+  }
+}
+
+// 2^x in one instruction: 2 units in the last place, 0 below 2^-126.
+__device__ inline float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // Sum or maximum over the four lanes that share the rows of a fragment.

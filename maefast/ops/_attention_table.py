@@ -22,7 +22,7 @@ from maefast.ops import _dispatch, _dispatch_data
 from maefast.ops._dispatch_data import AttentionRule as Rule
 
 KERNELS = ("cuda", "triton", "cpu")  # ours, behind the raw op; "reference" is always there
-CUDA_LONGEST = 64  # csrc/cuda/attention_kernel.cuh
+CUDA_LONGEST = 256  # kLongest of csrc/cuda/attention_kernel.cuh
 
 
 class Call(NamedTuple):

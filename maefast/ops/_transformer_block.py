@@ -11,61 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maefast.ops import _attention_table, _autograd, _registry
+from maefast.ops import _autograd
 from maefast.ops._library_attention import LibraryAttention
 from maefast.ops._shadow import shadow_of
-from maefast.ops.linear import Products, products
+from maefast.ops._transformer_block_form import Form
+from maefast.ops.linear import Products
 from maefast.ops.mask import TokenMask
 
 _unsafe_view = torch.ops.aten._unsafe_view.default._op
-KEEP = ("lean", "all", "nothing")
 WEIGHTS = 18  # norm1 2, qkv 3 weights (or one and two None) and 3 biases, proj 2, norm2 2, fc1 2, fc2 2, scales 2
-
-
-class Form:
-    """What all calls of one kind (shapes, dtypes, options, backend) share."""
-
-    def __init__(
-        self, *, x, stream, low, wide, heads, hidden, eps, scale, tanh, count, masked, prefix, keep, sequences, backends
-    ) -> None:  # fmt: skip
-        self.batch, self.width = sequences or len(x), x.shape[-1]
-        self.length = x.shape[1] if x.ndim == 3 else None
-        self.stream, self.low, self.wide = stream, low, wide
-        self.heads, self.scale, self.tanh = (heads, self.width // heads), scale, tanh
-        self.eps1, self.eps2 = eps
-        self.count, self.prefix, self.keep, self.some = count, prefix, keep, count is not None or masked is not None
-
-        def raw(op: str, name: str):
-            return _registry.raw(op, name)._op  # of its overhead, what Python adds
-
-        self.norm, self.norm_backward = raw("add_norm", backends.norm), raw("add_norm_backward", backends.norm)
-        self.gelu, self.gelu_backward = raw("bias_gelu", backends.gelu), raw("bias_gelu_backward", backends.gelu)
-        self.library = _attention_table.LIBRARIES.get(backends.attention)
-        if self.library is None:
-            self.attend = raw("attention", backends.attention)
-            self.attend_backward = raw("attention_backward", backends.attention)
-        if backends.gather is not None:
-            self.gather = raw("gather_tokens", backends.gather)
-            self.gather_backward = raw("gather_tokens_backward", backends.gather)
-
-        def layer(rows: int, inputs: int, outputs: int) -> Products:
-            return products(x.device.type, low, rows, inputs, outputs)
-
-        rows, d = x.numel() // self.width, self.width
-        wanted = masked.total_masked if masked is not None else len(x) * count if count is not None else rows
-        self.qkv, self.q, self.kv = layer(rows, d, 3 * d), layer(wanted, d, d), layer(rows, d, 2 * d)
-        self.proj, self.fc1, self.fc2 = layer(wanted, d, d), layer(wanted, d, hidden), layer(wanted, hidden, d)
-
-    def takes(self, dtype: torch.dtype) -> bool:
-        """Whether the kernels add such a delta to the stream as it is."""
-        return dtype is self.stream or (self.stream is torch.float32 and dtype.itemsize == 2)
-
-
-class Backends(NamedTuple):
-    norm: str
-    gelu: str
-    attention: str  # or a library
-    gather: str | None  # where only the masked tokens are wanted
 
 
 # --- which rows are wanted ----------------------------------------------------------------------------------
@@ -178,10 +132,11 @@ def _last_layer(layer: Products, before, x, weight, bias, scale, wide, need):
     need_weight, need_bias, need_scale = need
     if not any(need):
         return None, None, None
+    bias_dtype = bias.dtype if need_bias else None
+    if not (need_weight or need_scale):
+        total = before.sum(0)
+        return None, total if scale is None else total * scale, None
     if scale is None:
-        bias_dtype = bias.dtype if need_bias else None
-        if not need_weight:
-            return None, before.sum(0), None
         return *layer.weight_gradient(before, x, weight.dtype, bias_dtype), None
     product_, total = layer.weight_gradient(before, x, wide, wide)
     factor = scale.to(wide)
@@ -245,7 +200,7 @@ def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, masked, sa
         graph = LibraryAttention(form.library, form.batch, form.scale)
         a = (graph.forward if saving else graph.alone)(q, kv, *starts).reshape(-1, width)
     r = _take(form, r0, masked) if form.some else r0
-    if w[16] is None and drop1 is None:  # the bias is added with the residual
+    if form.shifts:
         p, shift = form.proj.forward(a, proj_weight, None), _to(w[9], form.wide)
     else:
         p, shift = scale_branch(form.proj.forward(a, proj_weight, _to(w[9], low)), w[16], drop1), None
@@ -264,49 +219,57 @@ def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, masked, sa
 # --- backward -----------------------------------------------------------------------------------------------
 
 
-def _gradients(form: Form, k: _Kept, graph, grad_r1, grad_out, w, lowered, drop1, drop2, starts, masked, needs):
-    """(grad of r0, grad of delta or None, grads of the weights). needs: (x, delta's dtype or None, each weight)."""
-    low, wide, width = form.low, form.wide, form.width
-    need_x, delta_dtype, need = needs
-    qkv_weight, proj_weight, fc1_weight, fc2_weight = lowered
-    grads: list[Tensor | None] = [None] * WEIGHTS
-    graph, graph_kept = graph
-
+def _through_mlp(form: Form, k: _Kept, grads, grad_r1, grad_out, w, lowered, drop2, need):
+    """From the gradients of what came out (the stream's may be None) to (that of the stream behind the attention, the
+    same in the dtype of the attention branch, whether it was summed for the bias of proj). Fills in `grads`."""
+    low, wide, (*_, fc1_weight, fc2_weight) = form.low, form.wide, lowered
     branch = _back_through(grad_out, w[17], drop2, low)
     grad = form.fc2.input_gradient(branch.grad, fc2_weight)
     again = k.g is None and (need[14] or need[17])
-    grad, grads[13], g = form.gelu_backward(grad, k.h, _to(w[13], wide), form.tanh, need[13], again)
-    if not need[13]:
-        grads[13] = None
-    g = k.g if k.g is not None else g
+    grad, grad_bias, g = form.gelu_backward(grad, k.h, _to(w[13], wide), form.tanh, need[13], again)
+    if need[13]:
+        grads[13] = grad_bias
     ends = need[14], need[15], need[17]
+    g = k.g if k.g is not None else g
     grads[14], grads[15], grads[17] = _last_layer(form.fc2, branch.before, g, w[14], w[15], w[17], wide, ends)
     del g, branch
 
     grad_y = form.fc1.input_gradient(grad, fc1_weight)
-    plain = w[16] is None and drop1 is None
-    shift = plain and need[9]
+    shift = need[9] and form.shifts
     again = k.y2 is None and need[12]
-    p_dtype = low if w[16] is None else torch.promote_types(low, w[16].dtype)
     grad_r, tables, grad_p, y = form.norm_backward(
         grad_y, grad_r1, k.r1, k.mean2, k.rstd2, _to(w[10], wide), need[10] or need[11],
-        _to(w[11], wide) if again else None, p_dtype, shift,
+        _to(w[11], wide) if again else None, form.branch, shift,
     )  # fmt: skip
-    if p_dtype is grad_r.dtype:
-        grad_p = grad_r
     tables = tables.unbind(0)
     for at in (10, 11):
         if need[at]:
             grads[at] = tables[at - 10]
+    if shift:
+        grads[9] = tables[2]
     if need[12]:
         grads[12], _ = form.fc1.weight_gradient(grad, k.y2 if k.y2 is not None else y, w[12].dtype, None)
-    del grad, grad_y, y
+    return grad_r, grad_r if form.branch is grad_r.dtype else grad_p, shift
+
+
+def _gradients(form: Form, k: _Kept, graph, grad_r1, grad_out, w, lowered, drop1, drop2, starts, masked, needs):
+    """(grad of r0, grad of delta or None, grads of the weights). needs: (x, delta's dtype or None, each weight). One of
+    the incoming gradients may be None."""
+    low, wide, width = form.low, form.wide, form.width
+    need_x, delta_dtype, need = needs
+    qkv_weight, proj_weight, *_ = lowered
+    grads: list[Tensor | None] = [None] * WEIGHTS
+    graph, graph_kept = graph
+    if grad_out is not None:
+        args = grads, grad_r1, grad_out, w, lowered, drop2, need
+        grad_r, grad_p, shift = _through_mlp(form, k, *args)
+    else:
+        grad_r, grad_p, shift = grad_r1, _to(grad_r1, form.branch), False
 
     branch = _back_through(grad_p, w[16], drop1, low)
     ends = need[8], need[9] and not shift, need[16]
-    grads[8], grads[9], grads[16] = _last_layer(form.proj, branch.before, k.a, w[8], w[9], w[16], wide, ends)
-    if shift:
-        grads[9] = tables[2]
+    grads[8], grad_bias, grads[16] = _last_layer(form.proj, branch.before, k.a, w[8], w[9], w[16], wide, ends)
+    grads[9] = grads[9] if shift else grad_bias
     if not (need_x or delta_dtype is not None or any(need[:8])):
         return None, None, grads
     grad_a = form.proj.input_gradient(branch.grad, proj_weight)
@@ -396,12 +359,16 @@ class TransformerBlock(torch.autograd.Function):
                 ctx.save_for_backward(*common, *kept._replace(r1=r1), *casts, *more)
             ctx.form, ctx.graph, ctx.masked, ctx.longest = form, graph, masked, (max_q, max_k)
             ctx.shape, ctx.delta_dtype = x.shape, None if delta is None else delta.dtype
+            ctx.set_materialize_grads(False)
+            need = ctx.needs_input_grad
+            if not (need[1] or need[2] or any(need[-WEIGHTS : -WEIGHTS + 10]) or need[-2]):
+                ctx.mark_non_differentiable(r1)  # only the MLP is trainable
         return r1, out
 
     @staticmethod
     @_autograd.once("transformer_block")
     def backward(ctx, grad_r1, grad_out):
-        kind = grad_r1.device.type
+        kind = (grad_out if grad_r1 is None else grad_r1).device.type
         if torch.is_autocast_enabled(kind):  # the dtypes are those of the forward, whatever the caller is in now
             with torch.autocast(kind, enabled=False):
                 return _backward(ctx, grad_r1, grad_out)
@@ -424,7 +391,7 @@ def _backward(ctx, grad_r1: Tensor, grad_out: Tensor):
         lowered, more = _lower(form, w, rest[fields : fields + 4]), rest[fields + 4 :]
     _, need_x, need_delta, *_ = ctx.needs_input_grad
     needs = need_x, ctx.delta_dtype if need_delta else None, ctx.needs_input_grad[-WEIGHTS:]
-    flat = [t.contiguous().view(-1, form.width) for t in (grad_r1, grad_out)]
+    flat = [t if t is None else t.contiguous().view(-1, form.width) for t in (grad_r1, grad_out)]
     grad_x, grad_delta, grads = _gradients(
         form, kept, (graph, more), *flat, w, lowered, drop1, drop2, starts, masked, needs
     )

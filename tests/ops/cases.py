@@ -56,6 +56,21 @@ def _cross_attention(backend, device, q, kv, key_bias=None):
     return out, *stats
 
 
+def _block(backend, device, x, delta=None, q_bias=None, v_bias=None, three=False, masked=False, **weights):
+    """A block whose parameters go by their names; q, k and v are one weight, or three. Products keep the variance: far
+    from it, float32 itself loses the digits that are compared."""
+    weights = {k: t / 6 if t is not None and t.ndim == 2 else t for k, t in weights.items()}
+    qkv, bias = (
+        [weights.pop(name) for name in ("q", "k", "v")],
+        [q_bias, None, v_bias],
+    )  # the gradient of a bias of keys is zero
+    packed = ops.BlockWeights(
+        qkv_weight=tuple(qkv) if three else torch.cat(qkv), qkv_bias=tuple(bias), **{k: weights.get(k) for k in BLOCK}
+    )
+    where = {"masked": tokens(device), "prefix": 1} if masked else {}
+    return ops.transformer_block(x, delta, packed, 2, **where, backend=backend)
+
+
 def _patch_embed(backend, device, images, weight, bias=None, pos=None, prefix=None):
     return ops.patch_embed(images, weight, bias, tokens(device), pos=pos, prefix=prefix, backend=backend)
 
@@ -79,6 +94,18 @@ def _on_cells(op: Callable, *args, **kwargs) -> Callable:
     return lambda backend, device, x, **inputs: op(x, cells(device), *args, **kwargs, **inputs, backend=backend)
 
 
+BLOCK = [name for name in ops.BlockWeights._fields if not name.startswith("qkv")]
+BLOCK_INPUTS = {
+    "x": (2, 7, 32),
+    "delta": (2, 7, 32),
+    **dict.fromkeys(("q", "k", "v", "proj_weight"), (32, 32)),
+    "fc1_weight": (40, 32),
+    "fc2_weight": (32, 40),
+    "fc1_bias": (40,),
+    **dict.fromkeys(("q_bias", "v_bias", "proj_bias", "fc2_bias", "scale1", "scale2"), (32,)),
+    **dict.fromkeys(("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"), (32,)),
+}
+BLOCK_OPTIONAL = ("delta", "q_bias", "v_bias", "proj_bias", "fc1_bias", "fc2_bias", "scale1", "scale2")
 CELLS = {"x": (6, 4, 4, 16)}
 AFFINE = {"weight": (16,), "bias": (16,)}
 ROWS = {"x": (2, 5, 16), **AFFINE}
@@ -99,6 +126,14 @@ CASES: dict[str, Case] = {
         _cross_attention,
         "attention",
         ("key_bias",),
+        False,
+    ),
+    "transformer_block": Case(BLOCK_INPUTS, _block, "attention", BLOCK_OPTIONAL, False),
+    "transformer_block, masked tokens": Case(
+        BLOCK_INPUTS,
+        functools.partial(_block, three=True, masked=True),
+        "attention",
+        BLOCK_OPTIONAL,
         False,
     ),
     "patch_embed": Case(

@@ -1,14 +1,25 @@
-"""CUDA C++ attention: 16-bit sequences of up to 64 tokens, without key bias or statistics."""
+"""CUDA C++ attention: 16-bit sequences of up to 256 tokens, without key bias or statistics.
+
+Without a GPU: `test_attention_emulated.py`.
+"""
 
 from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import maefast
 from maefast import ops
 from maefast.ops import _attention_table, _dispatch
+from tests.kernels import compile_all
 from tests.kernels.attention_case import Case
 from tests.ops.common import property_test
 
@@ -51,7 +62,7 @@ def test_random_lengths(both, dtype, case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", range(16, 129, 8))
 def test_every_head_width(both, dtype, width):
-    for length in (1, 15, 16, 17, 32, 50, LONGEST):
+    for length in (1, 15, 16, 17, 32, 50, 64, 65, 98, 128, 129, 197, 224, 225, LONGEST):
         for causal in (False, True):
             Case(dtype, width, [length] * 3, causal=causal).check("cuda", *both)
 
@@ -59,10 +70,20 @@ def test_every_head_width(both, dtype, width):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_runs_agree_bit_for_bit(both, dtype):
-    case = Case(dtype, 64, [50, 0, 26, LONGEST])
-    first, second = case.run("cuda", *both), case.run("cuda", *both)
-    for a, b in zip((*first[0], *first[1]), (*second[0], *second[1])):
-        assert torch.equal(a, b)
+    for width, lengths in ((64, [50, 0, 26, 64]), (64, [50, 0, 197]), (32, [LONGEST, 1]), (128, [LONGEST, 70])):
+        case = Case(dtype, width, lengths)
+        first, second = case.run("cuda", *both), case.run("cuda", *both)
+        for a, b in zip((*first[0], *first[1]), (*second[0], *second[1])):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [32, 64])
+def test_many_blocks(both, dtype, width):
+    """More than a device holds at once, as in a training step."""
+    Case(dtype, width, [197] * 64, heads=8).check("cuda", *both)
+    Case(dtype, width, [49] * 40, [197] * 40, heads=8).check("cuda", *both)
 
 
 @pytest.mark.gpu
@@ -75,8 +96,9 @@ def test_a_view_into_odd_storage(both):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cuda_graph(both, dtype):
-    qkv = torch.randn(4, 50, 3, 12, 64, device="cuda").to(dtype).requires_grad_()
+@pytest.mark.parametrize("length", [50, 197])
+def test_cuda_graph(both, dtype, length):
+    qkv = torch.randn(4, length, 3, 12, 64, device="cuda").to(dtype).requires_grad_()
 
     def step():
         return torch.autograd.grad(ops.attention(qkv, backend="cuda").float().square().sum(), qkv)[0]
@@ -98,7 +120,22 @@ def test_what_it_does_not_take():
     base = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64, "max_q": 64, "max_k": 64}
     call = _attention_table.Call(**base, packed=True, cross=False, causal=False, extras=False)
     reason = lambda **change: _attention_table.unavailable("cuda", call._replace(**change))  # noqa: E731
-    assert "64 tokens" in reason(max_k=65)
-    assert "64 tokens" in reason(dtype=torch.float32)
+    for head_dim in (16, 64, 128):
+        assert "up to 256 tokens" not in reason(head_dim=head_dim, max_q=256, max_k=256)
+        assert "up to 256 tokens" in reason(head_dim=head_dim, max_k=257)
+        assert "up to 256 tokens" in reason(head_dim=head_dim, max_q=257)
+    assert "256 tokens" in reason(dtype=torch.float32)
     assert "statistics" in reason(extras=True)
     assert "head widths" in reason(head_dim=20)
+
+
+def test_no_kernel_spills():
+    """By the compiler's own account, in the library as it is built."""
+    library = Path(maefast.__file__).with_name("_cuda.so")
+    tool = shutil.which("cuobjdump") if importlib.util.find_spec("triton") is None else compile_all.cuobjdump()
+    if tool is None or not library.exists():
+        pytest.skip("needs _cuda.so and cuobjdump")
+    text = subprocess.run([tool, "--dump-resource-usage", library], capture_output=True, text=True).stdout
+    found = re.findall(r"Function (\S*attention\S*):\s+REG:(\d+) STACK:(\d+)", text)
+    assert found
+    assert [(name, registers) for name, registers, stack in found if int(stack) > 0] == []
