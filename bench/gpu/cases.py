@@ -201,7 +201,7 @@ def transformer_cases(size: Size) -> Iterator[Case]:
     weights = {f"{name}_weight": shape for name, shape in linears.items()}
     weights |= {f"{name}_bias": shape[:1] for name, shape in linears.items()}
     raw = backward("add_norm", "bias_gelu", "attention")
-    yield Case("transformer_block", raw, {**rows, **norms, **weights}, _block, (torch.float32,))
+    yield Case(f"transformer_block-{d}", raw, {**rows, **norms, **weights}, _block, (torch.float32,))
 
 
 def _block(backend, device, x, delta, **weights):
@@ -319,7 +319,9 @@ def cell_cases(size: Size) -> Iterator[Case]:
         raw = next((RAW[key] for key in (name, name.split(", ")[0], small.op_of(name)) if key in RAW), None)
         raw = backward(case.raw) if raw is None and case.raw else raw or ()
         if raw:
-            yield Case(name, raw, case.inputs, case.call)
+            # The products of a block round in 16 bits, too: the trainings judge that.
+            dtypes = (torch.float32,) if small.op_of(name) == "transformer_block" else DTYPES
+            yield Case(name, raw, case.inputs, case.call, dtypes)
     if size is not REAL:
         return
     for kernel, side, channels in ((7, 8, 96), (7, 1, 768), (5, 4, 192), (3, 2, 70)):
