@@ -1,32 +1,45 @@
 #!/usr/bin/env bash
-# One command on a machine with a GPU and no network: build for its card, run the gpu-marked tests, then the quick
-# benchmarks, inside nine minutes. JSON and logs go to $OUT (./out without it); a short table comes last.
+# One command on a machine with a GPU and no network: build for its card, run every kernel once, time what matters, run
+# the gpu-marked tests, make the dispatch tables. docs/gpu.md says how to spend fifteen minutes with it.
 #
-#   bench/gpu_check.sh               everything
-#   bench/gpu_check.sh --dry-run     check what is needed, print the plan, do nothing
-#   bench/gpu_check.sh --build-only  build only, GPU or not (--arch 90a names the card's architecture)
+#   bench/gpu_check.sh [STAGE ...]   build smoke speed all-tests tune; all of them without an argument
+#     --dry-run          check what is needed, print the plan, do nothing
+#     --build-only       build only, GPU or not (--arch 90a names the card's architecture)
+#     --rehearse         the same stages without a GPU: Triton's interpreter, toy sizes, CPU timing
+#     --libraries DIR    take the libraries that are in DIR (_cpu.so, _cuda.so, _C.*.so), compile only the others
+#     --lines FILE       go on after the results in FILE (on a machine that still has build/gpu_check: by itself)
 #
-# Environment: OUT, PYTHON (python3), MAEFAST_COMMIT and MAEFAST_DIRTY (for a tree without .git), MAEFAST_CHECK_SECONDS (540).
-# Exit status: 0 correctness held; 1 it did not (build, tests or a compared result failed); 2 something needed is
-# missing; 3 no GPU. Trouble of a benchmark alone is reported and does not change the status.
+# Results are appended to $OUT/gpu_check.jsonl (./out without OUT), one line each; what passed is not run again.
+# Environment: OUT, PYTHON (python3), MAEFAST_COMMIT and MAEFAST_DIRTY (for a tree without .git), MAEFAST_CHECK_LIBRARIES
+# (as --libraries), MAEFAST_CHECK_SECONDS for all stages (540).
+# Exit status: 0 correctness held; 1 it did not (build, smoke, tests or a compared result failed); 2 something needed is
+# missing; 3 no GPU. Trouble of a measurement alone is reported and does not change the status.
 set -uo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="${PYTHON:-python3}"
 TOTAL="${MAEFAST_CHECK_SECONDS:-540}"
-MODE=all ARCH=""
+PREBUILT="${MAEFAST_CHECK_LIBRARIES:-}" # not LIBRARIES, which nvcc reads
+MODE=all DRY="" ARCH="" EARLIER="" ORDER=(build smoke speed all-tests tune) CHOSEN=()
 while (($#)); do
   case "$1" in
-    --dry-run) MODE=dry ;;
-    --build-only) MODE=build ;;
+    build | smoke | speed | all-tests | tune) CHOSEN+=("$1") ;;
+    --dry-run) DRY=1 ;;
+    --build-only) MODE=build CHOSEN=(build) ;;
+    --rehearse) MODE=rehearse ;;
     --arch) ARCH="${2:?--arch needs a value, such as 90a}"; shift ;;
-    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --libraries) PREBUILT="${2:?--libraries needs a folder}"; shift ;;
+    --lines) EARLIER="${2:?--lines needs a file}"; shift ;;
+    -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "gpu_check: unknown argument $1 (see --help)" >&2; exit 2 ;;
   esac
   shift
 done
+((${#CHOSEN[@]})) || CHOSEN=("${ORDER[@]}")
+chosen() { [[ " ${CHOSEN[*]} " == *" $1 "* ]]; }
 mkdir -p "${OUT:-$ROOT/out}" || exit 2
 OUT="$(cd "${OUT:-$ROOT/out}" && pwd)"
 BUILD="$ROOT/build/gpu_check"
+[[ $MODE == rehearse ]] && BUILD="$ROOT/build/gpu_rehearsal"
 STAGE="$BUILD/stage"
 say() { printf '\n== %s\n' "$*"; }
 
@@ -37,24 +50,39 @@ need_command() { command -v "$1" >/dev/null || missing+=("$1: $2"); }
 need_module() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)" 2>/dev/null || missing+=("Python module $1: $2"); }
 [[ -x /usr/local/cuda/bin/nvcc ]] && ! command -v nvcc >/dev/null && PATH="$PATH:/usr/local/cuda/bin"
 need_command "$PYTHON" "set PYTHON to a Python that has torch"
-need_command nvcc "the CUDA compiler"
-need_command cmake "3.24 or newer"
-need_command c++ "a C++17 compiler"
+if [[ $MODE == rehearse && -z $PREBUILT ]]; then # those of the installed package
+  PREBUILT="$("$PYTHON" -c 'from maefast import _native; print(_native.find_library("cpu").parent)' 2>/dev/null)" || PREBUILT=""
+fi
+[[ -z $PREBUILT || -d $PREBUILT ]] || missing+=("$PREBUILT: no such folder of libraries")
+[[ -d $PREBUILT ]] && PREBUILT="$(cd "$PREBUILT" && pwd)"
+[[ -z $EARLIER || -f $EARLIER ]] || missing+=("$EARLIER: no such file of results")
+SUFFIX="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))' 2>/dev/null)" || SUFFIX=.so
+TARGETS=() # what no folder of libraries brings
+for target in _C _cpu _cuda; do
+  name="$target.so"; [[ $target == _C ]] && name="_C$SUFFIX"
+  [[ $target == _cuda && $MODE == rehearse ]] && continue
+  [[ -n $PREBUILT && -f $PREBUILT/$name ]] || TARGETS+=("$target")
+done
+if ((${#TARGETS[@]})); then
+  [[ $MODE == rehearse ]] || need_command nvcc "the CUDA compiler"
+  need_command cmake "3.24 or newer"
+  need_command c++ "a C++17 compiler"
+  need_module pybind11 "to build"
+fi
 need_command timeout "of coreutils"
 need_module torch "2.10 or newer"
-need_module pybind11 "to build"
 need_module pytest "to test"
 need_module hypothesis "to test"
 need_module rich "to print tables"
 if [[ $MODE != build ]]; then need_module triton "the Triton kernels"; fi
-optional=()
-for module in transformers xdist; do
-  "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$module') is None)" 2>/dev/null || optional+=("$module")
-done
 if ((${#missing[@]})); then
   printf 'gpu_check: missing %s\n' "${missing[@]}" >&2
   exit 2
 fi
+optional=()
+for module in transformers; do
+  "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$module') is None)" 2>/dev/null || optional+=("$module")
+done
 GENERATOR=(); command -v ninja >/dev/null && GENERATOR=(-G Ninja)
 
 # "NVIDIA H100 80GB HBM3|9.0", or why there is none.
@@ -78,71 +106,75 @@ fi
 
 # --- the plan ----------------------------------------------------------------------------------------------
 
-declare -A SECONDS_FOR=([build]=150 [tests]=230 [micro]=80 [step]=50 [dropin]=50)
-if [[ $MODE == build ]]; then TOTAL=3600 SECONDS_FOR[build]=3600; fi  # no benchmark waits behind it
-TESTS=("$PYTHON" -m pytest tests -m gpu -q -rfE --color=no -p no:cacheprovider "--junitxml=$OUT/gpu_tests.xml")
-[[ " ${optional[*]-} " == *" xdist "* ]] || TESTS+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
-MICRO=("$PYTHON" -m bench.micro --device cuda --quick --no-compile --budget $((SECONDS_FOR[micro] - 20)) --json "$OUT/micro_cuda.json")
-STEP=("$PYTHON" -m bench.step --device cuda --preset vit_b --batch 64 --dtype bfloat16 --budget 20 --json "$OUT/step_cuda.json")
-FAMILY=hf_vitmae
-[[ " ${optional[*]-} " == *" transformers "* ]] && FAMILY=mae  # the same model, from our own description
-DROPIN=("$PYTHON" -m bench.dropin --device cuda --family "$FAMILY" --batch 64 --dtype bfloat16 --budget 15 --json "$OUT/dropin_cuda.json")
-
+NAME=gpu_check TABLES="$OUT/dispatch_data.json" TOY=()
+if [[ $MODE == rehearse ]]; then NAME=gpu_rehearsal TABLES="$OUT/gpu_rehearsal_tables.json" TOY=(--rehearse); fi
+LINES_FILE="$OUT/$NAME.jsonl" LOG="$OUT/$NAME.log" KEPT="$BUILD/$NAME.jsonl"
+declare -A LIMIT=([build]=150 [smoke]=120 [speed]=220 [all-tests]=500 [tune]=60)
+if [[ $MODE == build ]]; then TOTAL=3600 LIMIT[build]=3600; fi # nothing waits behind it
+if [[ $MODE == rehearse ]]; then # no judge of speed: a busy machine has time
+  TOTAL="${MAEFAST_CHECK_SECONDS:-1500}"
+  LIMIT=([build]=300 [smoke]=400 [speed]=400 [all-tests]=300 [tune]=150)
+  export REHEARSE=1
+fi
+module() { echo "$PYTHON -m bench.gpu.$1 --lines $LINES_FILE ${TOY[*]-}"; }
+declare -A WHAT=(
+  [build]="${TARGETS[*]:-nothing} compiled for architecture $ARCH, the rest copied, into $STAGE"
+  [smoke]="$(module smoke)" [speed]="$(module speed)" [tune]="$(module tune) --measure --write --data $TABLES"
+  [all-tests]="$(module all_tests) --log $LOG"
+)
+if [[ $MODE == rehearse ]]; then
+  WHAT[all-tests]="env TRITON_INTERPRET=1 $PYTHON -m bench.gpu.all_tests --lines $LINES_FILE --log $LOG --processes 2"
+  WHAT[all-tests]+=" --marker not_gpu tests/kernels/test_gelu_kernels.py tests/kernels/test_norm_kernels.py"
+fi
 say "gpu_check: GPU ${GPU/|/, compute capability }"
 "$PYTHON" -c "import sys, torch; print('python', sys.version.split()[0], 'torch', torch.__version__, 'CUDA', torch.version.cuda)"
-nvcc --version | grep release
-cmake --version | head -1
+((${#TARGETS[@]})) && { command -v nvcc >/dev/null && nvcc --version | grep release; cmake --version | head -1; }
 ((${#optional[@]})) && echo "not installed, done without: ${optional[*]}"
 echo "tree ${MAEFAST_COMMIT:-$(git -C "$ROOT" rev-parse --short=12 HEAD 2>/dev/null || echo '(commit unknown: set MAEFAST_COMMIT)')}, results to $OUT"
 echo "plan, $TOTAL s in all:"
-printf '  %-6s at most %3d s  %s\n' \
-  build "${SECONDS_FOR[build]}" "cmake for architecture $ARCH, into $STAGE" \
-  tests "${SECONDS_FOR[tests]}" "${TESTS[*]}" \
-  micro "${SECONDS_FOR[micro]}" "${MICRO[*]}" \
-  step "${SECONDS_FOR[step]}" "${STEP[*]}" \
-  dropin "${SECONDS_FOR[dropin]}" "${DROPIN[*]}"
-if [[ $MODE == dry ]]; then
-  [[ $GPU == none:* ]] && echo "without --dry-run this would stop here with status 3: no GPU"
+for stage in "${ORDER[@]}"; do
+  chosen "$stage" && printf '  %-9s at most %3d s  %s\n' "$stage" "${LIMIT[$stage]}" "${WHAT[$stage]}"
+done
+if [[ -n $DRY ]]; then
+  [[ $MODE == all && $GPU == none:* ]] && echo "without --dry-run this would stop here with status 3: no GPU"
   exit 0
 fi
 if [[ $MODE == all && $GPU == none:* ]]; then
-  echo "gpu_check: no GPU here (${GPU#none: }); nothing was built or run. --build-only compiles without one." >&2
+  echo "gpu_check: no GPU here (${GPU#none: }); nothing was built or run. --build-only compiles without one, --rehearse runs all stages without one." >&2
   exit 3
 fi
 
 # --- doing it ----------------------------------------------------------------------------------------------
 
-LOG="$OUT/gpu_check.log"
-: >"$LOG"
-declare -A STATUS=() TOOK=()
-# part NAME COMMAND...: run under the part's budget and what is left of the whole; everything it says goes to $LOG.
-part() {
-  local name=$1 limit=${SECONDS_FOR[$1]} left=$((TOTAL - SECONDS)) start=$SECONDS
-  shift
-  ((left < limit)) && limit=$left
-  if ((limit < 10)); then
-    STATUS[$name]=skipped TOOK[$name]=0
-    echo "== $name: skipped, the time is spent"
-    return 1
-  fi
-  say "$name (at most $limit s)" | tee -a "$LOG"
-  timeout -k 10 "$limit" "$@" 2>&1 | tee -a "$LOG" | tail -n "${TAIL:-40}"
-  STATUS[$name]=${PIPESTATUS[0]} TOOK[$name]=$((SECONDS - start))
-  [[ ${STATUS[$name]} == 124 || ${STATUS[$name]} == 137 ]] && STATUS[$name]=timeout
-  echo "== $name: status ${STATUS[$name]}, ${TOOK[$name]} s"
-  [[ ${STATUS[$name]} == 0 ]]
-}
+mkdir -p "$BUILD"
+: >>"$LOG"
+[[ $MODE == rehearse ]] && rm -f "$KEPT" "$LINES_FILE" "$TABLES" # it begins anew
+[[ -n $EARLIER && ! $EARLIER -ef $LINES_FILE ]] && cat "$EARLIER" >>"$LINES_FILE"
+[[ -f $LINES_FILE ]] || { [[ -f $KEPT ]] && cp "$KEPT" "$LINES_FILE"; }
+[[ -f $LINES_FILE ]] && cp "$LINES_FILE" "$KEPT"
+export MAEFAST_CHECK_COPY="$KEPT" MAEFAST_REQUIRE_NATIVE=1 PYTHONPATH="$STAGE" PYTHONUNBUFFERED=1
+if [[ -z ${MAEFAST_COMMIT:-} ]] && MAEFAST_COMMIT="$(git -C "$ROOT" rev-parse --short=12 HEAD 2>/dev/null)"; then
+  MAEFAST_DIRTY=0
+  [[ -z $(git -C "$ROOT" status --porcelain -- maefast csrc kernels bench CMakeLists.txt ':!bench/results') ]] || MAEFAST_DIRTY=1
+fi
+export MAEFAST_COMMIT="${MAEFAST_COMMIT:-}" MAEFAST_DIRTY="${MAEFAST_DIRTY:-}"
 
 # A copy of the tree with the libraries and maefast.kernels in place: needs no pip and changes no environment.
 build() {
   set -e
-  rm -rf "$STAGE" && mkdir -p "$STAGE"
-  cmake -S "$ROOT" -B "$BUILD/cmake" "${GENERATOR[@]}" -DCMAKE_BUILD_TYPE=Release -DMAEFAST_CUDA=on \
-    "-DMAEFAST_CUDA_ARCHS=$ARCH" -DMAEFAST_INSTALL_PYTHON=ON "-DPython_EXECUTABLE=$(command -v "$PYTHON")"
-  cmake --build "$BUILD/cmake" --parallel "${MAEFAST_JOBS:-$(nproc)}"
-  cmake --install "$BUILD/cmake" --prefix "$STAGE"
-  (cd "$ROOT" && tar cf - --exclude=__pycache__ --exclude=bench/results pyproject.toml tests bench kernels csrc) | tar xf - -C "$STAGE"
-  mkdir -p "$STAGE/bench/results"
+  rm -rf "$STAGE" && mkdir -p "$STAGE/bench/results"
+  if [[ -n $TARGETS ]]; then
+    cmake -S "$ROOT" -B "$BUILD/cmake" $GENERATOR -DCMAKE_BUILD_TYPE=Release "-DMAEFAST_CUDA=$CUDA" \
+      "-DMAEFAST_CUDA_ARCHS=$ARCH" "-DPython_EXECUTABLE=$(command -v "$PYTHON")"
+    cmake --build "$BUILD/cmake" --parallel "${MAEFAST_JOBS:-$(nproc)}" --target $TARGETS
+  fi
+  (cd "$ROOT" && tar cf - --exclude=__pycache__ --exclude=bench/results --exclude='*.so' maefast pyproject.toml tests bench kernels csrc) |
+    tar xf - -C "$STAGE"
+  cp -r "$STAGE/kernels" "$STAGE/maefast/kernels"
+  for target in $TARGETS; do cp "$BUILD/cmake/$target"*.so "$STAGE/maefast/"; done
+  for name in _C"$SUFFIX" _cpu.so _cuda.so; do
+    [[ -f $STAGE/maefast/$name || ! -f $PREBUILT/$name ]] || cp "$PREBUILT/$name" "$STAGE/maefast/"
+  done
   cd "$STAGE"
   # An editable install of maefast goes before every path; within the stage it must not.
   cat >sitecustomize.py <<'PY'
@@ -150,49 +182,76 @@ import sys
 
 sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]
 PY
-  "$PYTHON" - <<'PY'
-from pathlib import Path
-
-import torch
-
-import maefast.kernels
-import maefast.ops  # loads the libraries
-from maefast import _native
-
-assert Path(maefast.__file__).parent == Path("maefast").resolve(), f"another maefast is in the way: {maefast.__file__}"
-status = _native.status()
-print("libraries:", status)
-assert status["C"] and status["cpu"], status["error"]
-assert Path("maefast/_cuda.so").exists(), "the CUDA library was not built"
-assert status["cuda"] or torch.version.cuda is None, status["cuda_note"]
-PY
+  "$PYTHON" -m bench.gpu.staged
 }
-export BUILD STAGE ROOT PYTHON ARCH
-build_script="$(declare -f build); GENERATOR=(${GENERATOR[*]-}); build"
-export MAEFAST_REQUIRE_NATIVE=1 PYTHONPATH="$STAGE" PYTHONUNBUFFERED=1
-if [[ -z ${MAEFAST_COMMIT:-} ]] && MAEFAST_COMMIT="$(git -C "$ROOT" rev-parse --short=12 HEAD 2>/dev/null)"; then
-  MAEFAST_DIRTY=0
-  [[ -z $(git -C "$ROOT" status --porcelain -- maefast csrc kernels bench CMakeLists.txt ':!bench/results') ]] || MAEFAST_DIRTY=1
-fi
-export MAEFAST_COMMIT="${MAEFAST_COMMIT:-}" MAEFAST_DIRTY="${MAEFAST_DIRTY:-}"
+export BUILD STAGE ROOT PYTHON ARCH PREBUILT SUFFIX
+build_script="$(declare -f build); TARGETS='${TARGETS[*]-}' GENERATOR='${GENERATOR[*]-}' CUDA=on; "
+[[ $MODE == rehearse ]] && build_script+="CUDA=off; "
 
-TAIL=12 part build bash -c "$build_script"
-if [[ $MODE == build || ${STATUS[build]} != 0 ]]; then
-  [[ ${STATUS[build]} == 0 ]] && echo "gpu_check: the build works; nothing was run" && exit 0
-  echo "gpu_check: the build failed; see $LOG" >&2
-  exit 1
+STATUS=0 CHILD="" WARM=""
+trap 'kill $CHILD $WARM 2>/dev/null; exit 143' TERM INT
+# part STAGE COMMAND...: run under the stage's limit and what is left of the whole; everything it says goes to $LOG.
+part() {
+  local name=$1 limit=${LIMIT[$1]} left=$((TOTAL - SECONDS)) start=$SECONDS
+  shift
+  ((left < limit)) && limit=$left
+  if ((limit < 10)); then
+    echo "== $name: not run, the time is spent"
+    return 1
+  fi
+  say "$name (at most $limit s)" | tee -a "$LOG"
+  local before
+  before=$(wc -c <"$LOG")
+  # In the background, so that a signal to this script reaches it at once.
+  timeout -k 5 "$limit" "$@" ${PASS_SECONDS:+--seconds "$((limit - 3))"} >>"$LOG" 2>&1 &
+  CHILD=$!
+  wait "$CHILD"
+  STATUS=$?
+  tail -c "+$((before + 1))" "$LOG" | tail -n "${TAIL:-30}"
+  echo "== $name: status $STATUS, $((SECONDS - start)) s"
+  [[ $STATUS == 0 ]]
+}
+
+if chosen build; then
+  TAIL=12 part build bash -c "$build_script build"
+  if [[ $STATUS != 0 ]]; then
+    echo "gpu_check: the build failed; see $LOG" >&2
+    exit 1
+  fi
+  if [[ $MODE == build ]]; then
+    echo "gpu_check: the build works; nothing was run"
+    exit 0
+  fi
+elif [[ ! -f $STAGE/sitecustomize.py ]]; then
+  echo "gpu_check: nothing is built in $STAGE; begin with the stage build" >&2
+  exit 2
 fi
 cd "$STAGE" || exit 1
-"$PYTHON" -m maefast.cli doctor --json >"$OUT/doctor.json" 2>>"$LOG" || echo "maefast doctor failed; see $LOG"
-TAIL=30 part tests "${TESTS[@]}"
-part micro "${MICRO[@]}"
-part step "${STEP[@]}"
-part dropin "${DROPIN[@]}"
+if chosen build; then
+  "$PYTHON" -m bench.gpu.staged --lines "$LINES_FILE" >>"$LOG" 2>&1
+  "$PYTHON" -m maefast.cli doctor --json >"$OUT/doctor.json" 2>>"$LOG" || echo "maefast doctor failed; see $LOG"
+fi
+PASS_SECONDS=1
+if chosen smoke; then
+  if chosen speed && [[ $MODE != rehearse ]]; then # torch.compile of the peers needs cores more than the GPU
+    timeout -k 5 150 "$PYTHON" -m bench.gpu.speed --warm >>"$LOG" 2>&1 &
+    WARM=$!
+  fi
+  # shellcheck disable=SC2086  # the commands are words
+  part smoke ${WHAT[smoke]}
+fi
+if chosen speed; then
+  [[ -n $WARM ]] && wait "$WARM"
+  # shellcheck disable=SC2086
+  part speed ${WHAT[speed]}
+fi
+# shellcheck disable=SC2086
+if chosen all-tests; then part all-tests ${WHAT[all-tests]}; fi
+# shellcheck disable=SC2086
+if chosen tune; then part tune ${WHAT[tune]}; fi
 
 # --- the verdict, last -------------------------------------------------------------------------------------
 
 say "summary"
-"$PYTHON" -m bench.gpu_summary "$OUT" \
-  "build=${STATUS[build]}:${TOOK[build]}" "tests=${STATUS[tests]}:${TOOK[tests]}" \
-  "micro=${STATUS[micro]}:${TOOK[micro]}" "step=${STATUS[step]}:${TOOK[step]}" \
-  "dropin=${STATUS[dropin]}:${TOOK[dropin]}"
+"$PYTHON" -m bench.gpu.summary "$LINES_FILE" --stages "${CHOSEN[@]}" | tee "$OUT/$NAME.txt"
+exit "${PIPESTATUS[0]}"

@@ -106,6 +106,7 @@ def measure(
     rounds: int | None = None,
     steps: int | None = None,
     budget: float | None = None,
+    progress: Callable[[list[dict]], None] | None = None,
 ) -> dict:
     """Run a comparison; returns the document of `bench.results`.
 
@@ -113,6 +114,7 @@ def measure(
         peers: of `PEERS`; maefast is always among them. None takes those of the preset.
         rounds: timed rounds; None takes as many as fit `budget` seconds (3 to 15).
         steps: timed steps of a round.
+        progress: is given the records so far after three rounds, so that a run that is cut off leaves something.
 
     Raises:
         Disagreement: losses or gradient norms differ by more than the dtype's rounding explains.
@@ -141,7 +143,7 @@ def measure(
         "dtype": dtype,
         "shape": {"batch": request["batch"], "img_size": list(model.img_size), "patch_size": list(model.patch_size)},
     }
-    records = race(names, request, base, "plain", rounds, steps, budget)
+    records = race(names, request, base, "plain", rounds, steps, budget, progress=progress)
     settings = {
         "steps_a_round": steps,
         "budget_s": budget,
@@ -162,6 +164,7 @@ def race(
     steps: int,
     budget: float,
     required: int = 1,
+    progress: Callable[[list[dict]], None] | None = None,
 ) -> list[dict]:
     """Build the named peers, each in its process, compare them, time them in turn; one record a peer.
 
@@ -169,20 +172,38 @@ def race(
         names: the first is what ratios are about. The first `required` must run; one of the others that cannot be
             built has an "error" in its record.
         request: for the workers' `build`. base: goes into every record. reference: the peer whose losses are right.
-        rounds, steps, budget: see `measure`.
+        rounds, steps, budget, progress: see `measure`.
     """
-    ours, dtype = names[0], request["dtype"]
+    dtype = request["dtype"]
     workers = {name: Peer(name) for name in names}
     try:
         first, failed = _build(workers, names[:required], **request)
         _agree(first, dtype, reference)
         _warm_up(workers, dtype, reference)
-        samples, losses = _time(workers, rounds, steps, budget)
-        memory = {name: worker.ask(do="memory") for name, worker in workers.items()}
+
+        def records(samples: dict[str, list[float]], losses: dict[str, float]) -> list[dict]:
+            memory = {name: worker.ask(do="memory") for name, worker in workers.items()}
+            return _records(names, request["batch"], base, first, failed, samples, losses, memory)
+
+        early = None if progress is None else lambda *found: progress(records(*found))
+        return records(*_time(workers, rounds, steps, budget, early))
     finally:
         for worker in workers.values():
             worker.close()
 
+
+def _records(
+    names: list[str],
+    batch: int,
+    base: dict,
+    first: dict[str, dict],
+    failed: dict[str, str],
+    samples: dict[str, list[float]],
+    losses: dict[str, float],
+    memory: dict[str, dict],
+) -> list[dict]:
+    """One record a peer; the first name's peer is what ratios are about."""
+    ours = names[0]
     records = []
     for name in names:
         record = {**base, "peer": name}
@@ -206,7 +227,7 @@ def race(
                 "low_s": low,
                 "high_s": high,
                 "rounds": len(samples[name]),
-                "images_per_s": request["batch"] / median,
+                "images_per_s": batch / median,
                 **memory[name],
                 "memory_ratio": memory[name]["peak_bytes"] / memory[ours]["peak_bytes"],
                 **(
@@ -269,7 +290,11 @@ def _warm_up(workers: dict[str, Peer], dtype: str, reference: str) -> None:
 
 
 def _time(
-    workers: dict[str, Peer], rounds: int | None, steps: int, budget: float
+    workers: dict[str, Peer],
+    rounds: int | None,
+    steps: int,
+    budget: float,
+    early: Callable[[dict[str, list[float]], dict[str, float]], None] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     # The first round tells how long the others will take.
     start = time.monotonic()
@@ -291,6 +316,8 @@ def _time(
             answer = workers[name].ask(do="run", steps=steps)
             samples[name].append(statistics.mean(answer["seconds"]))
             losses[name] = answer["loss"]
+        if done == 2 and early is not None:
+            early(samples, losses)
     return samples, losses
 
 

@@ -31,7 +31,8 @@ def collect() -> Info:
     Returns:
         dict with "versions" {name: str | None}, "cpu", "gpus" [..], "build" (what the native libraries were built
         with), "native" (`maefast._native.status()` without paths), "environment" {variable: value},
-        "ops" [{"op", "device", "backend", "reason"}] and "warnings" [str].
+        "ops" [{"op", "device", "backend", "reason"}], "evidence" (GPU kernels that passed their tests on a device:
+        [{"kernel", "op", "device", "commit", "date", "faster"}]) and "warnings" [str].
     """
     info: Info = {
         "versions": _versions(),
@@ -46,6 +47,7 @@ def collect() -> Info:
         },
     }
     info["ops"] = _ops(bool(info["gpus"]))
+    info["evidence"] = _evidence()
     info["warnings"] = _warnings(info)
     return info
 
@@ -94,6 +96,14 @@ def render(info: Info, console: Any = None) -> None:
     for row in info["ops"]:
         ops.add_row(row["op"], row["device"], row["backend"], row["reason"])
     console.print(ops)
+
+    evidence = table("GPU kernels that passed their tests on a device", "kernel", "op", "device", "commit", "date")
+    for row in info["evidence"]:
+        evidence.add_row(*(row[key] for key in ("kernel", "op", "device", "commit", "date")))
+    if info["evidence"]:
+        console.print(evidence)
+    else:
+        console.print("GPU kernels that passed their tests on a device: none yet.", highlight=False)
 
     for name, value in info["environment"].items():
         console.print(f"environment: {name}={value}", highlight=False, markup=False)
@@ -214,6 +224,13 @@ def _ops(has_gpu: bool) -> list[Info]:
     return rows
 
 
+def _evidence() -> list[Info]:
+    from maefast.ops import _dispatch
+
+    kinds = (("CUDA C++", _dispatch.CUDA_EVIDENCE), ("Triton", _dispatch.TRITON_EVIDENCE))
+    return [{"kernel": name, "op": op, **found._asdict()} for name, known in kinds for op, found in known.items()]
+
+
 def _warnings(info: Info) -> list[str]:
     found = []
     native, cpu, build = info["native"], info["cpu"], info["build"]
@@ -232,7 +249,7 @@ def _warnings(info: Info) -> list[str]:
             if not _serves(build.get("cuda_archs", ""), int(gpu["capability"])):
                 found.append(f"_cuda.so has no code for {gpu['name']} (sm_{gpu['capability']}): set MAEFAST_CUDA_ARCHS")
     supported = _driver_cuda() if info["gpus"] and native["cuda"] else None
-    if supported is not None and int(build["cuda"].split(".")[0]) > supported:
+    if supported is not None and build.get("cuda") and int(build["cuda"].split(".")[0]) > supported:
         found.append(
             f"_cuda.so was compiled with CUDA {build['cuda']}, and the driver supports CUDA {supported}: "
             "update the driver, or rebuild with an nvcc of that version"

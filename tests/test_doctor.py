@@ -56,6 +56,21 @@ def test_attention_convolution_and_linear_show_their_tables(info):
     assert [row["backend"] for row in info["ops"] if row["op"] == "linear"] == [ops.linear_library()[0]]
 
 
+def test_evidence_of_gpu_kernels_shows(monkeypatch):
+    monkeypatch.setattr(_dispatch, "CUDA_EVIDENCE", {})
+    monkeypatch.setattr(_dispatch, "TRITON_EVIDENCE", {})
+    empty = doctor.collect()
+    assert empty["evidence"] == []
+    assert "passed their tests on a device: none yet" in text(empty)
+    found = _dispatch.Evidence("NVIDIA Test", "0123456789ab", "2026-01-02", 1.5)
+    monkeypatch.setattr(_dispatch, "CUDA_EVIDENCE", {"attention": found})
+    info = doctor.collect()
+    assert info["evidence"] == [{"kernel": "CUDA C++", "op": "attention", **found._asdict()}]
+    shown = text(info)
+    for part in ("CUDA C++", "NVIDIA Test", "0123456789ab", "2026-01-02"):
+        assert part in shown
+
+
 def test_a_forced_backend_shows():
     with maefast.backend("reference"):
         rows = doctor.collect()["ops"]

@@ -277,6 +277,47 @@ def run(
     return _records(case, samplers, samples, errors, bandwidth), samples
 
 
+def one_by_one(
+    case: Case, peers: tuple[str, ...], rounds: int, bandwidth: float | None = None, warmup: float = 0.05
+) -> Iterator[dict]:
+    """The records of `run`, each as soon as it is measured, the eager peer's first. Only one variant's outputs are in
+    memory at a time, so large shapes fit; drift of the machine does not cancel."""
+    sets = _input_sets(case)
+    grads: list[Any] = [None] * len(sets)
+    if case.direction == BOTH:
+        grads = [torch.randn_like(case.op.eager(inputs)) for inputs in sets]
+    expected = _packed(case.op, sets[0], _call(case, "eager", sets, grads)(0), case.direction)
+    medians: dict[str, float] = {}
+    for name, reason in sorted(variants(case, peers).items(), key=lambda item: item[0] != "eager"):
+        if reason is None:
+            try:
+                call = _call(case, name, sets, grads)
+                result = call(0) if name.startswith("maefast") else _packed(case.op, sets[0], call(0), case.direction)
+                reason = _check(case, result, expected)
+                reason = reason and f"WRONG RESULT, not timed: {reason}"
+                del result
+            except Exception as error:
+                reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+        if reason is None:
+            try:
+                clock = timing.sampler(call, len(sets), case.device, warmup)
+                samples = [clock() for _ in range(rounds)]
+                (record,) = _records(case, {name: clock}, {name: samples}, {}, bandwidth)
+                medians[name] = record["median_s"]
+                if name.startswith("maefast"):
+                    ours = record["median_s"]
+                    others = {peer: time for peer, time in medians.items() if not peer.startswith("maefast")}
+                    record["ratios"] = {peer: time / ours for peer, time in others.items()}
+                del clock
+                yield record
+            except Exception as error:
+                reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+        if reason is not None:
+            yield {**describe(case), "variant": name, "error": reason}
+        if case.device == "cuda":
+            torch.cuda.empty_cache()
+
+
 def describe(case: Case) -> dict:
     """The fields of a record that say what was run."""
     return {

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.peers import plain_sparse
 from bench.peers.plain_mae import PlainMAE
@@ -26,6 +27,7 @@ PEERS = (
     "plain_cudagraphs",
     "maefast_graphed",
     "plain_graphed",
+    "plain_cudnn",
 )
 # What a step is to be compared with on a GPU.
 CUDA_PEERS = ("plain", "plain_autotuned", "plain_cudagraphs", "maefast_compiled", "maefast_graphed")
@@ -39,6 +41,7 @@ NAMES = {
     "plain_cudagraphs": "plain model, torch.compile (reduce-overhead)",
     "maefast_graphed": "maefast, step as one CUDA graph",
     "plain_graphed": "plain model, step as one CUDA graph",
+    "plain_cudnn": "plain eager model, cuDNN's attention",
 }
 # Ending of a peer's name -> the mode of torch.compile.
 MODES = {"compiled": None, "autotuned": "max-autotune-no-cudagraphs", "cudagraphs": "reduce-overhead"}
@@ -115,7 +118,14 @@ def build(peer: str, config: dict, mask_ratio: float, device: str, part: str = "
     model.load_state_dict(state, strict=True)
     model.to(device).train()
     call = torch.compile(model, dynamic=False, mode=MODES[ending]) if ending in MODES else model
-    return model, lambda images, noise: call(images, mask_ratio, noise)[0]
+    if ending != "cudnn":
+        return model, lambda images, noise: call(images, mask_ratio, noise)[0]
+
+    def cudnn(images: Tensor, noise: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return model(images, mask_ratio, noise)[0]
+
+    return model, cudnn
 
 
 def _hf(config: dict, state: dict[str, Tensor], mask_ratio: float, device: str) -> tuple[nn.Module, Loss]:

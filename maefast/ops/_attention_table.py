@@ -1,7 +1,8 @@
-"""Who serves an attention call: one table, from measurements (`docs/results.md`), printed by `maefast doctor`.
+"""Who serves an attention call: one table, from measurements (`dispatch_data.json`), printed by `maefast doctor`.
 
 Ours for the short sequences of masked autoencoders, what torch already has elsewhere. A rule applies where its kernel
-is at hand and takes the call; the first that applies wins.
+is at hand and takes the call; the first that applies wins. A rule for the CUDA C++ kernel needs evidence, too, that its
+tests passed on a device.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maefast.ops import _dispatch
+from maefast.ops import _dispatch, _dispatch_data
+from maefast.ops._dispatch_data import AttentionRule as Rule
 
 KERNELS = ("cuda", "triton", "cpu")  # ours, behind the raw op; "reference" is always there
 CUDA_LONGEST = 256  # kLongest of csrc/cuda/attention_kernel.cuh
@@ -38,23 +40,7 @@ class Call(NamedTuple):
     scaled: bool = False  # by another factor than 1 / sqrt(head_dim)
 
 
-class Rule(NamedTuple):
-    """Use `backend` up to this many queries and keys."""
-
-    device: str
-    backend: str
-    longest: int | None
-    why: str
-    dense: bool = False  # only calls that are not packed
-
-
-TABLE = (
-    Rule("cpu", "cpu", None, "C++ kernel: one task for each sequence and head, all of it in cache"),
-    Rule("cpu", "sdpa", None, "torch"),
-    Rule("cuda", "varlen", None, "packed 16-bit sequences: torch's varlen_attn"),
-    Rule("cuda", "sdpa", None, "dense sequences: torch (cuDNN, flash)", dense=True),
-    Rule("cuda", "triton", None, "packed float32, other scales, key bias and statistics: Triton kernel"),
-)
+TABLE = _dispatch_data.DATA.attention
 
 
 def unavailable(name: str, call: Call) -> str | None:
@@ -101,11 +87,20 @@ def choose(call: Call, asked: str | None) -> str:
             raise RuntimeError(f"backend {name!r} was asked for, but attention cannot use it: {reason}")
         return name
     for rule in TABLE:
-        fits = rule.longest is None or max(call.max_q, call.max_k) <= rule.longest
-        fits = fits and not (rule.dense and call.packed)
-        if rule.device == call.device and fits and unavailable(rule.backend, call) is None:
+        if _fits(rule, call) and unavailable(rule.backend, call) is None:
             return rule.backend
     return "reference" if call.extras else "sdpa"
+
+
+def _fits(rule: Rule, call: Call) -> bool:
+    if rule.device != call.device or (rule.backend == "cuda" and "attention" not in _dispatch.CUDA_EVIDENCE):
+        return False
+    return (
+        (rule.longest is None or max(call.max_q, call.max_k) <= rule.longest)
+        and (rule.packed is None or rule.packed == call.packed)
+        and (rule.dtypes is None or call.dtype in rule.dtypes)
+        and (rule.widths is None or rule.widths[0] < call.head_dim <= rule.widths[1])
+    )
 
 
 def why(device: str) -> list[tuple[str, str]]:
@@ -118,9 +113,20 @@ def why(device: str) -> list[tuple[str, str]]:
             continue
         if rule.backend in KERNELS and _dispatch.unavailable("attention", rule.backend, device) is not None:
             continue
-        limit = "" if rule.longest is None else f", up to {rule.longest} queries and keys"
-        rows.append((rule.backend, rule.why + limit))
+        if rule.backend == "cuda" and "attention" not in _dispatch.CUDA_EVIDENCE:
+            continue
+        rows.append((rule.backend, rule.why + _limits(rule)))
     return rows
+
+
+def _limits(rule: Rule) -> str:
+    """For whom the rule is, in words."""
+    parts = [] if rule.longest is None else [f"up to {rule.longest} queries and keys"]
+    parts += [] if rule.widths is None else [f"heads {rule.widths[0] + 1} to {rule.widths[1]} wide"]
+    parts += [] if rule.dtypes is None else [" and ".join(str(dtype)[6:] for dtype in rule.dtypes)]
+    # That the rule of before any measurement is for dense calls, its `why` says.
+    parts += [] if rule.packed is None or rule.longest is None else ["packed" if rule.packed else "dense"]
+    return "".join(f", {part}" for part in parts)
 
 
 # --- libraries -----------------------------------------------------------------------------------------------

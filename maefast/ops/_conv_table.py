@@ -1,7 +1,7 @@
-"""How a convolution over packed cells is computed: one table, from measurements (`docs/results.md`), printed by
-`maefast doctor`.
+"""How a convolution over packed cells is computed: one table, from measurements (`dispatch_data.json`), printed
+by `maefast doctor`.
 
-A rule applies to cells (of the output) up to its size; the first that applies wins.
+A rule applies to cells (of the output) from its size on; the first that applies wins.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from maefast.ops import _dispatch
+from maefast.ops import _dispatch, _dispatch_data
 
 Pair = tuple[int, int]
 
@@ -72,24 +72,7 @@ class Call(NamedTuple):
         return min(size // s for size, s in zip(self.cell, self.window.stride))
 
 
-class Rule(NamedTuple):
-    """Use `route` for output cells of `smallest` sites a side or more, of convolutions with or without groups."""
-
-    device: str
-    route: str
-    grouped: bool
-    smallest: int
-    why: str
-
-
-TABLE = (
-    Rule("cpu", "halo", False, 8, "framed cells, then oneDNN's convolution"),
-    Rule("cpu", "taps", False, 1, "rows of taps, then one matrix product"),
-    Rule("cpu", "halo", True, 4, "framed cells, then oneDNN's convolution"),
-    Rule("cuda", "halo", False, 4, "framed cells, then cuDNN's convolution; not measured"),
-    Rule("cuda", "taps", False, 1, "rows of taps, then one matrix product; not measured"),
-    Rule("cuda", "halo", True, 4, "framed cells, then cuDNN's convolution; not measured"),
-)
+TABLE = _dispatch_data.DATA.conv
 
 
 def unavailable(route: str, call: Call) -> str | None:
@@ -132,6 +115,8 @@ def choose(call: Call, backend: str | None, asked: str | None) -> tuple[str, str
     for rule in TABLE:
         fits = rule.device == call.device and rule.grouped == (call.groups > 1) and call.out_cell >= rule.smallest
         if fits and unavailable(rule.route, call) is None:
+            if rule.route not in RAW:
+                break
             name = _dispatch.choose(RAW[rule.route], call.device, call.dtype, backend)
             if name != "reference":
                 return name, rule.route
@@ -145,11 +130,13 @@ def why(device: str) -> list[tuple[str, str]]:
     rows = [("rows", "no tap leaves its cell (1x1, kernel = stride): one matrix product")]
     rows.append(("depthwise", "a kernel for each channel: depthwise_cells, at stride 1"))
     for rule in TABLE:
-        if rule.device != device or _dispatch.choose(RAW[rule.route], device) == "reference":
+        known = rule.route not in RAW or _dispatch.choose(RAW[rule.route], device) != "reference"
+        if rule.device != device or not known:
             continue
         size = f"from {rule.smallest} x {rule.smallest}" if rule.smallest > 1 else "smaller"
         rows.append((rule.route, f"{'grouped, ' if rule.grouped else ''}cells {size}: {rule.why}"))
     rows.append(("dense", "everything else, on the whole map"))
-    if _dispatch.choose(RAW["implicit"], device) == "triton":
+    chosen = any(rule.route == "implicit" for rule in TABLE if rule.device == device)
+    if not chosen and _dispatch.choose(RAW["implicit"], device) == "triton":
         rows.append(("implicit", "never chosen, only route='implicit': taps read inside a Triton kernel; not measured"))
     return rows

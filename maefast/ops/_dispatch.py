@@ -1,8 +1,8 @@
 """Which backend serves an op: `cuda` -> `triton` -> `cpu` -> `reference`, or the one that was asked for.
 
-The automatic choice takes a CUDA C++ kernel only once its tests passed on a real device (`CUDA_EVIDENCE`). A
-backend that was asked for by name, by `maefast.backend(...)` or by MAEFAST_BACKEND is used or raises: it never
-falls back in silence.
+The automatic choice takes a CUDA C++ kernel only once its tests passed on a real device (`CUDA_EVIDENCE`) and it was
+faster there than the Triton kernel. A backend that was asked for by name, by `maefast.backend(...)` or by
+MAEFAST_BACKEND is used or raises: it never falls back in silence.
 """
 
 from __future__ import annotations
@@ -10,31 +10,19 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
 from maefast import _native
-from maefast.ops import _registry
+from maefast.ops import _dispatch_data, _registry
+from maefast.ops._dispatch_data import Evidence
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
-
-class Evidence(NamedTuple):
-    """Where the tests of a GPU kernel passed."""
-
-    device: str
-    commit: str
-    date: str
-
-    def __str__(self) -> str:
-        return f"tested on {self.device} at {self.commit} ({self.date})"
-
-
-# op -> evidence that its CUDA C++ kernel passed its tests on a real device. Empty until one has.
-CUDA_EVIDENCE: dict[str, Evidence] = {}
+# op -> evidence that its CUDA C++ kernel passed its tests on a real device, from `dispatch_data.json`.
+CUDA_EVIDENCE: dict[str, Evidence] = _dispatch_data.DATA.cuda
 # op -> evidence for the Triton kernel on a real device; without it the doctor says "interpreter only".
-TRITON_EVIDENCE: dict[str, Evidence] = {}
+TRITON_EVIDENCE: dict[str, Evidence] = _dispatch_data.DATA.triton
 
 # Public op -> the raw op whose presence decides. `attention` has a table of its own: `_attention_table`.
 PUBLIC_OPS = {
@@ -143,11 +131,17 @@ def choose(
     if device_type == "cpu":
         return "cpu" if op in CPU_OPS else "reference"
     if device_type == "cuda" and dtype is not torch.float64:
-        if op in CUDA_EVIDENCE and op in CUDA_OPS:
+        if op in CUDA_OPS and _cuda_pays(op):
             return "cuda"
         if HAS_TRITON and fits_triton:
             return "triton"
     return "reference"
+
+
+def _cuda_pays(op: str) -> bool:
+    """Whether the CUDA C++ kernel was tested on a device and measured to be faster than the Triton kernel there."""
+    evidence = CUDA_EVIDENCE.get(op)
+    return evidence is not None and evidence.faster is not None and evidence.faster > 1
 
 
 def why(public_op: str, device_type: str) -> tuple[str, str]:

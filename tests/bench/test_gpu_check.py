@@ -1,4 +1,4 @@
-"""bench/gpu_check.sh without a GPU: the plan, the exit statuses, and the verdict."""
+"""bench/gpu_check.sh without a GPU: the plan, the exit statuses, what is needed. The stages: test_gpu_stages.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench import gpu_summary, results
 from bench.environment import ROOT
-from tests.bench.common import micro_document
+from bench.gpu import lines
 
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
 needs_tools = pytest.mark.skipif(
@@ -31,10 +30,33 @@ def run(*arguments: str, out, **env) -> subprocess.CompletedProcess:
 def test_dry_run(tmp_path):
     done = run("--dry-run", out=tmp_path)
     assert done.returncode == 0, done.stderr
-    for part in ("build", "tests", "micro", "step", "dropin"):
-        assert f"  {part} " in done.stdout
-    assert "-m gpu" in done.stdout
+    for stage in lines.STAGES:
+        assert f"  {stage} " in done.stdout
+    assert "_C _cpu _cuda compiled" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@needs_tools
+def test_dry_run_of_some_stages(tmp_path):
+    done = run("speed", "build", "--dry-run", out=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = done.stdout.partition("plan,")[2]
+    assert plan.index("  build ") < plan.index("  speed ")
+    assert "  smoke " not in plan
+
+
+@needs_tools
+@pytest.mark.parametrize("given", ["--libraries", "MAEFAST_CHECK_LIBRARIES"])
+def test_libraries_that_are_brought_along_are_not_compiled(tmp_path, given):
+    libraries, out = tmp_path / "libraries", tmp_path / "out"
+    libraries.mkdir()
+    for name in ("_cpu.so", "_cuda.so"):
+        (libraries / name).touch()
+    arguments = (given, str(libraries)) if given.startswith("--") else ()
+    env = {} if arguments else {given: str(libraries)}
+    done = run("--dry-run", *arguments, out=out, **env)
+    assert done.returncode == 0, done.stderr
+    assert "_C compiled" in done.stdout
 
 
 @needs_tools
@@ -43,57 +65,40 @@ def test_no_gpu(tmp_path):
     done = run(out=tmp_path)
     assert done.returncode == 3
     assert "no GPU here" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_prerequisites(tmp_path):
     done = run("--dry-run", out=tmp_path, PYTHON="no-such-python")
     assert done.returncode == 2
     assert "no-such-python" in done.stderr
+    done = run("--dry-run", "--libraries", str(tmp_path / "none"), out=tmp_path)
+    assert done.returncode == 2
+    assert "no such folder of libraries" in done.stderr
+    done = run("--dry-run", "--lines", str(tmp_path / "none"), out=tmp_path)
+    assert done.returncode == 2
+    assert "no such file of results" in done.stderr
 
 
-def test_unknown_argument(tmp_path):
-    assert run("--what", out=tmp_path).returncode == 2
+@pytest.mark.parametrize("argument", ["--what", "test"])
+def test_unknown_argument(tmp_path, argument):
+    assert run(argument, out=tmp_path).returncode == 2
 
 
 def test_help_shows_the_head_of_the_script(tmp_path):
     done = run("--help", out=tmp_path)
     assert done.returncode == 0
-    assert "Exit status" in done.stdout
+    for part in ("--rehearse", "Exit status", "3 no GPU", "does not change the status."):
+        assert part in done.stdout
+    assert "set -uo" not in done.stdout
 
 
-GOOD = {"tests": 10, "failures": 0, "errors": 0, "skipped": 2}
-FINE = {"build": "0", "tests": "0", "micro": "0", "step": "0", "dropin": "0"}
-
-
-@pytest.mark.parametrize(
-    ("parts", "tests", "wrong", "trouble"),
-    [
-        (FINE, GOOD, 0, 0),
-        ({**FINE, "micro": "1", "step": "timeout"}, GOOD, 0, 2),
-        ({**FINE, "step": "skipped"}, GOOD, 0, 1),
-        ({**FINE, "micro": str(results.WRONG)}, GOOD, 1, 0),
-        ({**FINE, "tests": "1"}, {**GOOD, "failures": 1}, 1, 0),
-        ({**FINE, "tests": "timeout"}, {**GOOD, "tests": 0, "skipped": 0}, 1, 0),
-        ({**FINE, "tests": "0"}, {**GOOD, "skipped": 10}, 1, 0),
-        ({**FINE, "build": "1"}, GOOD, 1, 0),
-    ],
-)
-def test_verdict(parts, tests, wrong, trouble):
-    found = gpu_summary.verdict(parts, tests)
-    assert (len(found[0]), len(found[1])) == (wrong, trouble), found
-
-
-def test_summary(tmp_path, capsys):
-    (tmp_path / "gpu_tests.xml").write_text(
-        '<testsuites><testsuite tests="5" failures="0" errors="0" skipped="1"/></testsuites>'
-    )
-    results.write(tmp_path / "micro_cuda.json", micro_document(kind="cuda"))
-    parts = ["build=0:30", "tests=0:100", "micro=0:40", "step=1:5"]
-    assert gpu_summary.summarise([str(tmp_path), *parts]) == 0
-    out = capsys.readouterr().out
-    assert "3.00x eager" in out
-    assert "tests: 5 run" in out
-    assert "does not count" in out
-    assert out.strip().endswith("CORRECTNESS HELD")
-    assert (tmp_path / "gpu_check.json").exists()
-    assert gpu_summary.summarise([str(tmp_path), "build=0:30", "tests=1:100"]) == 1
+def test_the_rehearsal_has_the_same_stages(tmp_path):
+    """The plan only: CI runs the rehearsal itself, as a step of its own."""
+    pytest.importorskip("triton")
+    done = run("--rehearse", "--dry-run", out=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = done.stdout.partition("plan,")[2]
+    assert [row.split()[0] for row in plan.splitlines() if row.startswith("  ")] == list(lines.STAGES)
+    assert plan.count("--rehearse") == 3
+    assert "TRITON_INTERPRET=1" in plan
