@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from maefast import ops
 from maefast.kernels import cell_norm
 from maefast.ops import CellMask
-from tests.kernels.support import assert_close, bound, property_test, random_tensor
+from tests.kernels.support import INTERPRET, assert_close, bound, property_test, random_tensor
 
 
 def activated(z, act):
@@ -132,3 +132,9 @@ def test_no_rows(device, dtype):
     assert cell_norm.norm_act(x, None, None, 1, mean, var, table[0], 1).shape == x.shape
     assert not cell_norm.norm_act_sums(x, x, None, None, 1, mean, var, table[0], 0)[1].any()
     assert cell_norm.norm_act_backward(x, x, None, 1, mean, var, table[0], None, None, 0).shape == x.shape
+
+
+if not INTERPRET:  # 70,000 programs, one after another
+
+    def test_more_segments_than_a_grid_is_wide(device):
+        check([1] * 70_000, 16, 1, 1, True, False, 0, device, torch.float32)
