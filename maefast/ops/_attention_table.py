@@ -36,6 +36,7 @@ class Call(NamedTuple):
     causal: bool
     extras: bool  # key bias or statistics, which no library serves
     scaled: bool = False  # by another factor than 1 / sqrt(head_dim)
+    repeatable: bool = False  # gradients are wanted, and the same bits at every run
 
 
 class Rule(NamedTuple):
@@ -101,11 +102,23 @@ def choose(call: Call, asked: str | None) -> str:
             raise RuntimeError(f"backend {name!r} was asked for, but attention cannot use it: {reason}")
         return name
     for rule in TABLE:
+        if call.repeatable and call.device == "cuda" and rule.backend in LIBRARIES:
+            continue  # their backward may add in the order in which blocks finish
         fits = rule.longest is None or max(call.max_q, call.max_k) <= rule.longest
         fits = fits and not (rule.dense and call.packed)
         if rule.device == call.device and fits and unavailable(rule.backend, call) is None:
             return rule.backend
     return "reference" if call.extras else "sdpa"
+
+
+def repeatable(*tensors: Tensor | None) -> bool:
+    """Whether gradients will be asked for after ``torch.use_deterministic_algorithms(True)``."""
+    if not torch.are_deterministic_algorithms_enabled() or not torch.is_grad_enabled():
+        return False
+    # A mere warning does not move torch's kernels either. While tracing, nobody can ask, and it counts as the switch.
+    if not torch.compiler.is_compiling() and torch.is_deterministic_algorithms_warn_only_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def why(device: str) -> list[tuple[str, str]]:
@@ -119,6 +132,8 @@ def why(device: str) -> list[tuple[str, str]]:
         if rule.backend in KERNELS and _dispatch.unavailable("attention", rule.backend, device) is not None:
             continue
         limit = "" if rule.longest is None else f", up to {rule.longest} queries and keys"
+        if rule.backend in LIBRARIES and device == "cuda":
+            limit += "; gradients not bit for bit (not chosen for them after torch.use_deterministic_algorithms(True))"
         rows.append((rule.backend, rule.why + limit))
     return rows
 
