@@ -44,12 +44,13 @@ class HostSampler:
 class GraphSampler:
     """Seconds a call on the GPU: a graph of one call for each input set, replayed `inner` times between events.
 
-    Where a variant cannot be captured (it reads back from the device, say), plain launches are timed instead and
-    `note` says so: such a figure contains the gaps between launches.
+    What waits for the device cannot be captured, and an attempt would leave the process unable to work: such a variant
+    (`waits`, or found out by a call under torch's sync guard) is timed by plain launches and `note` says so, for such
+    a figure contains the gaps between launches.
     """
 
-    def __init__(self, call: Call, sets: int, target: float = 2e-3):
-        self.sets, self.note = sets, None
+    def __init__(self, call: Call, sets: int, target: float = 2e-3, waits: bool = False):
+        self.sets, self.note = sets, "waits for the device: launch gaps included" if waits else None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -57,19 +58,13 @@ class GraphSampler:
                 call(i)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        try:
-            self.graph = torch.cuda.CUDAGraph()
-            # All outputs live until the capture ends: one buffer written over and over would stay in L2.
-            outputs = []
-            with torch.cuda.graph(self.graph):
-                for i in range(sets):
-                    outputs.append(call(i))
-            del outputs
-            self.replay = self.graph.replay
-        except Exception as error:
-            self.note = f"not captured as a graph ({type(error).__name__}): launch gaps included"
-            torch.cuda.synchronize()
-            self.replay = lambda: [call(i) for i in range(sets)] and None
+        self.replay = lambda: [call(i) for i in range(sets)] and None
+        if not waits:
+            try:
+                never_waits(call)
+                self.replay = capture(call, sets).replay
+            except Exception as error:
+                self.note = f"not captured as a graph ({type(error).__name__}): launch gaps included"
         self.inner = 1
         for _ in range(3):
             once = self._run(1)
@@ -88,8 +83,49 @@ class GraphSampler:
         return self._run(self.inner) / (self.inner * self.sets)
 
 
-def sampler(call: Call, sets: int, device: str, warmup: float = 0.05) -> HostSampler | GraphSampler:
-    return GraphSampler(call, sets) if device == "cuda" else HostSampler(call, sets, warmup=warmup)
+def never_waits(call: Call) -> None:
+    """Raise where a call makes the host wait for the device, in the ways that torch knows: no capture is harmed yet."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(0)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.synchronize()
+
+
+def capture(call: Call, sets: int) -> torch.cuda.CUDAGraph:
+    """A graph of one call for each input set; where it cannot be captured, this raises and the process stays usable.
+
+    Not `torch.cuda.graph`, which leaves the capture's stream current where the end of the capture raises. The default
+    generator believes then, too, that a capture goes on, and refuses to draw: it gets a state of its own again.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            try:
+                # All outputs live until the capture ends: one buffer written over and over would stay in L2.
+                outputs = [call(i) for i in range(sets)]
+            finally:
+                graph.capture_end()
+        del outputs
+    except Exception:
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        torch.cuda.synchronize()
+        raise
+    return graph
+
+
+def sampler(
+    call: Call, sets: int, device: str, warmup: float = 0.05, waits: bool = False
+) -> HostSampler | GraphSampler:
+    """waits: the call is known to wait for the device, so that it is never captured."""
+    return GraphSampler(call, sets, waits=waits) if device == "cuda" else HostSampler(call, sets, warmup=warmup)
 
 
 def interleave(samplers: dict[str, Callable[[], float]], rounds: int, seed: int = 0) -> dict[str, list[float]]:

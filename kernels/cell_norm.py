@@ -18,6 +18,15 @@ PROGRAMS = 1024  # of a kernel that leaves partial sums: these fill any GPU of t
 
 
 @triton.jit
+def _place(pieces, width, BLOCK: tl.constexpr):
+    """(piece, first column, segment) of a program. One dimension: a grid's second and third end at 65535."""
+    pid = tl.program_id(0)
+    columns = tl.cdiv(width, BLOCK)
+    piece, rest = pid % pieces, pid // pieces
+    return piece.to(tl.int64), rest % columns * BLOCK, (rest // columns).to(tl.int64)
+
+
+@triton.jit
 def _piece(cu, sites, rows, segment, piece, pieces, HAS_CU: tl.constexpr):
     """(first, last) row of a piece of a segment."""
     first = tl.zeros([], tl.int64)
@@ -54,9 +63,9 @@ def segment_stats_kernel(
     HAS_CU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """parts [segments, pieces, 2, C]: mean and sum of squared deviations, of each tile about its own mean."""
-    piece, segment = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    piece, column, segment = _place(pieces, width, BLOCK)
     first, last = _piece(cu, sites, rows, segment, piece, pieces, HAS_CU)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    col = column + tl.arange(0, BLOCK)
     mean = tl.zeros([BLOCK], tl.float32)
     spread = tl.zeros([BLOCK], tl.float32)
     for start in range(first, last, ROWS):
@@ -80,11 +89,11 @@ def stats_total_kernel(
     parts, cu, mean, var, sites, rows, width, pieces,
     HAS_CU: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    segment = tl.program_id(1).to(tl.int64)
+    _, column, segment = _place(1, width, BLOCK)
     first, last = _piece(cu, sites, rows, segment, 0, 1, HAS_CU)
     count = last - first
     inverse = tl.where(count > 0, 1.0 / tl.maximum(count, 1).to(tl.float32), 0.0)
-    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    col = column + tl.arange(0, BLOCK)
     base = parts + segment * pieces * 2 * width
     average = tl.zeros([BLOCK], tl.float32)
     for start in range(0, pieces, PARTS):
@@ -112,9 +121,9 @@ def norm_act_fwd_kernel(
     HAS_CU: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = act((x - mean) * scale + bias + residual)."""
-    piece, segment = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    piece, column, segment = _place(pieces, width, BLOCK)
     first, last = _piece(cu, sites, rows, segment, piece, pieces, HAS_CU)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    col = column + tl.arange(0, BLOCK)
     m = tl.load(mean + segment * width + col, mask=col < width, other=0.0)[None, :]
     w = tl.load(scale + segment * width + col, mask=col < width, other=0.0)[None, :]
     b = tl.load(bias + col, mask=col < width, other=0.0)[None, :]
@@ -134,9 +143,9 @@ def norm_act_sums_kernel(
     HAS_CU: tl.constexpr, HAS_GATE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """parts [pieces, 2, segments, C]: sums of g, the gradient behind the activation, and of g * (x - mean)."""
-    piece, segment = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    piece, column, segment = _place(pieces, width, BLOCK)
     first, last = _piece(cu, sites, rows, segment, piece, pieces, HAS_CU)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    col = column + tl.arange(0, BLOCK)
     m = tl.load(mean + segment * width + col, mask=col < width, other=0.0)[None, :]
     w = tl.load(scale + segment * width + col, mask=col < width, other=0.0)[None, :]
     b = tl.load(bias + col, mask=col < width, other=0.0)[None, :]
@@ -169,9 +178,9 @@ def norm_act_bwd_kernel(
     HAS_CU: tl.constexpr, MOVING: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad_x = g * scale - offset - (x - mean) * slope."""
-    piece, segment = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    piece, column, segment = _place(pieces, width, BLOCK)
     first, last = _piece(cu, sites, rows, segment, piece, pieces, HAS_CU)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    col = column + tl.arange(0, BLOCK)
     table = segment * width + col
     w = tl.load(scale + table, mask=col < width, other=0.0)[None, :]
     m = tl.load(mean + table, mask=col < width, other=0.0)[None, :]
@@ -206,7 +215,7 @@ class _Launch:
         columns = ceil_div(self.width, self.block)
         tiles = max(1, ceil_div(self.rows, self.tile * self.segments))
         self.pieces = min(tiles, max(1, PROGRAMS // (columns * self.segments))) if summed else tiles
-        self.grid = (self.pieces, columns, self.segments)
+        self.grid = (self.pieces * columns * self.segments,)
         self.flags = {"HAS_CU": cu is not None, "ROWS": self.tile, "BLOCK": self.block, **SETTINGS}
 
 
@@ -221,7 +230,7 @@ def segment_stats(x: Tensor, cu: Tensor | None, sites: int) -> tuple[Tensor, Ten
     block = min(64, power(width))
     with guard(x):
         segment_stats_kernel[launch.grid](x, cu, parts, sites, launch.rows, width, pieces, **launch.flags)
-        stats_total_kernel[(ceil_div(width, block), segments)](
+        stats_total_kernel[(ceil_div(width, block) * segments,)](
             parts, cu, mean, var, sites, launch.rows, width, pieces,
             HAS_CU=cu is not None, PARTS=min(32, power(pieces)), BLOCK=block, **SETTINGS,
         )  # fmt: skip

@@ -53,7 +53,7 @@ def unpack_cells_kernel(
     tl.store(out + target, value, mask=inside[:, None] & in_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["h", "grid_rows", "columns"])  # they decide no access: w and channels do
 def planes_kernel(
     cells_in, index, fill, out, h, w, grid_rows, columns, channels,
     PACK: tl.constexpr, HAS_FILL: tl.constexpr, SITES: tl.constexpr, BLOCK: tl.constexpr,

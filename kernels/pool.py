@@ -22,7 +22,7 @@ def _site(site, h, w):
 def _read(table, cell, row, column, inside, h, w, SIDE: tl.constexpr):
     """(neighbour, row in it, column in it) of a site of `cell`, both counted from the table's first cell."""
     y, x = row // h, column // w
-    there = tl.load(table + (cell * SIDE + y) * SIDE + x, mask=inside, other=OUTSIDE)
+    there = tl.load(table + cell.to(tl.int64) * (SIDE * SIDE) + (y * SIDE + x), mask=inside, other=OUTSIDE)
     return there, row - y * h, column - x * w
 
 

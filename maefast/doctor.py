@@ -232,6 +232,8 @@ def _evidence() -> list[Info]:
 
 
 def _warnings(info: Info) -> list[str]:
+    from maefast.ops import _dispatch
+
     found = []
     native, cpu, build = info["native"], info["cpu"], info["build"]
     if native["error"]:
@@ -248,6 +250,11 @@ def _warnings(info: Info) -> list[str]:
         for gpu in info["gpus"]:
             if not _serves(build.get("cuda_archs", ""), int(gpu["capability"])):
                 found.append(f"_cuda.so has no code for {gpu['name']} (sm_{gpu['capability']}): set MAEFAST_CUDA_ARCHS")
+    if info["gpus"] and (untested := _dispatch.untested()):
+        found.append(
+            f"on this GPU {len(untested)} ops are served by Triton kernels that were never tested on one "
+            f"({', '.join(untested)}): run the tests first (`pytest -m gpu`), or set MAEFAST_BACKEND=reference"
+        )
     supported = _driver_cuda() if info["gpus"] and native["cuda"] else None
     if supported is not None and build.get("cuda") and int(build["cuda"].split(".")[0]) > supported:
         found.append(

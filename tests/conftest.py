@@ -1,4 +1,4 @@
-"""Tests marked `gpu` skip, saying so, where torch sees no CUDA device."""
+"""Tests marked `gpu` skip, saying so, where torch sees no CUDA device; float32 is float32 in all of them."""
 
 from __future__ import annotations
 
@@ -13,3 +13,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    """No TF32: cuDNN's convolutions use it by default, and 10 bits cannot be compared at 1e-5. Whoever switches it on
+    switches it on for one test."""
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.allow_tf32 = value

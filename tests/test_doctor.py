@@ -128,6 +128,26 @@ def test_warnings_about_a_gpu(monkeypatch, info):
     assert "the driver supports" not in "\n".join(doctor._warnings(machine))
 
 
+@pytest.mark.skipif(not _dispatch.HAS_TRITON, reason="Triton is not installed")
+def test_kernels_that_no_gpu_has_run_are_named(monkeypatch, info):
+    """Until there is evidence, the doctor says of each op that it is served without any, and warns where it matters."""
+    monkeypatch.setattr(_dispatch, "TRITON_EVIDENCE", {})
+    backend, reason = _dispatch.why("restore_tokens", "cuda")
+    assert backend == "triton"
+    assert _dispatch.UNTESTED in reason
+    assert {"restore_tokens", "attention", "patch_loss"} <= set(_dispatch.untested())
+    gpu = {"name": "GPU of the test", "capability": "90", "memory_gib": 1.0, "multiprocessors": 1}
+    warned = lambda gpus: [w for w in doctor._warnings({**info, "gpus": gpus}) if "never tested" in w]  # noqa: E731
+    assert not warned([])
+    assert "restore_tokens" in warned([gpu])[0]
+    known = dict.fromkeys(_dispatch.CUDA_OPS | set(_dispatch._registry.SCHEMAS), "tested on a GPU of the test")
+    monkeypatch.setattr(_dispatch, "TRITON_EVIDENCE", known)
+    assert "tested on a GPU of the test" in _dispatch.why("restore_tokens", "cuda")[1]
+    assert not warned([gpu])
+    with maefast.backend("reference"):
+        assert not _dispatch.untested()
+
+
 @pytest.mark.parametrize(
     ("archs", "capability", "serves"),
     [

@@ -97,11 +97,11 @@ def packed(inputs: Inputs, backend: str | None) -> Tensor:
 
 RAW = ("attention", "attention_backward")
 OPS = [
-    Op(name, RAW, make, plain, better, call, leaves=("qkv",), more=more, automatic=("cuda",))
-    for name, make, plain, better, call, more in (
-        ("attention (encoder)", encoder, eager, tuned, ours, peers.DENSE),
-        ("attention (decoder)", decoder, eager, tuned, ours, peers.DENSE),
-        ("attention (ragged)", ragged, one_by_one, padded, packed, peers.RAGGED),
+    Op(name, RAW, make, plain, better, call, leaves=("qkv",), more=more, automatic=("cuda",), waits=waits)
+    for name, make, plain, better, call, more, waits in (
+        ("attention (encoder)", encoder, eager, tuned, ours, peers.DENSE, ()),
+        ("attention (decoder)", decoder, eager, tuned, ours, peers.DENSE, ()),
+        ("attention (ragged)", ragged, one_by_one, padded, packed, peers.RAGGED, ("maefast-reference",)),
     )
 ]
 

@@ -83,6 +83,7 @@ def encoder(name: str, level: int, width: int, act: str, added: bool) -> Op:
         maps={leaf: f"{leaf}_map" for leaf in leaves if leaf not in PARAMETERS},
         pack=_pack,
         cells=True,
+        waits=("eager",),
     )
 
 
@@ -157,6 +158,7 @@ def response(name: str, level: int, width: int) -> Op:
         maps={"x": "x_map"},
         pack=_pack,
         cells=True,
+        waits=("maefast-reference",),
     )
 
 

@@ -53,8 +53,9 @@ class Op:
     once; None where a matrix product dominates. raw: the raw ops that a backend must have; () for an op without
     backends. more: further peers by name. devices: where it is worth a measurement. automatic: devices on which the
     call without a backend is timed too, because more than our own kernels may serve it. cells: it takes the shapes of
-    masked convnets. maps: the input (a dense map) that the peers take for a leaf of ours (packed cells); pack: (inputs,
-    such a map, or an output of the peers) -> packed.
+    masked convnets. waits: the variants that read back from the device, which no CUDA graph can hold (`compile` goes
+    with `eager`, `compile_tuned` with `tuned`). maps: the input (a dense map) that the peers take for a leaf of ours
+    (packed cells); pack: (inputs, such a map, or an output of the peers) -> packed.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Op:
     devices: tuple[str, ...] = ("cpu", "cuda")
     automatic: tuple[str, ...] = ()
     cells: bool = False
+    waits: tuple[str, ...] = ()
     maps: dict[str, str] = field(default_factory=dict)
     pack: Callable[[Inputs, Tensor], Tensor] | None = None
 
@@ -95,12 +97,13 @@ class Case:
 class Peer:
     """What else computes an op. run: inputs -> output. unable: why it cannot take a case, or None.
 
-    compiled: it needs torch.compile, so that --no-compile leaves it out.
+    compiled: it needs torch.compile, so that --no-compile leaves it out. waits: it reads back from the device.
     """
 
     run: Callable[[Inputs], Any]
     unable: Callable[[Case], str | None] = lambda case: None
     compiled: bool = False
+    waits: bool = False
 
     @property
     def group(self) -> str:
@@ -138,6 +141,12 @@ def default_variant(case: Case) -> str:
     if _automatic(case):
         return "maefast"
     return "maefast-" + _dispatch.choose(case.op.raw[0], case.device, case.dtype)
+
+
+def waits(op: Op, variant: str) -> bool:
+    """Whether a variant is known to wait for the device."""
+    plain = {"compile": "eager", "compile_tuned": "tuned"}.get(variant, variant)
+    return plain in op.waits or (variant in op.more and op.more[variant].waits)
 
 
 def _automatic(case: Case) -> bool:
@@ -254,7 +263,10 @@ def run(
     sets = _input_sets(case)
     grads: list[Any] = [None] * len(sets)
     if case.direction == BOTH:
-        grads = [torch.randn_like(case.op.eager(inputs)) for inputs in sets]
+        # From a generator of their own: the default one belongs to the graphs that are captured.
+        generator = torch.Generator(case.device).manual_seed(1)
+        outputs = (case.op.eager(inputs).detach() for inputs in sets)
+        grads = [torch.empty_like(out).normal_(generator=generator) for out in outputs]
     expected = _packed(case.op, sets[0], _call(case, "eager", sets, grads)(0), case.direction)
 
     errors: dict[str, str] = {}
@@ -269,7 +281,7 @@ def run(
             if problem := _check(case, result, expected):
                 errors[name] = f"WRONG RESULT, not timed: {problem}"
                 continue
-            samplers[name] = timing.sampler(call, len(sets), case.device, warmup)
+            samplers[name] = timing.sampler(call, len(sets), case.device, warmup, waits(case.op, name))
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
     del expected

@@ -18,11 +18,15 @@ void launch(const Args& p, int64_t batch, bool backward, cudaStream_t stream) {
   const int rows_q = padded(p.max_q), rows_k = padded(p.max_k);
   const int rows = (backward ? 2 : 1) * rows_q + 2 * rows_k;
   const size_t bytes = 2 * (rows * (kDepth + 8) + (backward ? 2 * rows_q * (rows_k + 8) : 0));
+  const char* const name = backward ? "attention_backward" : "attention";
   const auto kernel = backward ? attention_bwd_kernel<T, kDepth> : attention_fwd_kernel<T, kDepth>;
   allow_shared(kernel, bytes);  // up to 86 KiB, which every device from sm_80 on has
   const int warps = (backward && rows_k > rows_q ? rows_k : rows_q) / 16;
-  kernel<<<static_cast<unsigned>(batch * p.heads), 32 * (warps > 0 ? warps : 1), bytes, stream>>>(p);
-  check_launch(backward ? "attention_backward" : "attention");
+  const int64_t blocks = batch * p.heads;
+  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), name, ": ", blocks,
+                  " sequences and heads, more than a grid has blocks");
+  kernel<<<static_cast<unsigned>(blocks), 32 * (warps > 0 ? warps : 1), bytes, stream>>>(p);
+  check_launch(name);
 }
 
 // Rows start at multiples of 16 bytes unless the storage itself is a view into something odd.

@@ -20,9 +20,14 @@ struct Launch {
   }
 };
 
+inline void check(cudaError_t status, const char* name) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch that looks would be blamed
+  STD_TORCH_CHECK(false, name, ": ", cudaGetErrorString(status));
+}
+
 inline void check_launch(const char* name) {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
+  check(cudaGetLastError(), name);
 }
 
 // Blocks for `work` items at `per_block` each. Kernels loop with the grid's stride, so the cap (far above

@@ -38,6 +38,7 @@ class Call(NamedTuple):
     causal: bool
     extras: bool  # key bias or statistics, which no library serves
     scaled: bool = False  # by another factor than 1 / sqrt(head_dim)
+    repeatable: bool = False  # gradients are wanted, and the same bits at every run
 
 
 TABLE = _dispatch_data.DATA.attention
@@ -87,6 +88,8 @@ def choose(call: Call, asked: str | None) -> str:
             raise RuntimeError(f"backend {name!r} was asked for, but attention cannot use it: {reason}")
         return name
     for rule in TABLE:
+        if call.repeatable and call.device == "cuda" and rule.backend in LIBRARIES:
+            continue  # their backward may add in the order in which blocks finish
         if _fits(rule, call) and unavailable(rule.backend, call) is None:
             return rule.backend
     return "reference" if call.extras else "sdpa"
@@ -103,6 +106,16 @@ def _fits(rule: Rule, call: Call) -> bool:
     )
 
 
+def repeatable(*tensors: Tensor | None) -> bool:
+    """Whether gradients will be asked for after ``torch.use_deterministic_algorithms(True)``."""
+    if not torch.are_deterministic_algorithms_enabled() or not torch.is_grad_enabled():
+        return False
+    # A mere warning does not move torch's kernels either. While tracing, nobody can ask, and it counts as the switch.
+    if not torch.compiler.is_compiling() and torch.is_deterministic_algorithms_warn_only_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
 def why(device: str) -> list[tuple[str, str]]:
     """(backend, reason) of the rules that can apply on "cpu" or "cuda", in order, for `maefast doctor`."""
     if (name := _dispatch.forced()) is not None:
@@ -115,7 +128,10 @@ def why(device: str) -> list[tuple[str, str]]:
             continue
         if rule.backend == "cuda" and "attention" not in _dispatch.CUDA_EVIDENCE:
             continue
-        rows.append((rule.backend, rule.why + _limits(rule)))
+        note = _limits(rule)
+        if rule.backend in LIBRARIES and device == "cuda":
+            note += "; gradients not bit for bit (not chosen for them after torch.use_deterministic_algorithms(True))"
+        rows.append((rule.backend, rule.why + note))
     return rows
 
 

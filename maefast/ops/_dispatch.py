@@ -21,8 +21,10 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 # op -> evidence that its CUDA C++ kernel passed its tests on a real device, from `dispatch_data.json`.
 CUDA_EVIDENCE: dict[str, Evidence] = _dispatch_data.DATA.cuda
-# op -> evidence for the Triton kernel on a real device; without it the doctor says "interpreter only".
+# op -> evidence for the Triton kernel on a real device; without it the doctor says UNTESTED.
 TRITON_EVIDENCE: dict[str, Evidence] = _dispatch_data.DATA.triton
+
+UNTESTED = "never tested on a GPU, only in Triton's interpreter on a CPU"
 
 # Public op -> the raw op whose presence decides. `attention` has a table of its own: `_attention_table`.
 PUBLIC_OPS = {
@@ -156,8 +158,16 @@ def why(public_op: str, device_type: str) -> tuple[str, str]:
     if name == "cuda":
         return name, f"CUDA C++ kernel, {CUDA_EVIDENCE[op]}"
     if name == "triton":
-        tested = TRITON_EVIDENCE.get(op, "interpreter only")
+        tested = TRITON_EVIDENCE.get(op, UNTESTED)
         return name, f"Triton kernel, {tested}; float64 goes to the reference"
     if device_type == "cpu":
         return name, f"plain PyTorch: {unavailable(op, 'cpu', device_type)}"
     return name, f"plain PyTorch: {unavailable(op, 'triton', device_type)}"
+
+
+def untested() -> list[str]:
+    """Public ops whose automatic choice on "cuda" is, always or at times, a Triton kernel that no GPU has run yet."""
+    if _forced is not None:
+        return []  # whoever forces one knows
+    ops = {**PUBLIC_OPS, "attention": "attention"}
+    return [op for op, raw in ops.items() if choose(raw, "cuda") == "triton" and raw not in TRITON_EVIDENCE]

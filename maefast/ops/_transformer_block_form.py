@@ -92,6 +92,7 @@ def form_of(x, delta, flat, options, drop1, drop2, cu_seqlens, masked) -> Form |
             else (masked.batch, masked.num_tokens, masked.device, masked.total_masked, masked.max_masked),
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
             _dispatch.forced(),
+            torch.are_deterministic_algorithms_enabled() and _attention_table.repeatable(x, delta, *flat),
         )
         return _FORMS[key]
     except (AttributeError, TypeError):  # something that is no tensor, or no number: the checks say which
@@ -158,6 +159,7 @@ def _checked(
         causal=False,
         extras=False,
         scaled=scale is not None and scale != (width // num_heads) ** -0.5,
+        repeatable=_attention_table.repeatable(x, delta, *w),
     )
     backends = Backends(
         norm=_dispatch.choose("add_norm", kind, stream, backend),

@@ -59,7 +59,10 @@ def attention(
 
     Returns:
         [B, Sq, H, D] or packed [Tq, H, D] in the input's dtype; with `stats` a pair. float16 and bfloat16 are computed
-        in float32 inside. The backward is deterministic.
+        in float32 inside. On a CPU, and with backend "triton" or "cuda", gradients are the same bits at every run. On a
+        GPU the automatic choice may be a library whose backward adds in no fixed order; after
+        ``torch.use_deterministic_algorithms(True)`` it is a kernel of ours where one serves the call, and elsewhere
+        torch's own, which then follows that switch.
 
         A query that sees no key, because its sequence has none or all are ruled out, gets zeros; its log-sum-exp is
         -inf, its entropy and mass are 0. Nothing flows back through it, whatever the gradients of its statistics (those
@@ -99,6 +102,7 @@ def attention(
         causal=causal,
         extras=key_bias is not None or stats,
         scaled=scale != q.shape[-1] ** -0.5,
+        repeatable=_attention_table.repeatable(q, kv),
     )
     name = _attention_table.choose(call, backend)
     if name in _attention_table.LIBRARIES:

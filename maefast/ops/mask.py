@@ -146,7 +146,9 @@ class TokenMask:
         if keep is None:
             keep = counts
         else:
-            want = torch.as_tensor(keep, device=masked.device).expand_as(counts)
+            _check_size(*masked.shape)
+            keep = _counts(keep, *masked.shape)
+            want = _integers(keep, masked.device) if isinstance(keep, list) else keep
             _checks.holds(counts == want, "from_bool: `keep` does not match the number of False entries in the map")
         return token_mask(masked.float(), keep, order="position", **kwargs)
 
@@ -171,7 +173,7 @@ class TokenMask:
         device = rows[0].device
         flat = torch.cat([row.long() for row in rows])
         sample = torch.repeat_interleave(
-            torch.arange(len(rows), device=device), torch.tensor(counts, device=device), output_size=len(flat)
+            torch.arange(len(rows), device=device), _integers(counts, device), output_size=len(flat)
         )
         inside = (flat >= 0) & (flat < num_tokens)
         _checks.holds(inside, f"from_indices: a position lies outside [0, {num_tokens})")
@@ -227,6 +229,21 @@ def _counts(keep: int | Sequence[int] | Tensor, batch: int, num_tokens: int) -> 
     return counts[0] if min(counts) == max(counts) else counts
 
 
+def _integers(values: Sequence[int], device: torch.device) -> Tensor:
+    """int32 [n] of numbers that the host knows; the host does not wait."""
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        return _captured_integers(values, device)
+    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+
+
+def _captured_integers(values: Sequence[int], device: torch.device) -> Tensor:
+    """The same inside a CUDA graph, which cannot hold a copy from pageable memory, and would read a pinned page again
+    at every replay, long after it was freed. Here the numbers are arguments of kernels, about a hundred to a launch."""
+    out = torch.zeros(len(values), dtype=torch.int32, device=device)
+    torch._foreach_add_(list(out.unbind()), list(values))
+    return out
+
+
 def token_mask(
     scores: Tensor,
     keep: int | Sequence[int] | Tensor,
@@ -241,7 +258,8 @@ def token_mask(
 
     Args:
         scores: [B, N], float32, float16, bfloat16 (float64: reference and cpu).
-        keep: visible tokens a sample: one int, or B ints. An int tensor on a GPU costs one host sync.
+        keep: visible tokens a sample: one int, or B ints. An int tensor on a GPU costs one host sync. In a CUDA graph
+            the counts are those of the capture.
         order: "score" packs tokens in ascending score (MAE's order), "position" in ascending index.
         backend: force a backend for this call.
 
@@ -262,7 +280,7 @@ def token_mask(
         for count in counts:
             cu.append(cu[-1] + count)
         total, most, least = cu[-1], max(counts), min(counts)
-        cu_visible = torch.tensor(cu, dtype=torch.int32).to(device, non_blocking=True)
+        cu_visible = _integers(cu, device)
     else:
         total, most, least = batch * counts, counts, counts
         cu_visible = torch.arange(batch + 1, dtype=torch.int32, device=device) * counts

@@ -279,12 +279,13 @@ def test_without_a_gpu_it_says_so(capsys):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", list(suite.cases(suite.FAMILIES, [TOY], [torch.float32], "cuda")), ids=str)
 def test_case_on_a_gpu(case):
-    """The CUDA-graph clock captures every variant: nothing on this path waits for the device."""
+    """The CUDA-graph clock captures every kernel: nothing on this path waits for the device."""
     records, _ = suite.run(case, ("eager", "tuned"), rounds=2, bandwidth=1e9, warmup=0)
     for record in records:
         assert "WRONG" not in record.get("error", ""), record
-        if record["variant"].startswith("maefast-"):
+        if record["variant"] in ("maefast-triton", "maefast-cuda"):
             assert "note" not in record, record
+    torch.randn(1, device="cuda")  # no capture has left the default generator behind
 
 
 def test_pytest_benchmark_form():

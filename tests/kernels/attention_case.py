@@ -28,6 +28,7 @@ def assert_close(out, ref, what, dtype=None, floor=0.0):
     low, high = out.detach().double().cpu(), ref.detach().double().cpu()
     error, size = float((low - high).norm()), max(floor, float(high.norm()))
     bound = BOUND[dtype or out.dtype]
+    print(f"{what}: error {error:.3g} of {size:.3g}, allowed {bound}")
     assert error <= bound * size, f"{what}: error {error:.3g} of {size:.3g}, allowed {bound}"
 
 

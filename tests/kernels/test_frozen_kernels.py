@@ -18,12 +18,6 @@ def served(name: str) -> bool:
 NAMES = [name for name in CASES if served(name)]
 
 
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
-    """Of the library's convolutions beside the kernels."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_one_trainable_input_alone(device, name):
     case = CASES[name]

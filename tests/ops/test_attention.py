@@ -537,3 +537,64 @@ def test_automatic_choice_on_cuda(monkeypatch):
     assert table.choose(call._replace(scaled=True), None) == "triton"
     monkeypatch.setattr(table, "_varlen_attn", lambda: None)
     assert table.choose(call, None) == "triton"
+
+
+@pytest.fixture
+def strict():
+    """torch's switch, which the fixture of these tests sets to a warning only."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def test_gradients_that_must_repeat_are_ours(strict, monkeypatch):
+    table = importlib.import_module("maefast.ops._attention_table")
+    monkeypatch.setattr(table, "unavailable", lambda name, call: "not here" if name == "cuda" else None)
+    base = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64, "max_q": 197, "max_k": 197}
+    for packed in (False, True):
+        call = table.Call(**base, packed=packed, cross=False, causal=False, extras=False)
+        assert table.choose(call, None) in table.LIBRARIES
+        assert table.choose(call._replace(repeatable=True), None) == "triton"
+        assert table.choose(call._replace(repeatable=True), "sdpa") == "sdpa"  # whoever names one knows
+    monkeypatch.setattr(table, "unavailable", lambda name, call: "not here" if name in table.KERNELS else None)
+    assert table.choose(call._replace(repeatable=True), None) == "sdpa"
+    qkv = torch.zeros(1, 2, 3, 1, 16)
+    assert not table.repeatable(qkv, None)
+    assert table.repeatable(qkv.requires_grad_(), None)
+    with torch.no_grad():
+        assert not table.repeatable(qkv, None)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as torch's own kernels see it
+    assert not table.repeatable(qkv, None)
+
+
+def test_the_switch_can_be_traced(strict):
+    qkv = randn(2, 5, 3, 2, 16).requires_grad_()
+    traced = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(traced(qkv), ops.attention(qkv))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [50, 197, 300])
+def test_gradients_repeat_on_a_gpu(strict, dtype, packed, length):
+    qkv = randn(16 * length, 3, 12, 64).to(dtype).cuda()
+    cu = {"cu_seqlens_q": starts([length] * 16, "cuda"), "max_seqlen_q": length} if packed else {}
+    qkv = (qkv if packed else qkv.unflatten(0, (16, length))).requires_grad_()
+    seed = randn(*qkv.shape[:-3], 12, 64).to(qkv)
+    runs = [torch.autograd.grad(ops.attention(qkv, **cu), qkv, seed)[0] for _ in range(3)]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_libraries_agree_with_the_reference_on_a_gpu(dtype):
+    """Whichever serves without the switch is right, if not the same bits."""
+    qkv = randn(4, 197, 3, 6, 64).to(dtype)
+    low, high = qkv.cuda().requires_grad_(), qkv.double().requires_grad_()
+    got, want = ops.attention(low), ops.attention(high, backend="reference")
+    seed = randn(*want.shape, seed=1).to(dtype)
+    assert_close(got, want, dtype)
+    grads = torch.autograd.grad(got, low, seed.cuda()), torch.autograd.grad(want, high, seed.double())
+    assert_close(grads[0][0], grads[1][0], dtype, "gradient")

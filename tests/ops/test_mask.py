@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maefast import masking, ops
-from maefast.ops import TokenMask, _registry, token_mask
+from maefast.ops import TokenMask, _registry, mask, token_mask
 
 from .common import backends, check_invariants, plans, property_test
 
@@ -119,6 +119,57 @@ def test_all_visible():
     assert not plan.mask.any()
 
 
+def test_integers_inside_a_graph():
+    """What takes the place of a copy from the host while a CUDA graph is captured; it needs no graph to be right."""
+    values = [0, 3, 3, 2**31 - 1, *range(300)]
+    assert torch.equal(mask._captured_integers(values, torch.device("cpu")), torch.tensor(values, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_no_copy_from_the_host_while_a_graph_is_captured(monkeypatch, capturing):
+    """Of whatever a maker knows on the host, on the way to a GPU."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(mask, "_captured_integers", lambda values, device: made.append(values))
+    host = torch.device("cuda") if capturing else torch.device("cpu")
+    copied = mask._integers([0, 2, 5], host)
+    assert made == ([[0, 2, 5]] if capturing else [])
+    assert copied is None if capturing else copied.tolist() == [0, 2, 5]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_ragged_plan_in_a_cuda_graph(backend):
+    keep = [(7 * b) % 50 for b in range(130)]
+    scores = torch.rand(130, 49, device="cuda")
+    bools = token_mask(scores, keep, backend=backend).mask
+    lists = [torch.arange(count, device="cuda") for count in keep]
+    makers = [
+        lambda: token_mask(scores, keep, backend=backend),
+        lambda: TokenMask.from_bool(bools, keep=keep, backend=backend),
+        lambda: TokenMask.from_indices(lists, 49, backend=backend),
+    ]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for make in makers:
+            make()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for make in makers:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            plan = make()
+        for tensor in (plan.visible, plan.masked, plan.slot, plan.cu_visible, plan.cu_masked):
+            tensor.fill_(-7)
+        scores.uniform_()
+        bools.copy_(token_mask(scores, keep, backend="reference").mask)
+        graph.replay()
+        want = make()
+        for name in ("visible", "masked", "slot", "cu_visible", "cu_masked"):
+            assert torch.equal(getattr(plan, name), getattr(want, name)), name
+        check_invariants(plan.to("cpu"))
+
+
 BAD = [
     (lambda: token_mask(torch.rand(2, 4), 5), ValueError, "keep must lie in"),
     (lambda: token_mask(torch.rand(2, 4), -1), ValueError, "keep must lie in"),
@@ -137,6 +188,8 @@ BAD = [
     (lambda: token_mask(torch.rand(1).expand(2**16, 2**15), 1), ValueError, r"2\*\*31"),
     (lambda: masking.from_bool(torch.rand(2, 4)), TypeError, "bool"),
     (lambda: masking.from_bool(torch.tensor([[True, False]]), keep=2), ValueError, "does not match"),
+    (lambda: masking.from_bool(torch.tensor([[True, False]]), keep=[1, 1]), ValueError, "2 counts for a batch of 1"),
+    (lambda: masking.from_bool(torch.tensor([[True, False]]), keep=1.0), TypeError, "keep must be an int"),
     (lambda: masking.from_indices(torch.tensor([[0, 4]]), 4), ValueError, "outside"),
     (lambda: masking.from_indices(torch.tensor([[-1, 2]]), 4), ValueError, "outside"),
     (lambda: masking.from_indices(torch.tensor([[2, 2]]), 4), ValueError, "repeated"),
