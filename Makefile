@@ -2,7 +2,8 @@
 #
 # Works in the active virtual environment or, without one, in .venv, which it makes. A torch that is there is used;
 # otherwise torch is installed from PyPI, or from TORCH_INDEX_URL (such as https://download.pytorch.org/whl/cpu).
-# PIP_ARGS and PYTEST_ARGS (such as `-n 4`) go to every such call.
+# PIP_ARGS and PYTEST_ARGS (such as `-n 4`) go to every such call. MAEFAST_ALL_EXAMPLES=1 makes `test` try all random
+# examples, as CI does.
 
 PYTHON ?= python3
 PIP_ARGS ?=

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from maefast import graphs
+from maefast.ops import _checks
 from maefast.ops.cells import CellMask
-from maefast.ops.mask import TokenMask
+from maefast.ops.mask import TokenMask, _check_size
 
 from_scores = TokenMask.from_scores
 from_bool = TokenMask.from_bool
@@ -35,10 +36,14 @@ def keep_count(num_tokens: int, ratio: float, rule: str = "floor") -> int:
     = round(N * (1 - r)) (SparK), "complement" = N - int(r * N) (VideoMAE).
 
     Raises:
-        ValueError: ratio not finite or outside [0, 1], or unknown rule.
+        TypeError: num_tokens not an int.
+        ValueError: negative num_tokens, ratio not finite or outside [0, 1], or unknown rule.
     """
+    _checks.integer("num_tokens", num_tokens)
     if not (isinstance(ratio, (int, float)) and 0 <= ratio <= 1):  # false for NaN and infinity too
         raise ValueError(f"mask ratio must be a finite number in [0, 1], got {ratio!r}")
+    if not isinstance(rule, str):
+        raise TypeError(f"rule must be a str, got {type(rule).__name__}")
     if rule == "floor":
         return int(num_tokens * (1 - ratio))
     if rule == "round":
@@ -62,15 +67,28 @@ def _keep(num_tokens: int, ratio: float | Sequence[float] | None, keep, rule: st
 
 
 def _noise(noise: Tensor | None, shape: tuple[int, ...], generator, device) -> Tensor:
+    device = _generator(generator, device)
     if noise is None:
         if generator is None:  # torch.compile cannot trace rand(generator=None) at a dynamic batch size
             return torch.rand(shape, device=device)
         return torch.rand(shape, generator=generator, device=device)
     if generator is not None:
         raise ValueError("give `noise` or `generator`, not both")
+    _checks.tensor("noise", noise)
     if tuple(noise.shape) != shape:
         raise ValueError(f"noise must have shape {list(shape)}, got {list(noise.shape)}")
     return noise
+
+
+def _generator(generator: object, device: object) -> torch.device | None:
+    """Checks both; the device where to draw."""
+    device = _checks.device("device", device)
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        if device is not None and device.type not in (generator.device.type, "meta"):
+            raise ValueError(f"generator is on {generator.device}, but device is {device}")
+    return device
 
 
 def random(
@@ -97,6 +115,7 @@ def random(
         noise: [B, N], used instead of drawing.
         rule: see `keep_count`. order: see `token_mask`.
     """
+    _check_size(batch, num_tokens)
     scores = _noise(noise, (batch, num_tokens), generator, device)
     return from_scores(scores, _keep(num_tokens, ratio, keep, rule), order=order, backend=backend)
 
@@ -121,10 +140,14 @@ def tube(
         ratio, keep: of one frame. VideoMAE's default rule keeps S - int(ratio * S).
         noise: [B, S].
     """
+    for name, value in (("batch", batch), ("frames", frames), ("tokens_per_frame", tokens_per_frame)):
+        _checks.integer(name, value, 1)
+    if batch * frames * tokens_per_frame >= 2**31:
+        raise ValueError(f"batch x frames x tokens_per_frame must stay below 2**31, got {batch} x {frames} x ...")
     scores = _noise(noise, (batch, tokens_per_frame), generator, device)
     count = _keep(tokens_per_frame, ratio, keep, rule)
     if not isinstance(count, int):
-        raise TypeError("tube masking takes one ratio or keep for the whole batch")
+        raise TypeError("tube masking takes one ratio or keep (an int) for the whole batch")
     # Ranks instead of the noise itself: two equal noise values must not split a tube at the threshold.
     rank = from_scores(scores, count, backend=backend).ids_restore.float()
     scores = rank[:, None, :].expand(batch, frames, tokens_per_frame).reshape(batch, -1)
@@ -143,10 +166,13 @@ def grid(
     """Tokens at rows ``offset[0] + i*stride[0]`` and columns ``offset[1] + j*stride[1]`` stay visible, all others
     are masked. Stride 2 masks three quarters.
     """
-    height, width = grid_size
-    down, across = (stride, stride) if isinstance(stride, int) else stride
-    if min(height, width, down, across) < 1:
-        raise ValueError(f"grid size and stride must be positive, got {grid_size} and {stride}")
+    height, width = _checks.grid("grid_size", grid_size)
+    _check_size(batch, height * width)
+    down, across = _checks.pair("stride", stride, 1)
+    if not isinstance(offset, (tuple, list)) or len(offset) != 2:
+        raise TypeError(f"offset must be two ints, got {offset!r}")
+    _checks.pair("offset", offset)
+    device = _checks.device("device", device)
     if not (0 <= offset[0] < min(down, height) and 0 <= offset[1] < min(across, width)):
         raise ValueError(f"offset must lie within the stride {(down, across)} and the grid, got {offset}")
     masked = torch.ones(height, width, dtype=torch.bool, device=device)
@@ -185,13 +211,25 @@ def block(
             "block masks are drawn on the host, which a graphed step cannot do: draw them before it and hand the map to"
             " a loss of your own that calls from_bool(map, keep=...)"
         )
-    height, width = grid_size
+    height, width = _checks.grid("grid_size", grid_size)
     num_tokens = height * width
+    _check_size(batch, num_tokens)
     count = _keep(num_tokens, ratio, keep, rule)
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= num_tokens:
         raise ValueError(f"block masking keeps one count in [0, {num_tokens}] for the whole batch, got {count!r}")
-    if min_area < 1 or not 0 < aspect[0] <= aspect[1]:
-        raise ValueError(f"need min_area >= 1 and 0 < aspect[0] <= aspect[1], got {min_area} and {aspect}")
+    _checks.integer("min_area", min_area, 1)
+    if max_area is not None:
+        _checks.integer("max_area", max_area)
+    if not isinstance(aspect, (tuple, list)) or len(aspect) != 2:
+        raise TypeError(f"aspect must be two numbers, got {aspect!r}")
+    for value in aspect:
+        _checks.positive("aspect", value)
+    if not aspect[0] <= aspect[1] < math.inf:
+        raise ValueError(f"aspect must be a range (low, high) of finite numbers, got {aspect}")
+    _generator(generator, None)
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"generator must be one of the CPU, got one on {generator.device}")
+    device = _checks.device("device", device)
     maps = [
         _rectangles(height, width, num_tokens - count, min_area, max_area or num_tokens, aspect, generator)
         for _ in range(batch)
@@ -253,7 +291,7 @@ def cells(
         grid_size: (GH, GW), for example (7, 7) for cells of 32 x 32 pixels at 224. ratio, keep, noise [B, GH*GW],
             generator, rule: as in `random`; SparK rounds the count, FCMAE takes "floor".
     """
-    rows, columns = grid_size
+    rows, columns = _checks.grid("grid_size", grid_size)
     plan = random(
         batch,
         rows * columns,

@@ -113,7 +113,7 @@ BAD = [
     (lambda: masking.tube(2, 3, 9, [0.5, 0.6]), TypeError, "one ratio"),
     (lambda: masking.block(2, (3, 3), keep=10), ValueError, r"\[0, 9\]"),
     (lambda: masking.block(2, (3, 3), 0.5, min_area=0), ValueError, "min_area"),
-    (lambda: masking.grid(2, (4, 4), 0), ValueError, "positive"),
+    (lambda: masking.grid(2, (4, 4), 0), ValueError, "stride must be at least 1"),
     (lambda: masking.grid(2, (4, 4), 2, offset=(2, 0)), ValueError, "within the stride"),
 ]
 

@@ -82,7 +82,11 @@ def unavailable(name: str, call: Call) -> str | None:
 
 def choose(call: Call, asked: str | None) -> str:
     """The backend ("cpu", "triton", "cuda", "reference") or library (a key of LIBRARIES) that serves a call."""
-    name = asked if asked in LIBRARIES else _dispatch.check_name(asked, "backend") or _dispatch.forced()
+    name = (
+        asked
+        if isinstance(asked, str) and asked in LIBRARIES
+        else _dispatch.check_name(asked, "backend") or _dispatch.forced()
+    )
     if name is not None:
         if (reason := unavailable(name, call)) is not None:
             raise RuntimeError(f"backend {name!r} was asked for, but attention cannot use it: {reason}")

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
+import numpy
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+STRIDED = torch.strided
+INT = (int, torch.SymInt, Integral)  # the ABCs, which NumPy's scalars are registered with, are slow and so come last
+NUMBER = (float, int, torch.SymFloat, torch.SymInt, Real)
+FLAG = (bool, int, torch.SymBool, numpy.bool_)
 
 
 def tensor(name: str, value: object, *, ndim: int | tuple[int, ...] | None = None, floating: bool = True) -> None:
@@ -17,6 +24,8 @@ def tensor(name: str, value: object, *, ndim: int | tuple[int, ...] | None = Non
         if value.ndim not in allowed:
             want = " or ".join(str(n) for n in allowed)
             raise ValueError(f"{name} must have {want} dimensions, got shape {tuple(value.shape)}")
+    if value.layout is not STRIDED:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
     if floating and value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}")
 
@@ -27,14 +36,76 @@ def same_device(**tensors: Tensor | None) -> None:
     for name, value in tensors.items():
         if value is None:
             continue
+        try:
+            device = value.device
+        except AttributeError:
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}") from None
         if first is None:
-            first_name, first = name, value.device
-        elif value.device != first:
-            raise ValueError(f"{name} is on {value.device} but {first_name} is on {first}: move them to one device")
+            first_name, first = name, device
+        elif device != first:
+            raise ValueError(f"{name} is on {device} but {first_name} is on {first}: move them to one device")
 
 
-def one_of(name: str, value: object, allowed: tuple) -> None:
-    if value not in allowed:
+def integer(name: str, value: object, least: int = 0) -> None:
+    """`value` is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, INT):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def pair(name: str, value: object, least: int = 0) -> tuple[int, int]:
+    """One int or two, each at least `least`, as two."""
+    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if any(isinstance(v, bool) or not isinstance(v, INT) for v in both):
+        raise TypeError(f"{name} must be an int or two ints, got {value!r}")
+    if len(both) != 2:
+        raise ValueError(f"{name} must be an int or two ints, got {value!r}")
+    if min(both) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return both
+
+
+def grid(name: str, value: object) -> tuple[int, int]:
+    """Rows x columns, each at least one."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} must be two ints (rows, columns), got {value!r}")
+    return pair(name, value, 1)
+
+
+def device(name: str, value: object) -> torch.device | None:
+    """`value` as a device; None stays None."""
+    if value is None or isinstance(value, torch.device):
+        return value
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        kind = ValueError if isinstance(value, (str, int)) else TypeError
+        raise kind(f"{name} must be a torch.device or the name of one, got {value!r}: {error}") from None
+
+
+def flag(name: str, value: object) -> bool:
+    """`value` is true or false, and not something that has a length."""
+    if not isinstance(value, FLAG):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return bool(value)
+
+
+def number(name: str, value: object) -> None:
+    if not isinstance(value, NUMBER):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def positive(name: str, value: object) -> None:
+    """`value` is a number above 0."""
+    if not isinstance(value, NUMBER):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not value > 0:  # NaN too
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(repr(a) for a in allowed)}, got {value!r}")
 
 
@@ -52,9 +123,12 @@ def table(name: str, value: Tensor, rows: tuple[int, ...], width: int) -> Tensor
 def vector(name: str, value: Tensor, width: int) -> Tensor:
     """A vector of `width` values; dimensions of size one are dropped."""
     tensor(name, value)
-    if value.numel() != width or value.shape[-1] != width:
-        raise ValueError(f"{name} must hold {width} values, e.g. shape [{width}], got {tuple(value.shape)}")
-    return value if value.ndim == 1 else value.reshape(width)  # no node in the autograd graph for nothing
+    shape = value.shape
+    if len(shape) == 1 and shape[0] == width:
+        return value  # no node in the autograd graph for nothing
+    if len(shape) == 0 or value.numel() != width or shape[-1] != width:
+        raise ValueError(f"{name} must hold {width} values, e.g. shape [{width}], got {tuple(shape)}")
+    return value.reshape(width)
 
 
 def holds(condition: Tensor, message: str) -> None:

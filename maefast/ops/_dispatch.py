@@ -57,7 +57,11 @@ _forced: str | None = None
 
 def check_name(name: str | None, source: str) -> str | None:
     """`name`, None for the automatic choice; raises ValueError for an unknown one."""
-    if name in (None, "", "auto"):
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise TypeError(f"{source}: the name of a backend must be a str or None, got {type(name).__name__}")
+    if name in ("", "auto"):
         return None
     if name not in BACKENDS:
         raise ValueError(f"{source}: unknown backend {name!r}; choose from {', '.join(BACKENDS)} or 'auto'")

@@ -9,6 +9,11 @@ from torch import Tensor
 from maefast.ops import _autograd
 
 
+def check_group(process_group: object) -> None:
+    if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+        raise TypeError(f"process_group must be a torch.distributed group, got {type(process_group).__name__}")
+
+
 def size(process_group: object) -> int:
     return dist.get_world_size(process_group)
 

@@ -75,21 +75,25 @@ def attention(
     cross = kv is not None
     _check_heads(q, kv)
     packed = q.ndim == (3 if cross else 4)
-    causal = bool(causal)
+    causal, stats = _checks.flag("causal", causal), _checks.flag("stats", stats)
     if causal and cross:
         raise ValueError("causal attention is defined for self-attention only")
     if packed:
         batch, max_q, max_k = _check_packed(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     else:
         if cu_seqlens_q is not None or cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens go with packed input; this input has a batch dimension")
+            raise ValueError("cu_seqlens_q and cu_seqlens_k go with packed input; this q has a batch dimension")
         batch, max_q = q.shape[:2]
         max_k = kv.shape[1] if cross else max_q
         if cross and kv.shape[0] != batch:
             raise ValueError(f"q has {batch} sequences and kv {kv.shape[0]}")
     keys = (kv if cross else q).shape[: 1 if packed else 2]
     _check_extras(q, keys, key_bias, marked, stats)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    else:
+        _checks.number("scale", scale)
+        scale = float(scale)
 
     call = _attention_table.Call(
         device=q.device.type,
@@ -128,9 +132,9 @@ def _check_heads(q: Tensor, kv: Tensor | None) -> None:
     cross = kv is not None
     _checks.tensor("q", q, ndim=(3, 4) if cross else (4, 5))
     if not cross and q.shape[-3] != 3:
-        raise ValueError(f"self-attention takes interleaved qkv [..., 3, H, D], got {tuple(q.shape)}")
+        raise ValueError(f"q must be interleaved qkv [..., 3, H, D] for self-attention, got {tuple(q.shape)}")
     if q.shape[-1] < 1 or q.shape[-2] < 1:
-        raise ValueError(f"attention needs at least one head of width one, got shape {tuple(q.shape)}")
+        raise ValueError(f"q must have at least one head of width one, got shape {tuple(q.shape)}")
     if not cross:
         return
     _checks.tensor("kv", kv, ndim=q.ndim + 1)
@@ -151,6 +155,7 @@ def _check_packed(q, kv, cu_q, cu_k, max_q, max_k) -> tuple[int, int, int]:
     max_q = check_starts("cu_seqlens_q", cu_q, q, max_q)
     if kv is None:
         return cu_q.shape[0] - 1, max_q, max_q
+    _check_cu("cu_seqlens_k", cu_k)
     if cu_q.shape != cu_k.shape:
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k differ in length: {cu_q.shape[0]} and {cu_k.shape[0]}")
     return cu_q.shape[0] - 1, max_q, check_starts("cu_seqlens_k", cu_k, kv, max_k)
@@ -164,11 +169,9 @@ def check_starts(name: str, cu: Tensor, rows: Tensor, longest: int | None) -> in
         known = cu.__dict__.get("_maefast_starts")
         if known is not None and known[:4] == (cu._version, rows.shape[0], rows.device, longest):
             return known[4]
-    _checks.tensor(name, cu, ndim=1, floating=False)
-    if cu.dtype is not torch.int32:
-        raise TypeError(f"{name} must be int32, got {cu.dtype}")
-    if cu.shape[0] < 2:
-        raise ValueError(f"{name} must hold at least two starts, got {cu.shape[0]}")
+    _check_cu(name, cu)
+    if longest is not None:
+        _checks.integer(name.replace("cu_", "max_").replace("lens", "len"), longest)
     _checks.same_device(q=rows, **{name: cu})
     lengths = cu.diff()
     total = rows.shape[0]
@@ -185,6 +188,14 @@ def check_starts(name: str, cu: Tensor, rows: Tensor, longest: int | None) -> in
     if not compiling and not cu.is_inference():
         cu._maefast_starts = (cu._version, total, rows.device, longest, found)
     return found
+
+
+def _check_cu(name: str, cu: Tensor) -> None:
+    _checks.tensor(name, cu, ndim=1, floating=False)
+    if cu.dtype is not torch.int32:
+        raise TypeError(f"{name} must be int32, got {cu.dtype}")
+    if cu.shape[0] < 2:
+        raise ValueError(f"{name} must hold at least two starts, got {cu.shape[0]}")
 
 
 def _check_extras(q: Tensor, keys: torch.Size, key_bias: Tensor | None, marked: Tensor | None, stats: bool) -> None:

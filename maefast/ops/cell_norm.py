@@ -55,7 +55,8 @@ def batch_norm_act(
     """
     channels = _check_rows(x, eps)
     _checks.one_of("act", act, ACTIVATIONS)
-    weight, bias = _affine(x, weight, bias)
+    training = _checks.flag("training", training)
+    _sync.check_group(process_group)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given together")
     if running_mean is not None:
@@ -63,15 +64,19 @@ def batch_norm_act(
             _checks.vector(name, buffer, channels)
     elif not training:
         raise ValueError("without training, running_mean and running_var are needed")
+    _checks.number("momentum", momentum)
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
-    _checks.same_device(x=x, weight=weight, bias=bias, residual=residual, running_mean=running_mean)
+    _checks.same_device(
+        x=x, weight=weight, bias=bias, residual=residual, running_mean=running_mean, running_var=running_var
+    )
     if residual is not None:
         _checks.tensor("residual", residual)
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
         dtype = _checks.promote(x, residual)
         x, residual = x.to(dtype), residual.to(dtype)
+    weight, bias = _affine(x, weight, bias)  # in the arithmetic of the sum
     if not training:
         process_group = None
     rows = x.numel() // channels
@@ -172,7 +177,8 @@ def group_norm_cells(
         TypeError, ValueError: x does not fit the plan, groups does not divide C.
     """
     channels = _check_cells(x, plan, eps)
-    if not isinstance(groups, int) or groups < 1 or channels % groups:
+    _checks.integer("groups", groups, 1)
+    if channels % groups:
         raise ValueError(f"groups must divide the {channels} channels, got {groups!r}")
     weight, bias = _affine(x, weight, bias)
     name = _dispatch.choose("norm_act", x.device.type, x.dtype, backend)
@@ -219,7 +225,8 @@ def instance_norm_cells(
     backend: str | None = None,
 ) -> Tensor:
     """InstanceNorm with the statistics of each sample's active sites: `group_norm_cells` with one channel a group."""
-    return group_norm_cells(x, plan, x.shape[-1] if isinstance(x, Tensor) else 1, weight, bias, eps, backend=backend)
+    channels = _check_cells(x, plan, eps)
+    return group_norm_cells(x, plan, channels, weight, bias, eps, backend=backend)
 
 
 def grn(
@@ -315,8 +322,7 @@ def _check_rows(x: Tensor, eps: float) -> int:
     _checks.tensor("x", x)
     if x.ndim < 2 or x.shape[-1] < 1:
         raise ValueError(f"x must be [..., C] with at least one channel, got shape {tuple(x.shape)}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
+    _checks.positive("eps", eps)
     return x.shape[-1]
 
 

@@ -122,12 +122,15 @@ class CellMask:
     def from_bool(masked: Tensor, keep: int | Sequence[int] | None = None) -> CellMask:
         """From a boolean map [B, GH, GW], True = masked; see `TokenMask.from_bool` for `keep`."""
         _checks.tensor("masked", masked, ndim=3, floating=False)
+        if 0 in masked.shape:
+            raise ValueError(f"masked must have at least one sample and one cell, got shape {tuple(masked.shape)}")
         return CellMask(TokenMask.from_bool(masked.flatten(1), keep), tuple(masked.shape[1:]))
 
     @staticmethod
     def all_visible(batch: int, grid: tuple[int, int], device: torch.device | str = "cpu") -> CellMask:
         """A plan that masks nothing: the network is then the dense one."""
-        return CellMask(TokenMask.all_visible(batch, grid[0] * grid[1], device), tuple(grid))
+        rows, columns = _checks.grid("grid", grid)
+        return CellMask(TokenMask.all_visible(batch, rows * columns, device), (rows, columns))
 
 
 def check_plan(plan: object) -> None:

@@ -54,7 +54,9 @@ def gather_tokens(
     _checks.tensor("x", x, ndim=3)
     check_plan(plan, x=x)
     _checks.one_of("which", which, ("visible", "masked"))
-    if prefix < 0 or tuple(x.shape[:2]) != (plan.batch, prefix + plan.num_tokens):
+    keep_prefix = _checks.flag("keep_prefix", keep_prefix)
+    _checks.integer("prefix", prefix)
+    if tuple(x.shape[:2]) != (plan.batch, prefix + plan.num_tokens):
         raise ValueError(
             f"x must be [{plan.batch}, {prefix} prefix + {plan.num_tokens}, D] for this plan, got {tuple(x.shape)}"
         )
@@ -133,10 +135,10 @@ def patch_grid(images: Tensor, patch: tuple[int, ...]) -> tuple[list[int], tuple
     if len(patch) != images.ndim - 2:
         raise ValueError(f"a patch of {len(patch)} sizes does not fit images of shape {tuple(images.shape)}")
     if min(patch) < 1:
-        raise ValueError(f"patch sizes must be positive, got {tuple(patch)}")
+        raise ValueError(f"patch sizes must be positive, got {tuple(patch)} for images of {tuple(images.shape)}")
     sizes = tuple(images.shape[2:])
     if any(size < p or size % p for size, p in zip(sizes, patch)):
-        raise ValueError(f"image size {sizes} is not a multiple of the patch size {tuple(patch)}")
+        raise ValueError(f"images: size {sizes} is not a multiple of the patch size {tuple(patch)}")
     grid = tuple(size // p for size, p in zip(sizes, patch))
     lead = (1,) * (3 - len(patch))
     return [*lead, *patch], lead + grid
@@ -188,7 +190,8 @@ def patch_embed(
     if pos is not None:
         pos = _checks.table("pos", pos, (num_tokens,), width)
     if prefix is not None:
-        prefix = _checks.table("prefix", prefix, (prefix.shape[-2],), width)
+        _checks.tensor("prefix", prefix)
+        prefix = _checks.table("prefix", prefix, prefix.shape[-2:-1], width)
 
     device = images.device.type
     if torch.is_autocast_enabled(device) and weight.dtype is not torch.float64:

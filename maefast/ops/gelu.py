@@ -22,6 +22,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none", *, back
         TypeError, ValueError: shapes, dtypes or devices do not fit.
     """
     _checks.tensor("x", x)
+    if x.ndim < 1:
+        raise ValueError("x must have at least one dimension, [..., D]; got a tensor of none")
     _checks.one_of("approximate", approximate, ("none", "tanh"))
     _checks.same_device(x=x, bias=bias)
     if bias is not None:

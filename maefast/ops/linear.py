@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maefast.ops import _autograd, _dispatch, _registry
+from maefast.ops import _autograd, _checks, _dispatch, _registry
 
 LIBRARIES = ("torch", "onednn")
 MARGIN = 1.25  # oneDNN must win by this much: a near tie must not be decided by noise
@@ -37,19 +37,43 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., N]. float32 on a CPU runs on the library that `linear_library` names, forward and both gradients;
         everything else, and the backend "reference", is `F.linear` itself.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
     """
-    if (
-        x.device.type != "cpu"
-        or x.dtype is not torch.float32
-        or weight.dtype is not torch.float32
-        or x.numel() * weight.shape[0] < MIN_WORK
-        or torch.is_autocast_enabled("cpu")
-        or _dispatch.forced() == "reference"
-        or linear_library()[0] == "torch"
-    ):
-        return F.linear(x, weight, bias)
+    try:  # a small call is cheap, and so are its checks: they are made where it fails
+        if (
+            x.device.type != "cpu"
+            or x.dtype is not torch.float32
+            or weight.dtype is not torch.float32
+            or x.numel() * weight.shape[0] < MIN_WORK
+            or torch.is_autocast_enabled("cpu")
+            or _dispatch.forced() == "reference"
+            or linear_library()[0] == "torch"
+        ):
+            return F.linear(x, weight, bias)
+    except (AttributeError, IndexError, TypeError, RuntimeError):
+        _check(x, weight, bias)
+        raise
+    _check(x, weight, bias)
     # oneDNN falls to a loop, hundreds of times slower, on strides that are neither a matrix's nor its transpose's.
     return _autograd.apply(_Linear, x.contiguous(), weight.contiguous(), bias)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _checks.tensor("x", x)
+    _checks.tensor("weight", weight, ndim=2)
+    if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must be [..., {weight.shape[1]}] for this weight, got {tuple(x.shape)}")
+    if bias is not None:
+        _checks.tensor("bias", bias)
+        if bias.ndim != 1 or bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"bias must be [{weight.shape[0]}] for this weight, got {tuple(bias.shape)}")
+    _checks.same_device(x=x, weight=weight, bias=bias)
+    if not torch.is_autocast_enabled(x.device.type):
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.dtype is not x.dtype:
+                raise TypeError(f"x is {x.dtype} but {name} is {tensor.dtype}: convert one, or use autocast")
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -70,10 +70,14 @@ def patch_loss(
     _checks.one_of("reduction", reduction, ("mean", "sample_mean", "sum", "none"))
     _checks.one_of("rows", rows, ("masked", "all"))
     _checks.one_of("layout", layout, ("ppc", "cpp"))
+    _checks.number("beta", beta)
     if loss == "smooth_l1" and not 0 < beta < float("inf"):
         raise ValueError(f"beta must be positive and finite, got {beta}")
-    if isinstance(patch_size, int):
-        patch_size = (patch_size,) * 2
+    patch_size = (patch_size,) * 2 if isinstance(patch_size, _checks.INT) else patch_size
+    if not isinstance(patch_size, (tuple, list)):
+        raise TypeError(f"patch_size must be an int or a tuple of ints, got {type(patch_size).__name__}")
+    for size in patch_size:
+        _checks.integer("patch_size", size, 1)
     patch, grid = patch_grid(images, tuple(patch_size))
     if (plan.batch, plan.num_tokens) != (images.shape[0], grid[0] * grid[1] * grid[2]):
         raise ValueError(f"images of shape {tuple(images.shape)} in patches of {patch_size} do not fit {plan}")

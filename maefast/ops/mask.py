@@ -127,6 +127,7 @@ class TokenMask:
     def all_visible(batch: int, num_tokens: int, device: torch.device | str = "cpu") -> TokenMask:
         """A plan that masks nothing, for encoding whole samples."""
         _check_size(batch, num_tokens)
+        device = _checks.device("device", device)
         flat = torch.arange(batch * num_tokens, dtype=torch.int32, device=device)
         cu = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_tokens
         slot = flat.view(-1)  # torch.compile refuses one tensor in two places of an autograd.Function
@@ -142,11 +143,13 @@ class TokenMask:
         _checks.tensor("masked", masked, ndim=2, floating=False)
         if masked.dtype is not torch.bool:
             raise TypeError(f"masked must be a bool tensor (True = masked), got {masked.dtype}")
+        _check_map("masked", masked)
         counts = (~masked).sum(1)
         if keep is None:
+            if masked.device.type == "meta":
+                raise ValueError("masked has no values to count (a meta tensor): give keep")
             keep = counts
         else:
-            _check_size(*masked.shape)
             keep = _counts(keep, *masked.shape)
             want = _integers(keep, masked.device) if isinstance(keep, list) else keep
             _checks.holds(counts == want, "from_bool: `keep` does not match the number of False entries in the map")
@@ -166,6 +169,8 @@ class TokenMask:
             _checks.tensor("indices", row, ndim=1, floating=False)
             if row.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"indices must be int32 or int64, got {row.dtype}")
+            if row.device != rows[0].device:
+                raise ValueError(f"indices lie on {rows[0].device} and on {row.device}: move them to one device")
         _check_size(len(rows), num_tokens)
         counts = [row.shape[0] for row in rows]
         if max(counts) > num_tokens:
@@ -176,12 +181,12 @@ class TokenMask:
             torch.arange(len(rows), device=device), _integers(counts, device), output_size=len(flat)
         )
         inside = (flat >= 0) & (flat < num_tokens)
-        _checks.holds(inside, f"from_indices: a position lies outside [0, {num_tokens})")
+        _checks.holds(inside, f"indices: a position lies outside [0, {num_tokens})")
         flat = torch.where(inside, flat, 0) + sample * num_tokens
         uses = torch.zeros(len(rows) * num_tokens, dtype=torch.int32, device=device)
         _checks.holds(
             uses.index_add(0, flat, torch.ones_like(flat, dtype=torch.int32)) <= 1,
-            "from_indices: a position is repeated",
+            "indices: a position is repeated",
         )
         # Ranks as scores: the visible ones in the order given, then the rest, tied and so by position.
         rank = torch.cat([torch.arange(count, device=device, dtype=torch.float32) for count in counts])
@@ -196,17 +201,35 @@ class TokenMask:
         _checks.tensor("ids_restore", ids_restore, ndim=2, floating=False)
         if ids_restore.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids_restore must be int32 or int64, got {ids_restore.dtype}")
+        _check_map("ids_restore", ids_restore)
         ranks = torch.arange(ids_restore.shape[1], device=ids_restore.device)
         ordered = ids_restore.sort(1).values
-        _checks.holds(ordered == ranks, "from_ids_restore: a row is not a permutation of 0..N-1")
+        _checks.holds(ordered == ranks, "ids_restore: a row is not a permutation of 0..N-1")
         return token_mask(ids_restore.float(), keep, order="score", **kwargs)
 
 
 def _check_size(batch: int, num_tokens: int) -> None:
+    """Sizes of a plan, given by the caller."""
+    for name, value in (("batch", batch), ("num_tokens", num_tokens)):
+        if isinstance(value, bool) or not isinstance(value, _checks.INT):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if batch < 1 or num_tokens < 1:
-        raise ValueError(f"a plan needs at least one sample and one token, got batch {batch}, tokens {num_tokens}")
+        raise ValueError(
+            f"a plan needs at least one sample and one token, got batch = {batch}, num_tokens = {num_tokens}"
+        )
     if batch * num_tokens >= 2**31:
-        raise ValueError(f"{batch} x {num_tokens} tokens: flat indices are int32, so B*N must stay below 2**31")
+        raise ValueError(
+            f"batch = {batch} x num_tokens = {num_tokens}: flat indices are int32, so B*N must stay below 2**31"
+        )
+
+
+def _check_map(name: str, value: Tensor) -> None:
+    """The size of a map [B, N] that a plan is made from."""
+    batch, num_tokens = value.shape
+    if batch < 1 or num_tokens < 1:
+        raise ValueError(f"{name} must have at least one sample and one token, got shape {tuple(value.shape)}")
+    if batch * num_tokens >= 2**31:
+        raise ValueError(f"{name} is {batch} x {num_tokens}: flat indices are int32, so B*N must stay below 2**31")
 
 
 def _counts(keep: int | Sequence[int] | Tensor, batch: int, num_tokens: int) -> int | list[int]:
@@ -214,6 +237,8 @@ def _counts(keep: int | Sequence[int] | Tensor, batch: int, num_tokens: int) -> 
     if isinstance(keep, Tensor):
         if keep.is_floating_point() or keep.dtype is torch.bool or keep.shape not in ((), (batch,)):
             raise ValueError(f"keep must be an int tensor of shape [{batch}], got {keep.dtype} {tuple(keep.shape)}")
+        if keep.device.type == "meta" or keep.layout is not torch.strided:
+            raise ValueError(f"keep must hold values, got a tensor on {keep.device} of layout {keep.layout}")
         keep = keep.tolist()
     if isinstance(keep, (list, tuple)):
         counts = list(keep)
@@ -271,7 +296,7 @@ def token_mask(
     """
     _checks.tensor("scores", scores, ndim=2)
     batch, num_tokens = scores.shape
-    _check_size(batch, num_tokens)
+    _check_map("scores", scores)
     _checks.one_of("order", order, ("score", "position"))
     counts = _counts(keep, batch, num_tokens)
     device = scores.device

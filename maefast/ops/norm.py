@@ -37,8 +37,7 @@ def add_norm(
     _checks.tensor("x", x)
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
+    _checks.positive("eps", eps)
     weight = _checks.vector("weight", weight, x.shape[-1])
     bias = _checks.vector("bias", bias, x.shape[-1])
     _checks.same_device(x=x, delta=delta, weight=weight, bias=bias)
@@ -55,8 +54,8 @@ def add_norm(
     if dtype is None:
         autocast = stream is torch.float32 and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else stream
-    elif dtype is not stream and not (stream is torch.float32 and dtype in (torch.float16, torch.bfloat16)):
-        raise TypeError(f"y may have the dtype of the stream, {stream}, or 16 bits beside float32; not {dtype}")
+    elif dtype is not stream and not (stream is torch.float32 and (dtype is torch.float16 or dtype is torch.bfloat16)):
+        raise TypeError(f"dtype (of y) may be that of the stream, {stream}, or 16 bits beside float32; not {dtype}")
     wide = torch.float64 if stream is torch.float64 else torch.float32
     if weight.dtype is not wide or bias.dtype is not wide:
         weight, bias = weight.to(wide), bias.to(wide)

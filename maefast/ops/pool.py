@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maefast.ops import _autograd, _dispatch, _registry
+from maefast.ops import _autograd, _checks, _dispatch, _registry
 from maefast.ops.cell_norm import segment_sum
 from maefast.ops.cells import CellMask, check_cells, pack_cells_reference, unpack_cells_reference
 
@@ -74,12 +74,13 @@ def avg_pool_cells(
         TypeError, ValueError: x does not fit the plan, or the pool does not divide the map by its stride exactly.
     """
     check_cells(plan, x)
-    window = _window(x, kernel, stride, padding, ceil_mode, "avg")
+    count_include_pad = _checks.flag("count_include_pad", count_include_pad)
+    window = _window(x, kernel, stride, padding, _checks.flag("ceil_mode", ceil_mode), "avg")
     name = _dispatch.choose("avg_pool_cells", x.device.type, x.dtype, backend)
     if name == "reference":
         return avg_pool_cells_reference(x, plan, *window, count_include_pad)
     table = plan.neighbours(_radius(x, *window))
-    return _autograd.apply(_AvgPool, x, table, *window, bool(count_include_pad), name)
+    return _autograd.apply(_AvgPool, x, table, *window, count_include_pad, name)
 
 
 def avg_pool_cells_reference(x: Tensor, plan: CellMask, kernel, stride, padding, count_include_pad) -> Tensor:
@@ -117,20 +118,11 @@ def global_pool_cells_reference(x: Tensor, plan: CellMask) -> Tensor:
 # --- windows -----------------------------------------------------------------------------------------------
 
 
-def _pair(name: str, value: object, least: int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) for v in pair):
-        raise TypeError(f"{name} must be an int or two ints, got {value!r}")
-    if min(pair) < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return pair
-
-
 def _window(x: Tensor, kernel, stride, padding, ceil_mode: bool, kind: str) -> tuple[tuple[int, int], ...]:
     """(kernel, stride, padding) as pairs; raises unless the pool makes a map of exactly h / stride sites a cell."""
-    kernel = _pair("kernel", kernel, 1)
-    stride = kernel if stride is None else _pair("stride", stride, 1)
-    padding = _pair("padding", padding, 0)
+    kernel = _checks.pair("kernel", kernel, 1)
+    stride = kernel if stride is None else _checks.pair("stride", stride, 1)
+    padding = _checks.pair("padding", padding, 0)
     for size, k, s, p in zip(x.shape[1:3], kernel, stride, padding):
         if size % s:
             raise ValueError(
@@ -139,7 +131,7 @@ def _window(x: Tensor, kernel, stride, padding, ceil_mode: bool, kind: str) -> t
             )
         if not 0 < k - 2 * p <= s or (ceil_mode and k - 2 * p != s):
             raise ValueError(
-                f"a window of {k} with stride {s}, padding {p} and ceil_mode={bool(ceil_mode)} does not make a map"
+                f"a window of {k} with stride {s}, padding {p} and ceil_mode={ceil_mode} does not make a map"
                 f" of exactly 1/{s} of the sites; that takes kernel - 2 * padding "
                 + (f"= {s}" if ceil_mode else f"from 1 to {s}")
             )

@@ -45,8 +45,7 @@ def restore_tokens(
     check_plan(plan, x=x, mask_token=mask_token, pos=pos)
     _checks.one_of("order", order, ("position", "visible_first"))
     _checks.one_of("pos_on", pos_on, ("all", "masked"))
-    if prefix < 0:
-        raise ValueError(f"prefix must not be negative, got {prefix}")
+    _checks.integer("prefix", prefix)
     width = x.shape[-1]
     rows = plan.total_visible + plan.batch * prefix
     if x.ndim == 3 and (plan.keep is None or tuple(x.shape[:2]) != (plan.batch, prefix + plan.keep)):

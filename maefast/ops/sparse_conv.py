@@ -103,7 +103,7 @@ def conv_cells_reference(
 
 def _check(x, weight, bias, stride, padding, dilation, groups) -> Window:
     _checks.tensor("weight", weight, ndim=4)
-    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must be positive and divide the {weight.shape[0]} output channels, got {groups!r}")
     if weight.shape[1] * groups != x.shape[3] or 0 in weight.shape:
         raise ValueError(
@@ -115,14 +115,14 @@ def _check(x, weight, bias, stride, padding, dilation, groups) -> Window:
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
     _checks.same_device(x=x, weight=weight, bias=bias)
-    kernel, stride = tuple(weight.shape[2:]), _pair("stride", stride, 1)
+    kernel, stride = tuple(weight.shape[2:]), _checks.pair("stride", stride, 1)
     # One tap has no dilation; oneDNN computes wrong weight gradients where it is told of one.
-    dilation = tuple(1 if k == 1 else d for k, d in zip(kernel, _pair("dilation", dilation, 1)))
+    dilation = tuple(1 if k == 1 else d for k, d in zip(kernel, _checks.pair("dilation", dilation, 1)))
     most = tuple(d * (k - 1) for k, d in zip(kernel, dilation))  # of both sides together
     if isinstance(padding, str):
         _checks.one_of("padding", padding, ("same", "valid"))
         padding = tuple(n // 2 for n in most) if padding == "same" else 0
-    window = Window(kernel, stride, _pair("padding", padding, 0), dilation)
+    window = Window(kernel, stride, _checks.pair("padding", padding, 0), dilation)
     for name, size, s in zip(("height", "width"), x.shape[1:3], stride):
         if size % s:
             raise ValueError(
@@ -137,13 +137,6 @@ def _check(x, weight, bias, stride, padding, dilation, groups) -> Window:
                 + (f"padding {' or '.join(map(str, fits))} does" if fits else "no symmetric padding does")
             )
     return window
-
-
-def _pair(name: str, value: int | Pair, least: int) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
-        raise ValueError(f"{name} must be an integer or two, at least {least}, got {value!r}")
-    return pair
 
 
 def _is_depthwise(x: Tensor, weight: Tensor, window: Window, groups: int) -> bool:

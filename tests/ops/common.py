@@ -10,9 +10,10 @@ from torch import Tensor
 
 from maefast import masking
 from maefast.ops import TokenMask, _dispatch
+from tests.budget import examples
 
 property_test = settings(
-    max_examples=25,
+    max_examples=examples(8, 25),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

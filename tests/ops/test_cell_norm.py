@@ -252,6 +252,19 @@ def test_runs_agree_bit_for_bit(where):
 X, W = torch.randn(2, 3, 4), torch.ones(4)
 PLAN = random_cells(2, 0)
 CELLS = torch.randn(PLAN.total, 2, 2, 4)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_wider_residual(backend):
+    """The arithmetic is that of the promoted dtype, weight and bias included."""
+    torch.manual_seed(0)
+    x, weight, residual = torch.randn(3, 5, 4), torch.randn(4), torch.randn(3, 5, 4, dtype=torch.float64)
+    y = ops.batch_norm_act(x, weight, None, residual=residual, backend=backend)
+    want = ops.batch_norm_act(x.double(), weight.double(), None, residual=residual, backend="reference")
+    assert y.dtype is torch.float64
+    assert_close(y, want, torch.float64)
+
+
 BAD = [
     (lambda: ops.batch_norm_act(X[:1, :1], W, W), ValueError, "more than one row, got 1"),
     (lambda: ops.batch_norm_act(X[:0], W, W), ValueError, "more than one row, got 0"),

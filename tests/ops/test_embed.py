@@ -169,7 +169,7 @@ IMAGES, WEIGHT = torch.randn(2, 3, 8, 8), torch.randn(5, 3, 4, 4)
 BAD = [
     (lambda: ops.gather_tokens(torch.rand(2, 5, 3), plan4()), ValueError, "for this plan"),
     (lambda: ops.gather_tokens(torch.rand(2, 4, 3), plan4(), prefix=1), ValueError, "for this plan"),
-    (lambda: ops.gather_tokens(torch.rand(2, 4, 3), plan4(), prefix=-1), ValueError, "for this plan"),
+    (lambda: ops.gather_tokens(torch.rand(2, 4, 3), plan4(), prefix=-1), ValueError, "prefix must be at least 0"),
     (lambda: ops.gather_tokens(torch.rand(3, 4, 3), plan4()), ValueError, "for this plan"),
     (lambda: ops.gather_tokens(torch.rand(2, 4), plan4()), ValueError, "3 dimensions"),
     (lambda: ops.gather_tokens(torch.rand(2, 4, 3).int(), plan4()), TypeError, "float32"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from maefast import ops
 
+from ..budget import examples
 from .cases import CASES, CONSTANT, WITHOUT, make, on_cpu, onednn_everywhere, op_of, outputs, total  # noqa: F401
 from .common import assert_close, property_test
 
@@ -48,7 +49,7 @@ def subsets(names) -> st.SearchStrategy:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", on_cpu())
 @given(data=st.data())
-@settings(parent=property_test, max_examples=10)
+@settings(parent=property_test, max_examples=examples(4, 10))
 def test_gradients_are_those_of_the_trainable_inputs(name, backend, data):
     case = CASES[name]
     dtype = torch.float64 if backend == "cpu" and case.float64 else torch.float32

@@ -201,7 +201,7 @@ BAD = [
     (lambda: ops.max_pool_cells(X, ragged(), 3, 2, 0), ValueError, "exactly 1/2 of the sites"),
     (lambda: ops.max_pool_cells(X, ragged(), 2, 2, 1), ValueError, "exactly 1/2 of the sites"),
     (lambda: ops.max_pool_cells(X, ragged(), 17, 1, 8), ValueError, "at most 255"),
-    (lambda: ops.max_pool_cells(X, ragged(), (2, 2, 2)), TypeError, "kernel must be an int or two"),
+    (lambda: ops.max_pool_cells(X, ragged(), (2, 2, 2)), ValueError, "kernel must be an int or two"),
     (lambda: ops.max_pool_cells(X, ragged(), 2.0), TypeError, "kernel must be an int or two"),
     (lambda: ops.max_pool_cells(X, ragged(), 0), ValueError, "kernel must be at least 1"),
     (lambda: ops.max_pool_cells(X, ragged(), 2, 0), ValueError, "stride must be at least 1"),

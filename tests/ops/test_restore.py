@@ -150,7 +150,7 @@ BAD = [
     (lambda: ops.restore_tokens(X, plan4(), TOKEN, pos=torch.randn(4, 2)), ValueError, "pos must have shape"),
     (lambda: ops.restore_tokens(X, plan4(), TOKEN, order="shuffled"), ValueError, "order must be one of"),
     (lambda: ops.restore_tokens(X, plan4(), TOKEN, pos_on="visible"), ValueError, "pos_on must be one of"),
-    (lambda: ops.restore_tokens(X, plan4(), TOKEN, prefix=-1), ValueError, "negative"),
+    (lambda: ops.restore_tokens(X, plan4(), TOKEN, prefix=-1), ValueError, "prefix must be at least 0"),
     (lambda: ops.restore_tokens(X.int(), plan4(), TOKEN), TypeError, "float32"),
     (lambda: ops.restore_tokens(X, plan4(), TOKEN.to("meta")), ValueError, "one device"),
     (lambda: ops.restore_tokens(X, plan4(), 0.0), (TypeError, AttributeError), "."),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maefast import _native
 from maefast.ops import TokenMask, _registry, token_mask
+from tests.budget import examples
 from tests.ops.common import TOLERANCE, relative_error
 
 needs_cpu_ops = pytest.mark.skipif(not _native.has_cpu_ops, reason=f"no C++ CPU ops: {_native.why_missing('cpu')}")
@@ -23,7 +24,7 @@ WIDENING = [(dtype, dtype) for dtype in FLOATS] + [(torch.float16, torch.float32
 WIDTHS = [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 65]
 
 property_test = settings(
-    max_examples=int(os.environ.get("MAEFAST_TEST_EXAMPLES", "40")),
+    max_examples=int(os.environ.get("MAEFAST_TEST_EXAMPLES") or examples(12, 40)),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

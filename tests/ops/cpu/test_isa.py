@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from maefast import _native
+from tests.budget import examples
 from tests.ops.cpu.common import needs_cpu_ops
 
 pytestmark = needs_cpu_ops
@@ -26,7 +27,7 @@ def test_numerics_on(isa):
         pytest.skip(f"this CPU has no {isa}")
     if isa == _native.C.current_isa():
         pytest.skip(f"{isa} is what the other tests of this process run on")
-    env = {**os.environ, "MAEFAST_CPU_ISA": isa, "MAEFAST_TEST_EXAMPLES": "15"}
+    env = {**os.environ, "MAEFAST_CPU_ISA": isa, "MAEFAST_TEST_EXAMPLES": str(examples(6, 15))}
     files = [
         str(Path(__file__).with_name(name))
         for name in ("test_numerics.py", "test_threads.py", "test_gelu.py", "test_sparse_conv.py", "test_adamw.py")
