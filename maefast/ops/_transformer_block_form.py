@@ -11,6 +11,7 @@ from torch import Tensor
 from maefast.ops import _attention_table, _checks, _dispatch, _registry
 from maefast.ops.embed import check_plan
 from maefast.ops.linear import Products, products
+from maefast.ops.mask import TokenMask
 
 KEEP = ("lean", "all", "nothing")
 # Fields of BlockWeights; weight and bias of qkv count three times.
@@ -69,7 +70,7 @@ class Form:
 
 
 _FORMS: dict[tuple, Form | None] = {}
-_KIND = attrgetter("shape", "dtype", "device")
+_KIND = attrgetter("shape", "dtype", "device", "layout")
 _MOST_FORMS = 4096  # ragged calls are of another kind at each step
 
 
@@ -90,7 +91,7 @@ def form_of(x, delta, flat, options, drop1, drop2, cu_seqlens, masked) -> Form |
             None
             if masked is None
             else (masked.batch, masked.num_tokens, masked.device, masked.total_masked, masked.max_masked),
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+            _autocast(kind),
             _dispatch.forced(),
             torch.are_deterministic_algorithms_enabled() and _attention_table.repeatable(x, delta, *flat),
         )
@@ -132,16 +133,21 @@ def _checked(
                 what = "does not go with `masked`" if masked is not None else f"must hold {len(x)} factors"
                 raise ValueError(f"{name} {what}, got shape {tuple(drop.shape)}")
     names = [name for name in NAMES for _ in range(3 if name.startswith("qkv") else 1)]
-    for name, t in [("delta", delta), ("drop1", drop1), ("drop2", drop2), *zip(names, w)]:
+    for name, t in [
+        ("delta", delta),
+        ("drop1", drop1),
+        ("drop2", drop2),
+        *((f"weights.{name}", t) for name, t in zip(names, w)),
+    ]:
         _checks.same_device(x=x, **{name: t})
 
     kind, stream = x.device.type, _checks.promote(x, delta)
     wide = torch.float64 if stream is torch.float64 else torch.float32
-    autocast = torch.is_autocast_enabled(kind) and stream is not torch.float64
-    low = torch.get_autocast_dtype(kind) if autocast else stream
+    autocast = None if stream is torch.float64 else _autocast(kind)
+    low = autocast or stream
     for name, t in zip(names, w):
-        if not autocast and t is not None and name[:3] in ("qkv", "pro", "fc1", "fc2") and t.dtype is not stream:
-            raise TypeError(f"{name} is {t.dtype} but the tokens are {stream}")
+        if autocast is None and t is not None and name[:3] in ("qkv", "pro", "fc1", "fc2") and t.dtype is not stream:
+            raise TypeError(f"weights.{name} is {t.dtype} but the tokens are {stream}")
     if not x.numel() or (masked is not None and not masked.total_masked):
         return None
     branch = [low if t is None else torch.promote_types(low, t.dtype) for t in w[-2:]]
@@ -190,42 +196,54 @@ def _checked(
     )
 
 
+def _autocast(kind: str) -> torch.dtype | None:
+    """The dtype of autocast, where it is on."""
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None
+
+
 def _check_numbers(width, num_heads, eps, scale, approximate, keep) -> None:
-    if not isinstance(num_heads, int) or num_heads < 1 or width < 1 or width % num_heads:
-        raise ValueError(f"num_heads must be a whole number that divides the width {width}, got {num_heads!r}")
-    if len(eps) != 2 or not all(isinstance(value, (int, float)) and value > 0 for value in eps):
-        raise ValueError(f"eps must be positive, or a pair of such numbers, got {eps!r}")
-    if scale is not None and not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    _checks.integer("num_heads", num_heads, 1)
+    if width < 1 or width % num_heads:
+        raise ValueError(f"num_heads must divide the width of x, {width}, got {num_heads}")
+    if len(eps) != 2:
+        raise ValueError(f"eps must be a number or a pair of numbers, got {eps!r}")
+    for value in eps:
+        _checks.positive("eps", value)
+    if scale is not None:
+        _checks.number("scale", scale)
     _checks.one_of("approximate", approximate, ("none", "tanh"))
     _checks.one_of("keep", keep, KEEP)
 
 
 def _check_wanted(x: Tensor, count, masked, prefix) -> None:
+    _checks.integer("prefix", prefix)
     if count is not None:
         if masked is not None:
             raise ValueError("give count or masked, not both")
-        if x.ndim != 3 or not isinstance(count, int) or not 1 <= count <= x.shape[1]:
-            raise ValueError(
-                f"count must lie in [1, {x.shape[1]}] (the number of tokens) of x [B, S, D], got {count!r}"
-            )
+        _checks.integer("count", count)
+        if x.ndim != 3 or not 1 <= count <= x.shape[1]:
+            raise ValueError(f"count must lie in [1, {x.shape[-2]}] (the number of tokens), got {count}")
     if masked is not None:
+        if not isinstance(masked, TokenMask):
+            raise TypeError(f"masked must be a maefast.ops.TokenMask, got {type(masked).__name__}")
         check_plan(masked, x=x)
-        if x.ndim != 3 or prefix < 0 or tuple(x.shape[:2]) != (masked.batch, prefix + masked.num_tokens):
+        if x.ndim != 3 or tuple(x.shape[:2]) != (masked.batch, prefix + masked.num_tokens):
             want = f"[{masked.batch}, {prefix} prefix + {masked.num_tokens}, D]"
-            raise ValueError(f"x must be {want} for this plan, got {tuple(x.shape)}")
+            raise ValueError(f"x must be {want} for the plan `masked`, got {tuple(x.shape)}")
 
 
 def _check_weights(w: tuple, width: int) -> None:
     """Shapes of the flattened weights."""
 
     def check(name: str, t: object, *shape: int) -> None:
+        name = f"weights.{name}"
         _checks.tensor(name, t)
         if tuple(t.shape) != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(t.shape)}")
 
     fc1 = w[12]
-    _checks.tensor("fc1_weight", fc1, ndim=2)
+    _checks.tensor("weights.fc1_weight", fc1, ndim=2)
     hidden = fc1.shape[0]
     joint = w[3] is None and w[4] is None
     for at in range(2, 5):
@@ -233,6 +251,7 @@ def _check_weights(w: tuple, width: int) -> None:
             check("qkv_weight", w[at], 3 * width if joint else width, width)
     for t in w[5:8]:
         if t is not None:
+            _checks.tensor("weights.qkv_bias", t, ndim=1)
             check("qkv_bias", t, 3 * width if w[6] is None and w[7] is None and t.shape[0] != width else width)
     for at, name, *shape in (
         (0, "norm1_weight", width),

@@ -60,6 +60,7 @@ def adamw(
     lists |= {"max_exp_avg_sqs": max_exp_avg_sqs, "shadows": shadows}
     _check_lists(lists)
     _check_numbers(lr, betas, eps, weight_decay, grad_scale, found_inf)
+    _checks.flag("maximize", maximize)
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
     options |= {"grad_scale": grad_scale, "found_inf": found_inf, "backend": backend}
     update(**{name: list(tensors) for name, tensors in lists.items()}, **options)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maefast import masking, ops
-from maefast.ops import CellMask, TokenMask
+from maefast.ops import BlockWeights, CellMask, TokenMask
 
 
 def targets() -> dict[str, Callable]:
@@ -74,12 +74,56 @@ def _starts() -> Tensor:
     return torch.tensor([0, 2, 5], dtype=torch.int32)
 
 
+def _block() -> BlockWeights:
+    sizes = [
+        (16,),
+        (16,),
+        (48, 16),
+        (48,),
+        (16, 16),
+        (16,),
+        (16,),
+        (16,),
+        (24, 16),
+        (24,),
+        (16, 24),
+        (16,),
+        (16,),
+        (16,),
+    ]
+    return BlockWeights(*(floats(*size) for size in sizes))
+
+
 # Name -> the arguments of valid calls, made anew for each call: an op may write its buffers.
 VALID: dict[str, list[Callable[[], dict]]] = {
     "ops.add_norm": [
         lambda: {"x": floats(2, 5, 8), "delta": floats(2, 5, 8), **affine(8), "eps": 1e-6, "dtype": torch.float32}
     ],
     "ops.bias_gelu": [lambda: {"x": floats(2, 5, 8), "bias": floats(8), "approximate": "tanh"}],
+    "ops.adamw": [
+        lambda: {
+            **{name: [floats(2, 3), floats(4)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")},
+            "steps": [torch.tensor(1.0), torch.tensor(2.0)],
+            "lr": 1e-3,
+            "betas": (0.9, 0.99),
+            "weight_decay": 0.1,
+        }
+    ],
+    "ops.transformer_block": [
+        lambda: {"x": floats(2, 5, 16), "delta": floats(2, 5, 16), "weights": _block(), "num_heads": 1, "count": 2},
+        lambda: {"x": floats(2, 6, 16), "weights": _block(), "num_heads": 2, "masked": tokens(), "delta": None},
+        lambda: {
+            "x": floats(5, 16),
+            "delta": None,
+            "weights": _block(),
+            "num_heads": 1,
+            "cu_seqlens": _starts(),
+            "max_seqlen": 3,
+            "drop1": floats(5),
+            "eps": (1e-6, 1e-5),
+            "scale": 0.5,
+        },
+    ],
     "ops.linear": [lambda: {"x": floats(2, 5, 8), "weight": floats(3, 8), "bias": floats(3)}],
     "ops.attention": [
         lambda: {"q": floats(2, 5, 3, 2, 8), "key_bias": floats(2, 5, 2), "scale": 0.5, "causal": True},
@@ -286,6 +330,9 @@ NEAR: list[Callable[[Tensor], object]] = [
 def spoil(rng: Random, value: object) -> object:
     """`value` one step from valid, or anything else."""
     if rng.random() < 0.5:
+        if hasattr(value, "_replace"):
+            name = rng.choice(value._fields)
+            return value._replace(**{name: spoil(rng, getattr(value, name))})
         if isinstance(value, Tensor):
             return rng.choice(NEAR)(value)
         if isinstance(value, (int, float)):

@@ -372,10 +372,10 @@ BAD = [
     (
         lambda: transformer_block(X, None, W, 3),
         ValueError,
-        "num_heads must be a whole number that divides the width 32",
+        "num_heads must divide the width of x, 32",
     ),
     (lambda: transformer_block(X, None, W, 2, eps=0.0), ValueError, "eps must be positive"),
-    (lambda: transformer_block(X, None, W, 2, eps=torch.ones(3)), ValueError, "eps must be positive"),
+    (lambda: transformer_block(X, None, W, 2, eps=torch.ones(3)), TypeError, "eps must be a number"),
     (lambda: transformer_block(X, None, W, 2, scale="x"), TypeError, "scale must be a number"),
     (lambda: transformer_block(X, None, W, 2, approximate="relu"), ValueError, "approximate must be one of"),
     (lambda: transformer_block(X, None, W, 2, keep="some"), ValueError, "keep must be one of"),
@@ -395,7 +395,7 @@ BAD = [
     (lambda: transformer_block(X, None, W, 2, count=0), ValueError, r"count must lie in \[1, 5\]"),
     (lambda: transformer_block(X, None, W, 2, count=2, masked=PLAN), ValueError, "count or masked, not both"),
     (lambda: transformer_block(X, None, W, 2, masked=PLAN, prefix=1), ValueError, r"x must be \[2, 1 prefix \+ 5, D\]"),
-    (lambda: transformer_block(X, None, W, 2, masked=3), TypeError, "plan must be a maefast.ops.TokenMask"),
+    (lambda: transformer_block(X, None, W, 2, masked=3), TypeError, "masked must be a maefast.ops.TokenMask"),
     (lambda: transformer_block(X, None, W, 2, drop1=torch.ones(3)), ValueError, "drop1 must hold 2 factors"),
     (lambda: transformer_block(X, None, W, 2, masked=PLAN, drop2=torch.ones(2)), ValueError, "drop2 does not go with"),
     (
