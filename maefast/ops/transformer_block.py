@@ -96,7 +96,7 @@ def transformer_block(
         raise TypeError(f"weights must be maefast.ops.BlockWeights, got {type(weights).__name__}")
     flat = _flatten(weights)
     if cu_seqlens is not None:
-        _checks.tensor("x", x)
+        _checks.tensor("x", x, ndim=2)
         max_seqlen = check_starts("cu_seqlens", cu_seqlens, x, max_seqlen)
     eps = eps if isinstance(eps, tuple) else (eps, eps)
     options = num_heads, eps, scale, approximate, max_seqlen, count, prefix, keep, backend

@@ -384,7 +384,7 @@ BAD = [
     (
         lambda: transformer_block(X, None, W, 2, cu_seqlens=torch.tensor([0, 2], dtype=torch.int32)),
         ValueError,
-        r"cu_seqlens",
+        "x must have 2 dimensions",
     ),
     (
         lambda: transformer_block(X[0], None, W, 2, cu_seqlens=torch.tensor([0, 7], dtype=torch.int32)),
