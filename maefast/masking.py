@@ -176,7 +176,8 @@ def grid(
     if not (0 <= offset[0] < min(down, height) and 0 <= offset[1] < min(across, width)):
         raise ValueError(f"offset must lie within the stride {(down, across)} and the grid, got {offset}")
     masked = torch.ones(height, width, dtype=torch.bool, device=device)
-    masked[offset[0] :: down, offset[1] :: across] = False
+    rows = slice(offset[0], None, min(down, height))  # a stride beyond the grid keeps one; torch's must fit 64 bits
+    masked[rows, offset[1] :: min(across, width)] = False
     count = len(range(offset[0], height, down)) * len(range(offset[1], width, across))
     scores = masked.float().view(1, -1).expand(batch, -1)
     return from_scores(scores, count, order="position", backend=backend)

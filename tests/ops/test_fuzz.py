@@ -14,7 +14,7 @@ from ..budget import examples
 from .hostile import VALID, bad_call, parameters, targets
 
 TARGETS = targets()
-CALLS = examples(300, 4000)
+CALLS = examples(300, 1500)
 
 
 def told(value: object) -> str:
