@@ -268,6 +268,8 @@ def _warnings(info: Info) -> list[str]:
         )
     if info["cpu"]["isa"] != info["cpu"]["best_isa"] and _native.has_cpu_ops:
         found.append(f"the CPU kernels use {cpu['isa']} though {cpu['best_isa']} is there (MAEFAST_CPU_ISA)")
+    if cpu["features"].get("avx512bf16") is False:
+        found.append("this CPU has no bfloat16 instructions: autocast to bfloat16 is slower on it than float32")
     return found
 
 

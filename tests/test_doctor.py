@@ -111,6 +111,12 @@ def test_warnings_name_the_trouble_and_the_cure(monkeypatch, info):
         assert part in found
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_warns_of_bfloat16_where_it_is_emulated(info, has):
+    machine = {**info, "cpu": {**info["cpu"], "features": {"avx512bf16": has}}}
+    assert any("bfloat16" in warning for warning in doctor._warnings(machine)) is not has
+
+
 def test_warnings_about_a_gpu(monkeypatch, info):
     gpu = {"name": "GPU of the test", "capability": "75", "memory_gib": 1.0, "multiprocessors": 1}
     monkeypatch.setattr(doctor, "_driver_cuda", lambda: 12)
