@@ -12,9 +12,8 @@ namespace {
 
 size_t shared_limit() {
   int device = 0, limit = 0;
-  cudaGetDevice(&device);
-  const cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  STD_TORCH_CHECK(error == cudaSuccess, "attention: ", cudaGetErrorString(error));
+  check(cudaGetDevice(&device), "attention");
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "attention");
   return static_cast<size_t>(limit);
 }
 
