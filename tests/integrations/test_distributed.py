@@ -194,7 +194,7 @@ def compare(make: Callable, wrap: Callable, order: str, dtype: torch.dtype = tor
     elif recompute:
         model.gradient_checkpointing_enable()
     model = accelerated(model, wrap, order)
-    with mock.patch.object(ops, "attention", wraps=ops.attention) as kernel:
+    with mock.patch.object(ops, "transformer_block", wraps=ops.transformer_block) as kernel:
         got = together(model, dtype)
     calls = 0 if order == "restored" else STEPS * len(blocks_of(reference)) * (2 if recompute else 1)
     if wrap in (ddp, fsdp2, fsdp1):  # where less than a block is sharded, it runs as it was

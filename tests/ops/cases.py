@@ -105,6 +105,7 @@ BLOCK_INPUTS = {
     **dict.fromkeys(("q_bias", "v_bias", "proj_bias", "fc2_bias", "scale1", "scale2"), (32,)),
     **dict.fromkeys(("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"), (32,)),
 }
+BLOCK_WEIGHTS = set(BLOCK_INPUTS) - {"x", "delta"}  # the tensors of one argument, BlockWeights
 BLOCK_OPTIONAL = ("delta", "q_bias", "v_bias", "proj_bias", "fc1_bias", "fc2_bias", "scale1", "scale2")
 CELLS = {"x": (6, 4, 4, 16)}
 AFFINE = {"weight": (16,), "bias": (16,)}
@@ -196,8 +197,17 @@ CASES: dict[str, Case] = {
     "conv_cells, implicit": _conv("implicit", (8, 16, 3, 3)),
 }
 
-WITHOUT = {"CellMask", "TokenMask", "backend", "linear_library", "token_mask"}  # public names without a gradient
-CONSTANT = {"running_mean", "running_var", "cu_seqlens_q", "cu_seqlens_k", "marked"}  # tensors without one
+WITHOUT = {"BlockWeights", "CellMask", "TokenMask", "adamw", "backend", "linear_library", "token_mask"}  # no gradient
+CONSTANT = {
+    "running_mean",
+    "running_var",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "marked",
+    "cu_seqlens",
+    "drop1",
+    "drop2",
+}  # tensors without one
 
 
 def op_of(name: str) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from maefast import ops
 
 from ..budget import examples
-from .cases import CASES, CONSTANT, WITHOUT, make, on_cpu, onednn_everywhere, op_of, outputs, total  # noqa: F401
+from .cases import BLOCK_WEIGHTS, CASES, CONSTANT, WITHOUT, make, on_cpu, onednn_everywhere, op_of, outputs, total  # noqa: F401
 from .common import assert_close, property_test
 
 pytestmark = pytest.mark.usefixtures("onednn_everywhere")
@@ -71,4 +71,5 @@ def test_the_table_has_every_op_and_every_input():
     for op in public:
         parameters = inspect.signature(getattr(ops, op)).parameters.values()
         tensors = {p.name for p in parameters if "Tensor" in str(p.annotation)} - CONSTANT
-        assert tensors == {k for name, case in CASES.items() if op_of(name) == op for k in case.inputs}, op
+        inputs = {k for name, case in CASES.items() if op_of(name) == op for k in case.inputs}
+        assert tensors == (inputs - BLOCK_WEIGHTS if op == "transformer_block" else inputs), op
