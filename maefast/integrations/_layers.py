@@ -102,9 +102,8 @@ def then(x: Tensor, *modules: nn.Module | None) -> Tensor:
 def scales(end: Tensor | nn.Module | None) -> bool:
     """Whether a part at the end of a branch does nothing or multiplies by one factor a channel or a sample, whatever it
     is given: `factors` takes it for that."""
-    return (
-        end is None or isinstance(end, Tensor) or still(end) or type(end).__name__.endswith(("LayerScale", "DropPath"))
-    )
+    known = "LayerScale", "DropPath"
+    return isinstance(end, Tensor) or still(end) or type(end).__name__.endswith(known)  # `still`: of None too
 
 
 def factors(

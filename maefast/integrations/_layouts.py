@@ -31,15 +31,11 @@ class Whole(NamedTuple):
     heads: int
     scale: float
     act: nn.Module
-    ends: tuple[
-        tuple[Tensor | nn.Module | None, ...], ...
-    ]  # of both branches: factors, and modules that may be missing
+    ends: tuple[tuple[Tensor | nn.Module | None, ...], ...]  # of both branches: factors and modules, or None
 
     def fits(self) -> bool:
-        linear = self.proj, self.fc1, self.fc2
-        if not (
-            layers.plain_norm(self.norm1) and layers.plain_norm(self.norm2) and all(map(layers.plain_linear, linear))
-        ):
+        norms, linear = (self.norm1, self.norm2), (self.proj, self.fc1, self.fc2)
+        if not (all(map(layers.plain_norm, norms)) and all(map(layers.plain_linear, linear))):
             return False
         weight = self.qkv_weight if isinstance(self.qkv_weight, Tensor) else self.qkv_weight[0]
         width, (outputs, inputs) = self.norm1.weight.shape[0], self.proj.weight.shape

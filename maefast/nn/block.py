@@ -18,6 +18,7 @@ from maefast import ops
 from maefast.nn.layers import LayerNorm, Linear
 from maefast.nn.watched import plain_tensor, touched, watched_everywhere
 from maefast.ops import TokenMask
+from maefast.ops.transformer_block import masked_to_all, wanted
 
 
 class Packing(NamedTuple):
@@ -52,22 +53,16 @@ class Attention(nn.Module):
 
     def of_some(self, queries: Tensor, x: Tensor, masked: TokenMask | None = None) -> Tensor:
         """Of some tokens as queries, [B, Sq, D] or packed masked ones [M, D], to all [B, S, D]; like `queries`."""
-        batch, length, dim = x.shape
+        dim = x.shape[-1]
         # split, not two slices: its backward writes the gradient of the weight once.
         weight_q, weight_kv = self.qkv.weight.split([dim, 2 * dim])
         bias_q, bias_kv = self.qkv.bias.split([dim, 2 * dim])
         q = ops.linear(queries, weight_q, bias_q).unflatten(-1, (self.num_heads, -1))
         kv = ops.linear(x, weight_kv, bias_kv).unflatten(-1, (2, self.num_heads, -1))
         if masked is None:
-            return self.proj(ops.attention(q, kv).flatten(-2))
-        out = ops.attention(
-            q,
-            kv.flatten(0, 1),
-            cu_seqlens_q=masked.cu_masked,
-            cu_seqlens_k=torch.arange(batch + 1, dtype=torch.int32, device=x.device) * length,
-            max_seqlen_q=masked.max_masked,
-            max_seqlen_k=length,
-        )
+            out = ops.attention(q, kv)
+        else:
+            out = ops.attention(q, kv.flatten(0, 1), **masked_to_all(masked, x.shape[1]))
         return self.proj(out.flatten(-2))
 
 
@@ -185,17 +180,10 @@ class Block(nn.Module):
         if count is None and masked is None:
             out = self.attn(y, packing)
         else:
-            y, x, out = y, self._wanted(x, count, masked, prefix), self._wanted(y, count, masked, prefix)
-            out = self.attn.of_some(out, y, masked)
+            x = wanted(x, count, masked, prefix)
+            out = self.attn.of_some(wanted(y, count, masked, prefix), y, masked)
         x, y = self.norm2(x, out)
         return x, self.mlp(y)
-
-    @staticmethod
-    def _wanted(tokens: Tensor, count: int | None, masked: TokenMask | None, prefix: int) -> Tensor:
-        if masked is None:
-            return tokens[:, -count:]
-        rows = ops.gather_tokens(tokens, masked, "masked", prefix=prefix, keep_prefix=False)
-        return rows.reshape(-1, tokens.shape[-1])
 
 
 _PARTS = (LayerNorm, Attention, LayerNorm, Mlp, Linear, Linear, Linear, Linear)

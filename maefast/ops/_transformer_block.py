@@ -97,7 +97,7 @@ def _lower(form: Form, w: tuple[Tensor | None, ...], casts: tuple[Tensor | None,
 # --- a branch's end: layer scale and stochastic depth -------------------------------------------------------
 
 
-def scale_branch(out: Tensor, scale: Tensor | None, drop: Tensor | None) -> Tensor:
+def _scaled(out: Tensor, scale: Tensor | None, drop: Tensor | None) -> Tensor:
     """out [R, D] times `scale` [D] and the factor of its sample (or row)."""
     if scale is not None:
         out = out * scale
@@ -203,11 +203,11 @@ def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, masked, sa
     if form.shifts:
         p, shift = form.proj.forward(a, proj_weight, None), _to(w[9], form.wide)
     else:
-        p, shift = scale_branch(form.proj.forward(a, proj_weight, _to(w[9], low)), w[16], drop1), None
+        p, shift = _scaled(form.proj.forward(a, proj_weight, _to(w[9], low)), w[16], drop1), None
     r1, y2, mean2, rstd2 = form.norm(r, p, _to(w[10], form.wide), _to(w[11], form.wide), form.eps2, low, shift)
     h = form.fc1.forward(y2, fc1_weight, None)
     g = form.gelu(h, _to(w[13], form.wide), form.tanh)
-    out = scale_branch(form.fc2.forward(g, fc2_weight, _to(w[15], low)), w[17], drop2)
+    out = _scaled(form.fc2.forward(g, fc2_weight, _to(w[15], low)), w[17], drop2)
     whole = form.keep != "lean"
     kept = _Kept(
         r0, mean1, rstd1, y1 if whole else None, q, kv, a, lse, entropy, mass,
@@ -252,14 +252,15 @@ def _through_mlp(form: Form, k: _Kept, grads, grad_r1, grad_out, w, lowered, dro
     return grad_r, grad_r if form.branch is grad_r.dtype else grad_p, shift
 
 
-def _gradients(form: Form, k: _Kept, graph, grad_r1, grad_out, w, lowered, drop1, drop2, starts, masked, needs):
+def _gradients(
+    form: Form, k: _Kept, graph, graph_kept, grad_r1, grad_out, w, lowered, drop1, drop2, starts, masked, needs
+):
     """(grad of r0, grad of delta or None, grads of the weights). needs: (x, delta's dtype or None, each weight). One of
     the incoming gradients may be None."""
     low, wide, width = form.low, form.wide, form.width
     need_x, delta_dtype, need = needs
     qkv_weight, proj_weight, *_ = lowered
     grads: list[Tensor | None] = [None] * WEIGHTS
-    graph, graph_kept = graph
     if grad_out is not None:
         args = grads, grad_r1, grad_out, w, lowered, drop2, need
         grad_r, grad_p, shift = _through_mlp(form, k, *args)
@@ -393,7 +394,7 @@ def _backward(ctx, grad_r1: Tensor, grad_out: Tensor):
     needs = need_x, ctx.delta_dtype if need_delta else None, ctx.needs_input_grad[-WEIGHTS:]
     flat = [t if t is None else t.contiguous().view(-1, form.width) for t in (grad_r1, grad_out)]
     grad_x, grad_delta, grads = _gradients(
-        form, kept, (graph, more), *flat, w, lowered, drop1, drop2, starts, masked, needs
+        form, kept, graph, more, *flat, w, lowered, drop1, drop2, starts, masked, needs
     )
     grad_x = grad_x.view(ctx.shape) if need_x else None
     grad_delta = grad_delta.view(ctx.shape) if need_delta else None

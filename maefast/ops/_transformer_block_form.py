@@ -64,12 +64,14 @@ class Form:
         # Of what the attention branch adds to the stream; the bias of proj is added with the residual where it can be.
         self.branch, self.shifts = branch, shifts
 
-    def takes(self, dtype: torch.dtype) -> bool:
-        """Whether the kernels add such a delta to the stream as it is."""
-        return dtype is self.stream or (self.stream is torch.float32 and dtype.itemsize == 2)
+
+def goes_with(dtype: torch.dtype, stream: torch.dtype) -> bool:
+    """Whether the kernels take such numbers beside the stream as they are."""
+    return dtype is stream or (stream is torch.float32 and dtype.itemsize == 2)
 
 
 _FORMS: dict[tuple, Form | None] = {}
+_PLAN = attrgetter("batch", "num_tokens", "device", "total_masked", "max_masked")
 _KIND = attrgetter("shape", "dtype", "device", "layout")
 _MOST_FORMS = 4096  # ragged calls are of another kind at each step
 
@@ -88,9 +90,7 @@ def form_of(x, delta, flat, options, drop1, drop2, cu_seqlens, masked) -> Form |
         key = (
             *[t if t is None else _KIND(t) for t in (x, delta, drop1, drop2, cu_seqlens, *flat)],
             *options,
-            None
-            if masked is None
-            else (masked.batch, masked.num_tokens, masked.device, masked.total_masked, masked.max_masked),
+            None if masked is None else _PLAN(masked),
             _autocast(kind),
             _dispatch.forced(),
             torch.are_deterministic_algorithms_enabled() and _attention_table.repeatable(x, delta, *flat),
@@ -119,11 +119,7 @@ def _checked(
             raise ValueError(f"delta must have the shape of x, {tuple(x.shape)}, got {tuple(delta.shape)}")
     _check_numbers(width, num_heads, eps, scale, approximate, keep)
     if packed != (cu is not None):
-        raise ValueError(
-            "packed input needs cu_seqlens"
-            if packed
-            else "cu_seqlens go with packed input; this one has a batch dimension"
-        )
+        raise ValueError("packed input needs cu_seqlens")  # the other way round is refused before
     _check_wanted(x, count, masked, prefix)
     _check_weights(w, width)
     for name, drop in (("drop1", drop1), ("drop2", drop2)):
@@ -133,13 +129,9 @@ def _checked(
                 what = "does not go with `masked`" if masked is not None else f"must hold {len(x)} factors"
                 raise ValueError(f"{name} {what}, got shape {tuple(drop.shape)}")
     names = [name for name in NAMES for _ in range(3 if name.startswith("qkv") else 1)]
-    for name, t in [
-        ("delta", delta),
-        ("drop1", drop1),
-        ("drop2", drop2),
-        *((f"weights.{name}", t) for name, t in zip(names, w)),
-    ]:
-        _checks.same_device(x=x, **{name: t})
+    _checks.same_device(x=x, delta=delta, drop1=drop1, drop2=drop2)
+    for name, t in zip(names, w):
+        _checks.same_device(x=x, **{f"weights.{name}": t})
 
     kind, stream = x.device.type, _checks.promote(x, delta)
     wide = torch.float64 if stream is torch.float64 else torch.float32
@@ -151,7 +143,7 @@ def _checked(
     if not x.numel() or (masked is not None and not masked.total_masked):
         return None
     branch = [low if t is None else torch.promote_types(low, t.dtype) for t in w[-2:]]
-    if any(dtype is not stream and not (wide is stream and dtype.itemsize == 2) for dtype in (low, *branch)):
+    if not all(goes_with(dtype, stream) for dtype in (low, *branch)):
         return None
     longest = max_seqlen if packed else x.shape[1]
     call = _attention_table.Call(

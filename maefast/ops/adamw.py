@@ -74,8 +74,6 @@ def _check_lists(lists: dict[str, Sequence[Tensor]]) -> None:
             raise ValueError(f"{name} must hold {len(lists['params'])} tensors, as params does, got {len(tensors)}")
         for i, (tensor, param) in enumerate(zip(tensors, lists["params"])):
             _checks.tensor(f"{name}[{i}]", tensor)
-            if tensor.layout is not torch.strided:
-                raise TypeError(f"{name}[{i}] must be a dense tensor, got {tensor.layout}")
             _checks.same_device(**{"params[0]": lists["params"][0], f"{name}[{i}]": tensor})
             if name == "steps":
                 if tensor.dtype is not torch.float32 or tensor.numel() != 1:

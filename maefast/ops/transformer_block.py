@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maefast.ops import _autograd, _checks, _dispatch
 from maefast.ops._transformer_block import TransformerBlock
-from maefast.ops._transformer_block_form import form_of
+from maefast.ops._transformer_block_form import form_of, goes_with
 from maefast.ops.attention import attention, check_starts
 from maefast.ops.embed import gather_tokens
 from maefast.ops.gelu import bias_gelu
@@ -109,10 +109,9 @@ def transformer_block(
         return _composed(*args)
     x = x if x.dtype is form.stream else x.to(form.stream)
     if delta is not None:
-        delta = (delta if form.takes(delta.dtype) else delta.to(form.stream)).contiguous()
+        delta = (delta if goes_with(delta.dtype, form.stream) else delta.to(form.stream)).contiguous()
     if masked is not None:
-        cu_k = torch.arange(masked.batch + 1, dtype=torch.int32, device=x.device) * form.length
-        starts = masked.cu_masked, cu_k, masked.max_masked, form.length
+        starts = tuple(masked_to_all(masked, form.length).values())
     elif cu_seqlens is not None:
         starts = cu_seqlens, None, max_seqlen, max_seqlen
     else:
@@ -126,11 +125,6 @@ def _flatten(weights: BlockWeights) -> tuple[Tensor | None, ...]:
     qkv = qkv if isinstance(qkv, tuple) else (qkv, None, None)
     bias = bias if isinstance(bias, tuple) else (bias, None, None)
     return *weights[:2], *qkv, *bias, *weights[4:]
-
-
-def transformer_block_reference(x, delta, weights, num_heads, **options) -> tuple[Tensor, Tensor]:
-    """The definition, differentiable: `transformer_block` of plain PyTorch ops."""
-    return transformer_block(x, delta, weights, num_heads, **options, backend="reference")
 
 
 # --- the definition, and what torch.compile traces ----------------------------------------------------------
@@ -167,19 +161,12 @@ def _composed(
         (q_weight, kv_weight), (q_bias, kv_bias) = (
             (None, None) if t is None else t.split([width, 2 * width]) for t in (weight, bias)
         )
-        q = product(_wanted(y, count, masked, prefix, backend), q_weight, q_bias).unflatten(-1, (num_heads, -1))
+        q = product(wanted(y, count, masked, prefix, backend), q_weight, q_bias).unflatten(-1, (num_heads, -1))
         kv = product(y, kv_weight, kv_bias).unflatten(-1, (2, num_heads, -1))
         where = {}
         if masked is not None:
-            length = x.shape[1]
-            kv = kv.flatten(0, 1)
-            where = {
-                "cu_seqlens_q": masked.cu_masked,
-                "cu_seqlens_k": torch.arange(masked.batch + 1, dtype=torch.int32, device=x.device) * length,
-                "max_seqlen_q": masked.max_masked,
-                "max_seqlen_k": length,
-            }
-        r = _wanted(r, count, masked, prefix, backend)
+            kv, where = kv.flatten(0, 1), masked_to_all(masked, x.shape[1])
+        r = wanted(r, count, masked, prefix, backend)
     a = attention(q, kv, **where, scale=scale, backend=backend).flatten(-2)
     p = _scaled(product(a, w[8], w[9]), w[16], drop1)
     r, y = add_norm(r, p, w[10], w[11], eps[1], backend=backend)
@@ -187,7 +174,20 @@ def _composed(
     return r, _scaled(product(h, w[14], w[15]), w[17], drop2)
 
 
-def _wanted(tokens: Tensor, count: int | None, masked: TokenMask | None, prefix: int, backend: str | None) -> Tensor:
+def masked_to_all(masked: TokenMask, length: int) -> dict[str, Tensor | int]:
+    """Where sequences start, as `attention` takes it, for the masked tokens as queries to all `length` tokens."""
+    return {
+        "cu_seqlens_q": masked.cu_masked,
+        "cu_seqlens_k": torch.arange(masked.batch + 1, dtype=torch.int32, device=masked.device) * length,
+        "max_seqlen_q": masked.max_masked,
+        "max_seqlen_k": length,
+    }
+
+
+def wanted(
+    tokens: Tensor, count: int | None, masked: TokenMask | None, prefix: int, backend: str | None = None
+) -> Tensor:
+    """The last `count` tokens [B, count, D], or the masked ones, packed."""
     if masked is None:
         return tokens[:, -count:]
     rows = gather_tokens(tokens, masked, "masked", prefix=prefix, keep_prefix=False, backend=backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import strategies as st
 
 from maefast.ops.attention import attention_reference
 from tests.kernels.support import random_tensor
@@ -51,6 +52,22 @@ def blind_queries(hidden: torch.Tensor, pairs, causal: bool) -> torch.Tensor:
     """bool [queries, heads]: those that see no key."""
     parts = zip(pairs, hidden.split([m for _, m in pairs]))
     return torch.cat([h.cumprod(0).bool() if causal else h.all(0).expand(n, -1) for (n, _), h in parts])
+
+
+@st.composite
+def random_calls(draw, longest: int, most: int, heads: int) -> dict:
+    """Arguments of a `Case`: up to `most` sequences and `heads` heads, self or cross, any width that a kernel takes."""
+    batch = draw(st.integers(1, most))
+    each = st.lists(st.integers(0, longest), min_size=batch, max_size=batch)
+    cross = draw(st.booleans())
+    return {
+        "width": draw(st.sampled_from(range(16, 129, 8))),
+        "len_q": draw(each),
+        "len_k": draw(each) if cross else None,
+        "heads": draw(st.integers(1, heads)),
+        "causal": not cross and draw(st.booleans()),
+        "seed": draw(st.integers(0, 1000)),
+    }
 
 
 class Case:

@@ -213,7 +213,7 @@ def test_settings_agree_and_repeat(form, options, autocast):
             assert torch.equal(a, b)
 
 
-def kept_bytes(keep: str, autocast: bool) -> dict[int, int]:
+def kept_bytes(keep: str, autocast: bool) -> list[int]:
     """Memory that the graph holds beside parameters and inputs, by address."""
     weights = to(make_weights(64, 256), "cpu", torch.float32)
     x, delta = (t.requires_grad_() for t in inputs("all", 64))

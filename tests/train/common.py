@@ -10,11 +10,12 @@ import socket
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from maefast.models.resnet import ResNet
 from maefast.models.spark import SparK
-from maefast.train import PretrainConfig
+from maefast.train import PretrainConfig, loop, pretrain
 
 TINY = {
     "embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2,
@@ -39,6 +40,22 @@ def tiny_config(data: Path, out: Path, **changes) -> PretrainConfig:
         "picture_every": 0, "picture_rows": 0, "tensorboard": False,
     }  # fmt: skip
     return PretrainConfig(**{**options, **changes})
+
+
+def in_two_parts(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """`pretrain`, interrupted before the step behind `stop`, and once more."""
+    original = loop.Run._step
+
+    def step(self):
+        if self.done == stop:
+            raise KeyboardInterrupt
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config)
+    pretrain(config)
 
 
 FCMAE = {"depths": [1, 1, 1, 1], "widths": [8, 8, 16, 16], "decoder_embed_dim": 16}

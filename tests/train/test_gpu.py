@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maefast.train import checkpoint, loop, pretrain
-from tests.train.common import CREATORS, convnet_config, losses, rows, tiny_config
+from tests.train.common import CREATORS, convnet_config, in_two_parts, losses, rows, tiny_config
 
 pytestmark = pytest.mark.gpu
 
@@ -33,18 +33,7 @@ def test_a_run_in_two_parts(photos, tmp_path, monkeypatch, amp):
     whole = tiny_config(photos, tmp_path / "whole", device="auto", amp=amp, save_every=4, clip=1.0)
     parts = replace(whole, output_dir=str(tmp_path / "parts"))
     pretrain(whole)
-    original = loop.Run._step
-
-    def step(self):
-        if self.done == 6:
-            raise KeyboardInterrupt
-        original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_step", step)
-        with pytest.raises(KeyboardInterrupt):
-            pretrain(parts)
-    pretrain(parts)
+    in_two_parts(parts, monkeypatch, 6)
     assert [row[0] for row in losses(tmp_path / "parts")] == [row[0] for row in losses(tmp_path / "whole")]
     # torch's own GPU kernels do not promise the same bits twice, so nearly equal is what can be asked for.
     assert column(tmp_path / "parts") == pytest.approx(column(tmp_path / "whole"), rel=1e-3)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from maefast.graphs import capture
-from maefast.train import ConfigError, TrainError, checkpoint, graph, loop, pretrain, schedule
+from maefast.train import ConfigError, TrainError, checkpoint, graph, pretrain, schedule
 from tests.graphs.tape import FakeRecorder
-from tests.train.common import CREATORS, convnet_config, losses, rows, tiny_config
+from tests.train.common import CREATORS, convnet_config, in_two_parts, losses, rows, tiny_config
 
 
 @pytest.fixture
@@ -67,18 +67,7 @@ def test_resuming(photos, tmp_path, taped, monkeypatch):
     whole = tiny_config(photos, tmp_path / "whole", save_every=5, clip=1.0)
     pretrain(replace(whole, graph="off"))
     parts = replace(whole, output_dir=str(tmp_path / "parts"))
-    original = loop.Run._step
-
-    def step(self):
-        if self.done == 6:
-            raise KeyboardInterrupt
-        original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_step", step)
-        with pytest.raises(KeyboardInterrupt):
-            pretrain(parts)
-    pretrain(parts)
+    in_two_parts(parts, monkeypatch, 6)
     equal_runs(tmp_path / "whole", tmp_path / "parts")
     assert [recorder.events.count("replay") for recorder in taped] == [3, 4]
 

@@ -15,7 +15,7 @@ import torch
 
 from maefast.train import CheckpointError, ConfigError, checkpoint, loop, pretrain
 from tests.train import victims
-from tests.train.common import losses, rows, run_process, tiny_config
+from tests.train.common import in_two_parts, losses, rows, run_process, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -177,18 +177,7 @@ def test_the_loss_scaler_of_fp16_goes_on(photos, tmp_path, monkeypatch):
     whole = tiny_config(photos, tmp_path / "whole", steps=6, save_every=3, clip=1.0, warmup=0)
     parts = replace(whole, output_dir=str(tmp_path / "parts"))
     pretrain(whole)
-    original = loop.Run._step
-
-    def step(self):
-        if self.done == 5:
-            raise KeyboardInterrupt
-        original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_step", step)
-        with pytest.raises(KeyboardInterrupt):
-            pretrain(parts)
-    pretrain(parts)
+    in_two_parts(parts, monkeypatch, 5)
     scalers = [
         checkpoint.read_state(tmp_path / name / "checkpoints" / "step-00000006").scaler for name in ("whole", "parts")
     ]

@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 import maefast
 from maefast import ops
 from maefast.ops import _attention_table, _dispatch
 from tests.kernels import compile_all
-from tests.kernels.attention_case import Case
+from tests.kernels.attention_case import Case, random_calls
 from tests.ops.common import property_test
 
 LONGEST = _attention_table.CUDA_LONGEST
@@ -35,24 +34,9 @@ def both():
     return torch.ops.maefast.attention.default, torch.ops.maefast.attention_backward.default
 
 
-@st.composite
-def cases(draw):
-    batch = draw(st.integers(1, 4))
-    lengths = st.lists(st.integers(0, LONGEST), min_size=batch, max_size=batch)
-    cross = draw(st.booleans())
-    return {
-        "width": draw(st.sampled_from(range(16, 129, 8))),
-        "len_q": draw(lengths),
-        "len_k": draw(lengths) if cross else None,
-        "heads": draw(st.integers(1, 3)),
-        "causal": not cross and draw(st.booleans()),
-        "seed": draw(st.integers(0, 1000)),
-    }
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(case=cases())
+@given(case=random_calls(LONGEST, 4, 3))
 @property_test
 def test_random_lengths(both, dtype, case):
     Case(dtype, **case).check("cuda", *both)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maefast.ops import _attention_table
-from tests.kernels.attention_case import Case
+from tests.kernels.attention_case import Case, random_calls
 from tests.ops.common import property_test
 from tests.ops.cuda import emulation
 from tests.ops.cuda.emulation import Emulated
@@ -33,23 +33,8 @@ def run(case: Case, **how) -> list[torch.Tensor]:
     return [*results, *grads]
 
 
-@st.composite
-def cases(draw):
-    batch = draw(st.integers(1, 3))
-    lengths = st.lists(st.integers(0, LONGEST), min_size=batch, max_size=batch)
-    cross = draw(st.booleans())
-    return {
-        "width": draw(st.sampled_from(range(16, 129, 8))),
-        "len_q": draw(lengths),
-        "len_k": draw(lengths) if cross else None,
-        "heads": draw(st.integers(1, 2)),
-        "causal": not cross and draw(st.booleans()),
-        "seed": draw(st.integers(0, 1000)),
-    }
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(case=cases(), limit=st.sampled_from(list(LIMITS)), order=st.integers(0, 9), late=st.booleans())
+@given(case=random_calls(LONGEST, 3, 2), limit=st.sampled_from(list(LIMITS)), order=st.integers(0, 9), late=st.booleans())
 @settings(property_test, max_examples=12)
 def test_random_lengths(dtype, case, limit, order, late):
     check(Case(dtype, **case), limit=LIMITS[limit], order=order, late=late)
