@@ -34,7 +34,12 @@ def run(case: Case, **how) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(case=random_calls(LONGEST, 3, 2), limit=st.sampled_from(list(LIMITS)), order=st.integers(0, 9), late=st.booleans())
+@given(
+    case=random_calls(LONGEST, 3, 2),
+    limit=st.sampled_from(list(LIMITS)),
+    order=st.integers(0, 9),
+    late=st.booleans(),
+)
 @settings(property_test, max_examples=12)
 def test_random_lengths(dtype, case, limit, order, late):
     check(Case(dtype, **case), limit=LIMITS[limit], order=order, late=late)
