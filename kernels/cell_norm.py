@@ -18,12 +18,19 @@ PROGRAMS = 1024  # of a kernel that leaves partial sums: these fill any GPU of t
 
 
 @triton.jit
-def _place(pieces, width, BLOCK: tl.constexpr):
-    """(piece, first column, segment) of a program. One dimension: a grid's second and third end at 65535."""
+def _place(pieces, BLOCK: tl.constexpr):
+    """(piece, first column, segment) of a program. Pieces and segments share the first dimension of the grid, because
+    the others end at 65535; blocks of columns are few."""
     pid = tl.program_id(0)
-    columns = tl.cdiv(width, BLOCK)
-    piece, rest = pid % pieces, pid // pieces
-    return piece.to(tl.int64), rest % columns * BLOCK, (rest // columns).to(tl.int64)
+    return (pid % pieces).to(tl.int64), tl.program_id(1) * BLOCK, (pid // pieces).to(tl.int64)
+
+
+@triton.jit
+def _share(count, piece, pieces):
+    """(start, size) of a piece of `count` rows; the first pieces get one more. One division: a second one spills."""
+    each = count // pieces
+    rest = count - each * pieces
+    return each * piece + tl.minimum(piece, rest), each + (piece < rest).to(tl.int64)
 
 
 @triton.jit
@@ -35,7 +42,8 @@ def _piece(cu, sites, rows, segment, piece, pieces, HAS_CU: tl.constexpr):
         first = tl.load(cu + segment).to(tl.int64) * sites
         last = tl.load(cu + segment + 1).to(tl.int64) * sites
     count = last - first
-    return first + count * piece // pieces, first + count * (piece + 1) // pieces
+    start, size = _share(count, piece, pieces)
+    return first + start, first + start + size
 
 
 @triton.jit
@@ -63,7 +71,7 @@ def segment_stats_kernel(
     HAS_CU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """parts [segments, pieces, 2, C]: mean and sum of squared deviations, of each tile about its own mean."""
-    piece, column, segment = _place(pieces, width, BLOCK)
+    piece, column, segment = _place(pieces, BLOCK)
     first, last = _piece(cu, sites, rows, segment, piece, pieces, HAS_CU)
     col = column + tl.arange(0, BLOCK)
     mean = tl.zeros([BLOCK], tl.float32)
@@ -89,7 +97,7 @@ def stats_total_kernel(
     parts, cu, mean, var, sites, rows, width, pieces,
     HAS_CU: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    _, column, segment = _place(1, width, BLOCK)
+    _, column, segment = _place(1, BLOCK)
     first, last = _piece(cu, sites, rows, segment, 0, 1, HAS_CU)
     count = last - first
     inverse = tl.where(count > 0, 1.0 / tl.maximum(count, 1).to(tl.float32), 0.0)
@@ -99,14 +107,14 @@ def stats_total_kernel(
     for start in range(0, pieces, PARTS):
         p = start + tl.arange(0, PARTS).to(tl.int64)
         here = (p < pieces)[:, None] & (col < width)[None, :]
-        n = (count * (p + 1) // pieces - count * p // pieces).to(tl.float32) * inverse
+        n = _share(count, p, pieces)[1].to(tl.float32) * inverse
         part = tl.load(base + p[:, None] * 2 * width + col[None, :], mask=here, other=0.0)
         average += tl.sum(part * n[:, None], axis=0)
     spread = tl.zeros([BLOCK], tl.float32)
     for start in range(0, pieces, PARTS):
         p = start + tl.arange(0, PARTS).to(tl.int64)
         here = (p < pieces)[:, None] & (col < width)[None, :]
-        n = (count * (p + 1) // pieces - count * p // pieces).to(tl.float32)
+        n = _share(count, p, pieces)[1].to(tl.float32)
         at = base + p[:, None] * 2 * width + col[None, :]
         delta = tl.load(at, mask=here, other=0.0) - average[None, :]
         part = tl.load(at + width, mask=here, other=0.0)
@@ -121,7 +129,7 @@ def norm_act_fwd_kernel(
     HAS_CU: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = act((x - mean) * scale + bias + residual)."""
-    piece, column, segment = _place(pieces, width, BLOCK)
+    piece, column, segment = _place(pieces, BLOCK)
     first, last = _piece(cu, sites, rows, segment, piece, pieces, HAS_CU)
     col = column + tl.arange(0, BLOCK)
     m = tl.load(mean + segment * width + col, mask=col < width, other=0.0)[None, :]
@@ -143,7 +151,7 @@ def norm_act_sums_kernel(
     HAS_CU: tl.constexpr, HAS_GATE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """parts [pieces, 2, segments, C]: sums of g, the gradient behind the activation, and of g * (x - mean)."""
-    piece, column, segment = _place(pieces, width, BLOCK)
+    piece, column, segment = _place(pieces, BLOCK)
     first, last = _piece(cu, sites, rows, segment, piece, pieces, HAS_CU)
     col = column + tl.arange(0, BLOCK)
     m = tl.load(mean + segment * width + col, mask=col < width, other=0.0)[None, :]
@@ -178,7 +186,7 @@ def norm_act_bwd_kernel(
     HAS_CU: tl.constexpr, MOVING: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad_x = g * scale - offset - (x - mean) * slope."""
-    piece, column, segment = _place(pieces, width, BLOCK)
+    piece, column, segment = _place(pieces, BLOCK)
     first, last = _piece(cu, sites, rows, segment, piece, pieces, HAS_CU)
     col = column + tl.arange(0, BLOCK)
     table = segment * width + col
@@ -215,7 +223,7 @@ class _Launch:
         columns = ceil_div(self.width, self.block)
         tiles = max(1, ceil_div(self.rows, self.tile * self.segments))
         self.pieces = min(tiles, max(1, PROGRAMS // (columns * self.segments))) if summed else tiles
-        self.grid = (self.pieces * columns * self.segments,)
+        self.grid = (self.pieces * self.segments, columns)
         self.flags = {"HAS_CU": cu is not None, "ROWS": self.tile, "BLOCK": self.block, **SETTINGS}
 
 
@@ -230,7 +238,7 @@ def segment_stats(x: Tensor, cu: Tensor | None, sites: int) -> tuple[Tensor, Ten
     block = min(64, power(width))
     with guard(x):
         segment_stats_kernel[launch.grid](x, cu, parts, sites, launch.rows, width, pieces, **launch.flags)
-        stats_total_kernel[(ceil_div(width, block) * segments,)](
+        stats_total_kernel[(segments, ceil_div(width, block))](
             parts, cu, mean, var, sites, launch.rows, width, pieces,
             HAS_CU=cu is not None, PARTS=min(32, power(pieces)), BLOCK=block, **SETTINGS,
         )  # fmt: skip
