@@ -67,6 +67,8 @@ def main() -> None:
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.output_dir, state_dict=state)
     accelerator.print(f"saved {args.output_dir}")
+    # No process leaves while another still saves: one that ends with its collectives' threads at work is aborted.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
