@@ -42,6 +42,12 @@ def check_dtypes(op: str, *tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: the Triton kernels serve float32, float16 and bfloat16, not {x.dtype}")
 
 
+def check_count(op: str, what: str, count: int) -> None:
+    """For the kernels that count in 32 bits where nothing real comes near: an error, never a wrong number."""
+    if count > INT32:
+        raise ValueError(f"{op}: the Triton kernel takes at most 2^31 - 1 {what}, got {count}")
+
+
 def row_tile(rows: int, width: int, itemsize: int) -> tuple[int, int]:
     """(rows, columns) of the tile that one program of 4 warps copies.
 

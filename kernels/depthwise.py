@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import ceil_div, check_dtypes, guard, power, sum_parts
+from ._common import ceil_div, check_count, check_dtypes, guard, power, sum_parts
 
 # Multiply-adds may fuse here: a tap is one instruction instead of two.
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
@@ -110,6 +110,7 @@ def depthwise(x: Tensor, neighbours: Tensor, weight: Tensor, bias: Tensor | None
     cells, h, w, width = x.shape
     y = torch.empty_like(x)
     rows = cells * h * w
+    check_count("depthwise", "sites", rows)
     if not rows:
         return y
     block = _block(width)
@@ -131,6 +132,7 @@ def depthwise_grad_weight(x: Tensor, grad: Tensor, neighbours: Tensor, size: int
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
     grad_weight, grad_bias = new(size * size, width), new(width)
     rows = cells * h * w
+    check_count("depthwise_grad_weight", "sites", rows)
     if not rows:
         return grad_weight.zero_(), grad_bias.zero_()
     block = _block(width)

@@ -281,10 +281,11 @@ def place_tokens_bwd_kernel(
     for b in range(split * per_split, tl.minimum(batch, (split + 1) * per_split)):
         t = tl.load(slot + b * tokens + n, mask=is_token, other=-1)
         kept = is_token & (t >= 0)
-        source = t.to(tl.int64) + (b + 1) * prefix
+        before = (tl.zeros([ROWS], tl.int64) + b) * prefix  # rows of the prefixes of earlier samples
+        source = t + before + prefix
         wanted = kept
         if NEED_SUMS:
-            source = tl.where(n < 0, tl.load(cu + b) + b * prefix + place, source)
+            source = tl.where(n < 0, tl.load(cu + b) + before + place, source)
             wanted = kept | ((n < 0) & summed)
         value = tl.load(grad + source[:, None] * width + col[None, :], mask=wanted[:, None] & in_row, other=0.0)
         target = t.to(tl.int64)[:, None] * width + col[None, :]

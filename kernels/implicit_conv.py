@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import INT32, ceil_div, check_dtypes, guard, power, sum_parts
+from ._common import INT32, ceil_div, check_count, check_dtypes, guard, power, sum_parts
 from .sparse_conv import _radius, _source
 
 
@@ -153,6 +153,7 @@ def _names(h: int, w: int, neighbours: Tensor, kernel, stride, padding, dilation
 def implicit_conv(x: Tensor, neighbours: Tensor, weight: Tensor, bias: Tensor | None, *window) -> Tensor:
     """x [T, h, w, Ci], weight [kh * kw, Ci, Co], bias [Co] -> [T, h / sh, w / sw, Co]."""
     check_dtypes("implicit_conv", x, weight, bias)
+    check_count("implicit_conv", "elements of a weight", weight.numel())
     (cells, h, w, ci), co, (sh, sw) = x.shape, weight.shape[2], window[1]
     out = torch.empty((cells, h // sh, w // sw, co), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -171,6 +172,7 @@ def implicit_conv(x: Tensor, neighbours: Tensor, weight: Tensor, bias: Tensor | 
 def implicit_conv_grad_x(grad: Tensor, neighbours: Tensor, weight: Tensor, *window) -> Tensor:
     """grad [T, h / sh, w / sw, Co], weight [kh * kw, Ci, Co] -> [T, h, w, Ci]."""
     check_dtypes("implicit_conv_grad_x", grad, weight)
+    check_count("implicit_conv_grad_x", "elements of a weight", weight.numel())
     (cells, ho, wo, co), ci, (sh, sw) = grad.shape, weight.shape[1], window[1]
     h, w = ho * sh, wo * sw
     out = torch.empty((cells, h, w, ci), dtype=grad.dtype, device=grad.device)
@@ -191,6 +193,7 @@ def implicit_conv_grad_weight(x: Tensor, grad: Tensor, neighbours: Tensor, *wind
     """x [T, h, w, Ci], grad [T, h / sh, w / sw, Co] -> [kh * kw, Ci, Co] in float32, from two stages."""
     check_dtypes("implicit_conv_grad_weight", x, grad)
     (_, h, w, ci), co, (kh, kw) = x.shape, grad.shape[3], window[0]
+    check_count("implicit_conv_grad_weight", "elements of a weight", kh * kw * ci * co)
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
     out, rows = new(kh * kw, ci, co), grad.numel() // co
     if rows == 0:

@@ -1,7 +1,8 @@
 """Triton kernels of the loss family: pixels of masked patches are read once, straight from the image.
 
 A tile is [patches, channels, pixels of a patch], the last two rounded up to powers of two. The whole patch is in
-registers, so mean, variance (two passes) and distance cost no further memory traffic; nothing is materialised.
+registers, so mean, variance (two passes) and distance cost no further memory traffic; nothing is materialised. The
+backward that needs no sums over a patch goes by elements of the predictions instead, where that widens its accesses.
 """
 
 from __future__ import annotations
@@ -15,27 +16,40 @@ from ._common import INT32, OPTIONS, ceil_div, check_dtypes, guard, power
 
 NORM_NONE, NORM_MAE, NORM_VIDEOMAE, NORM_LAYERNORM = 0, 1, 2, 3
 MAX_PATCH = 32768  # padded values of one patch: 32 a thread at 32 warps
+FLAT = {"BLOCK": 1024, "num_warps": 4}  # by elements: 8 a thread, one 16-byte access in 16 bits
 
 
 @triton.jit
-def pixel_offsets(
-    flat, channels, frames, height, width, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, C_PAD, PIX, WIDE
-):
-    """Offsets into the image of the patches `flat`, [R, C_PAD, PIX]: int64 start of each plus an offset inside."""
+def patch_corner(flat, channels, frames, height, width, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
+    """Offset of the first pixel of each of the patches `flat` in the images, int64."""
     gw = width // PW
     gh = height // PH
     tokens = frames // PT * gh * gw
     b = (flat // tokens).to(tl.int64)
     n = flat % tokens
     corner = (n // (gh * gw) * PT).to(tl.int64) * height + n // gw % gh * PH
-    corner = b * channels * frames * height * width + corner * width + n % gw * PW
-    pixel = tl.arange(0, PIX)
-    c = tl.arange(0, C_PAD)
+    return b * channels * frames * height * width + corner * width + n % gw * PW
+
+
+@triton.jit
+def pixel_inside(pixel, c, frames, height, width, PH: tl.constexpr, PW: tl.constexpr, WIDE: tl.constexpr):
+    """Offset of a pixel in channel c from the first of its patch."""
     if WIDE:
         pixel = pixel.to(tl.int64)
         c = c.to(tl.int64)
-    inside = (pixel // (PH * PW) * height + pixel // PW % PH) * width + pixel % PW
-    inside = (c * frames * height * width)[:, None] + inside[None, :]
+    line = (pixel // (PH * PW) * height + pixel // PW % PH) * width + pixel % PW
+    return c * frames * height * width + line
+
+
+@triton.jit
+def pixel_offsets(
+    flat, channels, frames, height, width, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, C_PAD, PIX, WIDE
+):
+    """Offsets into the images of the patches `flat`, [R, C_PAD, PIX]."""
+    corner = patch_corner(flat, channels, frames, height, width, PT, PH, PW)
+    pixel = tl.arange(0, PIX)[None, :]
+    c = tl.arange(0, C_PAD)[:, None]
+    inside = pixel_inside(pixel, c, frames, height, width, PH, PW, WIDE)
     return corner[:, None, None] + inside[None, :, :]
 
 
@@ -104,6 +118,15 @@ def patch_loss_fwd_kernel(
 
 
 @triton.jit
+def distance_slope(d, beta, inverse_beta, SMOOTH_L1: tl.constexpr):
+    if SMOOTH_L1:
+        sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
+        return tl.where(tl.abs(d) < beta, d * inverse_beta, tl.where(d != d, d, sign))
+    else:
+        return 2.0 * d
+
+
+@triton.jit
 def patch_loss_bwd_kernel(
     grad, pred, images, index, slot, stats, grad_pred, grad_images, rows, channels, frames, height, width, beta,
     inverse_beta,
@@ -147,11 +170,7 @@ def patch_loss_bwd_kernel(
         target = tl.where(mask, (target - mean) * inverse, 0.0)
 
     d = value - target
-    if SMOOTH_L1:
-        sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
-        d = tl.where(tl.abs(d) < beta, d * inverse_beta, tl.where(d != d, d, sign))
-    else:
-        d = 2.0 * d
+    d = distance_slope(d, beta, inverse_beta, SMOOTH_L1)
     d = tl.where(mask, d * slope, 0.0)
     written = inside if EVERY_TOKEN and not PACKED else scored
     tl.store(grad_pred + at, d.to(grad_pred.dtype.element_ty), mask=written[:, None, None] & valid)
@@ -168,8 +187,54 @@ def patch_loss_bwd_kernel(
         tl.store(grad_images + source, u.to(grad_images.dtype.element_ty), mask=inside[:, None, None] & valid)
 
 
-def _launch(pred: Tensor, images: Tensor, patch: list[int], norm: int, kind: int, beta: float, **flags: bool):
-    """Options that both kernels share, and the patches a program takes.
+@triton.jit
+def patch_loss_bwd_flat_kernel(
+    grad, pred, images, index, slot, stats, grad_pred, elements, channels, frames, height, width, beta, inverse_beta,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr,
+    SMOOTH_L1: tl.constexpr, EVERY_TOKEN: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of predictions in (pixel, channel) order alone, element by element in the order of memory: 16-byte
+    accesses of the predictions and their gradient, where a tile of channel planes has 2-byte ones. Pixels are gathered
+    a value at a time, from lines that the neighbouring threads read too."""
+    K: tl.constexpr = PT * PH * PW * C
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < elements
+    item = element // K
+    k = (element % K).to(tl.int32)
+    pixel = k // C
+    c = k % C
+    if EVERY_TOKEN:
+        flat = item.to(tl.int32)
+        m = -tl.load(slot + item, mask=inside, other=0).to(tl.int64) - 1
+        scored = inside & (m >= 0)
+    else:
+        flat = tl.load(index + item, mask=inside, other=0)
+        m = item
+        scored = inside
+
+    source = patch_corner(flat, channels, frames, height, width, PT, PH, PW)
+    source += pixel_inside(pixel, c, frames, height, width, PH, PW, WIDE)
+    target = tl.load(images + source, mask=scored, other=0.0).to(tl.float32)
+    value = tl.load(pred + element, mask=inside, other=0.0).to(tl.float32)
+    slope = tl.load(grad + m, mask=scored, other=0.0).to(tl.float32) / K
+    if NORM != 0:
+        group = (m * C + c) * 2 if NORM == 2 else m * 2
+        mean = tl.load(stats + group, mask=scored, other=0.0)
+        target = (target - mean) * tl.load(stats + group + 1, mask=scored, other=1.0)
+    d = distance_slope(value - target, beta, inverse_beta, SMOOTH_L1) * slope
+    tl.store(grad_pred + element, tl.where(scored, d, 0.0).to(grad_pred.dtype.element_ty), mask=inside)
+
+
+def _constants(images: Tensor, patch: list[int], norm: int, kind: int, beta: float) -> tuple[tuple, dict]:
+    """Scalars and compile-time constants that all kernels share."""
+    pt, ph, pw = patch
+    wide = images.numel() // max(1, images.shape[0]) > INT32
+    scalars = (*images.shape[1:], float(beta), 1.0 / beta if beta else 0.0)
+    return scalars, dict(PT=pt, PH=ph, PW=pw, C=images.shape[1], NORM=norm, SMOOTH_L1=kind == 1, WIDE=wide, **OPTIONS)
+
+
+def _tile(images: Tensor, patch: list[int]) -> dict:
+    """Options of the kernels that take whole patches.
 
     One warp up to 512 padded values, then 16 values a thread, so a patch of 16 x 16 x 3 keeps two warps busy with
     16 pixels and 16 predictions each, all loads in flight before the first reduction.
@@ -182,24 +247,7 @@ def _launch(pred: Tensor, images: Tensor, patch: list[int], norm: int, kind: int
             f" rounded up to a power of two), got {channels} x {pt * ph * pw}"
         )
     rows = max(1, 512 // (c_pad * pix))
-    warps = max(1, min(32, rows * c_pad * pix // 512))
-    options = dict(
-        PT=pt,
-        PH=ph,
-        PW=pw,
-        C=channels,
-        C_PAD=c_pad,
-        PIX=pix,
-        NORM=norm,
-        SMOOTH_L1=kind == 1,
-        WIDE=images.numel() // max(1, images.shape[0]) > INT32,
-        ROWS=rows,
-        num_warps=warps,
-        **flags,
-        **OPTIONS,
-    )
-    scalars = (*images.shape[1:], float(beta), 1.0 / beta if beta else 0.0)
-    return scalars, rows, options
+    return {"C_PAD": c_pad, "PIX": pix, "ROWS": rows, "num_warps": max(1, min(32, rows * c_pad * pix // 512))}
 
 
 def patch_loss(
@@ -223,12 +271,13 @@ def patch_loss(
     loss = torch.empty((count,), dtype=torch.float32, device=device)
     groups = images.shape[1] if norm == NORM_VIDEOMAE else 1
     stats = torch.empty((count, groups, 2), dtype=torch.float32, device=device)
-    flags = {"PACKED": bool(packed), "CHANNELS_FIRST": bool(channels_first)}
-    scalars, rows, options = _launch(pred, images, patch, norm, kind, beta, **flags)
+    scalars, constants = _constants(images, patch, norm, kind, beta)
+    tile = _tile(images, patch)
+    order = {"PACKED": bool(packed), "CHANNELS_FIRST": bool(channels_first)}
     if count:
         with guard(pred):
-            patch_loss_fwd_kernel[(ceil_div(count, rows),)](
-                pred, images, index, loss, stats, count, *scalars, **options
+            patch_loss_fwd_kernel[(ceil_div(count, tile["ROWS"]),)](
+                pred, images, index, loss, stats, count, *scalars, **constants, **order, **tile
             )
     return loss, stats
 
@@ -257,12 +306,21 @@ def patch_loss_backward(
     grad_images = torch.empty(images.shape if need_images else (0,), dtype=images.dtype, device=pred.device)
     every = bool(need_images or not packed)
     count = slot.shape[0] if every else index.shape[0]
-    flags = {"PACKED": bool(packed), "CHANNELS_FIRST": bool(channels_first), "NEED_IMAGES": bool(need_images)}
-    scalars, rows, options = _launch(pred, images, patch, norm, kind, beta, EVERY_TOKEN=every, **flags)
-    if count:
-        with guard(pred):
-            patch_loss_bwd_kernel[(ceil_div(count, rows),)](
-                grad, pred, images, index, slot, stats, grad_pred, grad_images, count, *scalars, **options
+    scalars, constants = _constants(images, patch, norm, kind, beta)
+    given = (grad, pred, images, index, slot, stats, grad_pred)
+    if count == 0:
+        return grad_pred, grad_images
+    with guard(pred):
+        if need_images or channels_first:
+            tile = _tile(images, patch)
+            order = {"PACKED": bool(packed), "CHANNELS_FIRST": bool(channels_first), "NEED_IMAGES": bool(need_images)}
+            patch_loss_bwd_kernel[(ceil_div(count, tile["ROWS"]),)](
+                *given, grad_images, count, *scalars, EVERY_TOKEN=every, **constants, **order, **tile
+            )
+        else:
+            elements = count * pred.shape[-1]
+            patch_loss_bwd_flat_kernel[(ceil_div(elements, FLAT["BLOCK"]),)](
+                *given, elements, *scalars, EVERY_TOKEN=every, **constants, **FLAT
             )
     return grad_pred, grad_images
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import COPY, ceil_div, check_dtypes, guard, row_tile
+from ._common import COPY, ceil_div, check_count, check_dtypes, guard, row_tile
 
 OUTSIDE = tl.constexpr(-2)
 
@@ -134,6 +134,7 @@ def _flags(neighbours: Tensor, kernel, stride, padding) -> dict[str, int]:
 def _forward(x: Tensor, neighbours: Tensor, kernel, stride, padding, kind: str, include_pad: bool):
     check_dtypes(kind, x)
     cells, h, w, channels = x.shape
+    check_count(kind, "sites", cells * h * w)
     out_h, out_w = h // stride[0], w // stride[1]
     y = torch.empty((cells, out_h, out_w, channels), dtype=x.dtype, device=x.device)
     argmax = torch.empty(y.shape, dtype=torch.uint8, device=x.device) if kind == "max_pool_cells" else None
@@ -152,7 +153,8 @@ def _forward(x: Tensor, neighbours: Tensor, kernel, stride, padding, kind: str, 
 
 
 def _backward(grad: Tensor, argmax: Tensor | None, neighbours: Tensor, kernel, stride, padding, include_pad: bool):
-    check_dtypes("max_pool_cells_backward" if argmax is not None else "avg_pool_cells_backward", grad)
+    kind = "max_pool_cells_backward" if argmax is not None else "avg_pool_cells_backward"
+    check_dtypes(kind, grad)
     cells, out_h, out_w, channels = grad.shape
     h, w = out_h * stride[0], out_w * stride[1]
     grad_x = torch.empty((cells, h, w, channels), dtype=grad.dtype, device=grad.device)
@@ -160,6 +162,7 @@ def _backward(grad: Tensor, argmax: Tensor | None, neighbours: Tensor, kernel, s
         return grad_x
     window = _flags(neighbours, kernel, stride, padding)
     sites = cells * h * w
+    check_count(kind, "sites", sites)
     tile, block = row_tile(sites, channels, 4)
     counts = None
     with guard(grad):

@@ -392,7 +392,9 @@ def wide_cases(full: bool):
     args = patch, True, False, 1, 0, 1.0
     yield "wide", loss.patch_loss, (grad, meta(*video), slot, *args)
     stats = meta(8 * tokens, 1, 2)
-    yield "wide", loss.patch_loss_backward, (slot.float(), grad, meta(*video), slot, slot, stats, *args, True)
+    for images_too in (False, True):
+        yield "wide", loss.patch_loss_backward, (slot.float(), grad, meta(*video), slot, slot, stats, *args, images_too)
+    yield "wide", embed.place_tokens_backward, (packed, ints(batch * tokens), cu, 3, True, True, torch.float32)
 
 
 CASES = (

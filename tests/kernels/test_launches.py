@@ -77,6 +77,30 @@ def test_more_segments_than_a_grid_is_wide(launches):
     assert all(fits(grid) for _, grid, _ in launches)
 
 
+def test_more_than_32_bits_are_refused():
+    """Where a kernel counts in int32: an error, not a wrong number. See also `wide_cases`."""
+    from maefast.kernels import depthwise, implicit_conv, pool
+
+    x, table, taps = meta(2**25, 8, 8, 1), meta(2**25, 9), meta(9, 1)
+    window = (2, 2), (2, 2), (0, 0)
+    long, unit = meta(1, 1, 1, 2**16), ((1, 1), (1, 1), (0, 0), (1, 1))
+    for op, *args in (
+        (pool.max_pool_cells, x, table, *window),
+        (pool.avg_pool_cells_backward, meta(2**25, 4, 4, 1), table, *window, True),
+        (depthwise.depthwise, x, table, taps, None, False),
+        (depthwise.depthwise_grad_weight, x, x, table, 3),
+    ):
+        with pytest.raises(ValueError, match=f"{op.__name__}: .*at most 2\\^31 - 1 sites, got 2147483648"):
+            op(*args)
+    for op, *args in (
+        (implicit_conv.implicit_conv, long, meta(1, 1), meta(1, 2**16, 2**16), None, *unit),
+        (implicit_conv.implicit_conv_grad_x, long, meta(1, 1), meta(1, 2**16, 2**16), *unit),
+        (implicit_conv.implicit_conv_grad_weight, long, long, meta(1, 1), *unit),
+    ):
+        with pytest.raises(ValueError, match=f"{op.__name__}: .* elements of a weight, got 4294967296"):
+            op(*args)
+
+
 def test_float32_products_are_float32():
     """`tl.dot` rounds float32 to TF32 unless it is told otherwise."""
     for name in MODULES:
