@@ -1,0 +1,131 @@
+"""Models too small for kernels, as they are and accelerated: `accelerate` must not make them slower.
+
+    python -m bench.toys [--threads N] [--rounds N] [--json FILE]
+
+96 wide, 3 blocks, batch 4, 32 x 32 images in patches of 4: transformers' I-JEPA, ViT for masked image modelling, DINOv2,
+ViTMAE, and the structure of facebookresearch/mae. A step is forward and backward; each pair is timed in turn, and the
+ratio is that of the minima.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import maefast
+from bench import environment
+from bench.peers import dropin_vits
+from bench.worth import _seconds as seconds
+from bench.worth import settle_memory
+
+WIDTH, DEPTH, BATCH, SIDE, PATCH = 96, 3, 4, 32, 4
+SIZES = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 3}
+DECODER = {"decoder_embed_dim": WIDTH, "decoder_depth": 1, "decoder_num_heads": 3}
+HF = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 3,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+    "attn_implementation": "sdpa",
+}
+
+
+def _ijepa() -> nn.Module:
+    from transformers import IJepaConfig, IJepaModel
+
+    return IJepaModel(IJepaConfig(**HF, intermediate_size=4 * WIDTH))
+
+
+def _vit_mim() -> nn.Module:
+    from transformers import ViTConfig, ViTForMaskedImageModeling
+
+    return ViTForMaskedImageModeling(ViTConfig(**HF, intermediate_size=4 * WIDTH, encoder_stride=PATCH))
+
+
+def _dinov2() -> nn.Module:
+    from transformers import Dinov2Config, Dinov2Model
+
+    return Dinov2Model(Dinov2Config(**HF))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "HF I-JEPA": _ijepa,
+    "HF ViT for masked image modelling": _vit_mim,
+    "HF DINOv2": _dinov2,
+    "HF ViTMAE": partial(dropin_vits.hf_vitmae, {**SIZES, **DECODER}),
+    "mae (structure)": partial(dropin_vits.own_mae, {**SIZES, **DECODER}),
+}
+
+
+def _loss(out: object) -> Tensor:
+    found = getattr(out, "loss", None)
+    if found is None:
+        found = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", getattr(out, "logits", None))
+    return found.float().square().mean()
+
+
+def _step(model: nn.Module, images: Tensor, dtype: str) -> Callable[[], None]:
+    cast = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    mask = torch.zeros(BATCH, (SIDE // PATCH) ** 2, dtype=torch.bool)
+    mask[:, ::2] = True
+    given = {"bool_masked_pos": mask} if "MaskedImage" in type(model).__name__ else {}
+
+    def step() -> None:
+        with cast:
+            loss = _loss(model(images, **given))
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def compare(name: str, dtype: str, rounds: int) -> dict:
+    torch.manual_seed(0)
+    model = MODELS[name]().train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = maefast.accelerate(copy.deepcopy(model))
+    images = torch.randn(BATCH, 3, SIDE, SIDE)
+    steps = [_step(net, images, dtype) for net in (model, fast)]
+    best = [float("inf")] * 2
+    for _ in range(3):
+        for step in steps:
+            step()
+    for _ in range(rounds):
+        for i, step in enumerate(steps):
+            best[i] = min(best[i], seconds(step, 5))
+    return {"model": name, "dtype": dtype, "ms": [1e3 * t for t in best], "ratio": best[0] / best[1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settle_memory()
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        for name in MODELS:
+            found.append(compare(name, dtype, args.rounds))
+            plain, fast = found[-1]["ms"]
+            print(f"{dtype:9} {name:36} {plain:7.2f} ms as it is {fast:7.2f} ms accelerated {found[-1]['ratio']:5.2f}x")
+    if args.json:
+        record = {"environment": environment.describe("cpu"), "results": found}
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
