@@ -2,10 +2,10 @@
 
     python -m bench.names [--count 1000000 10000000] [--json FILE]
 
-Two ways to keep them: "tuple", of str, as before; "buffer", `maefast.train.images.Names`, one buffer with offsets. Each
-is measured in a fresh process, which sorts the names as a search does, forks one worker as a loader does, and lets it
-look at every name: its private memory then grows by what reference counts write to. Measured are also the fingerprint
-of the list and, once, a search of a real folder (`--files`).
+Two ways to keep them: "tuple", of str, as before; "buffer", `maefast.data.images.files.Names`, one buffer with offsets.
+Each is measured in a fresh process, which sorts the names as a search does, forks one worker as a loader does, and lets
+it look at every name: its private memory then grows by what reference counts write to. Measured are also the
+fingerprint of the list and, once, a search of a real folder (`--files`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from bench import environment
-from maefast.train.images import ImageSet, Names, find_images
+from maefast.data.images.files import ImageSet, Names, find_images
 
 WAYS = ("tuple", "buffer")
 

@@ -146,8 +146,8 @@ def pretrain(
     given = {name: value for name, value in ctx.params.items() if _was_given(ctx, name)}
 
     def run() -> None:
+        from .errors import ConfigError
         from .train.config import PretrainConfig, load_config, parse_model_args, parse_size
-        from .train.errors import ConfigError
 
         path = given.pop("config", None)
         options = load_config(path) if path else {}
@@ -292,7 +292,7 @@ def _was_given(ctx: typer.Context, name: str) -> bool:
 
 def _run(command: Any) -> Any:
     """Run a command; an expected failure becomes one message and exit status 1."""
-    from .train.errors import TrainError
+    from .errors import TrainError
 
     try:
         return command()

@@ -197,7 +197,7 @@ def test_wrong_usage_is_status_2():
 @pytest.mark.parametrize("package", ["accelerate", "PIL"])
 def test_missing_extras_are_named(package, monkeypatch, tmp_path):
     for name in list(sys.modules):
-        if name.startswith("maefast.train."):
+        if name.startswith(("maefast.train.", "maefast.data.")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     result = run("pretrain", "--data", tmp_path)

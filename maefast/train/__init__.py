@@ -1,7 +1,8 @@
 """The training layer behind `maefast pretrain | reconstruct | export`. Needs `pip install "maefast[train]"`."""
 
+from maefast.errors import BadImage, CheckpointError, ConfigError, NonFiniteLoss, TrainError
+
 from .config import PretrainConfig
-from .errors import BadImage, CheckpointError, ConfigError, NonFiniteLoss, TrainError
 
 __all__ = [
     "BadImage",

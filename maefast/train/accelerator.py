@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from maefast.errors import ConfigError, need
+
 from .config import PretrainConfig
-from .errors import ConfigError, need
 
 try:
     from accelerate import Accelerator, DistributedDataParallelKwargs

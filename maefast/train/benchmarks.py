@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import TrainError
+from maefast.errors import TrainError
 
 
 def bench_folder() -> Path:

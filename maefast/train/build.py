@@ -1,87 +1,21 @@
-"""Building the model that a configuration, or a file, asks for."""
+"""Building the recipe that a configuration asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
-from maefast.masking import keep_count
+from maefast.recipe import Recipe
+from maefast.recipes.masked_images import MaskedImages
 
 from .config import PretrainConfig
-from .errors import ConfigError
+from .image_models import build_model, mask_ratio_of
 
 
-def build_model(config: PretrainConfig, create: Callable[..., nn.Module] | None = None) -> nn.Module:
-    """The model a configuration asks for, freshly initialised from torch's global generator."""
-    arguments = dict(config.model_args)
-    if config.img_size is not None:
-        arguments["img_size"] = config.img_size
-    known = _argument_names(config.model) if create is None else None
-    if known is None:  # a model of the user's own: its default, unless asked
-        if config.norm_pix is not None:
-            arguments.setdefault("norm_pix_loss", config.norm_pix)
-    elif "norm_pix_loss" in known:
-        arguments.setdefault("norm_pix_loss", config.norm_pix is not False)
-    elif config.norm_pix is False:
-        raise ConfigError(f"the model {config.model!r} has no --no-norm-pix: {ALWAYS_NORMAL}")
-    if config.patch_size is not None:
-        if known is not None and "patch_size" not in known:
-            raise ConfigError(
-                f"the model {config.model!r} has no --patch-size: it masks cells as large as the downsampling of its "
-                "encoder, 32 x 32 pixels; leave the option out"
-            )
-        arguments["patch_size"] = config.patch_size
-    model = create_model(config.model, arguments, create)
-    check_mask(model, mask_ratio_of(model, config.mask_ratio))
-    if config.recompute:
-        if not hasattr(model, "recompute"):
-            raise ConfigError(f"the model {config.model!r} has no --recompute: only the mae_* models have it")
-        model.recompute = True
-    return model
-
-
-ALWAYS_NORMAL = "SparK's targets are always normalised cell by cell"
-
-
-def _argument_names(name: str) -> list[str]:
-    from maefast.models import argument_names
-
-    try:
-        return argument_names(name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def mask_ratio_of(model: nn.Module, mask_ratio: float | None) -> float:
-    """`mask_ratio`, or for None the usual one of the model: 0.75 for MAE, 0.6 for SparK and FCMAE."""
-    return getattr(model, "usual_mask_ratio", 0.75) if mask_ratio is None else mask_ratio
-
-
-def check_mask(model: nn.Module, mask_ratio: float) -> None:
-    """Raise ConfigError unless `mask_ratio` masks some patches of the model and leaves some visible."""
-    patches, visible = model.num_patches, -1
-    if 0 <= mask_ratio <= 1:
-        visible = keep_count(patches, mask_ratio, getattr(model, "keep_rule", "floor"))
-    if not 0 < visible < patches:
-        few = "; a larger --img-size has more of them" if patches < 16 else ""
-        raise ConfigError(f"--mask-ratio {mask_ratio} leaves {max(visible, 0)} of {patches} patches visible{few}")
-
-
-def create_model(name: str, arguments: dict[str, Any], create: Callable[..., nn.Module] | None = None) -> nn.Module:
-    """`maefast.models.create`, with its complaints turned into ConfigError."""
-    if create is None:
-        from maefast.models import create
-    try:
-        return create(name, **arguments)
-    except (TypeError, ValueError, KeyError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise ConfigError(f"the model {name!r} with {arguments} cannot be built: {text}") from error
-
-
-def image_shape(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images a model takes."""
-    size, channels = model.img_size, model.in_chans
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return int(channels), int(height), int(width)
+def build_recipe(config: PretrainConfig, create: Callable[..., nn.Module] | None = None) -> Recipe:
+    """Freshly initialised from torch's global generator. `create` may return a recipe, or a model of images."""
+    made = build_model(config, create)
+    if isinstance(made, Recipe):
+        return made
+    return MaskedImages(made, mask_ratio_of(made, config.mask_ratio), raw=config.picture == "raw")

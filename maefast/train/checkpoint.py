@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .errors import CheckpointError
-
-FORMAT = 1
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-_STEP = re.compile(r"step-(\d{8,})$")
-_WRITING, _REMOVING = ".writing-", ".removing-"
+from maefast.data.runs import FORMAT, MODEL, OPTIMIZER, REMOVING, STATE, WRITING, complaint, listing
+from maefast.data.runs import latest as latest  # with the writing of them, for who resumes
+from maefast.errors import CheckpointError
 
 
 @dataclass
@@ -49,7 +45,7 @@ def save(folder: Path, state: State, model: nn.Module, optimizer: torch.optim.Op
     """Write `folder/step-…` atomically, then remove all but the newest `keep` complete ones. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step:08d}"
-    temporary = folder / f"{_WRITING}{final.name}-{os.getpid()}"
+    temporary = folder / f"{WRITING}{final.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -84,7 +80,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     good = [path for path in older if complaint(path) is None]
     for path in older[: older.index(good[-keep])] if len(good) > keep else []:
         # First renamed: a kill in mid-removal must not leave half a checkpoint under a final name.
-        doomed = folder / f"{_REMOVING}{path.name}-{os.getpid()}"
+        doomed = folder / f"{REMOVING}{path.name}-{os.getpid()}"
         os.rename(path, doomed)
         shutil.rmtree(doomed)
 
@@ -98,57 +94,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def listing(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every folder with a checkpoint's name, oldest first. Nothing is checked."""
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.match(path.name)) and path.is_dir()]
-    return sorted(found)
-
-
-def complaint(path: Path) -> str | None:
-    """Why the checkpoint at `path` is not usable, or None when it is complete."""
-    try:
-        document = json.loads((path / STATE).read_text())
-        sizes = document["files"]
-        if document["format"] != FORMAT:
-            return f"format {document['format']}, this version reads {FORMAT}"
-    except FileNotFoundError:
-        return f"{STATE} is missing"
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        return f"{STATE} cannot be read ({type(error).__name__}: {error})"
-    for name, size in sizes.items():
-        try:
-            found = (path / name).stat().st_size
-        except OSError:
-            return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}"
-    return None
-
-
-def latest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint in `folder` (None if there is none) and notes on what was passed over."""
-    notes = []
-    if folder.is_dir():
-        notes += [
-            f"ignoring {path}: half-written when an earlier run was stopped"
-            for path in sorted(folder.iterdir())
-            if path.name.startswith(_WRITING)
-        ]
-    for _, path in reversed(listing(folder)):
-        problem = complaint(path)
-        if problem is None:
-            return path, notes
-        notes.append(f"ignoring {path}: {problem}")
-    return None, notes
-
-
 def clean(folder: Path) -> None:
     """Remove half-written leftovers of earlier runs. Call only while no other process writes there."""
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.name.startswith((_WRITING, _REMOVING)):
+            if path.name.startswith((WRITING, REMOVING)):
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, need
+from maefast.data.images.options import parse_value_range
+from maefast.errors import ConfigError, need
 
 
 @dataclass
@@ -242,27 +243,6 @@ def default_workers() -> int:
 
 PICTURES = ("restored", "raw")
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str}
-
-
-def parse_value_range(value: Any) -> str | tuple[float, float] | None:
-    """None for "auto", (low, high) for numbers, and "1%,99%" as it is.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    if value is None or value == "auto":
-        return None
-    try:
-        parts = [str(part).strip() for part in (value.split(",") if isinstance(value, str) else value)]
-        low, high = (float(part.removesuffix("%")) for part in parts)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"--value-range wants LOW,HIGH or LOW%,HIGH% or auto, not {value!r}") from error
-    percent = {part.endswith("%") for part in parts}
-    if not (math.isfinite(low) and math.isfinite(high) and low < high) or len(percent) > 1:
-        raise ConfigError(f"--value-range needs LOW < HIGH, both numbers or both percentiles, not {value!r}")
-    if percent == {True} and not 0 <= low < high <= 100:
-        raise ConfigError(f"--value-range: percentiles lie between 0% and 100%, not {value!r}")
-    return ",".join(parts) if percent == {True} else (low, high)
 
 
 def _flag(name: str) -> str:

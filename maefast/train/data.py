@@ -1,132 +1,26 @@
-"""The training data: augmentation, decoded-image cache, and a loader that can start at any step."""
+"""A loader that can start at any step of a run."""
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from . import seeds
-from .errors import SKIP_BAD, BadImage, TrainError
-from .images import ImageSet
-from .pixels import Decoder, Image, crop, to_array
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as MAE uses
-GREY_MEAN, GREY_STD = (0.449,), (0.226,)
-
-# Bicubic resizing first shrinks by an integer factor while more than this many times too large. At 3 the
-# result cannot be told from a full bicubic filter and large photographs cost a fraction of the time.
-REDUCING_GAP = 3.0
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Random-resized-crop (bicubic) and horizontal flip, the only augmentation MAE uses.
-
-    `size` is (height, width). A crop covers `scale` of the image's area; its aspect ratio, relative to that of
-    `size`, lies in `ratio` (drawn uniformly in the logarithm). If no such box fits in ten draws, the largest centred
-    box with a permitted aspect ratio is taken. A crop smaller than `size` is enlarged.
-    """
-
-    size: tuple[int, int]
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-
-    def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) of a crop of an image of width x height pixels."""
-        shape = self.size[1] / self.size[0]
-        low, high = (math.log(r * shape) for r in self.ratio)
-        for _ in range(10):
-            area = width * height * rng.uniform(*self.scale)
-            aspect = math.exp(rng.uniform(low, high))
-            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
-                return left, top, left + w, top + h
-        aspect = min(max(width / height, math.exp(low)), math.exp(high))
-        w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
-        left, top = (width - w) // 2, (height - h) // 2
-        return left, top, left + w, top + h
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        box = self.box(image.width, image.height, rng)
-        size = (self.size[1], self.size[0])
-        # Cut first: with resize(box=...) the filter would also see pixels outside of the box.
-        image = crop(image, box).resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.flip else image
-
-
-class TrainImages(Dataset):
-    """Samples addressed by (position in the run, epoch, image index).
-
-    A sample is (uint8 or uint16 [C, H, W], mask noise float32 [patches], bad), where `bad` lists the files that could
-    not be read as (path, reason). With `skip_bad` the next readable image in the list stands in for a bad one.
-    Errors travel as data because an exception raised in a worker loses its type and its clean message.
-    """
-
-    def __init__(
-        self,
-        images: ImageSet,
-        augment: Augment,
-        decoder: Decoder,
-        *,
-        patches: int,
-        seed: int,
-        skip_bad: bool,
-        cache: int,
-    ):
-        self.images, self.augment, self.patches, self.seed = images, augment, patches, seed
-        self.decoder, self.skip_bad = decoder, skip_bad
-        self.cache_bytes = cache
-        self._cache: dict[int, Image.Image] = {}
-        self._cached = 0
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, where: tuple[int, int, int]):
-        position, epoch, index = where
-        image, bad = self._readable(index)
-        rng = seeds.generator(self.seed, seeds.AUGMENT, epoch, index)
-        pixels = None
-        if image is not None:
-            pixels = to_array(self.augment(image, rng), self.decoder.channels, self.decoder.bits)
-        return pixels, seeds.mask_noise(self.seed, position, self.patches), bad
-
-    def _readable(self, index: int) -> tuple[Image.Image | None, list[tuple[str, str]]]:
-        bad = []
-        for offset in range(len(self.images) if self.skip_bad else 1):
-            try:
-                return self._decode((index + offset) % len(self.images)), bad
-            except BadImage as error:
-                bad.append((str(error.path), error.reason))
-        return None, bad
-
-    def _decode(self, index: int) -> Image.Image:
-        image = self._cache.get(index)
-        if image is None:
-            image = self.decoder(self.images.path(index))
-            size = image.width * image.height * (1 if image.mode == "L" else 4)  # PIL keeps RGB in 32 bits
-            # Fill up, never evict: with a fresh permutation each epoch any evicting cache would only churn.
-            if self._cached + size <= self.cache_bytes:
-                self._cache[index] = image
-                self._cached += size
-        return image
+from maefast import seeds
+from maefast.data.source import Samples
+from maefast.errors import TrainError
+from maefast.recipe import Batch
 
 
 class Positions(Sampler):
     """Batches of (position, epoch, index) for one process, from any position of the run on.
 
-    The run reads one endless stream of positions; position p is image permutation(epoch)[p mod n] of epoch p div n.
+    The run reads one endless stream of positions; position p is sample permutation(epoch)[p mod n] of epoch p div n.
     Micro-batch k takes the next batch x processes positions, rank r the r-th slice of `batch` of them, so all
     processes together see what one process with their joint batch would.
     """
@@ -151,27 +45,6 @@ class Positions(Sampler):
             yield batch
 
 
-@dataclass
-class Batch:
-    """images uint8 or uint16 [B, C, H, W]; noise float32 [B, patches]; bad: (path, reason) of unreadable files met."""
-
-    images: torch.Tensor
-    noise: torch.Tensor
-    bad: list[tuple[str, str]]
-
-    def pin_memory(self) -> Batch:
-        return Batch(self.images.pin_memory(), self.noise.pin_memory(), self.bad)
-
-
-def collate(samples: list) -> Batch:
-    bad = [entry for sample in samples for entry in sample[2]]
-    pixels = [sample[0] for sample in samples]
-    if any(p is None for p in pixels):
-        return Batch(torch.empty(0), torch.empty(0), bad)
-    noise = np.stack([sample[1] for sample in samples])
-    return Batch(torch.from_numpy(np.stack(pixels)), torch.from_numpy(noise), bad)
-
-
 _GRACE = 60  # seconds that a worker goes on after SIGTERM, while the main process finishes its step and saves
 
 
@@ -186,12 +59,12 @@ def _worker_init(_: int) -> None:
 
 
 class Loader:
-    """Iterates `Batch`es, measures the time spent waiting for them, and collects the unreadable files.
+    """Iterates `Batch`es, measures the time spent waiting for them, and collects what cannot be read.
 
-    Without --skip-bad an unreadable file raises BadImage.
+    A batch that has a hole for that raises what the samples say, see `Samples.failure`.
     """
 
-    def __init__(self, dataset: TrainImages, positions: Positions, *, workers: int, pin: bool):
+    def __init__(self, dataset: Samples, positions: Positions, *, workers: int, pin: bool):
         self.dataset = dataset
         self.bad: dict[str, str] = {}
         self.waited = 0.0
@@ -199,7 +72,7 @@ class Loader:
             dataset,
             batch_sampler=positions,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=dataset.collate,
             pin_memory=pin,
             worker_init_fn=_worker_init,
             prefetch_factor=4 if workers else None,
@@ -229,33 +102,16 @@ class Loader:
     def next(self) -> Batch:
         began = time.perf_counter()
         try:
-            batch = next(self._iterator)
+            batch, bad = next(self._iterator)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise TrainError(
-                f"a process that loads images was lost, killed for its memory perhaps (fewer --workers, a smaller "
-                f"--cache-mb): {error}"
+                f"a process that loads {self.dataset.unit}s was lost, killed for its memory perhaps (fewer --workers, "
+                f"a smaller --cache-mb): {error}"
             ) from error
         self.waited += time.perf_counter() - began
-        self.bad.update(batch.bad)
-        if not len(batch.images):
-            path, reason = batch.bad[0]
-            if self.dataset.skip_bad:
-                raise TrainError(f"none of the {len(self.dataset)} images can be read; the first: {path}: {reason}")
-            raise BadImage(path, reason, SKIP_BAD)
+        self.bad.update(bad)
+        if batch is None:
+            raise self.dataset.failure(bad)
         return batch
-
-
-def normaliser(channels: int, device: torch.device | str = "cpu"):
-    """(mean, std) as float32 [C, 1, 1] on the 0..1 scale, for colour or grey images."""
-    if channels not in (1, 3):
-        raise TrainError(f"image files give 1 or 3 channels; the model wants {channels}")
-    mean, std = (MEAN, STD) if channels == 3 else (GREY_MEAN, GREY_STD)
-    return tuple(torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
-
-
-def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """uint8 or uint16 [B, C, H, W] -> float32, (images / 255 - mean) / std; 65535 for sixteen bits."""
-    white = 65535 if images.dtype is torch.uint16 else 255
-    return images.to(torch.float32).div_(white).sub_(mean).div_(std)

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from maefast.data.images.batch import MEAN, STD
+from maefast.data.images.files import ImageSet, Names
+from maefast.data.images.pixels import Decoder
+from maefast.data.images.value_range import settle
+from maefast.errors import BadImage, ConfigError
 from maefast.models.convert import encoder_state, mae_to_hf
 from maefast.models.convnames import FCMAE, convnext_to_timm, fcmae_to_sparse
 from maefast.models.hf_config import config_of
+from maefast.recipes.masked_images import image_shape
 
 from . import checkpoint
-from .build import check_mask, image_shape, mask_ratio_of
-from .data import MEAN, STD
-from .errors import BadImage, ConfigError
-from .images import ImageSet, Names
+from .image_models import check_mask, mask_ratio_of
 from .infer import check_vit, infer_arguments, make_model, sides_of, unusual_heads
-from .pixels import Decoder
-from .value_range import settle
 from .weights import Weights, open_weights
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -149,7 +150,7 @@ def reconstruct_files(
 
     `value_range`, `max_pixels`: see PretrainConfig; by default as in the run, if `path` is one.
     """
-    from . import pictures
+    from maefast.data.images import pictures
 
     pictures.picture_format(output)  # before anything is computed
     weights = open_weights(path, ema)

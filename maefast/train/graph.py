@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from maefast.errors import ConfigError, TrainError
 from maefast.graphs import GraphCaptureError, GraphedStep, graphed_step
+from maefast.recipe import Output, View
 
 from .config import PretrainConfig
-from .data import Batch
-from .errors import ConfigError, TrainError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,23 +45,32 @@ class GraphSteps:
         self.config = config
         self.wanted = config.graph == "on" or (config.graph == "auto" and not own_model)
         self.step: GraphedStep | None = None
+        self._kinds: Any = None
         if self.wanted and (reason := problem(config, accelerator)) is not None:
             self._cannot(reason)
 
-    def prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def prepare(self, recipe: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """`recipe`: View -> Output."""
+
+        def output(taken: dict) -> Output:
+            return recipe(put_together(self._kinds, taken))
+
         if self.wanted:
+            options = {"clip": self.config.clip, "accumulate": self.config.accum}
             try:
-                self.step = graphed_step(objective, optimizer, clip=self.config.clip, accumulate=self.config.accum)
+                self.step = graphed_step(recipe, optimizer, loss=output, **options)
             except (TypeError, ValueError) as error:
                 self._cannot(str(error))
 
     def __call__(
-        self, batches: list[Batch], say: Callable[[str], None]
+        self, views: Iterable[View], say: Callable[[str], None]
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """(loss, norm of the gradient) after a step on the micro-batches; None, with nothing done, without a graph."""
         if self.step is None:
             return None
-        inputs = [(batch.images, batch.noise) for batch in batches]
+        views = list(views)
+        self._kinds = kinds(views[0])
+        inputs = [(take_apart(view),) for view in views]
         try:
             return self.step(*inputs[0] if len(inputs) == 1 else inputs), self.step.grad_norm
         except GraphCaptureError as error:
@@ -75,3 +85,36 @@ class GraphSteps:
         if self.config.graph == "on":
             raise ConfigError(f"--graph on: the step cannot be a CUDA graph: {reason}")
         self.wanted = False
+
+
+def take_apart(value: Any) -> Any:
+    """A view as what a graphed step takes: each dataclass in it, such as a plan, as the dict of its fields."""
+    if is_dataclass(value):
+        return {entry.name: take_apart(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, dict):
+        return {key: take_apart(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(take_apart(inner) for inner in value)
+    return value
+
+
+def kinds(value: Any) -> Any:
+    """What `take_apart` leaves out: the types, without the tensors."""
+    if is_dataclass(value):
+        return type(value), {entry.name: kinds(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, dict):
+        return dict, {key: kinds(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value), [kinds(inner) for inner in value]
+    return None
+
+
+def put_together(kind: Any, taken: Any) -> Any:
+    """The inverse of `take_apart`."""
+    if kind is None:
+        return taken
+    made, inner = kind
+    if isinstance(inner, dict):
+        return made(**{name: put_together(inner[name], taken[name]) for name in inner})
+    parts = [put_together(*both) for both in zip(inner, taken, strict=True)]
+    return made(*parts) if hasattr(made, "_fields") else made(parts)

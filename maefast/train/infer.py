@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maefast.errors import CheckpointError, ConfigError
 from maefast.models import argument_names, convnext, resnet
 from maefast.models.convert import encoder_state
 from maefast.models.fit import file_grid, fit_state
 from maefast.models.spark import ENCODERS
 
-from .build import ALWAYS_NORMAL, create_model
-from .errors import CheckpointError, ConfigError
+from .image_models import ALWAYS_NORMAL, create_model
 from .weights import Weights
 
 # Attention heads by width: they leave no trace in the shapes. The encoders are the published sizes.

@@ -1,14 +1,15 @@
-"""`maefast pretrain`: the loop. Thin on purpose: Accelerate places and scales, the model computes, this file counts.
+"""`maefast pretrain`: the loop. Thin on purpose: Accelerate places and scales, the recipe computes, this file counts.
 
-Nothing here keeps state that a checkpoint does not hold: samples, crops, masks and the learning rate are functions
-of the step (see seeds.py and schedule.py), so a resumed run goes on as if it had never stopped.
+Of what is learned it sees `prepare -> View -> Output` only (see `maefast.recipe`), of the data a `Source`. Nothing here
+keeps state that a checkpoint does not hold: samples, what recipes draw and the learning rate are functions of the step
+(see `maefast.seeds` and schedule.py), so a resumed run goes on as if it had never stopped.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,20 +17,19 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from . import checkpoint, pictures, schedule, seeds
+from maefast import seeds
+from maefast.errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError
+from maefast.recipe import Batch, Progress, View
+
+from . import checkpoint, metrics, schedule
 from .accelerator import Processes, make_accelerator
-from .build import build_model, image_shape, mask_ratio_of
-from .config import PretrainConfig, parse_value_range
-from .data import Augment, Batch, Loader, Positions, TrainImages
-from .errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError
+from .build import build_recipe
+from .config import PretrainConfig
+from .data import Loader, Positions
 from .graph import GraphSteps
-from .images import find_images
-from .metrics import MetricsFile, Progress, Row, open_tensorboard, read_rows, save_loss_curve
-from .objective import Objective
-from .pixels import Decoder
+from .metrics import MetricsFile, Row, open_tensorboard, read_rows, save_loss_curve
 from .resume import choose_checkpoint, compare
 from .signals import StopSignal
-from .value_range import settle
 from .weights import load_pretrained
 
 
@@ -57,12 +57,13 @@ class Pending:
 
 
 def pretrain(config: PretrainConfig, *, create_model: Callable[..., nn.Module] | None = None) -> Result:
-    """Train a masked autoencoder as `config` says. Everything it leaves is under `config.output_dir`:
+    """Train a masked model as `config` says. Everything it leaves is under `config.output_dir`:
 
         config.yaml, metrics.csv, tensorboard/, pictures/step-*.png, checkpoints/step-*/,
         and at the end reconstruction.png and loss_curve.png
 
-    `create_model(name, **arguments)` replaces `maefast.models.create`, for a model of your own with its interface.
+    `create_model(name, **arguments)` replaces `maefast.models.create`, for a model of your own with its interface, or a
+    `maefast.recipe.Recipe`.
 
     Raises:
         TrainError: bad options, unreadable data, unusable checkpoint, non-finite loss; each says what to do.
@@ -82,29 +83,20 @@ class Run:
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
         self.device = self.accelerator.device
         self.graph = GraphSteps(config, self.accelerator, own_model=create_model is not None)
-        self.images = find_images(config.data, config.output_dir)
         torch.manual_seed(config.seed)
-        self.model = build_model(config, create_model)
-        # What was left to the model is written down as what it came to.
-        norm_pix = getattr(self.model, "norm_pix_loss", config.norm_pix)
-        self.config = replace(config, mask_ratio=mask_ratio_of(self.model, config.mask_ratio), norm_pix=norm_pix)
+        self.recipe = build_recipe(config, create_model)
+        self.model = self.recipe.network
         self.model_config = getattr(self.model, "config", None) or {}  # a SparK around your own net has none
-        self.channels, *self.size = image_shape(self.model)
-        self.decoder = Decoder(self.channels, bits=config.pixel_bits)
-        if config.max_pixels is not None:
-            self.decoder = replace(self.decoder, max_pixels=config.max_pixels)
-        self.decoder, self._notes = settle(self.images, self.decoder, config.value_range)
-        wanted = parse_value_range(config.value_range)
-        self._percentiles = wanted if isinstance(wanted, str) else None
-        if self.decoder.value_range is not None:  # percentiles as the numbers that they came to
-            self.config = replace(self.config, value_range=list(self.decoder.value_range))
-        self.batch_images = config.batch_size * config.accum * self.world
-        self.total = config.steps or max(1, -(-int(config.epochs * len(self.images)) // self.batch_images))
+        self.source = self.recipe.wants.open(config)
+        # What was left to the recipe and the data is written down as what it came to.
+        self.config = replace(config, **self.recipe.settled, **self.source.settled)
+        self.step_samples = config.batch_size * config.accum * self.world
+        self.total = config.steps or max(1, -(-int(config.epochs * len(self.source)) // self.step_samples))
         self.folder = self.out / "checkpoints"
         self.last: Path | None = None
         self.done = self.position = self._saved = 0
         self.loss: float | None = None
-        self.metrics = self.tensorboard = self.progress = self.loader = None
+        self.metrics = self.tensorboard = self.progress = self.loader = self.examples = None
         self._pending: list[Pending] = []
         self._batches: list[Batch] = []
         self._failed: Exception | None = None
@@ -117,31 +109,21 @@ class Run:
         path, notes = choose_checkpoint(self.accelerator, config.resume, self.out)
         if path is None and config.init_from:
             load_pretrained(self.model, config.init_from, self._say, ema=config.init_ema, exact=config.init_exact)
-        objective = Objective(self.model, config.mask_ratio, self.channels).to(self.device)
+        self.recipe.to(self.device)
         self.optimizer = schedule.make_optimizer(self.model, config.weight_decay)
-        self.objective, self.stepper = self.accelerator.prepare(objective, self.optimizer)
-        for note in (*self.images.notes, *self._notes, *notes):
+        self.objective, self.stepper = self.accelerator.prepare(self.recipe, self.optimizer)
+        for note in (*self.source.notes, *notes):
             self._say(note)
         if path is not None:
             self._resume(path)
             config = self.config
-        peak = config.lr if config.lr is not None else schedule.peak_lr(config.blr, self.batch_images)
+        peak = config.lr if config.lr is not None else schedule.peak_lr(config.blr, self.step_samples)
         warmup = schedule.warmup_steps(config.warmup, self.total)
         if config.min_lr > peak:
             raise ConfigError(f"--min-lr {config.min_lr} is above the peak learning rate {peak:.3g}")
         self.lr = schedule.Schedule(peak, self.total, warmup, config.min_lr)
-        patches = self.model.num_patches
-        dataset = TrainImages(
-            self.images,
-            Augment(tuple(self.size), config.crop_scale, config.crop_ratio, config.flip),
-            self.decoder,
-            patches=patches,
-            seed=config.seed,
-            skip_bad=config.skip_bad,
-            cache=config.cache_mb * 2**20 // max(1, config.workers),
-        )
         positions = Positions(
-            len(self.images),
+            len(self.source),
             config.seed,
             batch=config.batch_size,
             rank=self.accelerator.process_index,
@@ -149,47 +131,37 @@ class Run:
             start=self.position,
             micro_batches=(self.total - self.done) * config.accum,
         )
-        self.loader = Loader(dataset, positions, workers=config.workers, pin=self.device.type == "cuda")
-        self.examples = None
+        samples, pin = self.source.samples(), self.device.type == "cuda"
+        self.loader = Loader(samples, positions, workers=config.workers, pin=pin)
         if self.main and config.picture_rows:
-            self.examples = pictures.pick_examples(
-                self.images,
-                config.picture_rows,
-                self.size,
-                self.decoder,
-                patches,
-                config.seed,
-                skip_bad=config.skip_bad,
-            )
+            self.examples = self.source.examples(config.picture_rows)
         self.graph.prepare(self.objective, self.optimizer)
         if self.main:
             checkpoint.clean(self.folder)
             self.out.mkdir(parents=True, exist_ok=True)
-            facts = {"peak_lr": peak, "images": len(self.images), "images_per_step": self.batch_images}
+            units = f"{self.source.unit}s"
+            facts = {"peak_lr": peak, units: len(self.source), f"{units}_per_step": self.step_samples}
             config.dump(self.out / "config.yaml", steps=self.total, warmup_steps=warmup, **facts)
             self.metrics = MetricsFile(self.out / "metrics.csv", self.done)
             if config.tensorboard:
                 self.tensorboard = open_tensorboard(self.out / "tensorboard", self.done)
-        self.progress = Progress(self.total, self.done, self.main)
+        self.progress = metrics.Progress(self.total, self.done, self.main)
         if self.main and config.tensorboard and self.tensorboard is None:
             self._say('tensorboard is not installed (pip install "maefast[train]"); metrics.csv has the same numbers')
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._say(
-            f"{config.model}: {trained / 1e6:.2f} M parameters; {len(self.images)} images of {self.images.source}; "
-            f"steps {self.done} to {self.total} of {self.batch_images} images; peak lr {peak:.3g}; "
+            f"{config.model}: {trained / 1e6:.2f} M parameters; {len(self.source)} {self.source.unit}s of "
+            f"{self.source.name}; steps {self.done} to {self.total} of {self.step_samples} {self.source.unit}s; "
+            f"peak lr {peak:.3g}; "
             f"{self.world} x {self.device.type}, amp {config.amp}{', as a CUDA graph' if self.graph.step else ''}; "
             f"into {self.out}"
         )
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
-        asked = state.extra.get("percentiles")
-        if asked is not None and asked == self._percentiles:  # the numbers are kept, also when the data have grown
-            kept = tuple(state.config["value_range"])
-            self.decoder = replace(self.decoder, value_range=kept)
-            self.config = replace(self.config, value_range=list(kept))
-        now = self.config, self.model_config, self.images, self.total, self.decoder.scale, self.world
-        for line in compare(state, *now):
+        self.source.resume(state.config, state.extra)
+        self.config = replace(self.config, **self.source.settled)
+        for line in compare(state, self.config, self.model_config, self.source, self.total, self.world):
             self._say(line)
         checkpoint.restore(path, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
@@ -264,19 +236,31 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(seeds.torch_seed(config.seed, step, self.accelerator.process_index))
-        loss, norm = self.graph(self._batches, self._say) or self._plain_step()
+        loss, norm = self.graph(self._views(), self._say) or self._plain_step()
         self.done += 1
-        self.position += self.batch_images
-        epoch = self.position / len(self.images)
-        self._pending.append(Pending(self.done, epoch, rate, loss, norm))
+        self.position += self.step_samples
+        progress = self._progress()
+        with torch.no_grad():
+            self.recipe.after_step(progress)
+        self._pending.append(Pending(self.done, progress.epoch, rate, loss, norm))
+
+    def _progress(self) -> Progress:
+        return Progress(self.done, self.total, self.position / len(self.source))
+
+    def _views(self) -> Iterator[View]:
+        """The micro-batches of the step, each prepared when its turn comes."""
+        return (self._prepared(batch, seeds.MASK) for batch in self._batches)
+
+    @torch.no_grad()
+    def _prepared(self, batch: Batch, purpose: int) -> View:
+        draw = seeds.Draw(self.config.seed, batch.key, purpose)
+        return self.recipe.prepare(batch.to(self.device), draw, self._progress())
 
     def _plain_step(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         config, total, norm = self.config, None, None
-        for batch in self._batches:
-            images = batch.images.to(self.device, non_blocking=True)
-            noise = batch.noise.to(self.device, non_blocking=True)
+        for view in self._views():
             with self.accelerator.accumulate(self.objective):
-                loss = self.objective(images, noise)
+                loss = self.objective(view).loss
                 self.accelerator.backward(loss)
                 if config.clip is not None and self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -298,7 +282,7 @@ class Run:
         if pending[0].grad_norm is not None:  # with clipping all have one
             norms = torch.stack([entry.grad_norm.double() for entry in pending]).tolist()
         seconds = time.perf_counter() - self._clock
-        speed = len(pending) * self.batch_images / seconds
+        speed = len(pending) * self.step_samples / seconds
         wait = min(1.0, self.loader.waited / seconds)
         rows = [
             Row(entry.step, entry.epoch, loss, entry.lr, norm, speed, wait)
@@ -342,11 +326,8 @@ class Run:
                 scaler=scaler.state_dict() if scaler is not None else None,
                 extra={
                     "total": self.total,
-                    "images": len(self.images),
-                    "fingerprint": self.images.fingerprint(),
                     "processes": self.world,
-                    "scale": self.decoder.scale,
-                    "percentiles": self._percentiles,
+                    **self.source.record(),
                     "torch": torch.__version__,
                 },
             )
@@ -360,18 +341,22 @@ class Run:
         self._saved = self.done
         self.accelerator.wait_for_everyone()
 
+    @torch.no_grad()
     def _picture(self, path: Path) -> None:
         if self.examples is None:
             return
-        raw = self.config.picture == "raw"
-        columns = pictures.reconstruct(self.model, self.examples, self.config.mask_ratio, self.device, raw)
-        title = f"{self.config.model}, step {self.done}, {self.config.mask_ratio:.0%} masked"
-        if how := pictures.note(self.model, raw):
-            title += f"\n{how}"
-        pictures.save_picture(columns, self.examples.names, path, title)
+        batch, names = self.examples
+        training = self.recipe.training
+        self.recipe.eval()
+        try:
+            picture = self.recipe.picture(self._prepared(batch, seeds.PICTURE), names)
+        finally:
+            self.recipe.train(training)
+        if picture is None:
+            return
+        picture.save(path, f"{self.config.model}, step {self.done}, {picture.caption}")
         if self.tensorboard is not None:
-            pictures_row = torch.cat([torch.cat(list(column), 1) for column in columns], 2)
-            self.tensorboard.add_image("reconstruction", pictures_row, self.done)
+            self.tensorboard.add_image("reconstruction", picture.pixels(), self.done)
 
     def _finish(self, stopped: str | None) -> Result:
         bad = self._gather_bad()
@@ -382,9 +367,9 @@ class Run:
             self._picture(self.out / "reconstruction.png")
             save_loss_curve(self.out / "metrics.csv", self.out / "loss_curve.png")
             for path, reason in list(bad.items())[:20]:
-                self._say(f"skipped unreadable image {path}: {reason}")
+                self._say(f"skipped unreadable {self.source.unit} {path}: {reason}")
             if bad:
-                self._say(f"{len(bad)} unreadable image(s) met and skipped")
+                self._say(f"{len(bad)} unreadable {self.source.unit}(s) met and skipped")
             if stopped:
                 self._say(
                     f"stopped by {stopped} after step {self.done} of {self.total}; saved {self.last}; "

@@ -9,8 +9,9 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from maefast.data.runs import SOFTWARE
+
 from .checkpoint import fsync
-from .pixels import SOFTWARE
 
 
 @dataclass
@@ -130,7 +131,7 @@ def _numbers(row: Row) -> str:
 
 def save_loss_curve(metrics: Path, picture: Path) -> None:
     """Plot the loss of every step and its running mean, and the learning rate, into a PNG."""
-    from .errors import need
+    from maefast.errors import need
 
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maefast.data.source import Source
+from maefast.errors import CheckpointError, ConfigError
+
 from . import checkpoint
 from .config import PretrainConfig, differences
-from .errors import CheckpointError, ConfigError
-from .images import ImageSet
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,17 +63,11 @@ def resolve(path: Path) -> tuple[Path, list[str]]:
 
 
 def compare(
-    state: checkpoint.State,
-    config: PretrainConfig,
-    model: dict,
-    images: ImageSet,
-    total: int,
-    scale: Mapping[str, float] | None = None,
-    world: int = 1,
+    state: checkpoint.State, config: PretrainConfig, model: dict, source: Source, total: int, world: int = 1
 ) -> list[str]:
     """Warnings about what changed since the checkpoint. A model of another shape is an error.
 
-    `world`: processes now. `scale`: white of each kind of file that does not tell it, see `maefast.train.value_range`.
+    `world`: processes now.
     """
     changed = [f"{k}: {state.model_config.get(k)} -> {model.get(k)}" for k in {**state.model_config, **model}
                if state.model_config.get(k) != model.get(k)]  # fmt: skip
@@ -84,19 +78,11 @@ def compare(
     if state.step > total:
         raise ConfigError(f"the checkpoint has {state.step} steps done, and the run is to have only {total}")
     lines = differences(state.config, config.to_dict())
-    if (len(images), images.fingerprint()) != (state.extra["images"], state.extra["fingerprint"]):
-        lines.append(f"images: {state.extra['images']} -> {len(images)} (the list of files is another)")
-    if "scale" not in state.extra and scale:
-        lines.append("decoding of images: floats and 32-bit integers once had a scale for each image, now one for all")
-    old, new = state.extra.get("scale", scale) or {}, scale or {}
-    for kind in sorted({*old, *new}):
-        if old.get(kind) != new.get(kind):
-            why = "a sample of the images has other values"
-            lines.append(f"value of white: {old.get(kind)} -> {new.get(kind)} in {kind} images ({why})")
+    lines += source.changes(state.extra)
     then, now = (c["batch_size"] * c["accum"] for c in (state.config, config.to_dict()))
     before = state.extra["processes"]
     if then * before != now * world:
-        lines.append(f"images per step: {then * before} -> {now * world} ({before} -> {world} processes)")
+        lines.append(f"{source.unit}s per step: {then * before} -> {now * world} ({before} -> {world} processes)")
     if total != state.extra["total"]:
         lines.append(f"total steps: {state.extra['total']} -> {total} (the learning rate follows the new length)")
     if not lines:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from maefast.errors import CheckpointError
 from maefast.models.checkpoint import TRIED, read_content
 from maefast.models.convnames import family
 from maefast.models.files import IN_FOLDER, describe
 from maefast.models.fit import fit_to_model
 
 from . import checkpoint
-from .errors import CheckpointError
 
 
 @dataclass

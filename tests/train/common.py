@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maefast.data.images import pictures
 from maefast.models.resnet import ResNet
 from maefast.models.spark import SparK
 from maefast.train import PretrainConfig, loop, pretrain
@@ -78,6 +79,13 @@ def convnet_config(kind: str, data: Path, out: Path, **changes) -> PretrainConfi
     """`tiny_config` of a masked convnet: "fcmae", or "toy_spark" with `CREATORS`."""
     arguments = {"model_args": FCMAE if kind == "fcmae" else {}, "img_size": 64, "patch_size": None, "steps": 6}
     return tiny_config(data, out, **{"model": kind, **arguments, "save_every": 2, "lr": 3e-3, "clip": 1.0, **changes})
+
+
+def pick_examples(images, count: int, size, decoder, patches: int, seed: int, *, skip_bad: bool = True):
+    """Up to `count` of the images with masks, as `maefast reconstruct` draws them."""
+    picked = pictures.pick(images, count, decoder, skip_bad=skip_bad)
+    paths, names = [images.path(i) for i in picked], [images.name(i) for i in picked]
+    return pictures.load_examples(paths, names, size, decoder, patches, seed)
 
 
 def rows(out: Path) -> list[dict[str, str]]:

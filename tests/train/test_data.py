@@ -7,11 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from maefast.train import seeds
-from maefast.train.data import Augment, Loader, Positions, TrainImages, normalise, normaliser
-from maefast.train.errors import TrainError
-from maefast.train.images import find_images
-from maefast.train.pixels import Decoder
+from maefast import seeds
+from maefast.data.images.augment import Augment
+from maefast.data.images.batch import normalise, normaliser
+from maefast.data.images.files import find_images
+from maefast.data.images.pixels import Decoder
+from maefast.data.images.samples import TrainImages
+from maefast.errors import TrainError
+from maefast.train.data import Loader, Positions
 
 
 def stream(count=10, batch=4, rank=0, world=1, start=0, batches=10, seed=3):
@@ -21,7 +24,7 @@ def stream(count=10, batch=4, rank=0, world=1, start=0, batches=10, seed=3):
 
 
 def dataset(photos, **changes):
-    options = {"patches": 16, "seed": 1, "skip_bad": False, "cache": 2**24, **changes}
+    options = {"seed": 1, "skip_bad": False, "cache": 2**24, **changes}
     return TrainImages(find_images(photos), Augment((16, 16)), Decoder(), **options)
 
 
@@ -62,14 +65,16 @@ def test_a_sample_depends_on_its_address_only(photos):
     a, b = dataset(photos), dataset(photos, cache=0)
     b[(0, 0, 3)], b[(1, 0, 7)]  # other samples drawn before
     for where in [(5, 0, 2), (6, 1, 2), (5, 0, 2)]:
-        (pixels, noise, bad), (pixels2, noise2, _) = a[where], b[where]
+        (pixels, key, bad), (pixels2, key2, _) = a[where], b[where]
         assert np.array_equal(pixels, pixels2)
-        assert np.array_equal(noise, noise2)
+        assert key == key2 == where[0]
+        assert np.array_equal(seeds.mask_noise(1, key, 16), seeds.mask_noise(1, key2, 16))
         assert pixels.shape == (3, 16, 16)
         assert pixels.dtype == np.uint8
         assert not bad
     assert not np.array_equal(a[(5, 0, 2)][0], a[(5, 1, 2)][0])  # another epoch, another crop
-    assert not np.array_equal(a[(5, 0, 2)][1], a[(6, 0, 2)][1])  # another position, another mask
+    noise = [seeds.mask_noise(1, a[(position, 0, 2)][1], 16) for position in (5, 6)]
+    assert not np.array_equal(*noise)  # another position, another mask
 
 
 def test_crop_boxes_have_the_promised_statistics():
@@ -153,7 +158,9 @@ def test_loader_measures_the_wait_and_gives_batches_in_order(photos, workers):
     for batch, group in zip(batches, positions, strict=True):
         expected = [data[where] for where in group]
         assert torch.equal(batch.images, torch.from_numpy(np.stack([sample[0] for sample in expected])))
-        assert torch.equal(batch.noise, torch.from_numpy(np.stack([sample[1] for sample in expected])))
+        assert batch.key.tolist() == [sample[1] for sample in expected] == [where[0] for where in group]
+        noise = np.stack([seeds.mask_noise(1, where[0], 16) for where in group])
+        assert torch.equal(seeds.Draw(1, batch.key).uniform("mask", 16), torch.from_numpy(noise))
 
 
 def test_normalise():

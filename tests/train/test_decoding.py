@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maefast.train import BadImage, pictures
-from maefast.train.data import Augment
-from maefast.train.images import Names, find_images
-from maefast.train.pixels import Decoder, centre_crop
-from maefast.train.value_range import settle
-from tests.train.common import write_photos
+from maefast.data.images.augment import Augment
+from maefast.data.images.files import Names, find_images
+from maefast.data.images.pixels import Decoder, centre_crop
+from maefast.data.images.value_range import settle
+from maefast.train import BadImage
+from tests.train.common import pick_examples, write_photos
 
 
 def settled(folder, **options):
@@ -91,11 +91,11 @@ def test_without_skip_bad_an_unreadable_example_stops(tmp_path):
     images = find_images(write_photos(tmp_path, count=4))
     images.path(0).write_bytes(b"broken")
     with pytest.raises(BadImage, match=r"image00\.png.*--skip-bad"):
-        pictures.pick_examples(images, 2, (16, 16), Decoder(), 16, seed=0, skip_bad=False)
+        pick_examples(images, 2, (16, 16), Decoder(), 16, seed=0, skip_bad=False)
     for index in range(4):
         images.path(index).write_bytes(b"broken")
     with pytest.raises(BadImage, match="any of the 4 images") as error:
-        pictures.pick_examples(images, 2, (16, 16), Decoder(), 16, seed=0, skip_bad=True)
+        pick_examples(images, 2, (16, 16), Decoder(), 16, seed=0, skip_bad=True)
     assert "--skip-bad" not in str(error.value)
 
 
@@ -104,7 +104,7 @@ def test_examples_behind_many_bad_files(tmp_path):
         (tmp_path / f"{index:02d}.png").write_bytes(b"broken")
     save(tmp_path / "25.png", 200, np.uint8)
     images = find_images(tmp_path)
-    names = pictures.pick_examples(images, 1, (16, 16), Decoder(), 16, seed=0, skip_bad=True).names
+    names = pick_examples(images, 1, (16, 16), Decoder(), 16, seed=0, skip_bad=True).names
     assert names == [images.files[25]]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from maefast.models import create
-from maefast.train.build import build_model
+from maefast.train.image_models import build_model
 from tests.train.common import rows
 
 ROOT = Path(__file__).resolve().parents[2]

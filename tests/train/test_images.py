@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from maefast.train import BadImage, ConfigError, pictures, pretrain
-from maefast.train.images import SHIPPED, ImageSet, Names, find_images
-from maefast.train.pixels import Decoder, centre_crop, to_array
+from maefast.data.images import pictures
+from maefast.data.images.files import SHIPPED, ImageSet, Names, find_images
+from maefast.data.images.pixels import Decoder, centre_crop, to_array
+from maefast.train import BadImage, ConfigError, pretrain
 from tests.train.common import tiny_config, write_photos
 
 

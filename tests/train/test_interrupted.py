@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from maefast.train import BadImage, ConfigError, checkpoint, pretrain, seeds
-from maefast.train.images import find_images
+from maefast import seeds
+from maefast.data.images.files import find_images
+from maefast.recipes.masked_images import MaskedImages as Objective
+from maefast.train import BadImage, ConfigError, checkpoint, pretrain
 from maefast.train.loop import Run
-from maefast.train.objective import Objective
 from tests.train import victims
 from tests.train.common import (
     CREATORS,

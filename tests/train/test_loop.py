@@ -36,20 +36,22 @@ def test_training_lowers_the_loss_and_leaves_its_results(photos, tmp_path):
 
 def test_the_loss_is_that_of_the_model_on_the_addressed_samples(photos, tmp_path):
     """Step 1 worked out again from the public parts, without the loop."""
-    from maefast.train.data import Augment, TrainImages, normalise, normaliser
-    from maefast.train.images import find_images
-    from maefast.train.pixels import Decoder
-    from maefast.train.seeds import permutation
+    from maefast.data.images.augment import Augment
+    from maefast.data.images.batch import normalise, normaliser
+    from maefast.data.images.files import find_images
+    from maefast.data.images.pixels import Decoder
+    from maefast.data.images.samples import TrainImages
+    from maefast.seeds import mask_noise, permutation
 
     config = tiny_config(photos, tmp_path, steps=1, seed=5)
     pretrain(config)
     torch.manual_seed(5)
     model = create("mae", img_size=16, patch_size=4, norm_pix_loss=True, **TINY)
-    data = TrainImages(find_images(photos), Augment((16, 16)), Decoder(), patches=16, seed=5, skip_bad=False, cache=0)
+    data = TrainImages(find_images(photos), Augment((16, 16)), Decoder(), seed=5, skip_bad=False, cache=0)
     order = permutation(5, 0, 10)
     samples = [data[(p, 0, int(order[p]))] for p in range(4)]
     images = normalise(torch.from_numpy(np.stack([s[0] for s in samples])), *normaliser(3))
-    loss = model(images, 0.75, noise=torch.from_numpy(np.stack([s[1] for s in samples])))[0]
+    loss = model(images, 0.75, noise=torch.from_numpy(np.stack([mask_noise(5, p, 16) for p in range(4)])))[0]
     assert float(rows(tmp_path)[0]["loss"]) == pytest.approx(loss.item(), rel=1e-6)
 
 

@@ -106,7 +106,7 @@ def test_loss_curve_is_drawn_from_the_csv(tmp_path):
 
 def test_a_wait_is_measured(photos, tmp_path, monkeypatch):
     """A loader that sleeps shows up as waiting; the share is that of the whole step."""
-    from maefast.train.data import TrainImages
+    from maefast.data.images.samples import TrainImages
 
     original = TrainImages.__getitem__
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from maefast.data.images import pictures
+from maefast.data.images.files import find_images
+from maefast.data.images.pixels import Decoder
 from maefast.models import create
-from maefast.train import BadImage, pictures, pretrain
-from maefast.train.images import find_images
-from maefast.train.pixels import Decoder
-from tests.train.common import TINY, tiny_config, write_photos
+from maefast.train import BadImage, pretrain
+from tests.train.common import TINY, pick_examples, tiny_config, write_photos
 
 
 def tiny_model():
@@ -31,7 +32,7 @@ def cells(path, count):
 
 def test_columns_hold_what_their_labels_say(photos, tmp_path):
     model = tiny_model().train()
-    examples = pictures.pick_examples(find_images(photos), 3, (16, 16), Decoder(), 16, seed=0)
+    examples = pick_examples(find_images(photos), 3, (16, 16), Decoder(), 16, seed=0)
     columns = pictures.reconstruct(model, examples, 0.75, "cpu")
     assert model.training
     pictures.save_picture(columns, examples.names, tmp_path / "deep" / "sheet.png")
@@ -60,7 +61,7 @@ def test_raw_pictures_know_nothing_of_the_hidden_pixels(photos):
     """Restored ones do: even an untrained model's resemble the truth."""
     torch.manual_seed(0)
     model = create("mae", img_size=16, patch_size=4, norm_pix_loss=True, **TINY)
-    examples = pictures.pick_examples(find_images(photos), 8, (16, 16), Decoder(), 16, seed=0)
+    examples = pick_examples(find_images(photos), 8, (16, 16), Decoder(), 16, seed=0)
     restored = pictures.reconstruct(model, examples, 0.75, "cpu")
     raw = pictures.reconstruct(model, examples, 0.75, "cpu", raw=True)
     assert correlation(restored) > 0.3
@@ -79,7 +80,7 @@ def test_raw_pictures_know_nothing_of_the_hidden_pixels(photos):
 
 
 def test_long_titles_are_wrapped(photos, tmp_path):
-    examples = pictures.pick_examples(find_images(photos), 1, (16, 16), Decoder(), 16, seed=0)
+    examples = pick_examples(find_images(photos), 1, (16, 16), Decoder(), 16, seed=0)
     columns = pictures.reconstruct(tiny_model(), examples, 0.75, "cpu")
     heights = []
     for i, title in enumerate(("", "short", "long words " * 30)):
@@ -93,24 +94,24 @@ def test_long_titles_are_wrapped(photos, tmp_path):
 
 def test_examples_are_fixed_and_spread(photos):
     images = find_images(photos)
-    one, two = (pictures.pick_examples(images, 5, (16, 16), Decoder(), 16, seed=3) for _ in range(2))
+    one, two = (pick_examples(images, 5, (16, 16), Decoder(), 16, seed=3) for _ in range(2))
     assert one.names == two.names == [images.files[i] for i in (0, 2, 4, 6, 8)]
     assert torch.equal(one.images, two.images)
     assert torch.equal(one.noise, two.noise)
     assert len(np.unique(one.noise.numpy())) == one.noise.numel()
-    assert pictures.pick_examples(images, 99, (16, 16), Decoder(), 16, seed=3).names == list(images.files)
+    assert pick_examples(images, 99, (16, 16), Decoder(), 16, seed=3).names == list(images.files)
 
 
 def test_unreadable_examples_are_replaced(tmp_path):
     folder = write_photos(tmp_path / "photos", count=4)
     images = find_images(folder)
     images.path(0).write_bytes(b"broken")
-    names = pictures.pick_examples(images, 2, (16, 16), Decoder(), 16, seed=0).names
+    names = pick_examples(images, 2, (16, 16), Decoder(), 16, seed=0).names
     assert names == [images.files[1], images.files[2]]
     for path in map(images.path, range(4)):
         path.write_bytes(b"broken")
     with pytest.raises(BadImage, match=r"image00\.png.*nor can any of the 4 images be read"):
-        pictures.pick_examples(images, 2, (16, 16), Decoder(), 16, seed=0)
+        pick_examples(images, 2, (16, 16), Decoder(), 16, seed=0)
 
 
 def test_many_unreadable_files_in_front(tmp_path):
@@ -122,7 +123,7 @@ def test_many_unreadable_files_in_front(tmp_path):
     images = find_images(folder)
     assert images.name(0) == "a/00.png"
     for count in (1, 2, 6):
-        names = pictures.pick_examples(images, count, (16, 16), Decoder(), 16, seed=0).names
+        names = pick_examples(images, count, (16, 16), Decoder(), 16, seed=0).names
         assert 1 <= len(names) <= count
         assert all(name.startswith("group") for name in names)
     result = pretrain(tiny_config(folder, tmp_path / "out", skip_bad=True, picture_rows=6, steps=2))

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from maefast.data.images.batch import normalise, normaliser
+from maefast.data.images.files import find_images
+from maefast.data.images.pixels import Decoder, to_array
+from maefast.data.images.value_range import settle
 from maefast.train import BadImage, ConfigError, pretrain
 from maefast.train.config import load_config, parse_value_range
-from maefast.train.data import normalise, normaliser
 from maefast.train.export import reconstruct_files
-from maefast.train.images import find_images
-from maefast.train.pixels import Decoder, to_array
-from maefast.train.value_range import settle
 from tests.train.common import losses, tiny_config
 
 

@@ -1,8 +1,8 @@
 """Decoding image files: one rule for a whole data set, from the values in a file to grey levels.
 
 What is black and what is white is never taken from one image alone. 8-bit files and integers whose files tell their
-bits have a scale of their own; `maefast.train.value_range` finds that of floats and 32-bit integers once for a set, and
-the user's range (`--value-range`) stands above all.
+bits have a scale of their own; `value_range` finds that of floats and 32-bit integers once for a set, and the user's
+range (`--value-range`) stands above all.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from .errors import BadImage, need
+from maefast.data.runs import SOFTWARE
+from maefast.errors import BadImage, need
 
 try:
     from PIL import ExifTags, Image, ImageOps
 except ImportError as error:  # pragma: no cover - the extra is installed wherever tests run
     raise need("pillow", "Reading images") from error
 
-SOFTWARE = "maefast"  # in the pictures that we draw, which are no data
 # Above it Pillow takes an image for a decompression bomb and refuses it.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF

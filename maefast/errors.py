@@ -1,4 +1,4 @@
-"""Errors of the training layer. The command line prints them as one message, without a traceback."""
+"""Errors of training and of the data for it. The command line prints them as one message, without a traceback."""
 
 from __future__ import annotations
 

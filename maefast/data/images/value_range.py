@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from . import seeds
-from .config import parse_value_range
-from .errors import ConfigError
-from .images import ImageSet
+from maefast import seeds
+from maefast.errors import ConfigError
+
+from .files import ImageSet
+from .options import parse_value_range
 from .pixels import (
     STRAYS,
     TOLERANCE,

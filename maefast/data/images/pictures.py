@@ -17,11 +17,13 @@ import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from . import seeds
-from .data import normalise, normaliser
-from .errors import SKIP_BAD, BadImage, ConfigError
-from .images import ImageSet
-from .pixels import SOFTWARE, Decoder, centre_crop, to_array
+from maefast import seeds
+from maefast.data.runs import SOFTWARE
+from maefast.errors import SKIP_BAD, BadImage, ConfigError
+
+from .batch import normalise, normaliser
+from .files import ImageSet
+from .pixels import Decoder, centre_crop, to_array
 
 COLUMNS = ("original", "masked", "reconstruction", "pasted")
 _GAP, _HEAD, _LINE, _CELL = 6, 26, 16, 160
@@ -37,19 +39,38 @@ class Examples:
     names: list[str]
 
 
+@dataclass
+class Sheet:
+    """The four columns, uint8 [B, C, H, W] each, as a `maefast.recipe.Picture`."""
+
+    columns: list[torch.Tensor]
+    names: Sequence[str]
+    caption: str
+
+    def save(self, path: Path, title: str) -> None:
+        save_picture(self.columns, self.names, path, title)
+
+    def pixels(self) -> torch.Tensor:
+        return torch.cat([torch.cat(list(column), 1) for column in self.columns], 2)
+
+
+def load_images(paths: Sequence[Path], size, decoder: Decoder) -> torch.Tensor:
+    """Centre crops of `paths` in the model's size = (height, width): uint8 or uint16 [B, C, H, W]."""
+    images = [to_array(centre_crop(decoder(path), size), decoder.channels, decoder.bits) for path in paths]
+    return torch.from_numpy(np.stack(images))
+
+
 def load_examples(
     paths: Sequence[Path], names: Sequence[str], size, decoder: Decoder, patches: int, seed: int
 ) -> Examples:
-    """Centre crops of `paths` in the model's size = (height, width), the i-th with mask i of `seed`."""
-    images = [to_array(centre_crop(decoder(path), size), decoder.channels, decoder.bits) for path in paths]
-    noise = [seeds.mask_noise(seed, i, patches, seeds.PICTURE) for i in range(len(images))]
-    return Examples(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(noise)), list(names))
+    """Centre crops of `paths`, the i-th with mask i of `seed`."""
+    images = load_images(paths, size, decoder)
+    noise = seeds.Draw(seed, range(len(images)), seeds.PICTURE).uniform("mask", patches)
+    return Examples(images, noise, list(names))
 
 
-def pick_examples(
-    images: ImageSet, count: int, size, decoder: Decoder, patches: int, seed: int, *, skip_bad: bool = True
-) -> Examples:
-    """Up to `count` examples spread evenly over the images; one that cannot be read gives its place to the next.
+def pick(images: ImageSet, count: int, decoder: Decoder, *, skip_bad: bool = True) -> list[int]:
+    """Up to `count` indices spread evenly over the images; one that cannot be read gives its place to the next.
 
     Raises:
         BadImage: none of all the images can be read; without `skip_bad`, the first that cannot.
@@ -73,24 +94,30 @@ def pick_examples(
     if not picked:
         first = failed[min(failed)]
         raise BadImage(first.path, f"{first.reason}; nor can any of the {len(images)} images be read")
-    picked.sort()
-    paths, names = [images.path(i) for i in picked], [images.name(i) for i in picked]
-    return load_examples(paths, names, size, decoder, patches, seed)
+    return sorted(picked)
+
+
+def reconstruct(model, examples: Examples, mask_ratio: float, device, raw: bool = False) -> list[torch.Tensor]:
+    """The four columns of examples, see `columns_of`."""
+    mean, std = normaliser(examples.images.shape[1], device)
+    images = normalise(examples.images.to(device), mean, std)
+    return columns_of(model, images, mean, std, raw, mask_ratio=mask_ratio, noise=examples.noise.to(device))
 
 
 @torch.no_grad()
-def reconstruct(model, examples: Examples, mask_ratio: float, device, raw: bool = False) -> list[torch.Tensor]:
+def columns_of(
+    model, images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, raw: bool = False, **mask
+) -> list[torch.Tensor]:
     """The four columns as uint8 [B, C, H, W] on the CPU. `model` is left in the mode it was in.
 
-    `raw`: normalised predictions as they are, see `maefast.models.MaskedAutoencoder.reconstruct`.
+    `images` are normalised by `mean` and `std`; `mask` and `raw` (normalised predictions as they are) are for
+    `maefast.models.MaskedAutoencoder.reconstruct`.
     """
-    mean, std = normaliser(examples.images.shape[1], device)
-    images = normalise(examples.images.to(device), mean, std)
     training = model.training
     model.eval()
     try:
         how = {"raw": True} if raw else {}
-        result = model.reconstruct(images, mask_ratio=mask_ratio, noise=examples.noise.to(device), **how)
+        result = model.reconstruct(images, **mask, **how)
     finally:
         model.train(training)
     rebuilt = result.reconstruction.where(result.mask.bool(), torch.zeros_like(result.reconstruction))

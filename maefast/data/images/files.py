@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import checkpoint
-from .errors import ConfigError, TrainError
+from maefast.data import runs
+from maefast.errors import ConfigError, TrainError
+
 from .pixels import PLUGINS, drawn_by_us, open_header, register_plugin
 
 EXTENSIONS = (
@@ -206,7 +207,7 @@ def _above(folder: str) -> tuple[str, list[str], list[str]]:
 
 def _is_run(folder: str, folders: list[str], names: list[str]) -> bool:
     """Whether a folder is that of a run: by what is in it, whatever it is called."""
-    if "checkpoints" in folders and checkpoint.latest(Path(folder, "checkpoints"))[0] is not None:
+    if "checkpoints" in folders and runs.latest(Path(folder, "checkpoints"))[0] is not None:
         return True
     if "config.yaml" not in names or "metrics.csv" not in names:
         return False

@@ -1,0 +1,1 @@
+"""Where samples come from, by what they are of: `maefast.data.images`."""

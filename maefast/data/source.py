@@ -1,0 +1,56 @@
+"""What a trainer sees of its data, whatever they are of. A recipe's `wants` opens a `Source`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from maefast.recipe import Batch
+
+
+class Samples(Protocol):
+    """What loader processes read samples from. Errors travel as data: raised in a worker they would lose their type."""
+
+    unit: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, where: tuple[int, int, int]) -> Any:
+        """The sample at (position in the run, epoch, index), a function of these alone."""
+
+    def collate(self, samples: list) -> tuple[Batch | None, list[tuple[str, str]]]:
+        """A batch, or None where it has a hole, and (name, reason) of everything that could not be read."""
+
+    def failure(self, bad: list[tuple[str, str]]) -> Exception:
+        """What is raised for a batch with a hole."""
+
+
+class Source(Protocol):
+    """The data of a run.
+
+    Attributes:
+        name: as a person knows it. unit: what one sample is called. notes: lines for the user.
+        settled: options of the run that were left to the data, as what they came to.
+    """
+
+    name: str
+    unit: str
+    notes: Sequence[str]
+    settled: Mapping[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def resume(self, config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        """Take over from a checkpoint (its configuration and `record`) what must not be found out anew."""
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps, in plain JSON types."""
+
+    def changes(self, record: Mapping[str, Any]) -> list[str]:
+        """What is not as it was when `record` was made, in lines."""
+
+    def samples(self) -> Samples:
+        """The training samples."""
+
+    def examples(self, count: int) -> tuple[Batch, list[str]]:
+        """Up to `count` fixed samples to be shown, the i-th with the key i, and their names."""

@@ -1,0 +1,1 @@
+"""Published systems, each as a `maefast.recipe.Recipe`."""
