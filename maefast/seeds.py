@@ -31,9 +31,9 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return generator(seed, SHUFFLE, epoch).permutation(count)
 
 
-def mask_noise(seed: int, position: int, count: int, purpose: int = MASK, stream: int = 0) -> np.ndarray:
+def mask_noise(seed: int, position: int, count: int, purpose: int = MASK) -> np.ndarray:
     """Masking noise of the sample at `position` of the run, uniform float32 [count]."""
-    return generator(seed, purpose, position, stream).random(count, dtype=np.float32)
+    return generator(seed, purpose, position).random(count, dtype=np.float32)
 
 
 class Draw:
@@ -51,10 +51,15 @@ class Draw:
 
     def uniform(self, what: str, count: int, device: torch.device | str = "cpu") -> Tensor:
         """float32 [B, count] in [0, 1), without waiting for the device. `what` names the use, as "mask": each has a
-        stream of its own, and asking again gives the same numbers."""
+        stream of its own, and asking again gives the same numbers. Those for "mask" are `mask_noise`."""
         stream = _stream(what)
-        rows = [mask_noise(self.seed, int(place), count, self.purpose, stream) for place in self.key]
-        numbers = torch.from_numpy(np.stack(rows))
+        numbers = torch.empty(len(self.key), count)
+        rng = generator(self.seed, self.purpose, 0, stream)
+        start = rng.bit_generator.state  # set anew for each sample, in a third of the time of making generators
+        for place, row in zip(self.key, numbers.numpy()):
+            start["state"]["counter"][1] = place
+            rng.bit_generator.state = start
+            rng.random(dtype=np.float32, out=row)
         if torch.device(device).type == "cuda":  # from pageable memory the copy could wait
             numbers = numbers.pin_memory()
         return numbers.to(device, non_blocking=True)

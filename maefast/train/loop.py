@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -142,19 +142,18 @@ class Run:
             units = f"{self.source.unit}s"
             facts = {"peak_lr": peak, units: len(self.source), f"{units}_per_step": self.step_samples}
             config.dump(self.out / "config.yaml", steps=self.total, warmup_steps=warmup, **facts)
-            self.metrics = MetricsFile(self.out / "metrics.csv", self.done)
+            self.metrics = MetricsFile(self.out / "metrics.csv", self.done, self.source.unit)
             if config.tensorboard:
                 self.tensorboard = open_tensorboard(self.out / "tensorboard", self.done)
-        self.progress = metrics.Progress(self.total, self.done, self.main)
+        self.progress = metrics.Progress(self.total, self.done, self.main, unit=self.source.unit)
         if self.main and config.tensorboard and self.tensorboard is None:
             self._say('tensorboard is not installed (pip install "maefast[train]"); metrics.csv has the same numbers')
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._say(
             f"{config.model}: {trained / 1e6:.2f} M parameters; {len(self.source)} {self.source.unit}s of "
             f"{self.source.name}; steps {self.done} to {self.total} of {self.step_samples} {self.source.unit}s; "
-            f"peak lr {peak:.3g}; "
-            f"{self.world} x {self.device.type}, amp {config.amp}{', as a CUDA graph' if self.graph.step else ''}; "
-            f"into {self.out}"
+            f"peak lr {peak:.3g}; {self.world} x {self.device.type}, amp {config.amp}"
+            f"{', as a CUDA graph' if self.graph.step else ''}; into {self.out}"
         )
 
     def _resume(self, path: Path) -> None:
@@ -301,10 +300,10 @@ class Run:
     def _write(self, rows: list[Row]) -> None:
         self.metrics.write(rows)
         if self.tensorboard is not None:
+            names = metrics.header(self.source.unit)
             for row in rows:
-                for name in ("loss", "lr", "grad_norm", "images_per_s", "data_wait"):
-                    value = getattr(row, name)
-                    if value is not None:
+                for name, value in zip(names, asdict(row).values()):
+                    if name not in ("step", "epoch") and value is not None:
                         self.tensorboard.add_scalar(f"train/{name}", value, row.step)
 
     # ---- what is left behind

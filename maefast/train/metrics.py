@@ -23,7 +23,7 @@ class Row:
     loss: float
     lr: float
     grad_norm: float | None
-    images_per_s: float
+    samples_per_s: float
     data_wait: float
 
     def cells(self) -> list[str]:
@@ -31,21 +31,26 @@ class Row:
         return ["" if value is None else repr(value) for value in asdict(self).values()]
 
 
-HEADER = [field.name for field in fields(Row)]
+def header(unit: str = "image") -> list[str]:
+    """The names of the columns, where a sample is called `unit`: a rate says what it counts."""
+    return [f"{unit}s_per_s" if field.name == "samples_per_s" else field.name for field in fields(Row)]
+
+
+HEADER = header()
 
 
 class MetricsFile:
     """Appends rows to a CSV. Opening it for a run that starts after step `done` drops the rows beyond `done`:
     they belong to steps that a killed run had taken after its last checkpoint and that will be taken again."""
 
-    def __init__(self, path: Path, done: int):
+    def __init__(self, path: Path, done: int, unit: str = "image"):
         self.path = path
         kept = [row for row in read_rows(path) if int(row["step"]) <= done] if path.exists() else []
         temporary = path.with_suffix(".tmp")
         with open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(HEADER)
-            writer.writerows([row[name] for name in HEADER] for row in kept)
+            writer.writerow(header(unit))
+            writer.writerows(row.values() for row in kept)
         fsync(temporary)
         os.replace(temporary, path)
         self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by close())
@@ -64,7 +69,8 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The complete rows of a metrics CSV as text. A row cut off by a kill, and all after it, are left out."""
+    """The complete rows of a metrics CSV as text, by the names of `HEADER` whatever the unit. A row cut off by a kill,
+    and all after it, are left out."""
     rows = []
     text = path.read_text()
     lines = text[: text.rfind("\n") + 1].splitlines()
@@ -87,8 +93,8 @@ def open_tensorboard(folder: Path, done: int):
 class Progress:
     """A bar on a terminal; elsewhere (log files) a line now and then, so that logs stay readable."""
 
-    def __init__(self, total: int, done: int, show: bool, seconds: float = 20.0):
-        self.total, self.first, self.seconds = total, done, seconds
+    def __init__(self, total: int, done: int, show: bool, seconds: float = 20.0, unit: str = "image"):
+        self.total, self.first, self.seconds, self.unit = total, done, seconds, unit
         self.at = done
         self.show, self._bar = show, None
         self._began = self._printed = time.monotonic()
@@ -103,13 +109,13 @@ class Progress:
         if self._bar is not None:
             self._bar.update(steps)
             if row is not None:
-                self._bar.set_postfix_str(_numbers(row), refresh=False)
+                self._bar.set_postfix_str(self._numbers(row), refresh=False)
         elif self.show and row is not None:
             now = time.monotonic()
             if now - self._printed >= self.seconds or row.step in (self.first + 1, self.total):
                 self._printed = now
                 left = (now - self._began) / max(1, row.step - self.first) * (self.total - row.step)
-                print(f"step {row.step}/{self.total}  {_numbers(row)}  left {left:.0f} s", flush=True)
+                print(f"step {row.step}/{self.total}  {self._numbers(row)}  left {left:.0f} s", flush=True)
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""
@@ -124,9 +130,9 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-
-def _numbers(row: Row) -> str:
-    return f"loss {row.loss:.4f}  lr {row.lr:.2e}  {row.images_per_s:.0f} images/s  data wait {row.data_wait:.0%}"
+    def _numbers(self, row: Row) -> str:
+        speed = f"{row.samples_per_s:.0f} {self.unit}s/s"
+        return f"loss {row.loss:.4f}  lr {row.lr:.2e}  {speed}  data wait {row.data_wait:.0%}"
 
 
 def save_loss_curve(metrics: Path, picture: Path) -> None:

@@ -17,6 +17,7 @@ from maefast.data.images import pictures
 from maefast.models.resnet import ResNet
 from maefast.models.spark import SparK
 from maefast.train import PretrainConfig, loop, pretrain
+from tests.train.curves import curves
 
 TINY = {
     "embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2,
@@ -72,7 +73,7 @@ def plain_spark(name: str, **arguments) -> SparK:
     return SparK(ResNet((1, 1, 1, 1), width=8), decoder_width=32, **arguments)
 
 
-CREATORS = {"toy_spark": toy_spark, "plain_spark": plain_spark}
+CREATORS = {"toy_spark": toy_spark, "plain_spark": plain_spark, "curves": curves}
 
 
 def convnet_config(kind: str, data: Path, out: Path, **changes) -> PretrainConfig:
