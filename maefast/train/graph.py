@@ -115,6 +115,7 @@ def put_together(kind: Any, taken: Any) -> Any:
         return taken
     made, inner = kind
     if isinstance(inner, dict):
-        return made(**{name: put_together(inner[name], taken[name]) for name in inner})
+        values = {name: put_together(inner[name], taken[name]) for name in inner}
+        return values if made is dict else made(**values)
     parts = [put_together(*both) for both in zip(inner, taken, strict=True)]
     return made(*parts) if hasattr(made, "_fields") else made(parts)

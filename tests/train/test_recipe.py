@@ -178,13 +178,14 @@ def test_the_loss_is_summed_in_float32():
 def test_views_are_taken_apart_and_put_together():
     plan = masking.random(2, 6, keep=2)
     point = Progress(1, 2, 0.5)
-    view = View({"a": torch.ones(2), "b": [torch.zeros(1), 3]}, (plan, plan.complement()), point)
+    view = View({"a": torch.ones(2), "b": [torch.zeros(1), 3], 4: "c"}, (plan, plan.complement()), point)
     taken = graph.take_apart(view)
     assert taken["plan"][0]["slot"] is plan.slot
     again = graph.put_together(graph.kinds(view), taken)
     assert type(again) is View
     assert again.parts["a"] is view.parts["a"]
     assert again.parts["b"] == view.parts["b"]
+    assert again.parts[4] == "c"
     assert [type(part) for part in again.plan] == [type(plan)] * 2
     assert vars(again.plan[1]) == vars(view.plan[1])
     assert again.target == point
