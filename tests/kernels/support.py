@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from maefast.ops.mask import TokenMask, token_mask
+from tests.budget import examples
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -21,9 +22,9 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 ON_A_DEVICE = {**TOLERANCE, torch.float32: 3e-6}
 
 
-def property_test(examples: int):
+def property_test(most: int):
     return settings(
-        max_examples=examples,
+        max_examples=examples(max(8, most // 3), most),
         deadline=None,
         derandomize=True,
         database=None,
