@@ -32,9 +32,17 @@ def property_test(most: int):
     )
 
 
-def random_plan(batch: int, tokens: int, keep: int | list[int], seed: int, device: str = "cpu") -> TokenMask:
-    scores = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed))
-    return token_mask(scores, keep, backend="reference").to(device)
+def random_plan(
+    batch: int, tokens: int, keep: int | list[int], seed: int, device: str = "cpu", absent: bool = False
+) -> TokenMask:
+    """absent: a random part of the tokens that are not visible is not masked either."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(batch, tokens, generator=generator)
+    hide = None
+    if absent:
+        kept = [keep] * batch if isinstance(keep, int) else keep
+        hide = [int(torch.randint(0, tokens - k + 1, (), generator=generator)) for k in kept]
+    return token_mask(scores, keep, hide=hide, backend="reference").to(device)
 
 
 def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
