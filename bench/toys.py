@@ -2,9 +2,9 @@
 
     python -m bench.toys [--threads N] [--rounds N] [--json FILE]
 
-96 wide, 3 blocks, batch 4, 32 x 32 images in patches of 4: transformers' I-JEPA, ViT for masked image modelling, DINOv2,
-ViTMAE, and the structure of facebookresearch/mae. A step is forward and backward; each pair is timed in turn, and the
-ratio is that of the minima.
+96 wide, 3 blocks, batch 4, 32 x 32 images in patches of 4: I-JEPA, ViT for masked image modelling, DINOv2 and
+ViTMAE of transformers, and the structure of facebookresearch/mae. A step is forward and backward; each pair is timed in
+turn, and the ratio is that of the minima.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INT32 = 2**31 - 1
+ABSENT = tl.constexpr(-(2**31))  # the slot of a token that is neither visible nor masked; `ABSENT` of ops/mask.py
 
 # Every operation rounds as it is written, whatever this Triton version fuses by default.
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}

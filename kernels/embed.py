@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import COPY, INT32, batch_splits, ceil_div, check_dtypes, guard, power, row_tile, sum_parts
+from ._common import ABSENT, COPY, INT32, batch_splits, ceil_div, check_dtypes, guard, power, row_tile, sum_parts
 
 # --- gather_tokens -----------------------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ def gather_tokens_bwd_kernel(
     n = (row % length).to(tl.int32) - prefix
     place = tl.load(slot + b * tokens + n, mask=inside & (n >= 0), other=0)
     if MASKED:
-        place = -place - 1
+        place = tl.where(place == ABSENT, -1, -place - 1)
     present = inside & (n >= 0) & (place >= 0)
     source = place.to(tl.int64)
     if KEEP_PREFIX:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import INT32, OPTIONS, ceil_div, check_dtypes, guard, power
+from ._common import ABSENT, INT32, OPTIONS, ceil_div, check_dtypes, guard, power
 
 NORM_NONE, NORM_MAE, NORM_VIDEOMAE, NORM_LAYERNORM = 0, 1, 2, 3
 MAX_PATCH = 32768  # padded values of one patch: 32 a thread at 32 warps
@@ -141,8 +141,9 @@ def patch_loss_bwd_kernel(
     inside = item < rows
     if EVERY_TOKEN:
         flat = item
-        m = -tl.load(slot + item, mask=inside, other=0).to(tl.int64) - 1
-        scored = inside & (m >= 0)
+        s = tl.load(slot + item, mask=inside, other=0)
+        m = -s.to(tl.int64) - 1
+        scored = inside & (m >= 0) & (s != ABSENT)
     else:
         flat = tl.load(index + item, mask=inside, other=0).to(tl.int64)
         m = item
@@ -205,8 +206,9 @@ def patch_loss_bwd_flat_kernel(
     c = k % C
     if EVERY_TOKEN:
         flat = item.to(tl.int32)
-        m = -tl.load(slot + item, mask=inside, other=0).to(tl.int64) - 1
-        scored = inside & (m >= 0)
+        s = tl.load(slot + item, mask=inside, other=0)
+        m = -s.to(tl.int64) - 1
+        scored = inside & (m >= 0) & (s != ABSENT)
     else:
         flat = tl.load(index + item, mask=inside, other=0)
         m = item

@@ -60,10 +60,18 @@ def _keep(num_tokens: int, ratio: float | Sequence[float] | None, keep, rule: st
     if keep is None:
         each = isinstance(ratio, (list, tuple))
         keep = [keep_count(num_tokens, r, rule) for r in ratio] if each else keep_count(num_tokens, ratio, rule)
-    # A ragged plan is counted on the host and copied from there, which a graph cannot replay.
-    if graphs.recording() and (isinstance(keep, Tensor) or (isinstance(keep, (list, tuple)) and len(set(keep)) > 1)):
-        raise ValueError("a graphed step needs one mask ratio or count for all samples, because its shapes are fixed")
+    _fixed("keep", keep)
     return keep
+
+
+def _fixed(name: str, counts: object) -> None:
+    """A ragged plan is counted on the host and copied from there, which a graph cannot replay."""
+    if graphs.recording() and (
+        isinstance(counts, Tensor) or (isinstance(counts, (list, tuple)) and len(set(counts)) > 1)
+    ):
+        raise ValueError(
+            f"a graphed step needs one mask ratio or count for all samples, because its shapes are fixed: {name}"
+        )
 
 
 def _noise(noise: Tensor | None, shape: tuple[int, ...], generator, device) -> Tensor:
@@ -97,6 +105,7 @@ def random(
     ratio: float | Sequence[float] | None = None,
     *,
     keep: int | Sequence[int] | Tensor | None = None,
+    hide: int | Sequence[int] | Tensor | None = None,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
@@ -112,12 +121,15 @@ def random(
     Args:
         batch, num_tokens: B, N.
         ratio: share of tokens masked, one for all or one a sample. keep: or the visible count(s).
+        hide: how many of the others are masked, the rest being absent; None: all. See `token_mask`.
         noise: [B, N], used instead of drawing.
         rule: see `keep_count`. order: see `token_mask`.
     """
     _check_size(batch, num_tokens)
     scores = _noise(noise, (batch, num_tokens), generator, device)
-    return from_scores(scores, _keep(num_tokens, ratio, keep, rule), order=order, backend=backend)
+    if hide is not None:
+        _fixed("hide", hide)
+    return from_scores(scores, _keep(num_tokens, ratio, keep, rule), hide=hide, order=order, backend=backend)
 
 
 def tube(

@@ -63,10 +63,11 @@ def inputs(case: Case) -> dict[str, Tensor]:
 
 
 @functools.cache
-def plan(batch: int, tokens: int, ragged: bool, device: str) -> TokenMask:
+def plan(batch: int, tokens: int, ragged: bool, device: str, absent: bool = False) -> TokenMask:
     keep = [1 + (3 * i) % tokens for i in range(batch)] if ragged else tokens // 4
+    hide = tokens // 2 if absent else None
     generator = torch.Generator().manual_seed(0)
-    return masking.random(batch, tokens, keep=keep, generator=generator, backend="reference").to(device)
+    return masking.random(batch, tokens, keep=keep, hide=hide, generator=generator, backend="reference").to(device)
 
 
 def backward(*names: str) -> tuple[str, ...]:
@@ -114,6 +115,20 @@ def token_cases(size: Size) -> Iterator[Case]:
                 {"x": (rows, size.narrow), "mask_token": (size.narrow,), "pos": (places, size.narrow)},
                 functools.partial(_restore, shape, order, pos_on, prefix),
             )
+    some = functools.partial(plan, b, tokens, False, absent=True)
+    rows = some("cpu").total_visible + b
+    yield Case(
+        "restore_tokens-absent",
+        backward("restore_tokens"),
+        {"x": (rows, size.narrow), "mask_token": (size.narrow,), "pos": (tokens + 1, size.narrow)},
+        functools.partial(_restore, some, "visible_first", "all", 1),
+    )
+    yield Case(
+        "gather_tokens-absent",
+        backward("gather_tokens"),
+        {"x": (b, tokens, width)},
+        functools.partial(_gather, some, "masked", 0),
+    )
     uniform = functools.partial(plan, b, tokens, False)
     masked = tokens - tokens // 4
     for norm, kind, rows, layout in (

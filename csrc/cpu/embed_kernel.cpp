@@ -51,7 +51,7 @@ void scatter_rows(const GatherArgs& a, int64_t begin, int64_t end) {
     } else {
       const int64_t slot = a.index[b * a.tokens + p - a.prefix];
       const int64_t t = a.masked ? ~slot : slot;
-      if (t >= 0) row = t + (b + 1) * kept;
+      if (t >= 0 && slot != kAbsent) row = t + (b + 1) * kept;
     }
     if (row >= rows) {
       fail(a.failed);

@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/patch.h"
 #include "cpu/units.h"
+#include "plan.h"
 
 namespace maefast {
 

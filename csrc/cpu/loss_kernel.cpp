@@ -296,7 +296,8 @@ void backward_tokens_typed(const LossArgs& a, void* workspace, int64_t begin, in
   const Grid g(a.grid);
   Work<A> work(workspace, g.values);
   for (int64_t flat = begin; flat < end; ++flat) {
-    const int64_t r = ~int64_t(a.slot[flat]);
+    const int64_t slot = a.slot[flat];
+    const int64_t r = slot == kAbsent ? -1 : ~slot;
     const bool scored = r >= 0 && r < a.rows && a.index[r] == flat;
     if (r >= 0 && !scored) fail(a.failed);
     if (scored) {

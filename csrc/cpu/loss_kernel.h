@@ -6,6 +6,7 @@
 #include "cpu/dtype.h"
 #include "cpu/isa.h"
 #include "cpu/patch.h"
+#include "plan.h"
 
 namespace maefast {
 

@@ -31,13 +31,12 @@ std::tuple<Tensor, Tensor, Tensor> place_tokens_backward(const Tensor& grad, con
 // restore.cpp
 Tensor restore_tokens(const Tensor& x, const Tensor& visible, const Tensor& masked, const Tensor& cu_visible,
                       const Tensor& mask_token, const std::optional<Tensor>& pos, int64_t prefix,
-                      bool visible_first, bool pos_on_masked);
-std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad, const Tensor& visible,
-                                                           const Tensor& masked, const Tensor& slot,
-                                                           const Tensor& cu_visible, int64_t pos_rows,
-                                                           int64_t prefix, bool visible_first,
-                                                           bool pos_on_masked, bool need_mask_token,
-                                                           ScalarType x_dtype);
+                      bool visible_first, bool pos_on_masked, const std::optional<Tensor>& cu_masked,
+                      int64_t num_tokens);
+std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(
+    const Tensor& grad, const Tensor& visible, const Tensor& masked, const Tensor& slot,
+    const Tensor& cu_visible, int64_t pos_rows, int64_t prefix, bool visible_first, bool pos_on_masked,
+    bool need_mask_token, ScalarType x_dtype, const std::optional<Tensor>& cu_masked);
 
 // norm.cpp
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm(const Tensor& x, const std::optional<Tensor>& delta,

@@ -6,16 +6,19 @@ namespace maefast::cpu {
 
 Tensor restore_tokens(const Tensor& x, const Tensor& visible, const Tensor& masked, const Tensor& cu_visible,
                       const Tensor& mask_token, const std::optional<Tensor>& pos, int64_t prefix,
-                      bool visible_first, bool pos_on_masked) {
+                      bool visible_first, bool pos_on_masked, const std::optional<Tensor>& cu_masked,
+                      int64_t num_tokens) {
   const int64_t batch = cu_visible.numel() - 1;
   const int64_t count = visible.numel() + masked.numel();
-  MAEFAST_CHECK(x.dim() == 2 && batch > 0 && count % batch == 0 && prefix >= 0 &&
+  MAEFAST_CHECK(x.dim() == 2 && batch > 0 && (cu_masked || count % batch == 0) && prefix >= 0 &&
                     x.size(0) == visible.numel() + batch * prefix,
                 "restore_tokens: x must be [T + B*P, D] and the plan of B samples");
+  MAEFAST_CHECK(!cu_masked || (visible_first && cu_masked->numel() == batch + 1 && num_tokens > 0),
+                "restore_tokens: with cu_masked [B+1] the order is visible first, and N is given");
   int32_t failed = 0;
   RestoreArgs args;
   args.batch = batch;
-  args.tokens = count / batch;
+  args.tokens = cu_masked ? num_tokens : count / batch;
   args.prefix = prefix;
   args.width = x.size(1);
   args.visible_first = visible_first;
@@ -25,6 +28,7 @@ Tensor restore_tokens(const Tensor& x, const Tensor& visible, const Tensor& mask
   args.visible = plan_data(visible, "visible");
   args.masked = plan_data(masked, "masked");
   args.cu = cu_data(cu_visible, visible.numel(), args.tokens);
+  args.cu_masked = cu_masked ? cu_data(*cu_masked, masked.numel(), args.tokens) : nullptr;
   args.failed = &failed;
   args.x_type = dtype_of(x);
   args.out_type = dtype_of(mask_token);
@@ -41,37 +45,45 @@ Tensor restore_tokens(const Tensor& x, const Tensor& visible, const Tensor& mask
     if (extra > 0) args.prefix_pos = table;
     args.pos = table + extra * args.width * element_size(args.out_type);
   }
-  Tensor out = empty({batch, prefix + args.tokens, args.width}, mask_token.scalar_type(), x);
+  const int64_t rows = count + batch * prefix;
+  Tensor out = cu_masked ? empty({rows, args.width}, mask_token.scalar_type(), x)
+                         : empty({batch, prefix + args.tokens, args.width}, mask_token.scalar_type(), x);
   args.out = out.mutable_data_ptr();
   const auto kernel = restore_kernels_chosen().restore_tokens;
-  parallel_rows(batch * (prefix + args.tokens), args.width * element_size(args.out_type),
+  parallel_rows(rows, args.width * element_size(args.out_type),
                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   check_plan(failed);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(const Tensor& grad, const Tensor& visible,
-                                                           const Tensor& /*masked*/, const Tensor& slot,
-                                                           const Tensor& cu_visible, int64_t pos_rows,
-                                                           int64_t prefix, bool visible_first,
-                                                           bool pos_on_masked, bool need_mask_token,
-                                                           ScalarType x_dtype) {
+std::tuple<Tensor, Tensor, Tensor> restore_tokens_backward(
+    const Tensor& grad, const Tensor& visible, const Tensor& masked, const Tensor& slot,
+    const Tensor& cu_visible, int64_t pos_rows, int64_t prefix, bool visible_first, bool pos_on_masked,
+    bool need_mask_token, ScalarType x_dtype, const std::optional<Tensor>& cu_masked) {
   const int64_t batch = cu_visible.numel() - 1;
-  MAEFAST_CHECK(grad.dim() == 3 && batch > 0 && grad.size(0) == batch && prefix >= 0 &&
-                    slot.numel() == batch * (grad.size(1) - prefix),
-                "restore_tokens_backward: grad must be [B, P+N, D] and slot [B*N]");
+  if (cu_masked) {
+    MAEFAST_CHECK(grad.dim() == 2 && batch > 0 && prefix >= 0 && visible_first && slot.numel() % batch == 0 &&
+                      grad.size(0) == visible.numel() + masked.numel() + batch * prefix &&
+                      cu_masked->numel() == batch + 1,
+                  "restore_tokens_backward: grad must be [T + M + B*P, D], slot [B*N], cu_masked [B+1]");
+  } else {
+    MAEFAST_CHECK(grad.dim() == 3 && batch > 0 && grad.size(0) == batch && prefix >= 0 &&
+                      slot.numel() == batch * (grad.size(1) - prefix),
+                  "restore_tokens_backward: grad must be [B, P+N, D] and slot [B*N]");
+  }
   int32_t failed = 0;
   RestoreBackwardArgs args;
   args.batch = batch;
-  args.tokens = grad.size(1) - prefix;
+  args.tokens = slot.numel() / batch;
   args.prefix = prefix;
   args.packed = visible.numel();
-  args.width = grad.size(2);
+  args.width = grad.size(-1);
   args.visible_first = visible_first;
   args.pos_on_masked = pos_on_masked;
   args.grad = data(grad, "grad");
   args.slot = plan_data(slot, "slot");
   args.cu = cu_data(cu_visible, args.packed, args.tokens);
+  args.cu_masked = cu_masked ? cu_data(*cu_masked, masked.numel(), args.tokens) : nullptr;
   args.failed = &failed;
   args.grad_type = dtype_of(grad);
   args.x_type = dtype_of(x_dtype);

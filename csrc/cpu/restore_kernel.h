@@ -6,6 +6,7 @@
 #include "cpu/dtype.h"
 #include "cpu/isa.h"
 #include "cpu/units.h"
+#include "plan.h"
 
 namespace maefast {
 
@@ -15,10 +16,11 @@ struct RestoreArgs {
   const void* mask_token;  // [D]
   const void* prefix_pos;  // [P, D] or null
   const void* pos;         // [N, D] or null
-  void* out;               // [B, P+N, D]
+  void* out;               // [B, P+N, D], or [T + M + B*P, D] with cu_masked
   const int32_t* visible;
   const int32_t* masked;
   const int32_t* cu;
+  const int32_t* cu_masked;  // where each sample's masked tokens start, or null where none are absent
   int32_t* failed;
   int64_t batch, tokens, prefix, width;
   bool visible_first, pos_on_masked;
@@ -26,11 +28,12 @@ struct RestoreArgs {
 };
 
 struct RestoreBackwardArgs {
-  const void* grad;  // [B, P+N, D]
+  const void* grad;  // like `out` of the forward
   void* grad_x;      // [T + B*P, D]
   void* mask_sums;   // [units, D] in the arithmetic type, or null
   const int32_t* slot;
   const int32_t* cu;
+  const int32_t* cu_masked;
   int32_t* failed;
   int64_t batch, tokens, prefix, packed, width;
   bool visible_first, pos_on_masked;
@@ -39,7 +42,8 @@ struct RestoreBackwardArgs {
 };
 
 struct RestoreKernels {
-  // Rows [begin, end) of the B*(P+N) rows counted in visible-first order, whatever order they are written in.
+  // Rows [begin, end) of the rows of `out`, counted in visible-first order, whatever order they are written
+  // in.
   void (*restore_tokens)(const RestoreArgs& args, int64_t begin, int64_t end);
   void (*restore_tokens_backward)(const RestoreBackwardArgs& args, int64_t begin, int64_t end);  // units
   void (*sum_pieces)(const SumArgs& args, int64_t begin, int64_t end);                           // elements

@@ -1,6 +1,7 @@
 // Row copies of the embed family: one warp copies one row, in the widest words that its alignment allows.
 #include "cuda/common.cuh"
 #include "cuda/ops.h"
+#include "plan.h"
 
 namespace maefast::cuda {
 namespace {
@@ -72,7 +73,7 @@ __global__ void scatter_kernel(Rows a) {
     } else {
       const int32_t slot = a.index[b * a.tokens + p - a.prefix];
       const int32_t t = a.masked ? ~slot : slot;
-      if (t >= 0) from = t + (b + 1) * a.kept;
+      if (t >= 0 && slot != kAbsent) from = t + (b + 1) * a.kept;
     }
     Word* out = dst + item * a.words;
     if (from >= 0 && from < rows) {

@@ -12,6 +12,7 @@ from maefast.nn.init import init_tokens_, init_weights_
 from maefast.nn.layers import LayerNorm, Linear
 from maefast.ops import TokenMask
 from maefast.ops._checks import one_of
+from maefast.ops.restore import masked_rows
 
 PREDICTIONS = ("masked", "full")
 
@@ -35,15 +36,22 @@ def run_decoder(
 
     For masked tokens only, the last block needs the others as keys and values and nothing after it needs them. In
     a uniform plan the sequence is therefore laid out with the masked tokens last, so that all of this is slicing.
+    Absent tokens have no row: where that makes samples of different lengths, they are packed.
     """
     one_of("pred", which, PREDICTIONS)
     if which == "masked" and plan.total_masked == 0:
         raise ValueError("the plan masks no token, so there is no masked token to predict; use pred='full'")
-    tail = which == "masked" and plan.keep is not None
-    order = "visible_first" if tail else "position"
+    tail = which == "masked" and plan.keep is not None and plan.hide is not None
+    if plan.total_absent and which == "full":
+        raise ValueError("the plan leaves tokens absent, which nobody can predict; use pred='masked'")
+    order = "visible_first" if tail or plan.total_absent else "position"
     x = ops.restore_tokens(embed(latent), plan, mask_token, pos=pos_embed, prefix=1, order=order)
     if which == "full":
         return pred(run_norm(norm, *run_blocks(blocks, x, recompute=recompute))[:, 1:])
+    if x.ndim == 2:  # samples of different lengths, packed
+        x, delta = run_blocks(blocks, x, packing=_packing(plan, 1), recompute=recompute)
+        rows = masked_rows(plan, 1)
+        return pred(run_norm(norm, x[rows], delta[rows]))
     x, delta = run_blocks(blocks[:-1], x, recompute=recompute)
     keep = "nothing" if recompute else None
     if tail:
@@ -51,6 +59,12 @@ def run_decoder(
     else:
         x, delta = blocks[-1].forward_masked(x, plan, 1, delta, pending=True, keep=keep)
     return pred(run_norm(norm, x, delta))
+
+
+def _packing(plan: TokenMask, prefix: int) -> tuple[Tensor, int]:
+    """Where the packed samples of `restore_tokens` start, and at most how long they are."""
+    starts = plan.cu_present + prefix * torch.arange(plan.batch + 1, dtype=torch.int32, device=plan.device)
+    return starts, prefix + min(plan.num_tokens, plan.max_visible + plan.max_masked)
 
 
 class Decoder(nn.Module):

@@ -40,12 +40,14 @@ FAMILIES: dict[str, dict[str, str]] = {
         "place_tokens_backward": "(Tensor grad, Tensor slot, Tensor cu_visible, SymInt prefix, bool need_pos,"
         " bool need_prefix, ScalarType y_dtype) -> (Tensor, Tensor, Tensor)",
     },
+    # With cu_masked (visible first) some tokens are absent, and packed rows [T + M + B*P, D] stand for [B, P + N, D].
     "restore": {
         "restore_tokens": "(Tensor x, Tensor visible, Tensor masked, Tensor cu_visible, Tensor mask_token,"
-        " Tensor? pos, SymInt prefix, bool visible_first, bool pos_on_masked) -> Tensor",
+        " Tensor? pos, SymInt prefix, bool visible_first, bool pos_on_masked, Tensor? cu_masked=None,"
+        " SymInt num_tokens=0) -> Tensor",
         "restore_tokens_backward": "(Tensor grad, Tensor visible, Tensor masked, Tensor slot, Tensor cu_visible,"
         " SymInt pos_rows, SymInt prefix, bool visible_first, bool pos_on_masked, bool need_mask_token,"
-        " ScalarType x_dtype) -> (Tensor, Tensor, Tensor)",
+        " ScalarType x_dtype, Tensor? cu_masked=None) -> (Tensor, Tensor, Tensor)",
     },
     "norm": {
         # shift [D] is added to delta: the bias of the linear layer that made it.
@@ -192,8 +194,12 @@ def _place_tokens_backward(grad, slot, cu_visible, prefix, need_pos, need_prefix
     )
 
 
-def _restore_tokens(x, visible, masked, cu_visible, mask_token, pos, prefix, visible_first, pos_on_masked):
+def _restore_tokens(
+    x, visible, masked, cu_visible, mask_token, pos, prefix, visible_first, pos_on_masked, cu_masked=None, num_tokens=0
+):
     batch = cu_visible.shape[0] - 1
+    if cu_masked is not None:
+        return mask_token.new_empty((x.shape[0] + masked.shape[0], x.shape[1]))
     tokens = (visible.shape[0] + masked.shape[0]) // batch
     return mask_token.new_empty((batch, prefix + tokens, x.shape[1]))
 
@@ -210,8 +216,9 @@ def _restore_tokens_backward(
     pos_on_masked,
     need_mask_token,
     x_dtype,
+    cu_masked=None,
 ):
-    batch, width = cu_visible.shape[0] - 1, grad.shape[2]
+    batch, width = cu_visible.shape[0] - 1, grad.shape[-1]
     return (
         grad.new_empty((visible.shape[0] + batch * prefix, width), dtype=x_dtype),
         grad.new_empty((width,) if need_mask_token else (0,)),

@@ -39,6 +39,10 @@ class CellMask:
             raise ValueError(
                 f"a plan of {self.tokens.num_tokens} tokens does not fit a grid of {rows} x {columns} cells"
             )
+        if self.tokens.total_absent:
+            raise ValueError(
+                f"a cell is active or masked, but {self.tokens.total_absent} tokens of this plan are absent"
+            )
 
     @property
     def batch(self) -> int:

@@ -44,7 +44,7 @@ def gather_tokens(
         keep_prefix: copy the prefix tokens of each sample in front of its rows, or leave them out.
 
     Returns:
-        [B, P + count, D] for a uniform plan, else packed [B*P + total, D] with sample b's rows starting at
+        [B, P + count, D] where all samples have as many, else packed [B*P + total, D] with sample b's rows starting at
         ``cu[b] + b*P``; P is `prefix` if kept, else 0. The backward writes each element of grad x once, without
         atomics.
 
@@ -64,7 +64,7 @@ def gather_tokens(
     index = plan.masked if masked else plan.visible
     cu = plan.cu_masked if masked else plan.cu_visible
     most = plan.max_masked if masked else plan.max_visible
-    count = None if plan.keep is None else (plan.num_tokens - plan.keep if masked else plan.keep)
+    count = plan.hide if masked else plan.keep
 
     name = _dispatch.choose("gather_tokens", x.device.type, x.dtype, backend)
     if name == "reference":

@@ -114,7 +114,7 @@ def _padded(*sizes: int) -> int:
 
 
 def _check_pred(pred: Tensor, plan: TokenMask, packed: bool, values: int) -> None:
-    count = None if plan.keep is None else plan.num_tokens - plan.keep
+    count = plan.hide
     if packed:
         fits = pred.ndim == 2 and pred.shape[0] == plan.total_masked
         fits = fits or (pred.ndim == 3 and count is not None and tuple(pred.shape[:2]) == (plan.batch, count))
@@ -134,7 +134,7 @@ def _reduce(each: Tensor, plan: TokenMask, reduction: str) -> Tensor:
         return each
     if reduction == "sum":
         return each.sum()
-    if reduction == "mean" or plan.keep is not None:  # equal counts: the mean of means is the mean
+    if reduction == "mean" or plan.hide is not None:  # equal counts: the mean of means is the mean
         return each.mean()
     # Packed by sample, so a sample's sum is a difference of positions; index_add on a small vector is exact enough
     # and ordered on a CPU, but not on a GPU: a masked product is.

@@ -14,20 +14,22 @@ from torch import Tensor
 from maefast.ops import _checks, _dispatch, _registry
 
 TRITON_TOKENS = 16384  # the longest row that the Triton kernel sorts
+ABSENT = -(2**31)  # the slot of a token that is neither visible nor masked; the kernels know it too
 
 
 @dataclass(frozen=True, eq=False)
 class TokenMask:
     """Which of N tokens of each of B samples are visible, packed, so that samples may keep different numbers.
 
-    Flat indices are ``b * N + n``. Packed rows stand sample by sample.
+    Flat indices are ``b * N + n``. Packed rows stand sample by sample. Tokens that are neither visible nor masked are
+    absent: padding, missing channels, masked tokens that nobody predicts. Most plans have none.
 
     Attributes:
         batch: B. num_tokens: N.
         keep: the visible count common to all samples, or None where the counts differ.
         visible: int32 [T], flat indices of the visible tokens. masked: int32 [M], of the others.
         slot: int32 [B*N], the inverse: ``t >= 0`` where the token is row t of `visible`, ``~m`` (that is,
-            ``-m - 1``) where it is row m of `masked`.
+            ``-m - 1``) where it is row m of `masked`, ``ABSENT`` (-2**31) where it is absent.
         cu_visible, cu_masked: int32 [B+1], where each sample's rows start.
         max_visible, max_masked: the largest count in the batch, known on the host.
     """
@@ -54,51 +56,74 @@ class TokenMask:
         return self.masked.shape[0]
 
     @property
+    def total_absent(self) -> int:
+        """How many tokens of the batch are neither."""
+        return self.batch * self.num_tokens - self.total_visible - self.total_masked
+
+    @property
+    def hide(self) -> int | None:
+        """The masked count common to all samples, or None where the counts differ."""
+        return self.max_masked if self.max_masked * self.batch == self.total_masked else None
+
+    @property
+    def cu_present(self) -> Tensor:
+        """int32 [B+1], where each sample starts among the visible and masked tokens of the batch."""
+        return self.cu_visible + self.cu_masked
+
+    @property
     def device(self) -> torch.device:
         return self.slot.device
 
     @property
     def mask(self) -> Tensor:
         """bool [B, N], True where the token is masked (removed)."""
-        return (self.slot < 0).view(self.batch, self.num_tokens)
+        masked = self.slot < 0
+        if self.total_absent:
+            masked &= self.slot != ABSENT
+        return masked.view(self.batch, self.num_tokens)
+
+    @property
+    def absent(self) -> Tensor:
+        """bool [B, N], True where the token is neither visible nor masked."""
+        return (self.slot == ABSENT).view(self.batch, self.num_tokens)
 
     @property
     def ids_keep(self) -> Tensor:
         """int64 [B, keep]: positions of the visible tokens in plan order, as MAE's ``ids_keep``. Uniform plans."""
-        return self._positions(self.visible, self._uniform("ids_keep"))
+        return self._positions(self.visible, _uniform("ids_keep", self.keep))
 
     @property
     def ids_masked(self) -> Tensor:
-        """int64 [B, N - keep]: positions of the masked tokens in plan order. Uniform plans."""
-        return self._positions(self.masked, self.num_tokens - self._uniform("ids_masked"))
+        """int64 [B, hide]: positions of the masked tokens in plan order. Plans that mask as many in each sample."""
+        return self._positions(self.masked, _uniform("ids_masked", self.hide))
 
     @property
     def ids_restore(self) -> Tensor:
         """int64 [B, N]: rank of each token in its sample, visible ones first, as MAE's ``ids_restore``."""
+        if self.total_absent:
+            raise ValueError("ids_restore ranks every token; this plan leaves some absent")
         slot = self.slot.view(self.batch, self.num_tokens).long()
         first_visible = self.cu_visible[:-1, None]
         first_masked = self.cu_masked[:-1, None]
         count = self.cu_visible[1:, None] - first_visible
         return torch.where(slot >= 0, slot - first_visible, ~slot - first_masked + count)
 
-    def _uniform(self, what: str) -> int:
-        if self.keep is None:
-            raise ValueError(f"{what} needs a uniform plan; here the samples keep different numbers of tokens")
-        return self.keep
-
     def _positions(self, flat: Tensor, count: int) -> Tensor:
         start = torch.arange(self.batch, device=self.device)[:, None] * self.num_tokens
         return flat.view(self.batch, count).long() - start
 
     def complement(self) -> TokenMask:
-        """The plan with visible and masked exchanged; no copy but `slot`."""
+        """The plan with visible and masked exchanged; no copy but `slot`. Absent tokens stay absent."""
+        slot = ~self.slot
+        if self.total_absent:
+            slot = torch.where(self.slot == ABSENT, self.slot, slot)
         return TokenMask(
             batch=self.batch,
             num_tokens=self.num_tokens,
-            keep=None if self.keep is None else self.num_tokens - self.keep,
+            keep=self.hide,
             visible=self.masked,
             masked=self.visible,
-            slot=~self.slot,
+            slot=slot,
             cu_visible=self.cu_masked,
             cu_masked=self.cu_visible,
             max_visible=self.max_masked,
@@ -114,6 +139,8 @@ class TokenMask:
 
     def __repr__(self) -> str:
         kept = f"keep={self.keep}" if self.keep is not None else f"ragged, {self.total_visible} visible"
+        if self.total_absent:
+            kept += f", {self.total_masked} masked, {self.total_absent} absent"
         return f"TokenMask(batch={self.batch}, num_tokens={self.num_tokens}, {kept}, device={self.device})"
 
     # --- makers ---------------------------------------------------------------------------------------------
@@ -134,45 +161,61 @@ class TokenMask:
         return TokenMask(batch, num_tokens, num_tokens, flat, flat[:0], slot, cu, torch.zeros_like(cu), num_tokens, 0)
 
     @staticmethod
-    def from_bool(masked: Tensor, keep: int | Sequence[int] | None = None, **kwargs) -> TokenMask:
+    def from_bool(
+        masked: Tensor, keep: int | Sequence[int] | None = None, *, absent: Tensor | None = None, **kwargs
+    ) -> TokenMask:
         """From a boolean map [B, N], True = masked. Rows are ordered by position.
 
         Counting the visible tokens costs one host sync on a GPU, unless `keep` (one count, or one a sample) is
         given; a `keep` that contradicts the map raises (on a GPU as a device-side assertion, without a sync).
+
+        absent: bool [B, N], True where a token is neither visible nor masked, whatever `masked` says of it. Their
+        number costs a sync unless `keep` and `hide` (as in `token_mask`) are given.
         """
         _checks.tensor("masked", masked, ndim=2, floating=False)
         if masked.dtype is not torch.bool:
             raise TypeError(f"masked must be a bool tensor (True = masked), got {masked.dtype}")
         _check_map("masked", masked)
-        counts = (~masked).sum(1)
-        if keep is None:
-            if masked.device.type == "meta":
-                raise ValueError("masked has no values to count (a meta tensor): give keep")
-            keep = counts
-        else:
-            keep = _counts(keep, *masked.shape)
-            want = _integers(keep, masked.device) if isinstance(keep, list) else keep
-            _checks.holds(counts == want, "from_bool: `keep` does not match the number of False entries in the map")
-        return token_mask(masked.float(), keep, order="position", **kwargs)
+        if absent is None:
+            keep = _counted("keep", keep, ~masked, "False entries in the map")
+            return token_mask(masked.float(), keep, order="position", **kwargs)
+        _checks.tensor("absent", absent, ndim=2, floating=False)
+        if absent.dtype is not torch.bool or absent.shape != masked.shape or absent.device != masked.device:
+            raise ValueError(
+                f"absent must be a bool tensor {list(masked.shape)} on {masked.device} like the map, got {absent.dtype}"
+                f" {list(absent.shape)} on {absent.device}"
+            )
+        keep = _counted("keep", keep, ~(masked | absent), "visible tokens")
+        hide = _counted("hide", kwargs.pop("hide", None), masked & ~absent, "masked tokens")
+        return token_mask(torch.where(absent, 2.0, masked.float()), keep, hide=hide, order="position", **kwargs)
 
     @staticmethod
-    def from_indices(indices: Tensor | Sequence[Tensor], num_tokens: int, **kwargs) -> TokenMask:
+    def from_indices(
+        indices: Tensor | Sequence[Tensor],
+        num_tokens: int,
+        *,
+        masked: Tensor | Sequence[Tensor] | None = None,
+        **kwargs,
+    ) -> TokenMask:
         """From the positions of the visible tokens: int [B, keep], or a list of B vectors of any lengths.
 
-        The given order is kept; masked tokens are ordered by position. Raises for positions outside
+        The given order is kept; masked tokens are ordered by position. With `masked`, positions given in the same way,
+        those are the masked ones, in their order, and all others are absent. Raises for positions outside
         [0, num_tokens) and for repeated ones (on a GPU as a device-side assertion, without a sync).
         """
-        rows = list(indices.unbind(0)) if isinstance(indices, Tensor) and indices.ndim == 2 else indices
-        if not isinstance(rows, (list, tuple)) or not rows:
-            raise ValueError("indices must be an int tensor [B, keep] or a non-empty list of int vectors")
-        for row in rows:
-            _checks.tensor("indices", row, ndim=1, floating=False)
-            if row.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"indices must be int32 or int64, got {row.dtype}")
-            if row.device != rows[0].device:
-                raise ValueError(f"indices lie on {rows[0].device} and on {row.device}: move them to one device")
+        rows = _index_rows("indices", indices)
         _check_size(len(rows), num_tokens)
         counts = [row.shape[0] for row in rows]
+        if masked is not None:
+            hidden = _index_rows("masked", masked)
+            if len(hidden) != len(rows) or hidden[0].device != rows[0].device:
+                raise ValueError(
+                    f"masked must have the {len(rows)} samples of indices on {rows[0].device}, got {len(hidden)} on"
+                    f" {hidden[0].device}"
+                )
+            hide = _one_or_all([row.shape[0] for row in hidden])
+            both = TokenMask.from_indices([torch.cat(pair) for pair in zip(rows, hidden)], num_tokens, **kwargs)
+            return _split(both, _one_or_all(counts), hide)
         if max(counts) > num_tokens:
             raise ValueError(f"indices keep {max(counts)} of {num_tokens} tokens: keep must not exceed num_tokens")
         device = rows[0].device
@@ -192,8 +235,7 @@ class TokenMask:
         rank = torch.cat([torch.arange(count, device=device, dtype=torch.float32) for count in counts])
         scores = torch.full((len(rows) * num_tokens,), float(num_tokens), device=device)
         scores = scores.index_copy(0, flat, rank).view(len(rows), num_tokens)
-        uniform = counts[0] if min(counts) == max(counts) else counts
-        return token_mask(scores, uniform, order="score", **kwargs)
+        return token_mask(scores, _one_or_all(counts), order="score", **kwargs)
 
     @staticmethod
     def from_ids_restore(ids_restore: Tensor, keep: int | Sequence[int], **kwargs) -> TokenMask:
@@ -206,6 +248,40 @@ class TokenMask:
         ordered = ids_restore.sort(1).values
         _checks.holds(ordered == ranks, "ids_restore: a row is not a permutation of 0..N-1")
         return token_mask(ids_restore.float(), keep, order="score", **kwargs)
+
+
+def _uniform(what: str, count: int | None) -> int:
+    if count is None:
+        verb = "keep" if what == "ids_keep" else "mask"
+        raise ValueError(f"{what} needs a uniform plan; here the samples {verb} different numbers of tokens")
+    return count
+
+
+def _index_rows(name: str, indices: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """One vector of positions a sample."""
+    rows = list(indices.unbind(0)) if isinstance(indices, Tensor) and indices.ndim == 2 else indices
+    if not isinstance(rows, (list, tuple)) or not rows:
+        raise ValueError(f"{name} must be an int tensor [B, n] or a non-empty list of int vectors")
+    for row in rows:
+        _checks.tensor(name, row, ndim=1, floating=False)
+        if row.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {row.dtype}")
+        if row.device != rows[0].device:
+            raise ValueError(f"{name} lie on {rows[0].device} and on {row.device}: move them to one device")
+    return list(rows)
+
+
+def _counted(name: str, given: int | Sequence[int] | None, wanted: Tensor, what: str):
+    """The number of True entries of each row [B, N], or `given` if that is it."""
+    counts = wanted.sum(1)
+    if given is None:
+        if wanted.device.type == "meta":
+            raise ValueError(f"masked has no values to count (a meta tensor): give {name}")
+        return counts
+    given = _counts(given, *wanted.shape, name=name)
+    want = _integers(given, wanted.device) if isinstance(given, list) else given
+    _checks.holds(counts == want, f"from_bool: `{name}` does not match the number of {what}")
+    return given
 
 
 def _check_size(batch: int, num_tokens: int) -> None:
@@ -232,25 +308,29 @@ def _check_map(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} is {batch} x {num_tokens}: flat indices are int32, so B*N must stay below 2**31")
 
 
-def _counts(keep: int | Sequence[int] | Tensor, batch: int, num_tokens: int) -> int | list[int]:
+def _counts(keep: int | Sequence[int] | Tensor, batch: int, num_tokens: int, name: str = "keep") -> int | list[int]:
     """Host counts; a tensor on a GPU costs one sync here."""
     if isinstance(keep, Tensor):
         if keep.is_floating_point() or keep.dtype is torch.bool or keep.shape not in ((), (batch,)):
-            raise ValueError(f"keep must be an int tensor of shape [{batch}], got {keep.dtype} {tuple(keep.shape)}")
+            raise ValueError(f"{name} must be an int tensor of shape [{batch}], got {keep.dtype} {tuple(keep.shape)}")
         if keep.device.type == "meta" or keep.layout is not torch.strided:
-            raise ValueError(f"keep must hold values, got a tensor on {keep.device} of layout {keep.layout}")
+            raise ValueError(f"{name} must hold values, got a tensor on {keep.device} of layout {keep.layout}")
         keep = keep.tolist()
     if isinstance(keep, (list, tuple)):
         counts = list(keep)
         if len(counts) != batch:
-            raise ValueError(f"keep has {len(counts)} counts for a batch of {batch}")
+            raise ValueError(f"{name} has {len(counts)} counts for a batch of {batch}")
     else:
         counts = [keep]
     for count in counts:
         if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
-            raise TypeError(f"keep must be an int, or ints, one a sample; got {count!r} ({type(count).__name__})")
+            raise TypeError(f"{name} must be an int, or ints, one a sample; got {count!r} ({type(count).__name__})")
         if not 0 <= count <= num_tokens:
-            raise ValueError(f"keep must lie in [0, {num_tokens}] (the number of tokens), got {count}")
+            raise ValueError(f"{name} must lie in [0, {num_tokens}] (the number of tokens), got {count}")
+    return _one_or_all(counts)
+
+
+def _one_or_all(counts: list[int]) -> int | list[int]:
     return counts[0] if min(counts) == max(counts) else counts
 
 
@@ -273,6 +353,7 @@ def token_mask(
     scores: Tensor,
     keep: int | Sequence[int] | Tensor,
     *,
+    hide: int | Sequence[int] | Tensor | None = None,
     order: str = "score",
     backend: str | None = None,
 ) -> TokenMask:
@@ -285,6 +366,8 @@ def token_mask(
         scores: [B, N], float32, float16, bfloat16 (float64: reference and cpu).
         keep: visible tokens a sample: one int, or B ints. An int tensor on a GPU costs one host sync. In a CUDA graph
             the counts are those of the capture.
+        hide: masked tokens a sample, counted like `keep`: the `hide` lowest scores of the others. What is left is
+            absent. None: all others are masked.
         order: "score" packs tokens in ascending score (MAE's order), "position" in ascending index.
         backend: force a backend for this call.
 
@@ -299,21 +382,48 @@ def token_mask(
     _check_map("scores", scores)
     _checks.one_of("order", order, ("score", "position"))
     counts = _counts(keep, batch, num_tokens)
-    device = scores.device
-    if isinstance(counts, list):
-        cu = [0]
-        for count in counts:
-            cu.append(cu[-1] + count)
-        total, most, least = cu[-1], max(counts), min(counts)
-        cu_visible = _integers(cu, device)
-    else:
-        total, most, least = batch * counts, counts, counts
-        cu_visible = torch.arange(batch + 1, dtype=torch.int32, device=device) * counts
-    cu_masked = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_tokens - cu_visible
+    name = _dispatch.choose("token_mask", scores.device.type, scores.dtype, backend, num_tokens <= TRITON_TOKENS)
+    scores = scores.detach().contiguous()
+    if hide is None:
+        return _plan(scores, counts, order == "position", name)
+    hide = _counts(hide, batch, num_tokens, "hide")
+    present = _sum(counts, hide, batch)
+    most = max(present) if isinstance(present, list) else present
+    if most > num_tokens:
+        raise ValueError(f"keep + hide must not exceed the {num_tokens} tokens, got {most}")
+    plan = _split(_plan(scores, present, False, name), counts, hide)
+    if order == "score":
+        return plan
+    # Equal scores go by index: so do these, state by state.
+    state = torch.where(plan.slot >= 0, 0.0, torch.where(plan.slot == ABSENT, 2.0, 1.0)).view(batch, num_tokens)
+    return _split(_plan(state, present, False, name), counts, hide)
 
-    name = _dispatch.choose("token_mask", device.type, scores.dtype, backend, num_tokens <= TRITON_TOKENS)
+
+def _sum(a: int | list[int], b: int | list[int], batch: int) -> int | list[int]:
+    if not isinstance(a, list) and not isinstance(b, list):
+        return a + b
+    a, b = (value if isinstance(value, list) else [value] * batch for value in (a, b))
+    return _one_or_all([x + y for x, y in zip(a, b)])
+
+
+def _starts(counts: int | list[int], batch: int, device: torch.device) -> tuple[Tensor, int]:
+    """(int32 [B+1], where each sample starts; how many in all)."""
+    if not isinstance(counts, list):
+        return torch.arange(batch + 1, dtype=torch.int32, device=device) * counts, batch * counts
+    cu = [0]
+    for count in counts:
+        cu.append(cu[-1] + count)
+    return _integers(cu, device), cu[-1]
+
+
+def _plan(scores: Tensor, counts: int | list[int], by_position: bool, name: str) -> TokenMask:
+    """The plan in which all others are masked, made by backend `name`."""
+    batch, num_tokens = scores.shape
+    cu_visible, total = _starts(counts, batch, scores.device)
+    cu_masked = torch.arange(batch + 1, dtype=torch.int32, device=scores.device) * num_tokens - cu_visible
     run = token_mask_reference if name == "reference" else _registry.raw("token_mask", name)
-    visible, masked, slot = run(scores.detach().contiguous(), cu_visible, total, order == "position")
+    visible, masked, slot = run(scores, cu_visible, total, by_position)
+    most, least = (max(counts), min(counts)) if isinstance(counts, list) else (counts, counts)
     return TokenMask(
         batch=batch,
         num_tokens=num_tokens,
@@ -325,6 +435,39 @@ def token_mask(
         cu_masked=cu_masked,
         max_visible=most,
         max_masked=num_tokens - least,
+    )
+
+
+def _split(plan: TokenMask, keep: int | list[int], hide: int | list[int]) -> TokenMask:
+    """Of the visible tokens of `plan` the first `keep` of each sample stay visible and the next `hide` are masked; what
+    it masked is absent."""
+    batch, device = plan.batch, plan.device
+    samples = torch.arange(batch, device=device)
+    lists, starts = [], []
+    for counts, skip in ((keep, None), (hide, keep)):
+        cu, total = _starts(counts, batch, device)
+        sample = torch.repeat_interleave(samples, cu.diff(), output_size=total)
+        shift = plan.cu_visible[:-1] - cu[:-1]  # from the own list to the plan's
+        if skip is not None:
+            shift = shift + starts[0].diff()
+        lists.append(plan.visible[torch.arange(total, device=device) + shift[sample]])
+        starts.append(cu)
+    rank = plan.slot.view(batch, -1) - plan.cu_visible[:-1, None]  # among the visible ones of its sample
+    count = starts[0].diff()[:, None]
+    slot = torch.where(rank < count, rank + starts[0][:-1, None], ~(rank - count + starts[1][:-1, None]))
+    slot = torch.where(plan.slot.view(batch, -1) >= 0, slot, ABSENT).view(-1)
+    most = [max(counts) if isinstance(counts, list) else counts for counts in (keep, hide)]
+    return TokenMask(
+        batch=batch,
+        num_tokens=plan.num_tokens,
+        keep=None if isinstance(keep, list) else keep,
+        visible=lists[0],
+        masked=lists[1],
+        slot=slot,
+        cu_visible=starts[0],
+        cu_masked=starts[1],
+        max_visible=most[0],
+        max_masked=most[1],
     )
 
 

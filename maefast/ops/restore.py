@@ -33,10 +33,13 @@ def restore_tokens(
         pos: [N, D] or [prefix + N, D] (a leading 1 is allowed). With N rows the prefix tokens get none.
         pos_on: "all", or "masked" to add `pos` ([N, D]) to masked tokens only, a mask token per position.
         order: "position" gives [prefix | tokens 0..N-1]; "visible_first" gives [prefix | visible | masked],
-            each in plan order and each with the position of its own token.
+            each in plan order and each with the position of its own token. Absent tokens have no row, so a plan with
+            some of them needs "visible_first".
 
     Returns:
         [B, prefix + N, D] in the promoted dtype of x, mask_token and pos. Sums in the backward are deterministic.
+        Where tokens are absent: [B, prefix + keep + hide, D] if both counts are common to all samples, else packed
+        [B*prefix + T + M, D] with sample b's rows starting at ``plan.cu_present[b] + b*prefix``.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit the plan.
@@ -53,6 +56,10 @@ def restore_tokens(
         raise ValueError(f"x must be {want} for this plan, got {tuple(x.shape)}")
     if x.ndim == 2 and x.shape[0] != rows:
         raise ValueError(f"x must have {plan.batch} * {prefix} + {plan.total_visible} = {rows} rows, got {x.shape[0]}")
+    if plan.total_absent and order != "visible_first":
+        raise ValueError(
+            f'order must be "visible_first" for this plan: {plan.total_absent} of its tokens are absent and have no row'
+        )
     mask_token = _checks.vector("mask_token", mask_token, width)
     if pos is not None:
         lengths = (plan.num_tokens,) if pos_on == "masked" else (plan.num_tokens, prefix + plan.num_tokens)
@@ -65,12 +72,17 @@ def restore_tokens(
     mask_token = mask_token.to(dtype)
     pos = None if pos is None else pos.to(dtype)
     args = (prefix, order == "visible_first", pos_on == "masked")
+    absent = (plan.cu_masked, plan.num_tokens) if plan.total_absent else (None, 0)
     name = _dispatch.choose("restore_tokens", x.device.type, dtype, backend)
     if name == "reference":
-        return restore_tokens_reference(x, plan.visible, plan.masked, plan.cu_visible, mask_token, pos, *args)
-    return _autograd.apply(
-        _RestoreTokens, x, plan.visible, plan.masked, plan.slot, plan.cu_visible, mask_token, pos, *args, name
-    )
+        lists = plan.visible, plan.masked, plan.cu_visible
+        out = restore_tokens_reference(x, *lists, mask_token, pos, *args, *absent)
+    else:
+        lists = plan.visible, plan.masked, plan.slot, plan.cu_visible
+        out = _autograd.apply(_RestoreTokens, x, *lists, mask_token, pos, *args, *absent, name)
+    if out.ndim == 2 and plan.keep is not None and plan.hide is not None:
+        out = out.view(plan.batch, prefix + plan.keep + plan.hide, width)
+    return out
 
 
 def restore_tokens_reference(
@@ -83,10 +95,14 @@ def restore_tokens_reference(
     prefix: int,
     visible_first: bool,
     pos_on_masked: bool,
+    cu_masked: Tensor | None = None,
+    num_tokens: int = 0,
 ) -> Tensor:
-    """The definition, differentiable: [B, P + N, D]; see `restore_tokens`."""
+    """The definition, differentiable: [B, P + N, D]; see `restore_tokens`. With `cu_masked` (and N, visible first) some
+    tokens are absent and it is packed rows, [T + M + B*P, D]."""
     batch, width = cu_visible.shape[0] - 1, x.shape[1]
-    num_tokens = (visible.shape[0] + masked.shape[0]) // batch
+    if cu_masked is None:
+        num_tokens = (visible.shape[0] + masked.shape[0]) // batch
     visible, masked = visible.long(), masked.long()
     x = x.to(mask_token.dtype)
     kept, lead = x[packed_rows(visible, num_tokens, prefix)], x[prefix_rows(cu_visible, prefix)]
@@ -98,6 +114,16 @@ def restore_tokens_reference(
         fill = fill + pos[masked % num_tokens]
         if not pos_on_masked:
             kept = kept + pos[visible % num_tokens]
+    if cu_masked is not None:
+        at = [
+            (prefix_rows(cu_visible + cu_masked, prefix), lead.flatten(0, 1)),
+            (_packed(visible, cu_masked[:-1], num_tokens, prefix), kept),
+            (_packed(masked, cu_visible[1:], num_tokens, prefix), fill),
+        ]
+        out = x.new_empty(x.shape[0] + masked.shape[0], width)
+        for index, value in at:
+            out = out.index_copy(0, index.reshape(-1), value)
+        return out
     if visible_first:
         # Row of a packed token inside its sample: visible ones from 0, masked ones after the sample's last visible.
         count = cu_visible.diff().long()
@@ -106,6 +132,18 @@ def restore_tokens_reference(
         at = visible, masked
     out = x.new_empty(batch * num_tokens, width).index_copy(0, at[0], kept).index_copy(0, at[1], fill)
     return torch.cat([lead, out.view(batch, num_tokens, width)], 1)
+
+
+def _packed(flat: Tensor, before: Tensor, num_tokens: int, prefix: int) -> Tensor:
+    """Packed rows of tokens that stand behind `before` [B] rows of the other kind."""
+    sample = torch.div(flat, num_tokens, rounding_mode="floor").long()
+    return torch.arange(flat.shape[0], device=flat.device) + before[sample] + (sample + 1) * prefix
+
+
+def masked_rows(plan: TokenMask, prefix: int) -> Tensor:
+    """int64 [M]: where the masked tokens stand in the packed rows that `restore_tokens` makes of a plan with absent
+    tokens."""
+    return _packed(plan.masked, plan.cu_visible[1:], plan.num_tokens, prefix)
 
 
 def _rank(flat: Tensor, num_tokens: int, count: Tensor, offset: Tensor | int = 0) -> Tensor:
@@ -118,33 +156,40 @@ def _rank(flat: Tensor, num_tokens: int, count: Tensor, offset: Tensor | int = 0
 
 class _RestoreTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, visible, masked, slot, cu_visible, mask_token, pos, prefix, visible_first, pos_on_masked, name):
+    def forward(
+        ctx, x, visible, masked, slot, cu_visible, mask_token, pos, prefix, visible_first, pos_on_masked, cu_masked,
+        num_tokens, name,
+    ):  # fmt: skip
         args = (prefix, visible_first, pos_on_masked)
         if ctx is not None:
-            ctx.save_for_backward(visible, masked, slot, cu_visible)
+            ctx.save_for_backward(visible, masked, slot, cu_visible, cu_masked)
             ctx.pos_rows = 0 if pos is None else pos.shape[0]
             ctx.args, ctx.x_dtype, ctx.backend = args, x.dtype, name
         pos = None if pos is None else pos.contiguous()
         run = _registry.raw("restore_tokens", name)
-        return run(x.contiguous(), visible, masked, cu_visible, mask_token.contiguous(), pos, *args)
+        return run(
+            x.contiguous(), visible, masked, cu_visible, mask_token.contiguous(), pos, *args, cu_masked, num_tokens
+        )
 
     @staticmethod
     @_autograd.once("restore_tokens")
     def backward(ctx, grad):
         need_x, need_mask_token, need_pos = (ctx.needs_input_grad[i] for i in (0, 5, 6))
         run = _registry.raw("restore_tokens_backward", ctx.backend)
+        *lists, cu_masked = ctx.saved_tensors
         grad_x, grad_mask_token, grad_pos = run(
             grad.contiguous(),
-            *ctx.saved_tensors,
+            *lists,
             ctx.pos_rows if need_pos else 0,
             *ctx.args,
             need_mask_token,
             ctx.x_dtype,
+            cu_masked,
         )
         return (
             grad_x if need_x else None,
             *(None,) * 4,
             grad_mask_token if need_mask_token else None,
             grad_pos if need_pos else None,
-            *(None,) * 4,
+            *(None,) * 6,
         )

@@ -129,6 +129,26 @@ def restore_cases(full: bool):
                     text = f"{label} pos rows {rows}{' masked' if on_masked else ''}{', mask token' if need else ''}"
                     args = (grad, *plan, rows, prefix, first, on_masked, need, dtype)
                     yield text, restore.restore_tokens_backward, args
+            some = ints(kept // 2)
+            label = f"{name} N={tokens} D={width} P={prefix} absent"
+            args = (x, ints(kept), some, cu, token, pos, prefix, True, False, cu, tokens)
+            yield label, restore.restore_tokens, args
+            grad = meta(kept + kept // 2 + batch * prefix, width, dtype=dtype)
+            args = (
+                grad,
+                ints(kept),
+                some,
+                ints(batch * tokens),
+                cu,
+                prefix + tokens,
+                prefix,
+                True,
+                False,
+                True,
+                dtype,
+                cu,
+            )
+            yield label, restore.restore_tokens_backward, args
 
 
 def loss_cases(full: bool):

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from maefast.ops.mask import TokenMask, token_mask
+from tests.budget import examples
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -21,9 +22,9 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 ON_A_DEVICE = {**TOLERANCE, torch.float32: 3e-6}
 
 
-def property_test(examples: int):
+def property_test(most: int):
     return settings(
-        max_examples=examples,
+        max_examples=examples(max(8, most // 3), most),
         deadline=None,
         derandomize=True,
         database=None,
@@ -31,9 +32,17 @@ def property_test(examples: int):
     )
 
 
-def random_plan(batch: int, tokens: int, keep: int | list[int], seed: int, device: str = "cpu") -> TokenMask:
-    scores = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed))
-    return token_mask(scores, keep, backend="reference").to(device)
+def random_plan(
+    batch: int, tokens: int, keep: int | list[int], seed: int, device: str = "cpu", absent: bool = False
+) -> TokenMask:
+    """absent: a random part of the tokens that are not visible is not masked either."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(batch, tokens, generator=generator)
+    hide = None
+    if absent:
+        kept = [keep] * batch if isinstance(keep, int) else keep
+        hide = [int(torch.randint(0, tokens - k + 1, (), generator=generator)) for k in kept]
+    return token_mask(scores, keep, hide=hide, backend="reference").to(device)
 
 
 def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

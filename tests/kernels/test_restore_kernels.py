@@ -12,8 +12,9 @@ from maefast.ops.restore import restore_tokens_reference
 from tests.kernels.support import assert_close, property_test, random_plan, random_tensor
 
 
-def check(batch, tokens, keep, width, prefix, seed, pos_kind, visible_first, device, dtype, x_dtype):
-    plan = random_plan(batch, tokens, keep, seed)
+def check(batch, tokens, keep, width, prefix, seed, pos_kind, visible_first, device, dtype, x_dtype, absent=False):
+    plan = random_plan(batch, tokens, keep, seed, absent=absent)
+    visible_first = visible_first or absent
     there = plan.to(device)
     on_masked = pos_kind == "masked"
     rows = {"none": 0, "tokens": tokens, "masked": tokens, "all": prefix + tokens}[pos_kind]
@@ -22,8 +23,9 @@ def check(batch, tokens, keep, width, prefix, seed, pos_kind, visible_first, dev
     pos = random_tensor(rows, width, seed=seed + 2, dtype=dtype) if rows else None
     high = [None if value is None else value.double().requires_grad_() for value in (x, mask_token, pos)]
     lists = plan.visible, plan.masked
+    some, some_there = ((p.cu_masked, tokens) if absent else (None, 0) for p in (plan, there))
     want = restore_tokens_reference(
-        high[0], *lists, plan.cu_visible, high[1], high[2], prefix, visible_first, on_masked
+        high[0], *lists, plan.cu_visible, high[1], high[2], prefix, visible_first, on_masked, *some
     )
     got = restore.restore_tokens(
         x.to(device),
@@ -35,6 +37,7 @@ def check(batch, tokens, keep, width, prefix, seed, pos_kind, visible_first, dev
         prefix,
         visible_first,
         on_masked,
+        *some_there,
     )
     assert got.dtype is dtype
     assert_close(got, want, "restore_tokens")
@@ -58,6 +61,7 @@ def check(batch, tokens, keep, width, prefix, seed, pos_kind, visible_first, dev
                 on_masked,
                 need_mask_token,
                 x_dtype,
+                some_there[0],
             )
             assert got_x.dtype is x_dtype
             assert_close(got_x, grads[0], "grad x", low)
@@ -81,10 +85,11 @@ def cases(draw):
     return batch, tokens, keep, width, prefix, draw(st.integers(0, 2**16)), pos_kind, draw(st.booleans())
 
 
+@pytest.mark.parametrize("absent", [False, True], ids=["all", "absent"])
 @given(cases())
-@property_test(40)
-def test_restore_tokens(device, dtype, case):
-    check(*case, device, dtype, dtype)
+@property_test(30)
+def test_restore_tokens(device, dtype, absent, case):
+    check(*case, device, dtype, dtype, absent)
 
 
 @pytest.mark.parametrize("visible_first", [False, True], ids=["position", "visible_first"])
@@ -93,6 +98,8 @@ def test_mixed_dtypes_and_tiles(device, dtype, visible_first):
     # 19 samples: more than one split of the batch, the last one short.
     check(19, 5, [i % 6 for i in range(19)], 32, 2, 0, "all", visible_first, device, dtype, dtype)
     check(3, 67, [67, 0, 20], 192, 0, 0, "masked", visible_first, device, dtype, dtype)
+    check(19, 9, [i % 6 for i in range(19)], 32, 2, 0, "all", visible_first, device, dtype, dtype, absent=True)
+    check(3, 67, [0, 0, 20], 192, 1, 0, "masked", visible_first, device, dtype, dtype, absent=True)
 
 
 def test_all_and_none_visible(device, dtype):
@@ -107,6 +114,7 @@ def test_numbers_beyond_32_bits(device, dtype, monkeypatch):
     monkeypatch.setattr(restore, "INT32", 0)
     for visible_first in (False, True):
         check(3, 67, [67, 0, 20], 48, 3, 0, "all", visible_first, device, dtype, dtype)
+    check(3, 67, [67, 0, 20], 48, 3, 0, "all", True, device, dtype, dtype, absent=True)
 
 
 def test_refuses_float64(device):

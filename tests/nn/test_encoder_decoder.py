@@ -92,3 +92,39 @@ def test_decoder_refuses():
         decoder(torch.randn(2, 17, 16), plan, "some")
     with pytest.raises(ValueError, match="at least one block"):
         Decoder(16, 10, (4, 4), 8, 0, 2)
+
+
+@pytest.mark.parametrize(("keep", "hide"), [(6, 4), ([6, 0, 9], 4), ([6, 0, 9], [4, 16, 0]), (6, [4, 10, 1])])
+def test_absent_tokens_take_no_part(keep, hide):
+    """Equal to each sample alone, cut to the tokens that are there."""
+    torch.manual_seed(0)
+    encoder, decoder = Encoder(32, 8, 3, 16, 1, 2).double(), Decoder(16, 10, (4, 4), 8, 2, 2).double()
+    plan = masking.random(3, 16, keep=keep, hide=hide)
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    latent = encoder(images, plan)
+    got = decoder(latent, plan)
+    if isinstance(keep, int) and isinstance(hide, int):
+        assert got.shape == (3, 4, 10)
+    masked = plan.masked.split(plan.cu_masked.diff().tolist())
+    visible = plan.visible.split(plan.cu_visible.diff().tolist())
+    want = []
+    for b in range(3):
+        shown, hidden = visible[b].long() - 16 * b, masked[b].long() - 16 * b
+        if not len(hidden):
+            continue
+        pos = decoder.pos_embed[0]
+        alone = encoder(images[b : b + 1], masking.from_indices(shown[None], 16))
+        x = torch.cat([decoder.embed(alone[0]), decoder.mask_token[0].expand(len(hidden), -1)])
+        x = (x + torch.cat([pos[:1], pos[1:][shown], pos[1:][hidden]]))[None]
+        for block in decoder.blocks:
+            x = block(x)
+        want.append(decoder.pred(decoder.norm(x))[0, -len(hidden) :])
+    torch.testing.assert_close(got.reshape(-1, 10), torch.cat(want), rtol=0, atol=1e-12)
+    parameters = list(decoder.parameters())
+    parameters = [p for p in parameters if p.requires_grad]
+    ours = torch.autograd.grad(got.square().sum(), parameters)
+    theirs = torch.autograd.grad(torch.cat(want).square().sum(), parameters)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="leaves tokens absent"):
+        decoder(latent, plan, "full")

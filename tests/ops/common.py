@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maefast import masking
-from maefast.ops import TokenMask, _dispatch
+from maefast.ops import TokenMask, _dispatch, token_mask
+from maefast.ops.mask import ABSENT
 from tests.budget import examples
 
 property_test = settings(
@@ -48,10 +49,19 @@ def dtypes_of(backend: str) -> list[torch.dtype]:
 
 
 @st.composite
-def plans(draw, max_batch: int = 4, max_tokens: int = 23) -> TokenMask:
-    """Plans of odd sizes: one token, all visible, none visible, ragged counts, both orders."""
+def plans(draw, max_batch: int = 4, max_tokens: int = 23, absent: bool = False) -> TokenMask:
+    """Plans of odd sizes: one token, all visible, none visible, ragged counts, both orders. absent: some tokens are
+    neither visible nor masked, or all of a sample's."""
     batch = draw(st.integers(1, max_batch))
     tokens = draw(st.integers(1, max_tokens))
+    if absent:
+        ragged = draw(st.booleans())
+        pair = st.integers(0, tokens).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, tokens - k)))
+        pairs = draw(st.lists(pair, min_size=batch, max_size=batch)) if ragged else [draw(pair)] * batch
+        scores = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(draw(st.integers(0, 2**16))))
+        keep, hide = map(list, zip(*pairs))
+        order = draw(st.sampled_from(["score", "position"]))
+        return token_mask(scores, keep, hide=hide, order=order, backend="reference")
     counts = st.integers(0, tokens)
     keep = draw(st.one_of(counts, st.lists(counts, min_size=batch, max_size=batch)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
@@ -60,10 +70,11 @@ def plans(draw, max_batch: int = 4, max_tokens: int = 23) -> TokenMask:
 
 
 def check_invariants(plan: TokenMask) -> None:
-    """What every plan promises: a permutation, its inverse, counts that add up."""
+    """What every plan promises: each token once or absent, the inverse, counts that add up."""
     both = torch.cat([plan.visible, plan.masked]).long()
-    assert torch.equal(both.sort().values, torch.arange(plan.batch * plan.num_tokens, device=plan.device))
     slot = plan.slot.long()
+    assert torch.equal(both.sort().values, torch.where(slot != ABSENT)[0])
+    assert len(both) + plan.total_absent == plan.batch * plan.num_tokens
     assert torch.equal(slot[plan.visible.long()], torch.arange(plan.total_visible, device=plan.device))
     assert torch.equal(~slot[plan.masked.long()], torch.arange(plan.total_masked, device=plan.device))
     for flat, cu, most in (

@@ -170,7 +170,10 @@ VALID: dict[str, list[Callable[[], dict]]] = {
         }
     ],
     "ops.backend": [lambda: {"name": "reference"}],
-    "ops.token_mask": [lambda: {"scores": floats(2, 6), "keep": [1, 4], "order": "position"}],
+    "ops.token_mask": [
+        lambda: {"scores": floats(2, 6), "keep": [1, 4], "order": "position"},
+        lambda: {"scores": floats(2, 6), "keep": 2, "hide": [1, 4]},
+    ],
     "ops.pack_cells": [lambda: {"x": floats(2, 3, 8, 12), "plan": cells()}],
     "ops.unpack_cells": [lambda: {**packed(), "fill": floats(4)}],
     "ops.depthwise_cells": [lambda: {**packed(), "weight": floats(4, 1, 3, 3), "bias": floats(4)}],
@@ -233,10 +236,14 @@ VALID: dict[str, list[Callable[[], dict]]] = {
         lambda: {"batch": 2, "grid_size": (2, 3), "keep": 2, "noise": floats(2, 6)},
     ],
     "masking.from_scores": [lambda: {"scores": floats(2, 6), "keep": 2}],
-    "masking.from_bool": [lambda: {"masked": floats(2, 6) > 0, "keep": [6, 0]}],
+    "masking.from_bool": [
+        lambda: {"masked": floats(2, 6) > 0, "keep": [6, 0]},
+        lambda: {"masked": floats(2, 6) > 0, "absent": floats(2, 6) > 1},
+    ],
     "masking.from_indices": [
         lambda: {"indices": torch.tensor([[0, 3], [5, 1]]), "num_tokens": 6},
         lambda: {"indices": [torch.tensor([0, 3]), torch.tensor([1])], "num_tokens": 6},
+        lambda: {"indices": torch.tensor([[0], [5]]), "num_tokens": 6, "masked": torch.tensor([[1, 2], [3, 4]])},
     ],
     "masking.from_ids_restore": [lambda: {"ids_restore": torch.tensor([[1, 0, 2], [2, 1, 0]]), "keep": 2}],
     "TokenMask.all_visible": [lambda: {"batch": 2, "num_tokens": 6, "device": "cpu"}],

@@ -52,7 +52,7 @@ def test_bad_index(value):
             raw("patch_loss_backward", each, pred, images, masked, p.slot, stats, *args, False)
 
 
-@pytest.mark.parametrize("value", [BATCH * KEEP, 2**31 - 1])
+@pytest.mark.parametrize("value", [BATCH * KEEP, 2**31 - 2])  # ~(2^31 - 1) says that a token is absent
 def test_bad_slot(value):
     p = plan()
     t, m = int(p.visible[0]), int(p.masked[0])
@@ -108,6 +108,9 @@ def test_bad_sizes():
         ("restore_tokens", x[1:], p.visible, p.masked, cu, token, None, 0, False, False),
         ("restore_tokens", x, p.visible, p.masked, cu, token[1:], None, 0, False, False),
         ("restore_tokens", x, p.visible, p.masked, cu, token, randn(TOKENS + 1, WIDTH), 0, False, False),
+        ("restore_tokens", x, p.visible, p.masked, cu, token, None, 0, False, False, p.cu_masked, TOKENS),
+        ("restore_tokens", x, p.visible, p.masked, cu, token, None, 0, True, False, p.cu_masked[1:], TOKENS),
+        ("restore_tokens", x, p.visible, p.masked[1:], cu, token, None, 0, True, False, p.cu_masked, TOKENS),
         ("patch_rows", images, p.visible, [1, 2, 3], torch.float32),
         ("patch_rows", images, p.visible, [1, 0, 2], torch.float32),
         ("patch_rows_backward", x, p.slot, list(images.shape), [1, 2, 2], torch.float32),
