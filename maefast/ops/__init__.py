@@ -1,4 +1,5 @@
-"""Fused ops for masked autoencoders. Each op's file holds its contract, its checks and its plain definition."""
+"""Fused ops for masked autoencoders. Each family's file holds contract, checks, plain definition,
+autograd, and the schemas and fakes of its raw ops."""
 
 from maefast.ops import _dispatch
 from maefast.ops._dispatch import backend

@@ -1,4 +1,4 @@
-"""`conv_cells`' route "implicit", raw ops and autograd: matrix products whose rows of taps are read in place (Triton)."""
+"""`conv_cells`' route "implicit": matrix products whose rows of taps are read in place (Triton)."""
 
 from __future__ import annotations
 

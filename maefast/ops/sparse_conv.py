@@ -16,7 +16,6 @@ from torch import Tensor
 
 from maefast.ops import _autograd, _checks, _conv_table, _registry
 from maefast.ops._conv_table import Pair, Window
-from maefast.ops._implicit_conv import Implicit
 from maefast.ops.cells import (
     CellMask,
     check_cells,
@@ -26,6 +25,7 @@ from maefast.ops.cells import (
     unpack_cells_reference,
 )
 from maefast.ops.depthwise import depthwise_cells
+from maefast.ops.implicit_conv import Implicit
 from maefast.ops.linear import _transpose_sum, linear
 
 _raw_op = _registry.family("sparse_conv")
