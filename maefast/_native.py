@@ -1,6 +1,6 @@
 """Loads the native libraries: `maefast._C` (pybind11), `_cpu.so` and `_cuda.so` (LibTorch stable ABI).
 
-`load()` is called once, by `maefast.ops._registry`, after it has defined the op schemas. Nothing here raises:
+`load()` is called once, when `maefast.ops` has defined the op schemas. Nothing here raises:
 what cannot be loaded is recorded in `status()` and reported by one `NativeWarning`, and the reference (and
 Triton) serve instead. Only MAEFAST_REQUIRE_NATIVE=1 turns that warning into an ImportError.
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from bench.peers.dropin_models import Family
-from bench.peers.dropin_vits import images
+from bench.peers.dropin_family import Family, images
 
 
 def public_spark(sizes: dict) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.dropin_models import Family
+from bench.peers.dropin_family import Family, images
 
 VIT_B = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
 TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -20,10 +20,6 @@ VIDEO_B = {**VIT_B, **CLIP, "decoder_embed_dim": 384, "decoder_depth": 4, "decod
 VIDEO_TOY = {**TOY, **CLIP, **DECODER_TOY}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, standard deviation
 NORM = partial(nn.LayerNorm, eps=1e-6)  # what the published sizes use; the classes' own default is 1e-5
-
-
-def images(sizes: dict, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    return (torch.randn(batch, 3, sizes["img_size"], sizes["img_size"], generator=generator),)
 
 
 def num_patches(sizes: dict) -> int:

@@ -1,5 +1,7 @@
-"""Fused ops for masked autoencoders. Each op's file holds its contract, its checks and its plain definition."""
+"""Fused ops for masked autoencoders. Each family's file holds contract, checks, plain definition,
+autograd, and the schemas and fakes of its raw ops."""
 
+from maefast.ops import _dispatch
 from maefast.ops._dispatch import backend
 from maefast.ops.adamw import adamw
 from maefast.ops.attention import attention
@@ -16,6 +18,8 @@ from maefast.ops.pool import avg_pool_cells, global_pool_cells, max_pool_cells
 from maefast.ops.restore import restore_tokens
 from maefast.ops.sparse_conv import conv_cells
 from maefast.ops.transformer_block import BlockWeights, transformer_block
+
+_dispatch.load_kernels()  # the families above have defined their raw ops
 
 __all__ = [
     "BlockWeights",

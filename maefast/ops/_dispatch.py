@@ -49,10 +49,20 @@ PUBLIC_OPS = {
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-CPU_OPS = frozenset(op for op in _registry.SCHEMAS if _native.has_cpu_ops and _registry.has_kernel(op, "CPU"))
-CUDA_OPS = frozenset(op for op in _registry.SCHEMAS if _native.has_cuda_ops and _registry.has_kernel(op, "CUDA"))
+CPU_OPS: frozenset[str] = frozenset()  # the raw ops that C++ serves, known after `load_kernels`
+CUDA_OPS: frozenset[str] = frozenset()
 
 _forced: str | None = None
+
+
+def load_kernels() -> None:
+    """Load the native libraries and see which raw ops they serve: once, when all families are defined."""
+    global CPU_OPS, CUDA_OPS
+    _native.load()
+    if _native.has_cpu_ops:
+        CPU_OPS = frozenset(op for op in _registry.SCHEMAS if _registry.has_kernel(op, "CPU"))
+    if _native.has_cuda_ops:
+        CUDA_OPS = frozenset(op for op in _registry.SCHEMAS if _registry.has_kernel(op, "CUDA"))
 
 
 def check_name(name: str | None, source: str) -> str | None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from maefast.ops import _checks, _dispatch, _registry
 from maefast.ops._shadow import SHADOW_DTYPES
 
+_raw_op = _registry.family("adamw")
+
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -214,6 +216,20 @@ def _in_memory_order(row: _Row) -> _Row:
     if param.is_contiguous():
         return row
     return _Row(*(t if t is None or t is row.step else t.as_strided((t.numel(),), (1,)) for t in row))
+
+
+# All in place. Each list has one tensor a parameter; max_exp_avg_sqs and shadows may be empty.
+@_raw_op(
+    "adamw(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
+    " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] shadows, Tensor(g!)[] steps, Tensor? lr_tensor, float lr,"
+    " float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale, Tensor? found_inf)"
+    " -> ()"
+)
+def _adamw_fake(
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, shadows, steps, lr_tensor, lr, beta1, beta2, eps,
+    weight_decay, maximize, grad_scale, found_inf,
+):  # fmt: skip
+    return None
 
 
 def _launch(name: str, lists: tuple[list[Tensor], ...], lr: float | Tensor, scalars: tuple) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from maefast.ops import _attention_table, _autograd, _checks, _registry
 
+_raw_op = _registry.family("attention")
+
 
 class AttentionStats(NamedTuple):
     """What a query's attention looks like, [..., Sq, H] in float32 (float64 for float64), with gradients.
@@ -269,6 +271,34 @@ def _attend(q, k, v, key_bias, marked, scale: float, causal: bool) -> tuple[Tens
     entropy = total.log() - (p * t).sum(-1)
     mass = torch.zeros_like(lse) if marked is None else (p * marked[:, None, None]).sum(-1)
     return out.to(dtype), lse, entropy, mass
+
+
+@_raw_op(
+    "attention(Tensor q, Tensor? kv, Tensor? cu_q, Tensor? cu_k, SymInt batch, SymInt max_q, SymInt max_k,"
+    " float scale, bool causal, Tensor? key_bias, Tensor? marked, bool stats) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _attention_fake(q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal, key_bias, marked, stats):
+    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
+    rows, heads, width = q.shape[0], q.shape[-2], q.shape[-1]
+    row = lambda wanted: q.new_empty((rows, heads) if wanted else (0,), dtype=wide)  # noqa: E731
+    return q.new_empty((rows, heads, width)), row(True), row(stats), row(stats and marked is not None)
+
+
+@_raw_op(
+    "attention_backward(Tensor grad, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_mass, Tensor q,"
+    " Tensor? kv, Tensor out, Tensor lse, Tensor entropy, Tensor mass, Tensor? cu_q, Tensor? cu_k, SymInt batch,"
+    " SymInt max_q, SymInt max_k, float scale, bool causal, Tensor? key_bias, Tensor? marked, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def _attention_backward_fake(
+    grad, grad_lse, grad_entropy, grad_mass, q, kv, out, lse, entropy, mass, cu_q, cu_k, batch, max_q, max_k, scale,
+    causal, key_bias, marked, need_bias,
+):  # fmt: skip
+    return (
+        q.new_empty(q.shape),
+        q.new_empty((0,) if kv is None else kv.shape),
+        q.new_empty(key_bias.shape if need_bias else (0,), dtype=torch.float32),
+    )
 
 
 class _Attention(torch.autograd.Function):

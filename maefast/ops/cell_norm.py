@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maefast.ops import _autograd, _cell_norm, _checks, _dispatch, _registry, _sync
-from maefast.ops._cell_norm import ACTIVATIONS
+from maefast.ops import _autograd, _checks, _dispatch, _registry, _sync
+from maefast.ops._cell_norm_autograd import ACTIVATIONS, Grn, NormAct, SegmentSum
 from maefast.ops.cells import CellMask, check_cells
 
 GRN_SCOPES = ("sample", "batch", "dense")
@@ -110,7 +110,7 @@ def batch_norm_act(
     other = None if residual is None else residual.reshape(-1, channels)
     code = ACTIVATIONS.index(act)
     args = mean, rstd, count, None, 1, channels, code, process_group, name
-    return _autograd.apply(_cell_norm.NormAct, x, other, weight, bias, *args).view(shape)
+    return _autograd.apply(NormAct, x, other, weight, bias, *args).view(shape)
 
 
 def batch_norm_act_reference(
@@ -197,7 +197,7 @@ def group_norm_cells(
         rstd = (var + eps).rsqrt()
     counts = counts.to(mean.dtype)[:, None]
     args = mean, rstd, counts, cu, sites, groups, 0, None, name
-    return _autograd.apply(_cell_norm.NormAct, rows, None, weight, bias, *args).view(x.shape)
+    return _autograd.apply(NormAct, rows, None, weight, bias, *args).view(x.shape)
 
 
 def group_norm_cells_reference(
@@ -269,7 +269,7 @@ def grn(
     else:
         counts = counts.to(weight.dtype)[:, None]
     args = counts, cu, sites, eps, eps if scope == "sample" else 0.0, name
-    return _autograd.apply(_cell_norm.Grn, rows, weight, bias, *args).view(x.shape)
+    return _autograd.apply(Grn, rows, weight, bias, *args).view(x.shape)
 
 
 def grn_reference(x: Tensor, plan: CellMask | None, weight: Tensor, bias: Tensor, eps: float, scope: str) -> Tensor:
@@ -300,7 +300,7 @@ def segment_sum(x: Tensor, plan: CellMask | None, *, backend: str | None = None)
     if name == "reference":
         return segment_sum_reference(x, plan)
     cu, sites, counts = _segments(x, plan)
-    return _autograd.apply(_cell_norm.SegmentSum, x, cu, counts, sites, name)
+    return _autograd.apply(SegmentSum, x, cu, counts, sites, name)
 
 
 def segment_sum_reference(x: Tensor, plan: CellMask | None) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor
 from maefast.ops import _autograd, _checks, _dispatch, _registry
 from maefast.ops.mask import TokenMask
 
+_raw_op = _registry.family("cells")
+
 MASKED, OUTSIDE = -1, -2  # in the neighbour tables
 
 
@@ -186,6 +188,25 @@ def pack_cells_reference(x: Tensor, plan: CellMask) -> Tensor:
     (rows, columns), (h, w) = plan.grid, plan.cell_size((height, width))
     cells = x.reshape(batch, channels, rows, h, columns, w)
     return cells.permute(0, 2, 4, 3, 5, 1).reshape(-1, h, w, channels)[plan.cells.long()]
+
+
+@_raw_op("pack_cells(Tensor x, Tensor cells, SymInt[] grid, bool channels_last) -> Tensor")
+def _pack_cells_fake(x, cells, grid, channels_last):
+    (height, width), channels = (x.shape[1:3], x.shape[3]) if channels_last else (x.shape[2:4], x.shape[1])
+    return x.new_empty((cells.shape[0], height // grid[0], width // grid[1], channels))
+
+
+@_raw_op("unpack_cells(Tensor x, Tensor slot, SymInt[] grid, Tensor? fill, bool channels_last) -> Tensor")
+def _unpack_cells_fake(x, slot, grid, fill, channels_last):
+    (batch, rows, columns), (h, w, channels) = grid, x.shape[1:]
+    size = (rows * h, columns * w)
+    return x.new_empty((batch, *size, channels) if channels_last else (batch, channels, *size))
+
+
+@_raw_op("fill_sum(Tensor grad, Tensor slot, SymInt[] grid) -> Tensor")
+def _fill_sum_fake(grad, slot, grid):
+    wide = torch.float64 if grad.dtype is torch.float64 else torch.float32
+    return grad.new_empty(grad.shape[3:], dtype=wide)
 
 
 class _PackCells(torch.autograd.Function):

@@ -9,6 +9,8 @@ from torch import Tensor
 from maefast.ops import _autograd, _checks, _dispatch, _registry
 from maefast.ops.cells import CellMask, check_cells, pack_cells_reference, unpack_cells_reference
 
+_raw_op = _registry.family("depthwise")
+
 KERNELS = (3, 5, 7)
 
 
@@ -67,6 +69,17 @@ def depthwise_cells_reference(x: Tensor, plan: CellMask, weight: Tensor, bias: T
         full = unpack_cells_reference(x.to(wide), plan)
         full = F.conv2d(full, weight.to(wide), bias, padding=weight.shape[2] // 2, groups=x.shape[3])
         return pack_cells_reference(full, plan).to(x.dtype)
+
+
+@_raw_op("depthwise(Tensor x, Tensor neighbours, Tensor weight, Tensor? bias, bool flip) -> Tensor")
+def _depthwise_fake(x, neighbours, weight, bias, flip):
+    return x.new_empty(x.shape)
+
+
+@_raw_op("depthwise_grad_weight(Tensor x, Tensor grad, Tensor neighbours, SymInt size) -> (Tensor, Tensor)")
+def _depthwise_grad_weight_fake(x, grad, neighbours, size):
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return x.new_empty((size * size, x.shape[3]), dtype=wide), x.new_empty((x.shape[3],), dtype=wide)
 
 
 class _Depthwise(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch import Tensor
 from maefast.ops import _autograd, _checks, _dispatch, _registry
 from maefast.ops.linear import linear, linear_reference
 from maefast.ops.mask import TokenMask
+
+_raw_op = _registry.family("embed")
 
 
 def check_plan(plan: object, **tensors: Tensor | None) -> None:
@@ -104,6 +108,23 @@ def interleave_prefix(prefix_tokens: Tensor, tokens: Tensor, index: Tensor, num_
     out = tokens.new_empty(tokens.shape[0] + batch * prefix, width)
     out = out.index_copy(0, packed_rows(index, num_tokens, prefix), tokens)
     return out.index_copy(0, prefix_rows(cu, prefix).reshape(-1), prefix_tokens.reshape(-1, width))
+
+
+@_raw_op(
+    "gather_tokens(Tensor x, Tensor index, Tensor cu, SymInt max_count, SymInt prefix, bool keep_prefix) -> Tensor"
+)
+def _gather_tokens_fake(x, index, cu, max_count, prefix, keep_prefix):
+    rows = index.shape[0] + (x.shape[0] * prefix if keep_prefix else 0)
+    return x.new_empty((rows, x.shape[2]))
+
+
+@_raw_op(
+    "gather_tokens_backward(Tensor grad, Tensor slot, Tensor cu, SymInt prefix, bool keep_prefix, bool masked)"
+    " -> Tensor"
+)
+def _gather_tokens_backward_fake(grad, slot, cu, prefix, keep_prefix, masked):
+    batch = cu.shape[0] - 1
+    return grad.new_empty((batch, prefix + slot.shape[0] // batch, grad.shape[1]))
 
 
 class _GatherTokens(torch.autograd.Function):
@@ -250,6 +271,41 @@ def place_tokens_reference(
         return y
     batch = cu_visible.shape[0] - 1
     return interleave_prefix(prefix.expand(batch, -1, -1), y.to(prefix.dtype), visible, num_tokens)
+
+
+@_raw_op("patch_rows(Tensor images, Tensor index, SymInt[] patch, ScalarType dtype) -> Tensor")
+def _patch_rows_fake(images, index, patch, dtype):
+    return images.new_empty((index.shape[0], images.shape[1] * math.prod(patch)), dtype=dtype)
+
+
+@_raw_op(
+    "patch_rows_backward(Tensor grad, Tensor slot, SymInt[] image_shape, SymInt[] patch, ScalarType dtype) -> Tensor"
+)
+def _patch_rows_backward_fake(grad, slot, image_shape, patch, dtype):
+    return grad.new_empty(tuple(image_shape), dtype=dtype)
+
+
+@_raw_op(
+    "place_tokens(Tensor y, Tensor visible, Tensor cu_visible, SymInt num_tokens, Tensor? pos,"
+    " Tensor? prefix_tokens) -> Tensor"
+)
+def _place_tokens_fake(y, visible, cu_visible, num_tokens, pos, prefix_tokens):
+    extra = 0 if prefix_tokens is None else prefix_tokens.shape[0] * (cu_visible.shape[0] - 1)
+    dtype = (pos if pos is not None else prefix_tokens).dtype
+    return y.new_empty((y.shape[0] + extra, y.shape[1]), dtype=dtype)
+
+
+@_raw_op(
+    "place_tokens_backward(Tensor grad, Tensor slot, Tensor cu_visible, SymInt prefix, bool need_pos,"
+    " bool need_prefix, ScalarType y_dtype) -> (Tensor, Tensor, Tensor)"
+)
+def _place_tokens_backward_fake(grad, slot, cu_visible, prefix, need_pos, need_prefix, y_dtype):
+    batch, width = cu_visible.shape[0] - 1, grad.shape[1]
+    return (
+        grad.new_empty((grad.shape[0] - batch * prefix, width), dtype=y_dtype),
+        grad.new_empty((slot.shape[0] // batch, width) if need_pos else (0,)),
+        grad.new_empty((prefix, width) if need_prefix else (0,)),
+    )
 
 
 class _PatchRows(torch.autograd.Function):

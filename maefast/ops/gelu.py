@@ -8,6 +8,8 @@ from torch import Tensor
 
 from maefast.ops import _autograd, _checks, _dispatch, _registry
 
+_raw_op = _registry.family("gelu")
+
 
 def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none", *, backend: str | None = None) -> Tensor:
     """``GELU(x + bias)`` (Hendrycks and Gimpel, 2016); the backward also sums the gradient of the bias.
@@ -41,6 +43,25 @@ def bias_gelu_reference(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     shifted = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
     return F.gelu(shifted, approximate="tanh" if tanh else "none").to(x.dtype)
+
+
+@_raw_op("bias_gelu(Tensor x, Tensor? bias, bool tanh) -> Tensor")
+def _bias_gelu_fake(x, bias, tanh):
+    return x.new_empty(x.shape)
+
+
+# With need_out the GELU once more, else empty.
+@_raw_op(
+    "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias, bool tanh, bool need_bias, bool need_out=False)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def _bias_gelu_backward_fake(grad, x, bias, tanh, need_bias, need_out=False):
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[1:] if need_bias else (0,), dtype=wide),
+        x.new_empty((x.shape[0] if need_out else 0, x.shape[1])),
+    )
 
 
 class _BiasGelu(torch.autograd.Function):

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from maefast.ops import _autograd, _checks, _dispatch, _registry
 
+_raw_op = _registry.family("linear", triton=False)  # a GPU has no use for it
+
 LIBRARIES = ("torch", "onednn")
 MARGIN = 1.25  # oneDNN must win by this much: a near tie must not be decided by noise
 MIN_WORK = 2**20  # multiply-adds below which the overhead of a call decides, and torch's is lower
@@ -242,6 +244,11 @@ class _Linear(torch.autograd.Function):
             return grad_x, None, rows.sum(0) if need_bias else None
         columns, grad_bias = _transpose_sum(rows, need_bias)
         return grad_x, _product(columns, x.reshape(-1, x.shape[-1]).t()), grad_bias
+
+
+@_raw_op("transpose_sum(Tensor x, bool need_sum) -> (Tensor, Tensor)")
+def _transpose_sum_fake(x, need_sum):
+    return x.new_empty((x.shape[1], x.shape[0])), x.new_empty(x.shape[1:] if need_sum else (0,))
 
 
 def _transpose_sum(rows: Tensor, need_sum: bool) -> tuple[Tensor, Tensor | None]:

@@ -10,6 +10,8 @@ from maefast.ops import _autograd, _checks, _dispatch, _registry
 from maefast.ops.embed import as_volume, check_plan, patch_grid
 from maefast.ops.mask import TokenMask
 
+_raw_op = _registry.family("loss")
+
 # Target normalisations. SparK's is MAE's.
 NORMS = {"none": 0, "mae": 1, "spark": 1, "videomae": 2, "layernorm": 3}
 KINDS = {"mse": 0, "smooth_l1": 1}
@@ -181,6 +183,33 @@ def patch_targets(images: Tensor, patch: list[int]) -> Tensor:
     (pt, ph, pw), (gt, gh, gw) = patch, [size // p for size, p in zip(sizes, patch)]
     blocks = images.reshape(batch, channels, gt, pt, gh, ph, gw, pw).permute(0, 2, 4, 6, 3, 5, 7, 1)
     return blocks.reshape(batch * gt * gh * gw, pt * ph * pw, channels)
+
+
+@_raw_op(
+    "patch_loss(Tensor pred, Tensor images, Tensor index, SymInt[] patch, bool packed, bool channels_first,"
+    " int norm, int kind, float beta) -> (Tensor, Tensor)"
+)
+def _patch_loss_fake(pred, images, index, patch, packed, channels_first, norm, kind, beta):
+    wide = torch.float64 if torch.float64 in (pred.dtype, images.dtype) else torch.float32
+    groups = images.shape[1] if norm == 2 else 1
+    return (
+        pred.new_empty((index.shape[0],), dtype=wide),
+        pred.new_empty((index.shape[0], groups, 2), dtype=wide),
+    )
+
+
+@_raw_op(
+    "patch_loss_backward(Tensor grad, Tensor pred, Tensor images, Tensor index, Tensor slot, Tensor stats,"
+    " SymInt[] patch, bool packed, bool channels_first, int norm, int kind, float beta, bool need_images)"
+    " -> (Tensor, Tensor)"
+)
+def _patch_loss_backward_fake(
+    grad, pred, images, index, slot, stats, patch, packed, channels_first, norm, kind, beta, need_images
+):
+    return (
+        pred.new_empty(pred.shape),
+        images.new_empty(images.shape if need_images else (0,)),
+    )
 
 
 class _PatchLoss(torch.autograd.Function):

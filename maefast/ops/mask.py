@@ -13,6 +13,8 @@ from torch import Tensor
 
 from maefast.ops import _checks, _dispatch, _registry
 
+_raw_op = _registry.family("mask")
+
 TRITON_TOKENS = 16384  # the longest row that the Triton kernel sorts
 ABSENT = -(2**31)  # the slot of a token that is neither visible nor masked; the kernels know it too
 
@@ -469,6 +471,15 @@ def _split(plan: TokenMask, keep: int | list[int], hide: int | list[int]) -> Tok
         max_visible=most[0],
         max_masked=most[1],
     )
+
+
+@_raw_op(
+    "token_mask(Tensor scores, Tensor cu_visible, SymInt total_visible, bool by_position) -> (Tensor, Tensor, Tensor)"
+)
+def _token_mask_fake(scores, cu_visible, total_visible, by_position):
+    count = scores.shape[0] * scores.shape[1]
+    new = lambda n: scores.new_empty((n,), dtype=torch.int32)  # noqa: E731
+    return new(total_visible), new(count - total_visible), new(count)
 
 
 def token_mask_reference(

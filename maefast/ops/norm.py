@@ -8,6 +8,8 @@ from torch import Tensor
 
 from maefast.ops import _autograd, _checks, _dispatch, _registry
 
+_raw_op = _registry.family("norm")
+
 
 def add_norm(
     x: Tensor,
@@ -75,6 +77,35 @@ def add_norm_reference(
     residual = x if delta is None else x + delta
     y = F.layer_norm(residual.to(weight.dtype), weight.shape, weight, bias, eps)
     return residual, y.to(dtype)
+
+
+# shift [D] is added to delta: the bias of the linear layer that made it.
+@_raw_op(
+    "add_norm(Tensor x, Tensor? delta, Tensor weight, Tensor bias, float eps, ScalarType dtype, Tensor? shift=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _add_norm_fake(x, delta, weight, bias, eps, dtype, shift=None):
+    statistic = lambda: x.new_empty(x.shape[:1], dtype=weight.dtype)  # noqa: E731
+    return x.new_empty((0,) if delta is None else x.shape), x.new_empty(x.shape, dtype=dtype), statistic(), statistic()
+
+
+# grad_x, [weight, bias, shift], and where asked for (empty else): grad_x in delta's dtype, y once more.
+@_raw_op(
+    "add_norm_backward(Tensor grad_y, Tensor? grad_residual, Tensor residual, Tensor mean, Tensor rstd,"
+    " Tensor weight, bool need_weight, Tensor? bias=None, ScalarType? delta_dtype=None, bool need_shift=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _add_norm_backward_fake(
+    grad_y, grad_residual, residual, mean, rstd, weight, need_weight, bias=None, delta_dtype=None, need_shift=False
+):
+    rows, width = residual.shape
+    narrow = delta_dtype is not None and delta_dtype is not residual.dtype
+    return (
+        residual.new_empty(residual.shape),
+        weight.new_empty((3 if need_shift else 2 if need_weight else 0, weight.shape[0])),
+        residual.new_empty((rows if narrow else 0, width), dtype=delta_dtype if narrow else residual.dtype),
+        grad_y.new_empty((0 if bias is None else rows, width)),
+    )
 
 
 class _AddNorm(torch.autograd.Function):

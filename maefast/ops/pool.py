@@ -10,6 +10,8 @@ from maefast.ops import _autograd, _checks, _dispatch, _registry
 from maefast.ops.cell_norm import segment_sum
 from maefast.ops.cells import CellMask, check_cells, pack_cells_reference, unpack_cells_reference
 
+_raw_op = _registry.family("pool")
+
 MAX_SITES = {"max": 255, "avg": 1024}  # of a window: a max-pool keeps the number of the winner in a byte
 
 
@@ -151,6 +153,41 @@ def _wide_map(x: Tensor, plan: CellMask) -> Tensor:
 
 
 # --- autograd ----------------------------------------------------------------------------------------------
+
+
+@_raw_op(
+    "max_pool_cells(Tensor x, Tensor neighbours, SymInt[] kernel, SymInt[] stride, SymInt[] padding)"
+    " -> (Tensor, Tensor)"
+)
+def _max_pool_cells_fake(x, neighbours, kernel, stride, padding):
+    y = _avg_pool_cells_fake(x, neighbours, kernel, stride, padding, True)
+    return y, y.new_empty(y.shape, dtype=torch.uint8)
+
+
+@_raw_op(
+    "max_pool_cells_backward(Tensor grad, Tensor argmax, Tensor neighbours, SymInt[] kernel, SymInt[] stride,"
+    " SymInt[] padding) -> Tensor"
+)
+def _max_pool_cells_backward_fake(grad, argmax, neighbours, kernel, stride, padding):
+    return _avg_pool_cells_backward_fake(grad, neighbours, kernel, stride, padding, True)
+
+
+@_raw_op(
+    "avg_pool_cells(Tensor x, Tensor neighbours, SymInt[] kernel, SymInt[] stride, SymInt[] padding,"
+    " bool count_include_pad) -> Tensor"
+)
+def _avg_pool_cells_fake(x, neighbours, kernel, stride, padding, count_include_pad):
+    cells, h, w, channels = x.shape
+    return x.new_empty((cells, h // stride[0], w // stride[1], channels))
+
+
+@_raw_op(
+    "avg_pool_cells_backward(Tensor grad, Tensor neighbours, SymInt[] kernel, SymInt[] stride, SymInt[] padding,"
+    " bool count_include_pad) -> Tensor"
+)
+def _avg_pool_cells_backward_fake(grad, neighbours, kernel, stride, padding, count_include_pad):
+    cells, h, w, channels = grad.shape
+    return grad.new_empty((cells, h * stride[0], w * stride[1], channels))
 
 
 class _MaxPool(torch.autograd.Function):

@@ -9,6 +9,8 @@ from maefast.ops import _autograd, _checks, _dispatch, _registry
 from maefast.ops.embed import check_plan, packed_rows, prefix_rows
 from maefast.ops.mask import TokenMask
 
+_raw_op = _registry.family("restore")
+
 
 def restore_tokens(
     x: Tensor,
@@ -152,6 +154,38 @@ def _rank(flat: Tensor, num_tokens: int, count: Tensor, offset: Tensor | int = 0
     start = count.cumsum(0) - count
     shift = torch.arange(count.shape[0], device=flat.device) * num_tokens - start + offset
     return torch.arange(flat.shape[0], device=flat.device) + shift[sample]
+
+
+# With cu_masked (visible first) some tokens are absent, and packed rows [T + M + B*P, D] stand for [B, P + N, D].
+@_raw_op(
+    "restore_tokens(Tensor x, Tensor visible, Tensor masked, Tensor cu_visible, Tensor mask_token, Tensor? pos,"
+    " SymInt prefix, bool visible_first, bool pos_on_masked, Tensor? cu_masked=None, SymInt num_tokens=0) -> Tensor"
+)
+def _restore_tokens_fake(
+    x, visible, masked, cu_visible, mask_token, pos, prefix, visible_first, pos_on_masked, cu_masked=None, num_tokens=0
+):
+    batch = cu_visible.shape[0] - 1
+    if cu_masked is not None:
+        return mask_token.new_empty((x.shape[0] + masked.shape[0], x.shape[1]))
+    tokens = (visible.shape[0] + masked.shape[0]) // batch
+    return mask_token.new_empty((batch, prefix + tokens, x.shape[1]))
+
+
+@_raw_op(
+    "restore_tokens_backward(Tensor grad, Tensor visible, Tensor masked, Tensor slot, Tensor cu_visible,"
+    " SymInt pos_rows, SymInt prefix, bool visible_first, bool pos_on_masked, bool need_mask_token,"
+    " ScalarType x_dtype, Tensor? cu_masked=None) -> (Tensor, Tensor, Tensor)"
+)
+def _restore_tokens_backward_fake(
+    grad, visible, masked, slot, cu_visible, pos_rows, prefix, visible_first, pos_on_masked, need_mask_token,
+    x_dtype, cu_masked=None,
+):  # fmt: skip
+    batch, width = cu_visible.shape[0] - 1, grad.shape[-1]
+    return (
+        grad.new_empty((visible.shape[0] + batch * prefix, width), dtype=x_dtype),
+        grad.new_empty((width,) if need_mask_token else (0,)),
+        grad.new_empty((pos_rows, width) if not isinstance(pos_rows, int) or pos_rows else (0,)),
+    )
 
 
 class _RestoreTokens(torch.autograd.Function):

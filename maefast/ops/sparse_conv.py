@@ -7,6 +7,7 @@ computed: the dense convolution of the masked map, times the mask (SparK, Tian e
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from maefast.ops import _autograd, _checks, _conv_table, _registry
 from maefast.ops._conv_table import Pair, Window
-from maefast.ops._implicit_conv import Implicit
 from maefast.ops.cells import (
     CellMask,
     check_cells,
@@ -25,7 +25,10 @@ from maefast.ops.cells import (
     unpack_cells_reference,
 )
 from maefast.ops.depthwise import depthwise_cells
+from maefast.ops.implicit_conv import Implicit
 from maefast.ops.linear import _transpose_sum, linear
+
+_raw_op = _registry.family("sparse_conv")
 
 # Bytes of gathered rows at a time. On a CPU, glibc gives larger blocks back to the system and pays for fresh pages.
 CHUNK = defaultdict(lambda: 2**28, cpu=2**24)
@@ -183,6 +186,20 @@ def _library_fails(x: Tensor, window: Window, groups: int) -> bool:
     return x.device.type == "cpu" and x.dtype.itemsize == 2 and groups > 1 and window.dilation != (1, 1)
 
 
+@_raw_op("halo_cells(Tensor x, Tensor neighbours, SymInt[] halo) -> Tensor")
+def _halo_cells_fake(x, neighbours, halo):
+    top, left, bottom, right = halo
+    cells, h, w, channels = x.shape
+    return x.new_empty((cells, top + h + bottom, left + w + right, channels))
+
+
+@_raw_op("halo_cells_backward(Tensor grad, Tensor neighbours, SymInt[] halo) -> Tensor")
+def _halo_cells_backward_fake(grad, neighbours, halo):
+    top, left, bottom, right = halo
+    cells, h, w, channels = grad.shape
+    return grad.new_empty((cells, h - top - bottom, w - left - right, channels))
+
+
 class _Halo(torch.autograd.Function):
     """A frame of neighbouring sites around every cell, then the library's dense convolution of these small images.
 
@@ -226,6 +243,23 @@ def _framed_conv(x, neighbours, weight, bias, window: Window, groups: int, name:
     frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo).permute(0, 3, 1, 2)
     out = F.conv2d(frames, weight, bias, window.stride, 0, window.dilation, groups)
     return out.permute(0, 2, 3, 1).contiguous()
+
+
+@_raw_op(
+    "gather_taps(Tensor x, Tensor neighbours, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation)"
+    " -> Tensor"
+)
+def _gather_taps_fake(x, neighbours, kernel, stride, padding, dilation):
+    rows = neighbours.shape[0] * (x.shape[1] // stride[0]) * (x.shape[2] // stride[1])
+    return x.new_empty((rows, math.prod(kernel) * x.shape[3]))
+
+
+@_raw_op(
+    "gather_taps_backward(Tensor grad, Tensor neighbours, SymInt[] size, SymInt[] kernel, SymInt[] stride,"
+    " SymInt[] padding, SymInt[] dilation) -> Tensor"
+)
+def _gather_taps_backward_fake(grad, neighbours, size, kernel, stride, padding, dilation):
+    return grad.new_empty((neighbours.shape[0], *size))
 
 
 class _Taps(torch.autograd.Function):

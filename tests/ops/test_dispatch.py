@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,15 @@ def test_every_raw_op_has_a_fake_and_a_family():
         if _registry.FAMILY_OF[op] in _registry.TRITON_ONLY:
             assert not _registry.has_kernel(op, "CPU")
             assert not _registry.has_kernel(op, "CUDA")
+
+
+def test_importing_the_ops_registers_every_family():
+    ops = Path(_dispatch.__file__).parent
+    written = re.compile(r'^_raw_op = _registry\.family\("(\w+)"', re.MULTILINE)
+    names = [name for file in ops.glob("*.py") for name in written.findall(file.read_text())]
+    assert sorted(names) == sorted(_registry.FAMILIES)
+    assert all((ops / f"{family}.py").exists() for family in _registry.FAMILIES)
+    assert all(_registry.FAMILIES.values())
 
 
 @pytest.mark.skipif(not CPU_READY, reason="the C++ kernels are not built")

@@ -1,11 +1,41 @@
-"""The autograd of `conv_cells`' route "implicit": matrix products whose rows of taps are read in place (Triton)."""
+"""`conv_cells`' route "implicit": matrix products whose rows of taps are read in place (Triton)."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from maefast.ops import _autograd, _registry
+
+_raw_op = _registry.family("implicit_conv", cpp=False)  # a CPU has a better way
+
+
+@_raw_op(
+    "implicit_conv(Tensor x, Tensor neighbours, Tensor weight, Tensor? bias, SymInt[] kernel, SymInt[] stride,"
+    " SymInt[] padding, SymInt[] dilation) -> Tensor"
+)
+def _implicit_conv_fake(x, neighbours, weight, bias, kernel, stride, padding, dilation):
+    cells, h, w, _ = x.shape
+    return x.new_empty((cells, h // stride[0], w // stride[1], weight.shape[2]))
+
+
+@_raw_op(
+    "implicit_conv_grad_x(Tensor grad, Tensor neighbours, Tensor weight, SymInt[] kernel, SymInt[] stride,"
+    " SymInt[] padding, SymInt[] dilation) -> Tensor"
+)
+def _implicit_conv_grad_x_fake(grad, neighbours, weight, kernel, stride, padding, dilation):
+    cells, h, w, _ = grad.shape
+    return grad.new_empty((cells, h * stride[0], w * stride[1], weight.shape[1]))
+
+
+@_raw_op(
+    "implicit_conv_grad_weight(Tensor x, Tensor grad, Tensor neighbours, SymInt[] kernel, SymInt[] stride,"
+    " SymInt[] padding, SymInt[] dilation) -> Tensor"
+)
+def _implicit_conv_grad_weight_fake(x, grad, neighbours, kernel, stride, padding, dilation):
+    return x.new_empty((math.prod(kernel), x.shape[3], grad.shape[3]), dtype=torch.float32)
 
 
 class Implicit(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The autograd of `cell_norm`: two passes over rows each way, and arithmetic on [segments, C] in between."""
+"""The raw ops of `cell_norm` and their autograd: two passes over rows each way, arithmetic on [segments, C] between."""
 
 from __future__ import annotations
 
@@ -7,7 +7,42 @@ from torch import Tensor
 
 from maefast.ops import _autograd, _registry, _sync
 
+_raw_op = _registry.family("cell_norm")
+
 ACTIVATIONS = ("none", "relu", "relu6")  # their codes in the raw ops
+
+
+# Segments of rows: [cu[b] * sites, cu[b + 1] * sites), or all rows without cu; mean, scale, offset and slope are
+# [segments, C]. act is an index into ACTIVATIONS.
+@_raw_op("segment_stats(Tensor x, Tensor? cu, SymInt sites) -> (Tensor, Tensor)")
+def _segment_stats_fake(x, cu, sites):
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    shape = (1 if cu is None else cu.shape[0] - 1, x.shape[1])
+    return x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
+
+
+@_raw_op(
+    "norm_act(Tensor x, Tensor? residual, Tensor? cu, SymInt sites, Tensor mean, Tensor scale, Tensor bias, int act)"
+    " -> Tensor"
+)
+def _norm_act_fake(x, residual, cu, sites, mean, scale, bias, act):
+    return x.new_empty(x.shape)
+
+
+@_raw_op(
+    "norm_act_sums(Tensor grad, Tensor x, Tensor? gate, Tensor? cu, SymInt sites, Tensor mean, Tensor scale,"
+    " Tensor bias, int act) -> (Tensor, Tensor)"
+)
+def _norm_act_sums_fake(grad, x, gate, cu, sites, mean, scale, bias, act):
+    return x.new_empty((0,) if gate is None else x.shape), mean.new_empty((2, *mean.shape))
+
+
+@_raw_op(
+    "norm_act_backward(Tensor grad, Tensor x, Tensor? cu, SymInt sites, Tensor mean, Tensor scale, Tensor bias,"
+    " Tensor? offset, Tensor? slope, int act) -> Tensor"
+)
+def _norm_act_backward_fake(grad, x, cu, sites, mean, scale, bias, offset, slope, act):
+    return x.new_empty(x.shape)
 
 
 class NormAct(torch.autograd.Function):
