@@ -1,7 +1,7 @@
 // Host-side helpers shared by the CPU and the CUDA ops. Not for kernel files (csrc/cpu/isa.h says why).
 //
 // Only the LibTorch stable ABI is used (torch/csrc/stable, torch/headeronly), so that one build serves every
-// torch from 2.10 on. Schemas are defined in Python (maefast/ops/_registry.py); C++ only implements them.
+// torch from 2.10 on. Schemas are defined in Python (the families in maefast/ops); C++ only implements them.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>

@@ -129,6 +129,11 @@ def token_cases(size: Size) -> Iterator[Case]:
         {"x": (b, tokens, width)},
         functools.partial(_gather, some, "masked", 0),
     )
+    for n, m in ((32, 32), (5, 33)):
+        yield Case(f"chamfer-{n}x{m}", backward("chamfer"), {"a": (b, n, 3), "b": (b, m, 3)}, _chamfer)
+    cloud = {"points": (b, 1024 if size is REAL else 40, 3)}
+    # In 16 bits many distances are equal, but not in float64.
+    yield Case("groups of points", ("farthest_points", "knn"), cloud, _groups, (torch.float32,))
     uniform = functools.partial(plan, b, tokens, False)
     masked = tokens - tokens // 4
     for norm, kind, rows, layout in (
@@ -177,6 +182,19 @@ def _gather(shape, which, prefix, backend, device, x):
 def _restore(shape, order, pos_on, prefix, backend, device, x, mask_token, pos):
     options = {"pos": pos, "pos_on": pos_on, "prefix": prefix, "order": order, "backend": backend}
     return ops.restore_tokens(x, shape(device), mask_token, **options)
+
+
+def _chamfer(backend, device, a, b):
+    return ops.chamfer(a, b, reduction="none", backend=backend)
+
+
+def _groups(backend, device, points):
+    """Squared distances to the nearest of each group, and the numbers of its points."""
+    low = points.to(torch.float32) if backend != "reference" else points
+    centers = ops.farthest_points(low, 8, backend=backend)
+    centers = low.gather(1, centers[..., None].expand(-1, -1, 3))
+    index, distance = ops.knn(centers, low, 8, backend=backend)
+    return distance + index
 
 
 def _loss(shape, patch, tokens, backend, device, pred, images, rows="masked", **options):

@@ -68,12 +68,14 @@ RESNET50 = Shape("resnet50", 16, (224, 224), (32, 32), 20, width=64, decoder_wid
 TOY_CELLS = Shape("toy_cells", 2, (64, 96), (32, 32), keep=4, width=8, decoder_width=8, prefix=0, cells=True)
 TOY = Shape("toy", 2, (32, 32), (8, 8), keep=4, width=32, decoder_width=16, decoder_heads=1)
 # Sequences shorter than those of images: 26 of 64 groups of points (Point-MAE), a twentieth of the patches (DMAE).
-POINT_MAE = Shape("point_mae", 128, (8, 8), (1, 1), 26, 384, 384, prefix=0, only=("attention (encoder)",))
+POINTS = ("farthest_points", "knn", "chamfer")
+POINT_MAE = Shape("point_mae", 128, (8, 8), (1, 1), 26, 384, 384, prefix=0, only=("attention (encoder)", *POINTS))
+TOY_POINTS = Shape("toy_points", 2, (2, 4), (1, 1), 3, 16, 16, prefix=0, only=POINTS)
 DMAE = Shape("dmae_b", 256, (224, 224), (16, 16), 9, 768, 512, only=("attention (encoder)",))
 
 # preset -> device -> shapes. A GPU needs a larger batch to be filled.
 PRESETS: dict[str, dict[str, list[Shape]]] = {
-    "toy": {"cpu": [TOY, TOY_CELLS], "cuda": [TOY, TOY_CELLS]},
+    "toy": {"cpu": [TOY, TOY_CELLS, TOY_POINTS], "cuda": [TOY, TOY_CELLS, TOY_POINTS]},
     "quick": {
         "cpu": [VIT_B, RESNET50],
         "cuda": [replace(VIT_B, batch=64), replace(VIT_B, batch=256), replace(RESNET50, batch=128)],

@@ -25,6 +25,8 @@ FAMILIES = (
     "gelu",
     "adamw",
     "loss",
+    "points",
+    "chamfer",
     "cells",
     "pool",
     "cell_norm",
@@ -53,9 +55,10 @@ class Op:
     once; None where a matrix product dominates. raw: the raw ops that a backend must have; () for an op without
     backends. more: further peers by name. devices: where it is worth a measurement. automatic: devices on which the
     call without a backend is timed too, because more than our own kernels may serve it. cells: it takes the shapes of
-    masked convnets. waits: the variants that read back from the device, which no CUDA graph can hold (`compile` goes
-    with `eager`, `compile_tuned` with `tuned`). maps: the input (a dense map) that the peers take for a leaf of ours
-    (packed cells); pack: (inputs, such a map, or an output of the peers) -> packed.
+    masked convnets. named: it takes only shapes that name it in `Shape.only`. waits: the variants that read back from
+    the device, which no CUDA graph can hold (`compile` goes with `eager`, `compile_tuned` with `tuned`). maps: the
+    input (a dense map) that the peers take for a leaf of ours (packed cells); pack: (inputs, such a map, or an output
+    of the peers) -> packed.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Op:
     devices: tuple[str, ...] = ("cpu", "cuda")
     automatic: tuple[str, ...] = ()
     cells: bool = False
+    named: bool = False
     waits: tuple[str, ...] = ()
     maps: dict[str, str] = field(default_factory=dict)
     pack: Callable[[Inputs, Tensor], Tensor] | None = None
@@ -114,10 +118,14 @@ def ops(family: str) -> list[Op]:
     return importlib.import_module(f"bench.micro.bench_{family}").OPS
 
 
+def takes(op: Op, shape: Shape) -> bool:
+    return shape.cells == op.cells and (op.name in shape.only if op.named or shape.only else True)
+
+
 def cases(families, shapes: list[Shape], dtypes: list[torch.dtype], device: str) -> Iterator[Case]:
     for family in families:
         for op in (op for op in ops(family) if device in op.devices):
-            for shape in (s for s in shapes if s.cells == op.cells and (not s.only or op.name in s.only)):
+            for shape in (s for s in shapes if takes(op, s)):
                 for dtype in (d for d in dtypes if d in op.dtypes):
                     for direction in op.directions:
                         yield Case(op, shape, dtype, direction, device)

@@ -1,4 +1,4 @@
-// The CPU ops: one declaration for each schema of maefast/ops/_registry.py that csrc/cpu implements.
+// The CPU ops: one declaration for each schema of the families in maefast/ops that csrc/cpu implements.
 #pragma once
 
 #include <optional>
@@ -128,6 +128,15 @@ Tensor depthwise(const Tensor& x, const Tensor& neighbours, const Tensor& weight
                  const std::optional<Tensor>& bias, bool flip);
 std::tuple<Tensor, Tensor> depthwise_grad_weight(const Tensor& x, const Tensor& grad,
                                                  const Tensor& neighbours, int64_t size);
+
+// points.cpp
+Tensor farthest_points(const Tensor& points, int64_t count, int64_t start);
+std::tuple<Tensor, Tensor> knn(const Tensor& queries, const Tensor& points, int64_t k);
+
+// chamfer.cpp
+std::tuple<Tensor, Tensor, Tensor, Tensor> chamfer(const Tensor& a, const Tensor& b);
+std::tuple<Tensor, Tensor> chamfer_backward(const Tensor& grad_to_b, const Tensor& grad_to_a, const Tensor& a,
+                                            const Tensor& b, const Tensor& at_b, const Tensor& at_a);
 
 // sparse_conv.cpp
 Tensor halo_cells(const Tensor& x, const Tensor& neighbours, const std::vector<int64_t>& halo);

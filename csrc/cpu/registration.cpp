@@ -48,6 +48,12 @@ STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
   // depthwise
   m.impl("depthwise", TORCH_BOX(&depthwise));
   m.impl("depthwise_grad_weight", TORCH_BOX(&depthwise_grad_weight));
+  // points
+  m.impl("farthest_points", TORCH_BOX(&farthest_points));
+  m.impl("knn", TORCH_BOX(&knn));
+  // chamfer
+  m.impl("chamfer", TORCH_BOX(&chamfer));
+  m.impl("chamfer_backward", TORCH_BOX(&chamfer_backward));
   // sparse_conv
   m.impl("halo_cells", TORCH_BOX(&halo_cells));
   m.impl("halo_cells_backward", TORCH_BOX(&halo_cells_backward));

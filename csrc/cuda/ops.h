@@ -1,4 +1,4 @@
-// The CUDA ops: one declaration for each schema of maefast/ops/_registry.py that csrc/cuda implements.
+// The CUDA ops: one declaration for each schema of the families in maefast/ops that csrc/cuda implements.
 #pragma once
 
 #include <optional>

@@ -7,6 +7,7 @@ from maefast.ops.adamw import adamw
 from maefast.ops.attention import attention
 from maefast.ops.cell_norm import batch_norm_act, grn, group_norm_cells, instance_norm_cells, segment_sum
 from maefast.ops.cells import CellMask, pack_cells, unpack_cells
+from maefast.ops.chamfer import chamfer
 from maefast.ops.depthwise import depthwise_cells
 from maefast.ops.embed import gather_tokens, patch_embed
 from maefast.ops.gelu import bias_gelu
@@ -14,6 +15,7 @@ from maefast.ops.linear import linear, linear_library
 from maefast.ops.loss import patch_loss
 from maefast.ops.mask import TokenMask, token_mask
 from maefast.ops.norm import add_norm
+from maefast.ops.points import farthest_points, knn
 from maefast.ops.pool import avg_pool_cells, global_pool_cells, max_pool_cells
 from maefast.ops.restore import restore_tokens
 from maefast.ops.sparse_conv import conv_cells
@@ -32,13 +34,16 @@ __all__ = [
     "backend",
     "batch_norm_act",
     "bias_gelu",
+    "chamfer",
     "conv_cells",
     "depthwise_cells",
+    "farthest_points",
     "gather_tokens",
     "global_pool_cells",
     "grn",
     "group_norm_cells",
     "instance_norm_cells",
+    "knn",
     "linear",
     "linear_library",
     "max_pool_cells",

@@ -45,6 +45,9 @@ PUBLIC_OPS = {
     "max_pool_cells": "max_pool_cells",
     "avg_pool_cells": "avg_pool_cells",
     "depthwise_cells": "depthwise",
+    "farthest_points": "farthest_points",
+    "knn": "knn",
+    "chamfer": "chamfer",
 }
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

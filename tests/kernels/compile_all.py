@@ -221,6 +221,25 @@ def gelu_cases(full: bool):
                     yield text, gelu.bias_gelu_backward, (x, x, bias, tanh, True, again)
 
 
+def points_cases(full: bool):
+    from maefast.kernels import points
+
+    for size, count, k in ((1024, 64, 32), (8192, 512, 32), (100, 7, 3)) if full else ((1024, 64, 32),):
+        cloud, queries = meta(128, size, 3), meta(128, count, 3)
+        yield f"N={size}", points.farthest_points, (cloud, count, 0)
+        yield f"N={size} k={k}", points.knn, (queries, cloud, k)
+
+
+def chamfer_cases(full: bool):
+    from maefast.kernels import chamfer
+
+    for n, m in ((32, 32), (64, 128), (5, 9)) if full else ((32, 32),):
+        a, b = meta(4864, n, 3), meta(4864, m, 3)
+        yield f"{n} x {m}", chamfer.chamfer, (a, b)
+        at = (meta(4864, count, dtype=torch.int32) for count in (n, m))
+        yield f"{n} x {m}", chamfer.chamfer_backward, (meta(4864, n), meta(4864, m), a, b, *at)
+
+
 def attention_cases(full: bool):
     from maefast.kernels.attention import attention, attention_backward
 
@@ -424,6 +443,8 @@ CASES = (
     loss_cases,
     norm_cases,
     gelu_cases,
+    points_cases,
+    chamfer_cases,
     adamw_cases,
     attention_cases,
     cell_norm_cases,

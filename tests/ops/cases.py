@@ -156,6 +156,11 @@ CASES: dict[str, Case] = {
         "restore_tokens",
         ("pos",),
     ),
+    "chamfer": Case(
+        {"a": (3, 6, 3), "b": (3, 9, 3)},
+        lambda backend, device, a, b: ops.chamfer(a, b, reduction="none", backend=backend),
+        "chamfer",
+    ),
     "patch_loss": Case(
         {"pred": (6, 48), "images": (2, 3, 8, 12)},
         lambda backend, device, pred, images: ops.patch_loss(
@@ -197,7 +202,9 @@ CASES: dict[str, Case] = {
     "conv_cells, implicit": _conv("implicit", (8, 16, 3, 3)),
 }
 
-WITHOUT = {"BlockWeights", "CellMask", "TokenMask", "adamw", "backend", "linear_library", "token_mask"}  # no gradient
+# No gradient.
+WITHOUT = {"BlockWeights", "CellMask", "TokenMask", "adamw", "backend", "farthest_points", "knn", "linear_library"}
+WITHOUT |= {"token_mask"}
 CONSTANT = {
     "running_mean",
     "running_var",
