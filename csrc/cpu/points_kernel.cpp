@@ -44,9 +44,52 @@ void farthest_typed(const FarthestArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// The list of the nearest so far is kept in order; most points are turned away a register at a time.
-template <class A>
-void knn_typed(const KnnArgs& a, int64_t begin, int64_t end) {
+// A distance and its index in one number, ordered as (distance, index): no distance is negative. `keys` [k]
+// ascend.
+MAEFAST_INLINE void insert(int64_t* keys, int64_t k, int64_t key) {
+  constexpr int w = kVectorBytes / 8;
+  const auto lower = [](auto x, auto y) { return x < y ? x : y; };
+  const auto higher = [](auto x, auto y) { return x > y ? x : y; };
+  // new[i] = min(old[i], max(old[i - 1], key)), from the end.
+  int64_t i = k - 1;
+  for (; i % w != 0; --i) keys[i] = lower(keys[i], higher(keys[i - 1], key));
+  const vec_i64 each = vec_i64{} + key;
+  for (; i > 0; i -= w) {
+    const vec_i64 here = load_raw<vec_i64>(keys + i - w + 1), before = load_raw<vec_i64>(keys + i - w);
+    const vec_i64 next = lower(here, higher(before, each));
+    __builtin_memcpy(keys + i - w + 1, &next, sizeof next);
+  }
+  keys[0] = lower(keys[0], key);
+}
+
+// Most points are turned away a register at a time.
+void knn_float(const KnnArgs& a, int64_t begin, int64_t end) {
+  constexpr int w = kLanes<float>;
+  for (int64_t q = begin; q < end; ++q) {
+    const float* planes = static_cast<const float*>(a.planes) + q / a.queries_each * a.coordinates * a.padded;
+    const float* query = static_cast<const float*>(a.queries) + q * a.coordinates;
+    int64_t* keys = a.index + q * a.k;
+    for (int64_t i = 0; i < a.k; ++i) keys[i] = INT64_MAX;
+    for (int64_t n = 0; n < a.padded; n += w) {
+      const vec_i32 bits = (vec_i32)distances<float>(planes + n, a.padded, query, a.coordinates);
+      int32_t most = int32_t(keys[a.k - 1] >> 32);
+      if (!any(bits < most)) continue;
+      for (int i = 0; i < w && n + i < a.size; ++i) {
+        if (bits[i] >= most) continue;
+        insert(keys, a.k, int64_t(bits[i]) << 32 | (n + i));
+        most = int32_t(keys[a.k - 1] >> 32);
+      }
+    }
+    int32_t* distance = static_cast<int32_t*>(a.distance) + q * a.k;
+    for (int64_t i = 0; i < a.k; ++i) {
+      distance[i] = int32_t(keys[i] >> 32);
+      keys[i] &= 0xffffffff;
+    }
+  }
+}
+
+void knn_double(const KnnArgs& a, int64_t begin, int64_t end) {
+  using A = double;
   constexpr int w = kLanes<A>;
   for (int64_t q = begin; q < end; ++q) {
     const A* planes = static_cast<const A*>(a.planes) + q / a.queries_each * a.coordinates * a.padded;
@@ -81,7 +124,7 @@ void farthest_points(const FarthestArgs& a, int64_t begin, int64_t end) {
 }
 
 void knn(const KnnArgs& a, int64_t begin, int64_t end) {
-  a.wide ? knn_typed<double>(a, begin, end) : knn_typed<float>(a, begin, end);
+  a.wide ? knn_double(a, begin, end) : knn_float(a, begin, end);
 }
 
 }  // namespace
