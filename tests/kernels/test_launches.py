@@ -19,8 +19,7 @@ if INTERPRET or importlib.util.find_spec("triton") is None:
 from triton.runtime.jit import JITFunction
 
 from maefast import kernels
-from tests.kernels import compile_all
-from tests.kernels.compile_all import ints, meta
+from tests.kernels.compile_cases import CASES, ints, meta
 
 CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 MODULES = [f"{kernels.__name__}.{m.name}" for m in pkgutil.iter_modules(kernels.__path__)]
@@ -53,7 +52,7 @@ def fits(grid) -> bool:
     return 0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16
 
 
-@pytest.mark.parametrize("cases", compile_all.CASES, ids=lambda cases: cases.__name__)
+@pytest.mark.parametrize("cases", CASES, ids=lambda cases: cases.__name__)
 def test_every_launch_has_its_device_and_a_possible_grid(launches, cases):
     for label, op, args in cases(True):
         before = len(launches)
@@ -137,7 +136,7 @@ def test_every_cuda_status_is_looked_at():
 
 def test_the_mirrors_are_whole():
     """Each kernel family is among the recorded ones, so that a new one cannot be forgotten here."""
-    families = {name.removesuffix("_cases") for name in (cases.__name__ for cases in compile_all.CASES)}
+    families = {name.removesuffix("_cases") for name in (cases.__name__ for cases in CASES)}
     own = {m.rsplit(".", 1)[1] for m in MODULES if hasattr(importlib.import_module(m), "OPS")}
     assert own <= families, own - families
     assert torch.device("meta") == meta(1).device
