@@ -24,8 +24,7 @@ from torch import Tensor, nn
 import maefast
 from bench import environment
 from bench.peers import dropin_vits
-from bench.worth import _seconds as seconds
-from bench.worth import settle_memory
+from bench.worth import fastest, settle_memory
 
 WIDTH, DEPTH, BATCH, SIDE, PATCH = 96, 3, 4, 32, 4
 SIZES = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 3}
@@ -97,13 +96,7 @@ def compare(name: str, dtype: str, rounds: int) -> dict:
         fast = maefast.accelerate(copy.deepcopy(model))
     images = torch.randn(BATCH, 3, SIDE, SIDE)
     steps = [_step(net, images, dtype) for net in (model, fast)]
-    best = [float("inf")] * 2
-    for _ in range(3):
-        for step in steps:
-            step()
-    for _ in range(rounds):
-        for i, step in enumerate(steps):
-            best[i] = min(best[i], seconds(step, 5))
+    best = fastest(steps, rounds, least=30e-3)  # about five steps
     return {"model": name, "dtype": dtype, "ms": [1e3 * t for t in best], "ratio": best[0] / best[1]}
 
 

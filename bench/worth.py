@@ -62,15 +62,21 @@ def ratio(width: int, tokens: int, kind: str, training: bool, device: str, round
     x = torch.randn(tokens // length, length, width, device=device, dtype=dtype)
     with _worth.always():
         steps = [_step(net, x, kind, training) for net in (block, fast)]
-        best = [float("inf")] * 2
-        for _ in range(3):
-            for step in steps:
-                step()
-        inner = max(1, int(1e-3 / _seconds(steps[0], 3)))
-        for _ in range(rounds):
-            for i, step in enumerate(steps):
-                best[i] = min(best[i], _seconds(step, inner))
+        best = fastest(steps, rounds)
     return best[0] / best[1]
+
+
+def fastest(steps: list[Callable[[], None]], rounds: int, least: float = 1e-3) -> list[float]:
+    """Seconds of each step, timed in turn, at least about `least` seconds at a time."""
+    best = [float("inf")] * len(steps)
+    for _ in range(3):
+        for step in steps:
+            step()
+    inner = max(1, int(least / _seconds(steps[0], 3)))
+    for _ in range(rounds):
+        for i, step in enumerate(steps):
+            best[i] = min(best[i], _seconds(step, inner))
+    return best
 
 
 def _step(net: nn.Module, x: Tensor, kind: str, training: bool) -> Callable[[], None]:

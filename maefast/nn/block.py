@@ -28,9 +28,13 @@ class Packing(NamedTuple):
     max_seqlen: int
 
     @staticmethod
-    def of(plan: TokenMask, prefix: int = 0) -> Packing:
-        """Of the visible tokens, each sample behind its prefix tokens."""
+    def of(plan: TokenMask, prefix: int = 0, masked: bool = False) -> Packing:
+        """Of the visible tokens, each sample behind its prefix tokens; with `masked`, of the masked ones too, and the
+        longest is then an upper bound."""
         starts = torch.arange(plan.batch + 1, dtype=torch.int32, device=plan.device) * prefix
+        if masked:
+            most = min(plan.num_tokens, plan.max_visible + plan.max_masked)
+            return Packing(plan.cu_present + starts, most + prefix)
         return Packing(plan.cu_visible + starts, plan.max_visible + prefix)
 
 

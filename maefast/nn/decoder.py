@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from maefast import ops
-from maefast.nn.block import Block
+from maefast.nn.block import Block, Packing
 from maefast.nn.encoder import position_table, run_blocks, run_norm
 from maefast.nn.init import init_tokens_, init_weights_
 from maefast.nn.layers import LayerNorm, Linear
@@ -49,7 +49,7 @@ def run_decoder(
     if which == "full":
         return pred(run_norm(norm, *run_blocks(blocks, x, recompute=recompute))[:, 1:])
     if x.ndim == 2:  # samples of different lengths, packed
-        x, delta = run_blocks(blocks, x, packing=_packing(plan, 1), recompute=recompute)
+        x, delta = run_blocks(blocks, x, packing=Packing.of(plan, 1, masked=True), recompute=recompute)
         rows = masked_rows(plan, 1)
         return pred(run_norm(norm, x[rows], delta[rows]))
     x, delta = run_blocks(blocks[:-1], x, recompute=recompute)
@@ -59,12 +59,6 @@ def run_decoder(
     else:
         x, delta = blocks[-1].forward_masked(x, plan, 1, delta, pending=True, keep=keep)
     return pred(run_norm(norm, x, delta))
-
-
-def _packing(plan: TokenMask, prefix: int) -> tuple[Tensor, int]:
-    """Where the packed samples of `restore_tokens` start, and at most how long they are."""
-    starts = plan.cu_present + prefix * torch.arange(plan.batch + 1, dtype=torch.int32, device=plan.device)
-    return starts, prefix + min(plan.num_tokens, plan.max_visible + plan.max_masked)
 
 
 class Decoder(nn.Module):

@@ -189,7 +189,8 @@ class TokenMask:
             )
         keep = _counted("keep", keep, ~(masked | absent), "visible tokens")
         hide = _counted("hide", kwargs.pop("hide", None), masked & ~absent, "masked tokens")
-        return token_mask(torch.where(absent, 2.0, masked.float()), keep, hide=hide, order="position", **kwargs)
+        # Equal scores go by index, so that score order is position order here, in one plan instead of two.
+        return token_mask(torch.where(absent, 2.0, masked.float()), keep, hide=hide, order="score", **kwargs)
 
     @staticmethod
     def from_indices(
