@@ -11,6 +11,7 @@ from maefast import masking, ops
 from maefast.ops import CellMask, TokenMask, token_mask
 
 from .common import backends, check_invariants, compare, dtypes_of, plans, property_test
+from .test_restore import cases
 
 
 def lists(plan: TokenMask) -> list[tuple[list[int], list[int]]]:
@@ -121,27 +122,7 @@ def test_clear_errors(call, message):
 # --- the ops ------------------------------------------------------------------------------------------------
 
 
-@st.composite
-def restored(draw):
-    plan = draw(plans(absent=True))
-    prefix, width = draw(st.sampled_from([0, 1, 3])), draw(st.integers(1, 37))
-    pos_on = draw(st.sampled_from(["all", "masked"]))
-    rows = draw(st.sampled_from([None, 0, prefix] if pos_on == "all" else [None, 0]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    inputs = {
-        "x": torch.randn(plan.total_visible + plan.batch * prefix, width, generator=generator),
-        "mask_token": torch.randn(width, generator=generator),
-    }
-    if rows is not None:
-        inputs["pos"] = torch.randn(rows + plan.num_tokens, width, generator=generator)
-    return (
-        plan,
-        inputs,
-        {"prefix": prefix, "pos_on": pos_on, "order": "visible_first" if plan.total_absent else "position"},
-    )
-
-
-@given(case=restored())
+@given(case=cases(absent=True))
 @property_test
 def test_restore_reference_equals_a_loop(case):
     plan, inputs, options = case
@@ -164,7 +145,7 @@ def test_restore_reference_equals_a_loop(case):
 
 
 @pytest.mark.parametrize("where", backends("restore_tokens"))
-@given(case=restored(), data=st.data())
+@given(case=cases(absent=True), data=st.data())
 @property_test
 def test_restore_and_every_gradient(where, case, data):
     backend, device = where

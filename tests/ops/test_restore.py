@@ -38,8 +38,8 @@ def by_hand(x, plan, mask_token, pos, pos_on, prefix, order):
 
 
 @st.composite
-def cases(draw):
-    plan = draw(plans())
+def cases(draw, absent: bool = False):
+    plan = draw(plans(absent=absent))
     prefix, width = draw(st.sampled_from([0, 1, 3])), draw(st.integers(1, 37))
     pos_on = draw(st.sampled_from(["all", "masked"]))
     rows = draw(st.sampled_from([None, 0, prefix] if pos_on == "all" else [None, 0]))
@@ -50,7 +50,8 @@ def cases(draw):
     }
     if rows is not None:
         inputs["pos"] = torch.randn(rows + plan.num_tokens, width, generator=generator)
-    options = {"prefix": prefix, "pos_on": pos_on, "order": draw(st.sampled_from(["position", "visible_first"]))}
+    orders = ["visible_first"] if plan.total_absent else ["position", "visible_first"]
+    options = {"prefix": prefix, "pos_on": pos_on, "order": draw(st.sampled_from(orders))}
     return plan, inputs, options
 
 
