@@ -15,7 +15,7 @@ from .ops import backend
 
 __version__ = "0.1.0"
 
-_LAZY = ("doctor", "graphs", "integrations", "kernels", "masking", "models", "nn", "optim")
+_LAZY = ("doctor", "graphs", "integrations", "kernels", "masking", "models", "nn", "optim", "recipes")
 _FROM = {
     "Cells": "nn",
     "sparsify": "nn",
@@ -41,13 +41,14 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "recipes",
     "report",
     "restore",
     "sparsify",
 ]
 
 if TYPE_CHECKING:
-    from . import doctor, graphs, integrations, kernels, masking, models, nn, optim
+    from . import doctor, graphs, integrations, kernels, masking, models, nn, optim, recipes
     from .graphs import GraphCaptureError, graphed_step
     from .integrations import accelerate, report, restore
     from .nn import Cells, sparsify

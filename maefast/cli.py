@@ -1,4 +1,4 @@
-"""The command line: `maefast pretrain | reconstruct | export | doctor | bench`.
+"""The command line: `maefast pretrain | recipes | reconstruct | export | doctor | bench`.
 
 Only what a command needs is imported, when it runs, so that `maefast --help` and `maefast doctor` work without the
 training extra.
@@ -90,6 +90,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def pretrain(
     ctx: typer.Context,
     data: Annotated[str, option("data")] = "",
+    recipe: Annotated[str | None, option("recipe")] = None,
+    size: Annotated[str | None, option("size")] = None,
+    demo: Annotated[bool, option("demo")] = False,
     model: Annotated[str, option("model")] = "mae_base",
     model_arg: Annotated[list[str] | None, option("model_arg")] = None,
     img_size: Annotated[str | None, option("img_size")] = None,
@@ -109,6 +112,7 @@ def pretrain(
     min_lr: Annotated[float, option("min_lr")] = 0.0,
     warmup: Annotated[float, option("warmup")] = 0.05,
     weight_decay: Annotated[float, option("weight_decay")] = 0.05,
+    betas: Annotated[tuple[float, float], option("betas")] = (0.9, 0.95),
     clip: Annotated[float | None, option("clip")] = None,
     crop_scale: Annotated[tuple[float, float], option("crop_scale")] = (0.2, 1.0),
     crop_ratio: Annotated[tuple[float, float], option("crop_ratio")] = (0.75, 4 / 3),
@@ -142,6 +146,8 @@ def pretrain(
     Examples: maefast pretrain --data photos/ --model mae_small --img-size 96 --patch-size 8 --amp bf16
 
     maefast pretrain --data photos/ --model spark_resnet50 --img-size 96
+
+    maefast pretrain --recipe videomae --demo
     """
     given = {name: value for name, value in ctx.params.items() if _was_given(ctx, name)}
 
@@ -150,7 +156,7 @@ def pretrain(
         from .train.config import PretrainConfig, load_config, parse_model_args, parse_size
 
         path = given.pop("config", None)
-        options = load_config(path) if path else {}
+        options = with_recipe(load_config(path) if path else {}, given)
         for winner, loser in (("steps", "epochs"), ("lr", "blr")):
             if winner in given and loser in given:
                 raise ConfigError(f"give --{winner} or --{loser}, not both")
@@ -169,6 +175,49 @@ def pretrain(
 
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+    _run(run)
+
+
+def with_recipe(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Options of a file, upon those of the recipe that is named there or on the command line; takes `demo` from
+    `given`."""
+    from .errors import ConfigError
+    from .train.build import recipe_options
+
+    demo, name = given.pop("demo", False), given.get("recipe", options.get("recipe"))
+    if name is None:
+        if demo:
+            raise ConfigError("--demo goes with --recipe; `maefast recipes` lists them")
+        return options
+    for other in ("model", *(("size",) if demo else ())):
+        if other in given:
+            raise ConfigError(f"give --{other} or --{'demo' if other == 'size' else 'recipe'}, not both")
+    usual = recipe_options(name, demo=demo)
+    if demo:
+        usual["output_dir"] = str(Path("out") / f"{name}-demo")
+    if "model_args" in usual and "model_args" in options:
+        options = {**options, "model_args": {**usual["model_args"], **options["model_args"]}}
+    for winner, loser in (("steps", "epochs"), ("lr", "blr"), ("epochs", "steps"), ("blr", "lr")):
+        if winner in options and loser not in options:
+            usual.pop(loser, None)
+    return {**usual, **options}
+
+
+@app.command()
+def recipes() -> None:
+    """List the published systems that `maefast pretrain --recipe` trains."""
+
+    def run() -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        from .recipes import list as all_recipes
+
+        table = Table("recipe", "system", "learns from", "sizes", "paper", box=None, pad_edge=False)
+        for spec in all_recipes():
+            table.add_row(spec.name, spec.title, spec.modality, ", ".join(spec.sizes), spec.paper)
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
 
     _run(run)
 

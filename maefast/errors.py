@@ -13,12 +13,21 @@ class ConfigError(TrainError, ValueError):
     """An option, or a combination of options, makes no sense."""
 
 
-class BadImage(TrainError):
-    """An image file cannot be decoded. `path` names it, `reason` says why; `advice` is what to do where it was met."""
+class BadFile(TrainError):
+    """A file cannot be read, or not be used. `path` names it, `reason` says why; `advice` is what to do where it was
+    met."""
+
+    what = ""
 
     def __init__(self, path: str | Path, reason: str, advice: str = ""):
-        super().__init__(f"cannot read image {path}: {reason}" + (f" ({advice})" if advice else ""))
+        super().__init__(f"cannot read {self.what}{path}: {reason}" + (f" ({advice})" if advice else ""))
         self.path, self.reason = Path(path), reason
+
+
+class BadImage(BadFile):
+    """An image file cannot be decoded."""
+
+    what = "image "
 
 
 SKIP_BAD = "--skip-bad counts and skips such files"

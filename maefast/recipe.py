@@ -6,13 +6,15 @@
 
 `prepare` stays outside of autograd, DDP and CUDA graphs, so a batch may be prepared ahead of its step; `forward` has
 nothing left to decide, so a step can be captured, wrapped in DDP and replayed. A recipe says which batches it `wants`,
-and that finds them; the trainer knows no more of either.
+and that finds them; the trainer knows no more of either. A loop of your own may leave all that to the recipe:
+
+    loss = recipe(ClipBatch(clips)).loss
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -22,12 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from maefast.names import Names
 from maefast.seeds import Draw
 
 if TYPE_CHECKING:
     from maefast.data.source import Source
 
-__all__ = ["Batch", "Draw", "Output", "Picture", "Progress", "Recipe", "View", "Wants"]
+__all__ = ["Batch", "Draw", "Output", "Picture", "Progress", "Recipe", "Spec", "View", "Wants"]
 
 
 class Progress(NamedTuple):
@@ -38,15 +41,24 @@ class Progress(NamedTuple):
     epoch: float
 
 
+START = Progress(0, 1, 0.0)
+
+
 @dataclass
 class Batch:
     """Samples as they are loaded. Subclasses add tensors [B, ...].
 
     Attributes:
         key: int64 [B], each sample's place in the run, which its random numbers are a function of; stays on the host.
+            None: the recipe takes a number from torch's global generator.
     """
 
-    key: np.ndarray
+    key: np.ndarray | None = field(default=None, kw_only=True)
+
+    def __len__(self) -> int:
+        """B."""
+        found = (getattr(self, entry.name) for entry in fields(self))
+        return next(len(value) for value in found if isinstance(value, Tensor))
 
     def to(self, device: torch.device | str) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -114,16 +126,44 @@ class Wants(Protocol):
         """
 
 
-class Recipe(nn.Module):
-    """A masked-modelling system, as a trainer sees it. A subclass defines `prepare` and `forward`, and sets `wants`.
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a recipe before it is built; `maefast.recipes.list` and `maefast recipes` show it.
 
     Attributes:
-        wants: which batches it takes.
-        settled: options of the run that were left to the recipe, as what they came to.
+        name: of the recipe, and of its module. title: of the system. paper: authors, venue, arXiv number.
+        modality: what a sample is. sizes: arguments of the recipe by the name of the size, the default first.
+        training: options of the run (`maefast.train.PretrainConfig`) that the paper's differ in from the defaults.
+        demo: options and, under "model_args", arguments of ``maefast pretrain --recipe NAME --demo``.
+        baseline: what `Recipe.baseline` predicts, in words.
     """
 
+    name: str
+    title: str
+    paper: str
+    modality: str
+    sizes: Mapping[str, Mapping[str, Any]]
+    training: Mapping[str, Any] = field(default_factory=dict)
+    demo: Mapping[str, Any] = field(default_factory=dict)
+    baseline: str = "predicting the mean"
+
+
+class Recipe(nn.Module):
+    """A masked-modelling system, as a trainer sees it. A subclass defines `prepare` and `compute`, and sets `wants`.
+
+    Attributes:
+        spec: what the registry knows of it; None for a recipe outside of `maefast.recipes`.
+        names: how the parameters are called in public checkpoints.
+        wants: which batches it takes.
+        settled: options of the run that were left to the recipe, as what they came to.
+        config: plain dict, can be written as JSON; `maefast.recipes.create` sets and takes it.
+    """
+
+    spec: Spec | None = None
+    names: Names = Names()
     wants: Wants
     settled: Mapping[str, Any] = {}
+    config: Mapping[str, Any] = {}
 
     @property
     def network(self) -> nn.Module:
@@ -135,8 +175,30 @@ class Recipe(nn.Module):
         and draws from `draw` alone."""
         raise NotImplementedError
 
-    def forward(self, view: View) -> Output:
+    def compute(self, view: View) -> Output:
+        """All that learns: the terms of the loss of a view. Nothing random, but what the modules draw (drop path)."""
         raise NotImplementedError
+
+    def forward(self, given: View | Batch) -> Output:
+        """`compute` of a view, or of a batch that is prepared here first."""
+        return self.compute(self.view(given) if isinstance(given, Batch) else given)
+
+    @torch.no_grad()
+    def view(self, batch: Batch, seed: int | None = None, progress: Progress = START) -> View:
+        """`prepare` for loops of your own: without a seed, one is drawn from torch's global generator."""
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        key = np.arange(len(batch)) if batch.key is None else batch.key
+        return self.prepare(batch, Draw(seed, key), progress)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Features of whole inputs, nothing masked, for a probe or an export."""
+        raise NotImplementedError(f"{type(self).__name__} gives no features")
+
+    def baseline(self, view: View) -> Output:
+        """What a trivial predictor (`Spec.baseline`) makes of a view, to be held against `compute`'s terms of the same
+        names. Called without gradients, and only where a recipe defines it."""
+        raise NotImplementedError(f"{type(self).__name__} has no trivial predictor")
 
     def picture(self, view: View, names: Sequence[str]) -> Picture | None:
         """What the recipe makes of a view of examples with these names. Called without gradients, in eval mode."""

@@ -55,7 +55,7 @@ def test_every_option_has_help_and_the_default_of_the_configuration():
     options = {name for panel in HELP.values() for name in panel}
     assert options == set(parameters) - {"ctx"}
     fields = PretrainConfig.__dataclass_fields__
-    assert options - {"config", "model_arg"} == set(fields) - {"model_args"}
+    assert options - {"config", "demo", "model_arg"} == set(fields) - {"model_args"}
     plain = PretrainConfig()
     for name, parameter in parameters.items():
         if name in fields and name != "workers":

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from maefast import masking
+from maefast.nn import patches
+from maefast.nn.patches import Reconstruction
 from maefast.ops import TokenMask
 from maefast.ops._checks import tensor
-
-EPS = 1e-6  # of the target normalisation
-
-
-class Reconstruction(NamedTuple):
-    """Pictures [B, C, H, W] in the scale of the images that were given; `mask` is bool, True where removed."""
-
-    original: Tensor
-    masked: Tensor
-    reconstruction: Tensor
-    pasted: Tensor
-    mask: Tensor
 
 
 class MaskedAutoencoder(nn.Module):
@@ -120,8 +109,8 @@ class MaskedAutoencoder(nn.Module):
         out = self.predict(images, plan)
         out = out.to(torch.promote_types(images.dtype, torch.float32))
         if self.norm_pix_loss and not raw:
-            target = self.patchify(images.to(out.dtype))
-            out = out * (target.var(-1, keepdim=True) + EPS).sqrt() + target.mean(-1, keepdim=True)
+            shift, scale = patches.statistics(self.patchify(images.to(out.dtype)), "mae", self.in_chans)
+            out = out * scale + shift
         picture = self.unpatchify(out).to(images.dtype)
         removed = self.unpatchify(plan.mask[..., None].expand_as(out))
         return Reconstruction(
@@ -135,18 +124,14 @@ class MaskedAutoencoder(nn.Module):
     def patchify(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, N, K], values of a patch in (ph, pw, C) order."""
         self._check_images(images)
-        (rows, columns), (ph, pw) = self.grid_size, self.patch_size
-        blocks = images.reshape(-1, self.in_chans, rows, ph, columns, pw)
-        return blocks.permute(0, 2, 4, 3, 5, 1).reshape(-1, self.num_patches, ph * pw * self.in_chans)
+        return patches.patchify(images, self.patch_size)
 
-    def unpatchify(self, patches: Tensor) -> Tensor:
+    def unpatchify(self, rows: Tensor) -> Tensor:
         """The inverse of `patchify`: [B, N, K] -> [B, C, H, W]."""
-        (rows, columns), (ph, pw) = self.grid_size, self.patch_size
-        want = (self.num_patches, ph * pw * self.in_chans)
-        if patches.ndim != 3 or tuple(patches.shape[1:]) != want:
-            raise ValueError(f"patches must be [B, {want[0]}, {want[1]}], got {tuple(patches.shape)}")
-        blocks = patches.reshape(-1, rows, columns, ph, pw, self.in_chans)
-        return blocks.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_chans, *self.img_size)
+        want = (self.num_patches, self.patch_size[0] * self.patch_size[1] * self.in_chans)
+        if rows.ndim != 3 or tuple(rows.shape[1:]) != want:
+            raise ValueError(f"patches must be [B, {want[0]}, {want[1]}], got {tuple(rows.shape)}")
+        return patches.unpatchify(rows, self.patch_size, self.img_size)
 
     def _check_images(self, images: Tensor) -> None:
         tensor("images", images, ndim=4)

@@ -8,15 +8,16 @@ never embedded, and the last decoder block runs queries, projection, MLP and hea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from maefast import ops
 from maefast.models.base import MaskedAutoencoder
-from maefast.nn import Decoder, Encoder, run_decoder, run_encoder
+from maefast.nn import Decoder, Encoder, PatchEmbed, encoder_states, position_table, run_decoder, run_encoder
 from maefast.nn.decoder import PREDICTIONS
-from maefast.nn.patch_embed import pair
+from maefast.nn.patch_embed import pair, patch_grid
 from maefast.ops import TokenMask
 from maefast.ops._checks import one_of
 
@@ -81,29 +82,26 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{key} must be a positive int, got {value!r}")
 
+        self.grid_size = patch_grid(self.img_size, self.patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
         encoder = Encoder(
-            self.img_size,
-            self.patch_size,
-            in_chans,
+            PatchEmbed(self.patch_size, in_chans, embed_dim),
+            position_table(positions, embed_dim, self.grid_size),
             embed_dim,
             depth,
             num_heads,
             mlp_ratio,
-            positions,
-            norm_eps,
+            norm_eps=norm_eps,
         )
-        self.grid_size = encoder.grid_size
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
         decoder = Decoder(
             embed_dim,
             in_chans * self.patch_size[0] * self.patch_size[1],
-            self.grid_size,
+            position_table(positions, decoder_embed_dim, self.grid_size),
             decoder_embed_dim,
             decoder_depth,
             decoder_num_heads,
             mlp_ratio,
-            positions,
-            norm_eps,
+            norm_eps=norm_eps,
         )
         # The original's parameter names are flat: take the parts over, in its order.
         self.cls_token, self.pos_embed = encoder.cls_token, encoder.pos_embed
@@ -159,22 +157,35 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         )
         return loss, out, plan.mask.float()
 
-    def encode_visible(self, images: Tensor, plan: TokenMask | None = None, features: bool = False) -> Tensor:
+    def encode_visible(
+        self,
+        images: Tensor,
+        plan: TokenMask | None = None,
+        features: bool = False,
+        taps: dict[int, Tensor | None] | None = None,
+    ) -> Tensor:
         """Latents after the final norm: [B, 1 + keep, D], class token first; packed [B + T, D] for a ragged plan.
 
-        Under autocast they come in its dtype; as `features`, in that of the residual stream.
+        Under autocast they come in its dtype; as `features`, in that of the residual stream. The outputs of the blocks
+        whose indices are keys of `taps` are written there.
         """
         return run_encoder(
             images,
             plan,
-            patch_embed=self.patch_embed,
-            cls_token=self.cls_token,
-            pos_embed=self.pos_embed,
-            blocks=self.blocks,
+            **self._encoder(),
             norm=self.norm,
             recompute=self.recompute and self.training,
             features=features,
+            taps=taps,
         )
+
+    def states(self, images: Tensor, plan: TokenMask | None = None, at: Sequence[int] = (-1,)) -> list[Tensor]:
+        """Outputs of the encoder's blocks `at` (from 0; negative numbers count from the last), before the final norm
+        and laid out as the latents; no block behind the last of them is run."""
+        return encoder_states(images, plan, [i % len(self.blocks) for i in at], **self._encoder())
+
+    def _encoder(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("patch_embed", "cls_token", "pos_embed", "blocks")}
 
     def decode(self, latent: Tensor, plan: TokenMask, pred: str = "masked") -> Tensor:
         """Predictions from `encode_visible`'s latents: see `forward`."""

@@ -4,10 +4,10 @@ from maefast.nn.block import Attention, Block, Mlp, Packing
 from maefast.nn.cells import Cells, UnknownSparseOp
 from maefast.nn.decoder import Decoder, run_decoder
 from maefast.nn.drop_path import DropPath
-from maefast.nn.encoder import Encoder, run_blocks, run_encoder, run_norm
+from maefast.nn.encoder import Encoder, encoder_states, position_table, run_blocks, run_encoder, run_norm
 from maefast.nn.layers import LayerNorm, Linear
 from maefast.nn.patch_embed import PatchEmbed
-from maefast.nn.positions import sincos_1d, sincos_2d
+from maefast.nn.positions import sincos_1d, sincos_2d, sincos_interleaved
 from maefast.nn.sparsify import sparsify
 
 __all__ = [
@@ -23,11 +23,14 @@ __all__ = [
     "Packing",
     "PatchEmbed",
     "UnknownSparseOp",
+    "encoder_states",
+    "position_table",
     "run_blocks",
     "run_decoder",
     "run_encoder",
     "run_norm",
     "sincos_1d",
     "sincos_2d",
+    "sincos_interleaved",
     "sparsify",
 ]

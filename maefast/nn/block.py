@@ -18,7 +18,8 @@ from maefast import ops
 from maefast.nn.layers import LayerNorm, Linear
 from maefast.nn.watched import plain_tensor, touched, watched_everywhere
 from maefast.ops import TokenMask
-from maefast.ops.transformer_block import masked_to_all, wanted
+from maefast.ops._checks import one_of
+from maefast.ops.transformer_block import masked_to_all, scaled, wanted
 
 
 class Packing(NamedTuple):
@@ -38,21 +39,43 @@ class Packing(NamedTuple):
         return Packing(plan.cu_visible + starts, plan.max_visible + prefix)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with one qkv projection (weight [3D, D], rows q, k, v) and an output projection."""
+BIASES = ("qkv", "qv", "none")
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one qkv projection (weight [3D, D], rows q, k, v) and an output projection.
+
+    Args:
+        bias: what is shifted: "qkv", all of them; "qv", queries and values by parameters of their own, `q_bias` and
+            `v_bias` [D], as BEiT and VideoMAE do (a shift of the keys changes no softmax); "none".
+    """
+
+    def __init__(self, dim: int, num_heads: int, bias: str = "qkv") -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"width {dim} must be a multiple of the number of heads, got {num_heads}")
+        one_of("bias", bias, BIASES)
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim, bias=bias == "qkv")
+        own = bias == "qv"
+        self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) if own else None for _ in range(2))
         self.proj = Linear(dim, dim)
+
+    def parts_of_bias(self) -> Tensor | tuple[Tensor, None, Tensor] | None:
+        """As `ops.BlockWeights` takes it."""
+        return self.qkv.bias if self.q_bias is None else (self.q_bias, None, self.v_bias)
+
+    def shift(self) -> Tensor | None:
+        """[3D], or None."""
+        if self.q_bias is None:
+            return self.qkv.bias
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """[B, S, D] -> [B, S, D], or packed [T, D] -> [T, D]."""
         cu_seqlens, longest = packing or (None, None)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        qkv = self.qkv(x) if self.q_bias is None else ops.linear(x, self.qkv.weight, self.shift())
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         return self.proj(ops.attention(qkv, cu_seqlens_q=cu_seqlens, max_seqlen_q=longest).flatten(-2))
 
     def of_some(self, queries: Tensor, x: Tensor, masked: TokenMask | None = None) -> Tensor:
@@ -60,7 +83,8 @@ class Attention(nn.Module):
         dim = x.shape[-1]
         # split, not two slices: its backward writes the gradient of the weight once.
         weight_q, weight_kv = self.qkv.weight.split([dim, 2 * dim])
-        bias_q, bias_kv = self.qkv.bias.split([dim, 2 * dim])
+        bias = self.shift()
+        bias_q, bias_kv = (None, None) if bias is None else bias.split([dim, 2 * dim])
         q = ops.linear(queries, weight_q, bias_q).unflatten(-1, (self.num_heads, -1))
         kv = ops.linear(x, weight_kv, bias_kv).unflatten(-1, (2, self.num_heads, -1))
         if masked is None:
@@ -89,18 +113,38 @@ class Block(nn.Module):
 
     Args:
         dim: D. num_heads: divides D. mlp_ratio: hidden width of the MLP over D. eps: of the LayerNorms.
+        bias: of the queries, keys and values, see `Attention`.
+        drop_path: share of the samples of which a branch is left out in training, the others being scaled by
+            1 / (1 - share) (Huang et al., 2016).
+        layer_scale: where the learned factors of the branches, `gamma_1` and `gamma_2` [D], start (Touvron et al.,
+            2021); None: there are none.
 
     Attributes:
         keep: "lean", "all" or "nothing": what is kept for the backward, see `ops.transformer_block`.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        eps: float = 1e-6,
+        *,
+        bias: str = "qkv",
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+    ) -> None:
         super().__init__()
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path must lie in [0, 1), got {drop_path}")
         self.norm1 = LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, bias)
         self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.keep = "lean"
+        self.gamma_1, self.gamma_2 = (
+            None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale))) for _ in range(2)
+        )
+        self.drop_path, self.keep = drop_path, "lean"
 
     def forward(
         self,
@@ -147,8 +191,9 @@ class Block(nn.Module):
     def _run(self, x, delta, pending, packing=None, count=None, masked=None, prefix=0, keep=None):
         weights, keep = self._weights(), keep or self.keep
         cu_seqlens, longest = packing or (None, None)
-        if weights is None:
-            args = x, delta, packing, count, masked, prefix
+        drops = self._drops(x, packing, masked)
+        if weights is None or (masked is not None and drops[0] is not None):
+            args = x, delta, packing, count, masked, prefix, drops
             if keep == "nothing" and torch.is_grad_enabled():
                 x, delta = checkpoint(self._by_modules, *args, use_reentrant=False)
             else:
@@ -166,8 +211,23 @@ class Block(nn.Module):
                 masked=masked,
                 prefix=prefix,
                 keep=keep,
+                drop1=drops[0],
+                drop2=drops[1],
             )
         return (x, delta) if pending else x + delta
+
+    def _drops(self, x, packing, masked) -> tuple[Tensor | None, Tensor | None]:
+        """Factors of the two branches for each sample or, packed, for each row of what they return."""
+        if not (self.training and self.drop_path):
+            return None, None
+        samples = masked.batch if masked is not None else len(packing[0]) - 1 if packing else len(x)
+        stay = 1.0 - self.drop_path
+        drops = x.new_empty(2, samples).bernoulli_(stay).div_(stay)
+        starts = masked.cu_masked if masked is not None else packing[0] if packing else None
+        if starts is not None:
+            rows = torch.arange(masked.total_masked if masked is not None else len(x), device=x.device)
+            drops = drops[:, torch.bucketize(rows, starts[1:].long(), right=True)]
+        return drops.unbind()
 
     def _weights(self) -> ops.BlockWeights | None:
         """What the op needs, or None where the modules have to be called."""
@@ -177,17 +237,21 @@ class Block(nn.Module):
             return None
         qkv, proj, fc1, fc2 = parts[4:]
         tensors = [t for part in (norm1, qkv, proj, norm2, fc1, fc2) for t in (part.weight, part.bias)]
-        return ops.BlockWeights(*tensors) if all(t is None or plain_tensor(t) for t in tensors) else None
+        scales = self.gamma_1, self.gamma_2
+        if not all(t is None or plain_tensor(t) for t in (*tensors, attn.q_bias, attn.v_bias, *scales)):
+            return None
+        tensors[3] = attn.parts_of_bias()
+        return ops.BlockWeights(*tensors, *scales)
 
-    def _by_modules(self, x, delta, packing, count, masked, prefix):
+    def _by_modules(self, x, delta, packing, count, masked, prefix, drops):
         x, y = (x, self.norm1(x)) if delta is None else self.norm1(x, delta)
         if count is None and masked is None:
             out = self.attn(y, packing)
         else:
             x = wanted(x, count, masked, prefix)
             out = self.attn.of_some(wanted(y, count, masked, prefix), y, masked)
-        x, y = self.norm2(x, out)
-        return x, self.mlp(y)
+        x, y = self.norm2(x, scaled(out, self.gamma_1, drops[0]))
+        return x, scaled(self.mlp(y), self.gamma_2, drops[1])
 
 
 _PARTS = (LayerNorm, Attention, LayerNorm, Mlp, Linear, Linear, Linear, Linear)

@@ -1,50 +1,57 @@
-"""The ViT encoder of a masked autoencoder: visible tokens only."""
+"""The transformer encoder of a masked autoencoder: visible tokens only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from maefast import ops
 from maefast.nn.block import Block, Packing
 from maefast.nn.init import init_tokens_, init_weights_
 from maefast.nn.layers import LayerNorm
-from maefast.nn.patch_embed import PatchEmbed, pair
 from maefast.nn.positions import sincos_2d
 from maefast.ops import TokenMask
 
 
-def position_table(positions: str, width: int, grid: tuple[int, int]) -> nn.Parameter:
-    """[1, 1 + N, width] with the class token's row first: frozen sine-cosine (that row zero), or learned."""
+def position_table(positions: str, width: int, grid: tuple[int, int], prefix: int = 1) -> nn.Parameter:
+    """[1, prefix + N, width] with the prefix tokens' rows first: frozen sine-cosine (those rows zero), or learned."""
     if positions == "sincos":
-        return nn.Parameter(sincos_2d(width, grid, prefix=1)[None], requires_grad=False)
+        return nn.Parameter(sincos_2d(width, grid, prefix=prefix)[None], requires_grad=False)
     if positions == "learned":
-        table = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], width))
+        table = nn.Parameter(torch.empty(1, prefix + grid[0] * grid[1], width))
         init_tokens_(table)
         return table
     raise ValueError(f"positions must be 'sincos' or 'learned', got {positions!r}")
 
 
-def patch_grid(img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of patches."""
-    if any(size % patch for size, patch in zip(img_size, patch_size)):
-        raise ValueError(f"image size {img_size} is not a multiple of the patch size {patch_size}")
-    return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
-
-
 def run_blocks(
-    blocks: Iterable[Block], x: Tensor, packing: Packing | None = None, recompute: bool = False
+    blocks: Iterable[Block],
+    x: Tensor,
+    packing: Packing | None = None,
+    recompute: bool = False,
+    *,
+    each: Tensor | None = None,
+    taps: dict[int, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """x through all blocks, as a pending sum (x, delta); see `maefast.nn.block`.
 
-    With `recompute`, blocks keep their input alone for the backward.
+    With `recompute`, blocks keep their input alone for the backward. `each`, in the shape of x, is added to the input
+    of every block (positions, as Point-MAE does). The outputs of the blocks whose indices are keys of `taps` are
+    written there.
     """
     delta = None
-    for block in blocks:
+    for index, block in enumerate(blocks):
+        if each is not None:
+            delta = each if delta is None else delta + each
         pending = not block._forward_hooks  # a hook shall see the block's whole output
         x = block(x, packing, delta, pending, keep="nothing" if recompute else None)
         x, delta = x if pending else (x, None)
+        if taps is not None and index in taps:
+            x, delta = x if delta is None else x + delta, None
+            taps[index] = x
     return x, delta
 
 
@@ -54,70 +61,132 @@ def run_norm(norm: LayerNorm, x: Tensor, delta: Tensor | None, dtype: torch.dtyp
 
 
 def run_encoder(
-    images: Tensor,
+    parts: Any,
     plan: TokenMask | None,
     *,
-    patch_embed: PatchEmbed,
-    cls_token: Tensor,
-    pos_embed: Tensor,
-    blocks: Iterable[Block],
+    patch_embed: nn.Module,
+    cls_token: Tensor | None,
+    pos_embed: Tensor | nn.Module | None,
+    blocks: nn.ModuleList,
     norm: LayerNorm,
     recompute: bool = False,
     features: bool = False,
+    taps: dict[int, Tensor | None] | None = None,
 ) -> Tensor:
-    """Latents of the class token and the visible tokens: [B, 1 + keep, D], or packed [B + T, D] for a ragged plan.
+    """Latents of the prefix tokens and the visible tokens: [B, P + keep, D], or packed [B*P + T, D] for a ragged plan.
 
     Under autocast they come in its dtype, for the matrix product that follows; as `features`, in that of the residual
-    stream.
+    stream. `taps`: see `run_blocks`.
     """
-    cls_pos, pos = pos_embed.split([1, pos_embed.shape[1] - 1], 1)
-    x = patch_embed(images, plan, pos=pos, prefix=cls_token + cls_pos)
-    packing = Packing.of(plan, prefix=1) if plan is not None and plan.keep is None else None
-    x, delta = run_blocks(blocks, x, packing, recompute)
+    x, packing, each = _embed(parts, plan, patch_embed, cls_token, pos_embed)
+    x, delta = run_blocks(blocks, x, packing, recompute, each=each, taps=taps)
     return run_norm(norm, x, delta, x.dtype if features else None)
 
 
+def _embed(parts, plan, patch_embed, cls_token, pos_embed) -> tuple[Tensor, Packing | None, Tensor | None]:
+    """What the first block takes: tokens, where they start, and what is added to the input of each block."""
+    count = 0 if cls_token is None else cls_token.shape[-2]
+    packing = Packing.of(plan, prefix=count) if plan is not None and plan.keep is None else None
+    if isinstance(pos_embed, nn.Module):
+        if count:
+            raise ValueError("positions that are computed from the parts go without prefix tokens")
+        each = pos_embed(parts)
+        return patch_embed(parts, plan), packing, each if plan is None else ops.gather_tokens(each, plan)
+    prefix, pos = cls_token, pos_embed
+    if count and pos is not None:
+        lead, pos = pos.split([count, pos.shape[-2] - count], -2)
+        prefix = cls_token + lead
+    return patch_embed(parts, plan, pos=pos, prefix=prefix), packing, None
+
+
+def encoder_states(
+    parts: Any,
+    plan: TokenMask | None,
+    at: Sequence[int],
+    *,
+    patch_embed: nn.Module,
+    cls_token: Tensor | None,
+    pos_embed: Tensor | nn.Module | None,
+    blocks: nn.ModuleList,
+) -> list[Tensor]:
+    """Outputs of the blocks `at` (from 0), before any final norm, as `run_encoder` lays tokens out. Blocks behind the
+    last of them are not run."""
+    if not at or not all(0 <= index < len(blocks) for index in at):
+        raise ValueError(f"at must name some of the {len(blocks)} blocks, from 0, got {list(at)}")
+    x, packing, each = _embed(parts, plan, patch_embed, cls_token, pos_embed)
+    taps = dict.fromkeys(at)
+    run_blocks(blocks[: max(at) + 1], x, packing, each=each, taps=taps)
+    return [taps[index] for index in at]
+
+
 class Encoder(nn.Module):
-    """A ViT without a head that computes visible tokens only (He et al., 2021). Parameter names of timm's ViT.
+    """A transformer that computes visible tokens only (He et al., 2021). Parameter names of timm's ViT.
 
     Args:
-        img_size, patch_size: int or (height, width). in_chans: any number.
-        embed_dim, depth, num_heads, mlp_ratio: of the transformer.
-        positions: "sincos" (frozen, MAE's) or "learned".
-        norm_eps: of every LayerNorm.
+        patch_embed: makes tokens of the visible parts, ``patch_embed(parts, plan, pos=, prefix=)``, as `PatchEmbed`.
+        positions: [P + N, D], see `position_table` (a leading 1 is allowed); as a tensor that is no parameter, fixed
+            and left out of the state_dict. Or a module, parts -> [B, N, D], whose result is added to the input of
+            every block; without prefix tokens then.
+        embed_dim, depth, num_heads, mlp_ratio: of the transformer. prefix: P, tokens that are learned: 1 is a class
+            token. norm_eps: of every LayerNorm.
+        grid_size: (rows, columns) of the positions, so that weights of images of another size can be made to fit.
+        block: further arguments of `Block`; `drop_path` rises linearly over the depth to the value given.
     """
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
-        in_chans: int = 3,
+        patch_embed: nn.Module,
+        positions: Tensor | nn.Module,
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
-        positions: str = "sincos",
+        *,
+        prefix: int = 1,
         norm_eps: float = 1e-6,
+        grid_size: tuple[int, int] | None = None,
+        **block: Any,
     ) -> None:
         super().__init__()
-        self.grid_size = patch_grid(pair("img_size", img_size), pair("patch_size", patch_size))
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = position_table(positions, embed_dim, self.grid_size)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth))
+        self.patch_embed, self.grid_size = patch_embed, grid_size
+        self.cls_token = nn.Parameter(torch.empty(1, prefix, embed_dim)) if prefix else None
+        set_positions(self, positions)
+        self.blocks = make_blocks(embed_dim, depth, num_heads, mlp_ratio, norm_eps, **block)
         self.norm = LayerNorm(embed_dim, eps=norm_eps)
-        init_tokens_(self.cls_token)
+        if prefix:
+            init_tokens_(self.cls_token)
         init_weights_(self.blocks)
 
-    def forward(self, images: Tensor, plan: TokenMask | None = None) -> Tensor:
-        """images [B, C, H, W] -> [B, 1 + keep, D] (packed [B + T, D] for a ragged plan); all tokens without a plan."""
-        return run_encoder(
-            images,
-            plan,
-            patch_embed=self.patch_embed,
-            cls_token=self.cls_token,
-            pos_embed=self.pos_embed,
-            blocks=self.blocks,
-            norm=self.norm,
-            features=True,
-        )
+    def forward(
+        self,
+        parts: Any,
+        plan: TokenMask | None = None,
+        taps: dict[int, Tensor | None] | None = None,
+        features: bool = True,
+    ) -> Tensor:
+        """Parts, such as images [B, C, H, W], -> [B, P + keep, D] (packed [B*P + T, D] for a ragged plan); all tokens
+        without a plan. `taps`, `features`: see `run_encoder`."""
+        return run_encoder(parts, plan, **self._parts(), norm=self.norm, features=features, taps=taps)
+
+    def states(self, parts: Any, plan: TokenMask | None = None, at: Sequence[int] = (-1,)) -> list[Tensor]:
+        """Outputs of the blocks `at`, see `encoder_states`; negative numbers count from the last."""
+        return encoder_states(parts, plan, [i % len(self.blocks) for i in at], **self._parts())
+
+    def _parts(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("patch_embed", "cls_token", "pos_embed", "blocks")}
+
+
+def set_positions(module: nn.Module, positions: Tensor | nn.Module) -> None:
+    """`pos_embed` of a module: a parameter or module as it is, another tensor as a buffer outside of the state_dict."""
+    if isinstance(positions, (nn.Parameter, nn.Module)):
+        module.pos_embed = positions
+    else:
+        module.register_buffer("pos_embed", positions, persistent=False)
+
+
+def make_blocks(
+    dim: int, depth: int, num_heads: int, mlp_ratio: float, eps: float, drop_path: float = 0.0, **block: Any
+) -> nn.ModuleList:
+    """`depth` blocks; `drop_path` is that of the last, 0 that of the first, linear between (torch.linspace)."""
+    rates = torch.linspace(0, drop_path, depth).tolist() if drop_path else [0.0] * depth
+    return nn.ModuleList(Block(dim, num_heads, mlp_ratio, eps, drop_path=rate, **block) for rate in rates)

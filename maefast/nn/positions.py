@@ -46,3 +46,10 @@ def sincos_2d(width: int, grid: tuple[int, int], prefix: int = 0) -> Tensor:
     row = torch.div(token, columns, rounding_mode="floor")
     table = torch.cat([sincos_1d(width // 2, token % columns), sincos_1d(width // 2, row)], 1)
     return torch.cat([torch.zeros(prefix, width), table.float()])
+
+
+def sincos_interleaved(width: int, count: int) -> Tensor:
+    """``[sin(p w_0), cos(p w_0), sin(p w_1), …]``, the table of Vaswani et al. (2017) with sines and cosines in turn,
+    as VideoMAE and CAE have it: float32 [count, width], computed in float64; `width` is even."""
+    halves = sincos_1d(width, torch.arange(count))
+    return torch.stack(halves.chunk(2, 1), 2).flatten(1).float()

@@ -97,7 +97,7 @@ def _lower(form: Form, w: tuple[Tensor | None, ...], casts: tuple[Tensor | None,
 # --- a branch's end: layer scale and stochastic depth -------------------------------------------------------
 
 
-def _scaled(out: Tensor, scale: Tensor | None, drop: Tensor | None) -> Tensor:
+def scaled(out: Tensor, scale: Tensor | None, drop: Tensor | None) -> Tensor:
     """out [R, D] times `scale` [D] and the factor of its sample (or row)."""
     if scale is not None:
         out = out * scale
@@ -105,7 +105,7 @@ def _scaled(out: Tensor, scale: Tensor | None, drop: Tensor | None) -> Tensor:
 
 
 def _drop(rows: Tensor, drop: Tensor) -> Tensor:
-    return (rows.view(drop.shape[0], -1, rows.shape[-1]) * drop.to(rows.dtype).view(-1, 1, 1)).view(rows.shape)
+    return (rows.reshape(drop.shape[0], -1, rows.shape[-1]) * drop.to(rows.dtype).view(-1, 1, 1)).view(rows.shape)
 
 
 class _Branch(NamedTuple):
@@ -203,11 +203,11 @@ def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, masked, sa
     if form.shifts:
         p, shift = form.proj.forward(a, proj_weight, None), _to(w[9], form.wide)
     else:
-        p, shift = _scaled(form.proj.forward(a, proj_weight, _to(w[9], low)), w[16], drop1), None
+        p, shift = scaled(form.proj.forward(a, proj_weight, _to(w[9], low)), w[16], drop1), None
     r1, y2, mean2, rstd2 = form.norm(r, p, _to(w[10], form.wide), _to(w[11], form.wide), form.eps2, low, shift)
     h = form.fc1.forward(y2, fc1_weight, None)
     g = form.gelu(h, _to(w[13], form.wide), form.tanh)
-    out = _scaled(form.fc2.forward(g, fc2_weight, _to(w[15], low)), w[17], drop2)
+    out = scaled(form.fc2.forward(g, fc2_weight, _to(w[15], low)), w[17], drop2)
     whole = form.keep != "lean"
     kept = _Kept(
         r0, mean1, rstd1, y1 if whole else None, q, kv, a, lse, entropy, mass,

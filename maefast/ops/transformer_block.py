@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from maefast.ops import _autograd, _checks, _dispatch
-from maefast.ops._transformer_block import TransformerBlock
+from maefast.ops._transformer_block import TransformerBlock, scaled
 from maefast.ops._transformer_block_form import form_of, goes_with
 from maefast.ops.attention import attention, check_starts
 from maefast.ops.embed import gather_tokens
@@ -168,10 +168,10 @@ def _composed(
             kv, where = kv.flatten(0, 1), masked_to_all(masked, x.shape[1])
         r = wanted(r, count, masked, prefix, backend)
     a = attention(q, kv, **where, scale=scale, backend=backend).flatten(-2)
-    p = _scaled(product(a, w[8], w[9]), w[16], drop1)
+    p = scaled(product(a, w[8], w[9]), w[16], drop1)
     r, y = add_norm(r, p, w[10], w[11], eps[1], backend=backend)
     h = bias_gelu(product(y, w[12]), w[13], approximate, backend=backend)
-    return r, _scaled(product(h, w[14], w[15]), w[17], drop2)
+    return r, scaled(product(h, w[14], w[15]), w[17], drop2)
 
 
 def masked_to_all(masked: TokenMask, length: int) -> dict[str, Tensor | int]:
@@ -200,8 +200,3 @@ def _side_by_side(parts: tuple[Tensor | None, ...], width: int) -> Tensor | None
         return given[0] if given else None
     zeros = given[0].new_zeros(given[0].shape)
     return torch.cat([zeros if t is None else t for t in parts])
-
-
-def _scaled(out: Tensor, scale: Tensor | None, drop: Tensor | None) -> Tensor:
-    out = out if scale is None else out * scale
-    return out if drop is None else out * drop.to(out.dtype).view(-1, *(1,) * (out.ndim - 1))

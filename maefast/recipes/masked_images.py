@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
+from maefast import models
 from maefast.data.images import Images
 from maefast.data.images.batch import ImageBatch, normalise, normaliser
-from maefast.recipe import Draw, Output, Picture, Progress, Recipe, View
+from maefast.recipe import Draw, Output, Picture, Progress, Recipe, Spec, View
+
+_SIZES = {"tiny": "mae_tiny", "small": "mae_small", "large": "mae_large", "huge": "mae_huge"}
+_DEMO = {"batch_size": 32, "steps": 300, "lr": 1e-3}
 
 
 class MaskedImages(Recipe):
@@ -41,7 +46,7 @@ class MaskedImages(Recipe):
         noise = draw.uniform("mask", self.model.num_patches, images.device)
         return View(images, self.model.plan(images, self.mask_ratio, noise=noise))
 
-    def forward(self, view: View) -> Output:
+    def compute(self, view: View) -> Output:
         loss, pred, _ = self.model(view.parts, mask=view.plan, pred="masked")
         return Output({"pixels": loss}, pred, view)
 
@@ -53,6 +58,66 @@ class MaskedImages(Recipe):
         if how := pictures.note(self.model, self.raw):
             caption += f"\n{how}"
         return pictures.Sheet(columns, names, caption)
+
+
+class _Published(MaskedImages):
+    """Args:
+    model: a name that `maefast.models.create` knows. mask_ratio: None: the model's usual one. raw: see
+        `MaskedImages`. arguments: of the model.
+    """
+
+    def __init__(self, model: str | None = None, mask_ratio: float | None = None, raw: bool = False, **arguments: Any):
+        made = models.create(next(iter(self.spec.sizes.values()))["model"] if model is None else model, **arguments)
+        super().__init__(made, made.usual_mask_ratio if mask_ratio is None else mask_ratio, raw)
+
+
+class MAE(_Published):
+    """A ViT that predicts the pixels of hidden patches; see `maefast.models.MaskedAutoencoderViT`."""
+
+    spec = Spec(
+        name="mae",
+        title="MAE",
+        paper="He et al., CVPR 2022, arXiv:2111.06377",
+        modality="images",
+        sizes={"base": {"model": "mae_base"}, **{size: {"model": name} for size, name in _SIZES.items()}},
+        demo={**_DEMO, "model_args": {"embed_dim": 128, "depth": 4, "num_heads": 4, "decoder_embed_dim": 64,
+                                      "decoder_depth": 2, "decoder_num_heads": 2},
+              "img_size": 64, "patch_size": 8, "norm_pix": False},
+    )  # fmt: skip
+
+
+class SparK(_Published):
+    """A convnet of which only visible cells are computed; see `maefast.models.SparK`."""
+
+    spec = Spec(
+        name="spark",
+        title="SparK",
+        paper="Tian et al., ICLR 2023, arXiv:2301.03580",
+        modality="images",
+        sizes={
+            name.removeprefix("spark_"): {"model": name}
+            for name in ("spark_resnet50", "spark_resnet101", "spark_convnext_tiny", "spark_convnext_small",
+                         "spark_convnext_base", "spark_convnext_large")
+        },
+        demo={**_DEMO, "img_size": 64, "steps": 60, "batch_size": 8},
+    )  # fmt: skip
+
+
+class FCMAE(_Published):
+    """ConvNeXt V2 on visible cells; see `maefast.models.FCMAE`."""
+
+    spec = Spec(
+        name="fcmae",
+        title="FCMAE (ConvNeXt V2)",
+        paper="Woo et al., CVPR 2023, arXiv:2301.00808",
+        modality="images",
+        sizes={
+            size: {"model": f"fcmae_convnextv2_{size}"}
+            for size in ("base", "atto", "femto", "pico", "nano", "tiny", "large", "huge")
+        },
+        demo={**_DEMO, "model_args": {"depths": [1, 1, 2, 1], "widths": [24, 48, 96, 192], "decoder_embed_dim": 128},
+              "img_size": 96, "norm_pix": False},
+    )  # fmt: skip
 
 
 def image_shape(model: nn.Module) -> tuple[int, int, int]:

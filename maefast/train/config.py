@@ -20,7 +20,10 @@ class PretrainConfig:
 
     data: str = ""
     output_dir: str = "out"
-    # Model. None leaves the choice to the model's own definition.
+    # What is trained: a recipe of `maefast.recipes` in one of its sizes, or a masked model of images. None leaves a
+    # choice to the recipe's, or the model's, own definition.
+    recipe: str | None = None
+    size: str | None = None
     model: str = "mae_base"
     model_args: dict[str, Any] = field(default_factory=dict)
     img_size: int | list[int] | None = None
@@ -41,6 +44,7 @@ class PretrainConfig:
     min_lr: float = 0.0
     warmup: float = 0.05
     weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
     clip: float | None = None
     # Augmentation.
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -74,7 +78,7 @@ class PretrainConfig:
             if not isinstance(value, (str, os.PathLike)):
                 raise ConfigError(f"{_flag(name)} must be a name, not {value!r}")
             setattr(self, name, str(value))
-        for name in ("crop_scale", "crop_ratio"):
+        for name in ("crop_scale", "crop_ratio", "betas"):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)) or not all(type(number) in (int, float) for number in value):
                 raise ConfigError(f"{_flag(name)} wants two numbers, not {value!r}")
@@ -98,7 +102,16 @@ class PretrainConfig:
             if wanted in _TYPES and len(optional) < 2 and not (optional and value is None):
                 kinds = (int, float) if wanted == "float" else (_TYPES[wanted],)
                 must(type(value) in kinds, f"{_flag(entry.name)} must be {wanted}, not {value!r}")
-        must(bool(self.data), "--data is missing: give a folder of images, or 'skimage' for the shipped photographs")
+        must(
+            bool(self.data),
+            "--data is missing: give a folder of images, or 'skimage' for the shipped photographs"
+            if self.recipe is None
+            else f"--data is missing: give a folder, or 'demo' for what ships with the recipe {self.recipe}",
+        )
+        must(
+            self.size is None or self.recipe is not None,
+            "--size goes with --recipe; a --model has its size in its name",
+        )
         for name in ("batch_size", "accum", "save_every", "keep", "log_every"):
             must(getattr(self, name) >= 1, f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in ("workers", "cache_mb", "picture_every", "picture_rows", "weight_decay", "min_lr"):
@@ -114,6 +127,7 @@ class PretrainConfig:
         must(self.blr > 0 and math.isfinite(self.blr), f"--blr must be positive, not {self.blr}")
         must(self.lr is None or 0 < self.lr < math.inf, f"--lr must be positive, not {self.lr}")
         must(self.clip is None or 0 < self.clip < math.inf, f"--clip must be positive, not {self.clip}")
+        must(len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), f"--betas lie in [0, 1): {self.betas}")
         must(self.warmup >= 0 and math.isfinite(self.warmup), f"--warmup must not be negative, and is {self.warmup}")
         must(0 <= self.flip <= 1, f"--flip is a probability, not {self.flip}")
         low, high = self.crop_scale if len(self.crop_scale) == 2 else (0, 0)
@@ -145,6 +159,11 @@ class PretrainConfig:
                     size is None or size % self.patch_size == 0,
                     f"--img-size {size} is not a multiple of --patch-size {self.patch_size}",
                 )
+
+    @property
+    def title(self) -> str:
+        """What is trained, as messages and pictures name it."""
+        return self.model if self.recipe is None else " ".join(filter(None, (self.recipe, self.size)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

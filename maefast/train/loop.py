@@ -19,23 +19,23 @@ from torch import nn
 
 from maefast import seeds
 from maefast.errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError
-from maefast.recipe import Batch, Progress, View
+from maefast.recipe import Batch, Progress, Recipe, View
 
 from . import checkpoint, metrics, schedule
 from .accelerator import Processes, make_accelerator
-from .build import build_recipe
+from .build import build_recipe, load_start
 from .config import PretrainConfig
 from .data import Loader, Positions
 from .graph import GraphSteps
 from .metrics import MetricsFile, Row, open_tensorboard, read_rows, save_loss_curve
 from .resume import choose_checkpoint, compare
 from .signals import StopSignal
-from .weights import load_pretrained
 
 
 @dataclass
 class Result:
-    """What a run came to. `stopped` names the signal that ended it early; `bad` maps unreadable files to reasons."""
+    """What a run came to. `stopped` names the signal that ended it early; `bad` maps unreadable files to reasons;
+    `baseline` is (loss, loss of a trivial predictor) on the examples that are pictured, where the recipe has one."""
 
     step: int
     total: int
@@ -43,6 +43,7 @@ class Result:
     checkpoint: Path | None
     stopped: str | None
     bad: dict[str, str] = field(default_factory=dict)
+    baseline: tuple[float, float] | None = None
 
 
 @dataclass
@@ -108,9 +109,9 @@ class Run:
         config = self.config
         path, notes = choose_checkpoint(self.accelerator, config.resume, self.out)
         if path is None and config.init_from:
-            load_pretrained(self.model, config.init_from, self._say, ema=config.init_ema, exact=config.init_exact)
+            load_start(self.recipe, config, self._say)
         self.recipe.to(self.device)
-        self.optimizer = schedule.make_optimizer(self.model, config.weight_decay)
+        self.optimizer = schedule.make_optimizer(self.model, config.weight_decay, config.betas)
         self.objective, self.stepper = self.accelerator.prepare(self.recipe, self.optimizer)
         for note in (*self.source.notes, *notes):
             self._say(note)
@@ -150,7 +151,7 @@ class Run:
             self._say('tensorboard is not installed (pip install "maefast[train]"); metrics.csv has the same numbers')
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._say(
-            f"{config.model}: {trained / 1e6:.2f} M parameters; {len(self.source)} {self.source.unit}s of "
+            f"{config.title}: {trained / 1e6:.2f} M parameters; {len(self.source)} {self.source.unit}s of "
             f"{self.source.name}; steps {self.done} to {self.total} of {self.step_samples} {self.source.unit}s; "
             f"peak lr {peak:.3g}; {self.world} x {self.device.type}, amp {config.amp}"
             f"{', as a CUDA graph' if self.graph.step else ''}; into {self.out}"
@@ -353,17 +354,18 @@ class Run:
             self.recipe.train(training)
         if picture is None:
             return
-        picture.save(path, f"{self.config.model}, step {self.done}, {picture.caption}")
+        picture.save(path, f"{self.config.title}, step {self.done}, {picture.caption}")
         if self.tensorboard is not None:
             self.tensorboard.add_image("reconstruction", picture.pixels(), self.done)
 
     def _finish(self, stopped: str | None) -> Result:
-        bad = self._gather_bad()
+        bad, baseline = self._gather_bad(), None
         if self.main:
             self.metrics.sync()
             if self.loss is None:  # a finished run, called again
                 self.loss = next((float(row["loss"]) for row in reversed(read_rows(self.metrics.path))), None)
             self._picture(self.out / "reconstruction.png")
+            baseline = self._baseline()
             save_loss_curve(self.out / "metrics.csv", self.out / "loss_curve.png")
             for path, reason in list(bad.items())[:20]:
                 self._say(f"skipped unreadable {self.source.unit} {path}: {reason}")
@@ -376,7 +378,23 @@ class Run:
                 )
             else:
                 self._say(f"finished {self.total} steps; checkpoint {self.last}; pictures and metrics in {self.out}")
-        return Result(self.done, self.total, self.loss, self.last, stopped, bad)
+        return Result(self.done, self.total, self.loss, self.last, stopped, bad, baseline)
+
+    @torch.no_grad()
+    def _baseline(self) -> tuple[float, float] | None:
+        """(loss, loss of a trivial predictor) on the examples, which are said too."""
+        if self.examples is None or type(self.recipe).baseline is Recipe.baseline:
+            return None
+        training = self.recipe.training
+        self.recipe.eval()
+        try:
+            view = self._prepared(self.examples[0], seeds.PICTURE)
+            mine, trivial = self.recipe.compute(view), self.recipe.baseline(view)
+        finally:
+            self.recipe.train(training)
+        found, words = (mine.loss.item(), trivial.loss.item()), self.recipe.spec.baseline
+        self._say(f"on the {self.source.unit}s of the picture: loss {found[0]:.4g}; {words}: {found[1]:.4g}")
+        return found
 
     def _gather_bad(self) -> dict[str, str]:
         if self.world == 1:

@@ -21,10 +21,14 @@ HELP = {
         "cache_mb": "Memory for decoded images, all workers together.",
     },
     "Model": {
-        "model": "Name of the model: mae_tiny, mae_small, mae_base, mae_large, mae_huge; masked convnets: "
-        "spark_resnet50, spark_resnet101, spark_convnext_{tiny,small,base,large}, "
+        "recipe": "Train a published system by its name, with its paper's options: `maefast recipes` lists them.",
+        "size": "Size of the recipe.",
+        "demo": "With --recipe: a run of a minute or two on what ships with it, which leaves a picture.",
+        "model": "Instead of a recipe, the name of a model of images: mae_tiny, mae_small, mae_base, mae_large, "
+        "mae_huge; masked convnets: spark_resnet50, spark_resnet101, spark_convnext_{tiny,small,base,large}, "
         "fcmae_convnextv2_{atto,femto,pico,nano,tiny,base,large,huge}.",
-        "model_arg": "An argument of the model, NAME=VALUE; repeatable. For example depth=6, or sync_bn=true (SparK).",
+        "model_arg": "An argument of the recipe or model, NAME=VALUE; repeatable. For example depth=6, or sync_bn=true "
+        "(SparK).",
         "img_size": "Image size: N, or HEIGHTxWIDTH; multiples of 32 for masked convnets.",
         "patch_size": "Patch size; masked convnets have none: they mask cells of 32 x 32 pixels.",
         "mask_ratio": "Share of the patches that is masked.",
@@ -44,6 +48,7 @@ HELP = {
         "lr": "Peak learning rate itself, instead of --blr.",
         "min_lr": "Learning rate at the end of the cosine.",
         "warmup": "Linear warm-up: below 1 a share of the run, else a number of steps.",
+        "betas": "AdamW's decay rates of its running averages.",
         "weight_decay": "AdamW's decay of matrices (biases and norms have none).",
         "clip": "Clip the global norm of the gradient to this.",
     },
@@ -78,12 +83,14 @@ _SHOWN = {
     "workers": "up to 8, one core left free",
     "max_pixels": "179 million, Pillow's limit",
     "clip": "no clipping",
-    **dict.fromkeys(("data", "model_arg", "init_from", "steps", "lr", "config"), False),
+    "size": "the recipe's first",
+    **dict.fromkeys(("data", "recipe", "model_arg", "init_from", "steps", "lr", "config"), False),
 }
 _FLAGS = {
     "output_dir": ("--output-dir", "-o"),
     "skip_bad": ("--skip-bad",),
     "recompute": ("--recompute",),
+    "demo": ("--demo",),
     "init_ema": ("--init-ema",),
     "init_exact": ("--init-exact",),
 }

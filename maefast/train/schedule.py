@@ -31,8 +31,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW(betas=(.9, .95)) on `parameter_groups`; the learning rate is set before every step.
+def make_optimizer(model: nn.Module, weight_decay: float, betas: tuple[float, float] = BETAS) -> torch.optim.AdamW:
+    """AdamW on `parameter_groups`; the learning rate is set before every step.
 
     The fused update is used on devices that have it: one kernel instead of several passes per parameter.
     """
@@ -40,7 +40,7 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     if not groups:
         raise ValueError("the model has no trainable parameters")
     device = groups[0]["params"][0].device.type
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=device in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=device in ("cpu", "cuda"))
 
 
 @dataclass(frozen=True)

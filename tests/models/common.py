@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bench.peers.plain_mae import PlainMAE
 from maefast import models
 from maefast.models import MaskedAutoencoderViT
+from maefast.nn import Encoder, PatchEmbed, position_table
 from maefast.ops import _dispatch
 
 SMALL = {
@@ -71,3 +72,10 @@ def largest_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[floa
     errors = [(((got[k] - want[k]).norm() / want[k].norm().clamp(min=floor)).item(), k) for k in want]
     assert all(error == error for error, _ in errors), "NaN in a gradient"
     return max(errors)
+
+
+def encoder_of(width: int, depth: int, heads: int) -> Encoder:
+    """Of images of 32 x 32 in patches of 8 x 8."""
+    return Encoder(
+        PatchEmbed(8, 3, width), position_table("sincos", width, (4, 4)), width, depth, heads, grid_size=(4, 4)
+    )

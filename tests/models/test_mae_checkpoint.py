@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from maefast import models
 from maefast.models import create, list_models, load_checkpoint, read_state_dict
 from maefast.models.convert import encoder_state
-from maefast.nn import Encoder
-from tests.models.common import inputs, small
+from tests.models.common import encoder_of, inputs, small
 
 
 def original_layout(width, depth, decoder_width, decoder_depth, patch, tokens) -> dict[str, tuple[int, ...]]:
@@ -125,7 +124,7 @@ def test_encoder_files(tmp_path):
         images, _ = inputs(source)
         assert torch.equal(fresh.encode(images), source.encode(images))
         assert all(torch.equal(fresh.state_dict()[k], v) for k, v in decoder.items())
-    encoder = Encoder(32, 8, 3, 32, 2, 2)
+    encoder = encoder_of(32, 2, 2)
     load_checkpoint(encoder, tmp_path / "all.pth", part="encoder")
     assert torch.equal(encoder(images), source.encode(images))
     source.num_heads = None

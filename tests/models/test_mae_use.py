@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from maefast import models
-from maefast.nn import Encoder
-from tests.models.common import gradients, inputs, largest_error, plain_twin, small
+from tests.models.common import encoder_of, gradients, inputs, largest_error, plain_twin, small
 
 
 def test_encode_is_the_unmasked_encoder():
@@ -38,7 +37,7 @@ def test_encode_is_the_unmasked_encoder():
 
 def test_encoder_alone_has_the_same_parameters():
     model = small(torch.float32)
-    encoder = Encoder(32, 8, 3, 32, 2, 2)
+    encoder = encoder_of(32, 2, 2)
     encoder.load_state_dict({k: v for k, v in model.state_dict().items() if k in encoder.state_dict()}, strict=True)
     images, _ = inputs(model)
     assert torch.equal(encoder(images), model.encode(images))

@@ -10,9 +10,8 @@ from maefast.models import create, load_checkpoint
 from maefast.models.convert import encoder_state
 from maefast.models.fit import fit_to_model
 from maefast.models.resize import change_channels, resize_patches, resize_positions, sincos_grid
-from maefast.nn import Encoder
 from maefast.nn.positions import sincos_2d
-from tests.models.common import inputs, small
+from tests.models.common import encoder_of, inputs, small
 
 GRIDS = [(1, 1), (1, 7), (4, 9), (9, 4), (6, 6), (2, 18), (14, 14), (7, 28)]
 
@@ -145,7 +144,7 @@ def test_integers_are_no_weights(tmp_path):
 
 def test_an_encoder_alone_compares_its_heads():
     source = small(torch.float32, num_heads=2)
-    encoder = Encoder(32, 8, 3, 32, 2, 4)
+    encoder = encoder_of(32, 2, 4)
     with pytest.raises(ValueError, match="num_heads is 2 in the file and 4 in the model"):
         fit_to_model(source.state_dict(), encoder, "encoder", config=source.config)
 

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from maefast import masking
-from maefast.nn import Decoder, Encoder, PatchEmbed
+from maefast.nn import Decoder, PatchEmbed, position_table
+from tests.models.common import encoder_of
+
+
+def decoder_of(latent: int, width: int, depth: int, heads: int, positions: str = "sincos") -> Decoder:
+    return Decoder(latent, 10, position_table(positions, width, (4, 4)), width, depth, heads)
 
 
 def test_patch_embed_is_the_convolution():
@@ -27,7 +32,7 @@ def test_patch_embed_is_the_convolution():
 def test_initial_weights_are_mae_s():
     """Xavier-uniform from the layer's own fans (of the patch as a linear map), zero biases, tokens of std 0.02."""
     torch.manual_seed(0)
-    encoder = Encoder(32, 8, 3, 128, 1, 2)
+    encoder = encoder_of(128, 1, 2)
     for weight in (
         encoder.patch_embed.proj.weight,
         encoder.blocks[0].attn.qkv.weight,
@@ -37,7 +42,7 @@ def test_initial_weights_are_mae_s():
         assert 0.97 * bound < weight.abs().max().item() <= bound
     assert encoder.blocks[0].mlp.fc1.bias.abs().max() == 0
     assert 0.015 < encoder.cls_token.std().item() < 0.025
-    decoder = Decoder(128, 10, (4, 4), 64, 1, 2, positions="learned")
+    decoder = decoder_of(128, 64, 1, 2, "learned")
     assert 0.014 < decoder.mask_token.std().item() < 0.026
     assert 0.018 < decoder.pos_embed.std().item() < 0.022
     assert decoder.pos_embed.requires_grad
@@ -49,7 +54,7 @@ def test_initial_weights_are_mae_s():
 @pytest.mark.parametrize("ratio", [0.5, [0.25, 0.75, 0.5]])
 def test_decoder_masked_is_a_part_of_full(ratio):
     torch.manual_seed(0)
-    encoder, decoder = Encoder(32, 8, 3, 16, 1, 2).double(), Decoder(16, 10, (4, 4), 8, 2, 2).double()
+    encoder, decoder = encoder_of(16, 1, 2).double(), decoder_of(16, 8, 2, 2).double()
     plan = masking.random(3, 16, ratio)
     latent = encoder(torch.randn(3, 3, 32, 32, dtype=torch.float64), plan)
     assert latent.shape == ((3, 9, 16) if ratio == 0.5 else (3 + 4 + 8 + 12, 16))
@@ -63,7 +68,7 @@ def test_decoder_masked_is_a_part_of_full(ratio):
 def test_hook_on_a_block_sees_its_output():
     """Blocks hand on pending sums, but not past a hook."""
     torch.manual_seed(0)
-    encoder = Encoder(32, 8, 3, 16, 3, 2).double()
+    encoder = encoder_of(16, 3, 2).double()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     want = encoder(images)
     seen = []
@@ -75,7 +80,7 @@ def test_hook_on_a_block_sees_its_output():
 def test_latents_under_autocast():
     """For the next product in bfloat16; as features with the precision of the residual stream."""
     torch.manual_seed(0)
-    encoder = Encoder(32, 8, 3, 16, 1, 2)
+    encoder = encoder_of(16, 1, 2)
     images = torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         assert encoder(images).dtype is torch.float32
@@ -83,7 +88,7 @@ def test_latents_under_autocast():
 
 
 def test_decoder_refuses():
-    decoder = Decoder(16, 10, (4, 4), 8, 1, 2)
+    decoder = decoder_of(16, 8, 1, 2)
     plan = masking.random(2, 16, 0.0)
     with pytest.raises(ValueError, match="masks no token"):
         decoder(torch.randn(2, 17, 16), plan)
@@ -91,14 +96,14 @@ def test_decoder_refuses():
     with pytest.raises(ValueError, match="pred must be one of"):
         decoder(torch.randn(2, 17, 16), plan, "some")
     with pytest.raises(ValueError, match="at least one block"):
-        Decoder(16, 10, (4, 4), 8, 0, 2)
+        decoder_of(16, 8, 0, 2)
 
 
 @pytest.mark.parametrize(("keep", "hide"), [(6, 4), ([6, 0, 9], 4), ([6, 0, 9], [4, 16, 0]), (6, [4, 10, 1])])
 def test_absent_tokens_take_no_part(keep, hide):
     """Equal to each sample alone, cut to the tokens that are there."""
     torch.manual_seed(0)
-    encoder, decoder = Encoder(32, 8, 3, 16, 1, 2).double(), Decoder(16, 10, (4, 4), 8, 2, 2).double()
+    encoder, decoder = encoder_of(16, 1, 2).double(), decoder_of(16, 8, 2, 2).double()
     plan = masking.random(3, 16, keep=keep, hide=hide)
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     latent = encoder(images, plan)

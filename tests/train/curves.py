@@ -63,7 +63,7 @@ class CurveSource:
 
     def collate(self, samples: list) -> tuple[CurveBatch, list]:
         values, key = zip(*samples)
-        return CurveBatch(np.array(key), torch.from_numpy(np.stack(values))), []
+        return CurveBatch(torch.from_numpy(np.stack(values)), key=np.array(key)), []
 
     def examples(self, count: int) -> tuple[CurveBatch, list[str]]:
         batch, _ = self.collate([self[i, 0, i] for i in range(min(count, self.count))])
@@ -104,7 +104,7 @@ class CurveRecipe(Recipe):
         values = batch.values + shift
         return View({"values": values, "shift": shift}, plan, values @ self.teacher.T)
 
-    def forward(self, view: View) -> Output:
+    def compute(self, view: View) -> Output:
         values = view.parts["values"]
         latent = self.encoder(values.masked_fill(view.plan.mask, 0)).tanh()
         pred = gather_tokens(self.head(latent)[..., None], view.plan, "masked")

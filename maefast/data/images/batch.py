@@ -29,6 +29,6 @@ def normaliser(channels: int, device: torch.device | str = "cpu"):
 
 
 def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """uint8 or uint16 [B, C, H, W] -> float32, (images / 255 - mean) / std; 65535 for sixteen bits."""
+    """uint8 or uint16 [B, C, H, W] -> the dtype of `mean`, (images / 255 - mean) / std; 65535 for sixteen bits."""
     white = 65535 if images.dtype is torch.uint16 else 255
-    return images.to(torch.float32).div_(white).sub_(mean).div_(std)
+    return images.to(mean.dtype).div_(white).sub_(mean).div_(std)

@@ -120,7 +120,7 @@ def find_images(data: str | Path, output: str | Path | None = None) -> ImageSet:
     and folders are left out, links are followed), so the order is the same on every machine. What maefast writes is no
     data: the folder `output` (but not images that lie in it, if it is `data` itself) and the pictures that it draws.
     """
-    if str(data) == "skimage" and not Path("skimage").is_dir():
+    if str(data) in ("skimage", "demo") and not Path(data).is_dir():
         return ImageSet("skimage", "", Names(str(path) for path in shipped_photographs()))
     root = Path(data).expanduser()
     if not root.exists():

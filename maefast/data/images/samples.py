@@ -79,7 +79,7 @@ class TrainImages(Dataset):
         if any(p is None for p in pixels):
             return None, bad
         key = np.array([sample[1] for sample in samples], dtype=np.int64)
-        return ImageBatch(key, torch.from_numpy(np.stack(pixels))), bad
+        return ImageBatch(torch.from_numpy(np.stack(pixels)), key=key), bad
 
     def failure(self, bad: list[tuple[str, str]]) -> TrainError:
         path, reason = bad[0]

@@ -90,4 +90,4 @@ class ImageSource:
 
         picked = pick(self.images, count, self.decoder, skip_bad=self.options.skip_bad)
         images = load_images([self.images.path(i) for i in picked], self.wants.size, self.decoder)
-        return ImageBatch(np.arange(len(picked)), images), [self.images.name(i) for i in picked]
+        return ImageBatch(images, key=np.arange(len(picked))), [self.images.name(i) for i in picked]

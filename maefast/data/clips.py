@@ -1,0 +1,204 @@
+"""Clips of video: arrays or folders of frames, and moving photographs as a demo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maefast.data.collection import DEMO, Collection, Files, Made
+from maefast.errors import ConfigError
+from maefast.nn.patches import Reconstruction
+from maefast.ops import _checks
+from maefast.recipe import Batch, Picture
+
+FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of a clip that is a folder
+_SHIFTS = 8  # ways in which a photograph of the demo moves
+
+
+@dataclass
+class ClipBatch(Batch):
+    """clips: uint8 [B, C, T, H, W]."""
+
+    clips: Tensor
+
+
+@dataclass(frozen=True)
+class Clips:
+    """A recipe wants `ClipBatch`es: `frames` T of `size` (H, W), every `stride`-th of the video, in colour.
+
+    `--data` names a folder: each .npy or .npz below it is a video, uint8 [frames, height, width, 3], and each folder of
+    images is one, its frames in the order of their names. Crops are those of images (--crop-scale, --crop-ratio,
+    --flip), the same for all frames of a clip.
+    """
+
+    frames: int = 16
+    size: tuple[int, int] = (224, 224)
+    stride: int = 4
+    unit = "clip"
+
+    def open(self, options: Any) -> Collection:
+        if options.data == DEMO:
+            return Collection(_Cropped(self, options), self._demo(), options)
+        return Collection(_Cropped(self, options), Videos(options.data), options)
+
+    def check(self, batch: Any) -> None:
+        """Raise unless it is a batch of such clips."""
+        if not isinstance(batch, ClipBatch):
+            raise TypeError(f"a ClipBatch is wanted, got {type(batch).__name__}")
+        _checks.tensor("clips", batch.clips, ndim=5, floating=False)
+        want, found = (3, self.frames, *self.size), batch.clips
+        if tuple(found.shape[1:]) != want or found.dtype is not torch.uint8:
+            sizes = ", ".join(map(str, want))
+            raise ValueError(f"clips must be uint8 [B, {sizes}], got {found.dtype} {tuple(found.shape)}")
+
+    def _demo(self) -> Made:
+        from maefast.data.images.files import shipped_photographs
+
+        paths = shipped_photographs()
+
+        def move(index: int) -> np.ndarray:
+            return moving_photograph(paths[index // _SHIFTS], self.frames, self.size, index % _SHIFTS)
+
+        def label(index: int) -> str:
+            return f"{paths[index // _SHIFTS].stem}, way {index % _SHIFTS}"
+
+        return Made("moving photographs", len(paths) * _SHIFTS, move, label)
+
+
+class _Cropped:
+    """`Clips` with the crops that the options of a run name, as a `Kind`."""
+
+    unit = Clips.unit
+
+    def __init__(self, wants: Clips, options: Any) -> None:
+        from maefast.data.images.augment import Augment
+
+        self.wants = wants
+        self.augment = Augment(wants.size, options.crop_scale, options.crop_ratio, options.flip)
+
+    def sample(self, raw: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """uint8 [T, H, W, 3]."""
+        taken = self._taken(raw, rng.random())
+        height, width = raw.shape[1:3]
+        clip = resized(taken, self.augment.box(width, height, rng), self.wants.size)
+        return clip[:, :, ::-1] if rng.random() < self.augment.flip else clip
+
+    def example(self, raw: np.ndarray) -> np.ndarray:
+        height, width = raw.shape[1:3]
+        rows, columns = self.wants.size
+        scale = min(height / rows, width / columns)
+        h, w = round(rows * scale), round(columns * scale)
+        top, left = (height - h) // 2, (width - w) // 2
+        return resized(self._taken(raw, 0.5), (left, top, left + w, top + h), self.wants.size)
+
+    def _taken(self, raw: np.ndarray, where: float) -> np.ndarray:
+        """T frames; of a short video with a smaller stride."""
+        frames, stride = self.wants.frames, self.wants.stride
+        if len(raw) < frames:
+            raise ValueError(f"{len(raw)} frames, fewer than the {frames} of a clip")
+        if frames > 1:
+            stride = min(stride, (len(raw) - 1) // (frames - 1))
+        start = int(where * (len(raw) - (frames - 1) * stride))
+        return raw[start : start + (frames - 1) * stride + 1 : stride]
+
+    def collate(self, samples: Sequence[np.ndarray], key: np.ndarray) -> ClipBatch:
+        clips = torch.from_numpy(np.stack(samples)).permute(0, 4, 1, 2, 3).contiguous()
+        return ClipBatch(clips, key=key)
+
+
+def resized(clip: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
+    """The box (left, top, right, bottom) of uint8 [T, h, w, 3] in `size`, bicubic."""
+    from PIL import Image
+
+    left, top, right, bottom = box
+    cut = clip[:, top:bottom, left:right]
+    if cut.shape[1:3] == size:
+        return np.ascontiguousarray(cut)
+    images = (Image.fromarray(np.ascontiguousarray(frame)) for frame in cut)
+    return np.stack([np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)) for image in images])
+
+
+class Videos(Files):
+    """Arrays, and folders of frames."""
+
+    def __init__(self, folder: str | Path) -> None:
+        root = Path(folder).expanduser()
+        if not root.is_dir():
+            raise ConfigError(f"--data {folder}: no such folder (give a folder of videos, or '{DEMO}')")
+        frames = {path.parent for path in root.rglob("*") if path.suffix.lower() in FRAMES} if root.is_dir() else set()
+        self.root, self.name, self._read = root, str(folder), read_video
+        found = [*frames, *(path for path in root.rglob("*") if path.suffix.lower() in (".npy", ".npz"))]
+        self._files = sorted(path.relative_to(root).as_posix() for path in found)
+        if not self._files:
+            what = f"neither arrays (.npy, .npz) nor folders of frames ({' '.join(FRAMES)})"
+            raise ConfigError(f"--data {folder}: no videos in it: {what}")
+
+
+def read_video(path: Path) -> np.ndarray:
+    """uint8 [frames, height, width, 3]. ValueError: it is something else."""
+    if path.is_dir():
+        from PIL import Image
+
+        names = sorted(name for name in path.iterdir() if name.suffix.lower() in FRAMES)
+        frames = [np.asarray(Image.open(name).convert("RGB")) for name in names]
+        if len({frame.shape for frame in frames}) > 1:
+            raise ValueError("its frames are not all of one size")
+        return np.stack(frames)
+    array = np.load(path, mmap_mode="r") if path.suffix == ".npy" else first_array(path)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+        raise ValueError(f"a video is uint8 [frames, height, width, 3], not {array.dtype} {list(array.shape)}")
+    return array
+
+
+def first_array(path: Path) -> np.ndarray:
+    """The only array of an .npz file."""
+    with np.load(path) as file:
+        if len(file.files) != 1:
+            raise ValueError(f"one array is wanted, the file holds {', '.join(file.files) or 'none'}")
+        return file[file.files[0]]
+
+
+def moving_photograph(path: Path, frames: int, size: tuple[int, int], way: int) -> np.ndarray:
+    """A window that glides over a photograph, another way for each number: uint8 [frames, H, W, 3] a third larger than
+    `size`, so that there is something to crop."""
+    height, width = (side + side // 3 for side in size)
+    photo = _photograph(path, 2 * max(height, width))
+    rng = np.random.default_rng([way, frames])
+    room = np.array([photo.shape[0] - height, photo.shape[1] - width])
+    ends = rng.random((2, 2)) * room
+    reach = ends[1] - ends[0]
+    most = 3.0 * frames  # pixels, a speed of up to three a frame
+    ends[1] = ends[0] + reach * min(1.0, most / max(np.abs(reach).max(), 1e-6))
+    path_of = np.linspace(ends[0], ends[1], frames).round().astype(int)
+    return np.stack([photo[top : top + height, left : left + width] for top, left in path_of])
+
+
+@lru_cache(maxsize=32)
+def _photograph(path: Path, side: int) -> np.ndarray:
+    """In colour, its shorter side `side` pixels."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        scale = side / min(image.size)
+        sizes = (max(side, round(length * scale)) for length in image.size)
+        return np.asarray(image.convert("RGB").resize(tuple(sizes), Image.Resampling.BICUBIC))
+
+
+def sheet(shown: Reconstruction, names: Sequence[str], caption: str, frames: int = 3) -> Picture:
+    """Some frames of each clip [B, 3, T, H, W] in [0, 1], a row each."""
+    from maefast.data.images.pictures import Sheet
+
+    picked = np.linspace(0, shown.original.shape[2] - 1, frames).round().astype(int).tolist()
+    hidden = shown.reconstruction.where(shown.mask, torch.full_like(shown.reconstruction, 0.0))
+    columns = [
+        (column[:, :, picked].transpose(1, 2).flatten(0, 1).float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+        for column in (shown.original, shown.masked, hidden, shown.pasted)
+    ]
+    return Sheet(columns, [f"{name}, frame {frame}" for name in names for frame in picked], caption)
