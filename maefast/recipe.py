@@ -58,7 +58,7 @@ class Batch:
     def __len__(self) -> int:
         """B."""
         found = (getattr(self, entry.name) for entry in fields(self))
-        return next(len(value) for value in found if isinstance(value, Tensor))
+        return next((len(value) for value in found if isinstance(value, Tensor)), 0)
 
     def to(self, device: torch.device | str) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))

@@ -53,7 +53,7 @@ class VideoMAE(Autoencoder):
                 "frames": 8, "img_size": 48, "tubelet": [2, 8, 8], "stride": 1, "embed_dim": 128, "depth": 4,
                 "num_heads": 4, "decoder_embed_dim": 64, "decoder_depth": 2, "decoder_num_heads": 2,
             },
-            "mask_ratio": 0.75, "steps": 1000, "batch_size": 16, "lr": 2e-3, "warmup": 0.1,
+            "mask_ratio": 0.75, "steps": 600, "batch_size": 16, "lr": 2e-3, "warmup": 0.1,
         },
         baseline="predicting each tubelet's mean",
     )  # fmt: skip

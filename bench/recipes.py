@@ -1,0 +1,119 @@
+"""Time and memory of a training step of recipes beside the same in plain PyTorch, at published sizes.
+
+    python -m bench.recipes [NAME ...] [--batch 2] [--dtype float32|bfloat16] [--json FILE]
+
+Both sides compute forward and backward of one view, made once, from the same parameters. The plain side is
+`bench.peers.recipes`: scaled_dot_product_attention, only visible tokens encoded, boolean indexing as authors' code does it. Steps
+are timed in turn and the least times taken; memory is what a process that runs one side alone needs above what it held
+before its first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import resource
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from bench import environment
+from bench.worth import fastest, settle_memory
+from maefast import recipes
+
+SIDES = ("plain", "maefast")
+
+
+def make_step(name: str, size: str | None, batch: int, side: str, dtype: str) -> Callable[[], float]:
+    """Forward and backward, gradients dropped; gives the loss."""
+    torch.manual_seed(0)
+    peer = importlib.import_module(f"bench.peers.recipes.{name}")
+    recipe = recipes.create(name, size, **getattr(peer, "ARGUMENTS", {})).train()
+    for part in recipe.modules():  # the references know no drop path
+        if hasattr(part, "drop_path"):
+            part.drop_path = 0.0
+    view = recipe.view(peer.batch(batch), seed=1)
+    cast = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+    def step() -> float:
+        with cast:
+            loss = recipe(view).loss if side == "maefast" else sum(peer.reference(recipe, view).values())
+        loss.backward()
+        recipe.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step
+
+
+def _memory(name: str, size: str | None, batch: int, side: str, dtype: str, threads: int, pipe) -> None:
+    torch.set_num_threads(threads)
+    step = make_step(name, size, batch, side, dtype)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def memory(*what) -> float:
+    """MiB of a first step, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_memory, args=(*what, torch.get_num_threads(), theirs))
+    process.start()
+    found = ours.recv()
+    process.join()
+    return found
+
+
+def compare(name: str, size: str | None, batch: int, dtype: str, rounds: int) -> dict:
+    steps = [make_step(name, size, batch, side, dtype) for side in SIDES]
+    plain, mine = (step() for step in steps)
+    if abs(plain - mine) > (1e-4 if dtype == "float32" else 3e-2) * abs(plain):
+        raise SystemExit(f"{name}: the two sides disagree: loss {plain} in plain PyTorch, {mine} here")
+    best = fastest(steps, rounds)
+    used = [memory(name, size, batch, side, dtype) for side in SIDES]
+    return {
+        "recipe": name,
+        "size": size or next(iter(recipes.kind(name).spec.sizes)),
+        "batch": batch,
+        "dtype": dtype,
+        "ms": [1e3 * t for t in best],
+        "ratio": best[0] / best[1],
+        "memory_mib": used,
+        "memory_ratio": used[1] / used[0],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=[], metavar="NAME")
+    parser.add_argument("--size")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    settle_memory()
+    folder = Path(__file__).parent / "peers" / "recipes"
+    names = args.names or sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    found = []
+    for name in names:
+        found.append(compare(name, args.size, args.batch, args.dtype, args.rounds))
+        row = found[-1]
+        print(
+            f"{name:12} {row['size']:6} batch {row['batch']} {row['dtype']}: plain {row['ms'][0]:.0f} ms, "
+            f"maefast {row['ms'][1]:.0f} ms, {row['ratio']:.2f}x; memory {row['memory_mib'][0]:.0f} MiB, "
+            f"{row['memory_mib'][1]:.0f} MiB, {row['memory_ratio']:.2f}x",
+            flush=True,
+        )
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        record = {"environment": environment.describe("cpu"), "results": found}
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
