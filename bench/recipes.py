@@ -52,9 +52,7 @@ def make_step(name: str, size: str | None, batch: int, side: str, dtype: str) ->
 def _memory(name: str, size: str | None, batch: int, side: str, dtype: str, threads: int, pipe) -> None:
     torch.set_num_threads(threads)
     step = make_step(name, size, batch, side, dtype)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step()
-    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    pipe.send(peak_of(step) / 2**20)
 
 
 def memory(*what) -> float:
