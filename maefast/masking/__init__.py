@@ -34,3 +34,9 @@ from_scores = TokenMask.from_scores
 from_bool = TokenMask.from_bool
 from_indices = TokenMask.from_indices
 from_ids_restore = TokenMask.from_ids_restore
+
+__all__ = [
+    *("block", "cells", "channels", "coloured", "disjoint", "dual", "from_bool", "from_ids_restore", "from_indices"),
+    *("from_scores", "grid", "keep_count", "near", "only", "ragged", "random", "running_cells", "similar", "tube"),
+    "weighted",
+]
