@@ -36,7 +36,24 @@ from_indices = TokenMask.from_indices
 from_ids_restore = TokenMask.from_ids_restore
 
 __all__ = [
-    *("block", "cells", "channels", "coloured", "disjoint", "dual", "from_bool", "from_ids_restore", "from_indices"),
-    *("from_scores", "grid", "keep_count", "near", "only", "ragged", "random", "running_cells", "similar", "tube"),
+    "block",
+    "cells",
+    "channels",
+    "coloured",
+    "disjoint",
+    "dual",
+    "from_bool",
+    "from_ids_restore",
+    "from_indices",
+    "from_scores",
+    "grid",
+    "keep_count",
+    "near",
+    "only",
+    "ragged",
+    "random",
+    "running_cells",
+    "similar",
+    "tube",
     "weighted",
 ]

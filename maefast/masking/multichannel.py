@@ -83,9 +83,11 @@ def _removed(draw: Tensor, present: Tensor | None) -> Tensor:
     """bool [B or 1, C]: the first k of the present channels in the order of the noise."""
     number, order = draw[:, :1], draw[:, 1:]
     total = draw.shape[1] - 1
-    if present is not None:
+    if present is None:
+        k = (number * total).long().clamp(0, total - 1)
+    else:
         present = present.to(draw.device)
         total = present.sum(1, keepdim=True)
+        k = torch.minimum((number * total).long().clamp(min=0), total - 1)
         order = torch.where(present, order, float("inf"))
-    k = torch.minimum((number * total).long().clamp(min=0), torch.as_tensor(total - 1, device=draw.device))
-    return order.argsort(1, stable=True).argsort(1) < k
+    return order.argsort(dim=1, stable=True).argsort(dim=1) < k
