@@ -46,7 +46,8 @@ def test_dual_masks_only_what_is_decoded(frames):
     if frames == 8:
         assert (plan.keep, plan.hide) == (160, 704)
     whole = masking.dual(3, frames, (14, 14), decoder_ratio=0, noise=noise, cell_noise=start)
-    assert torch.equal(whole.mask, tubes.mask) and whole.total_absent == 0
+    assert torch.equal(whole.mask, tubes.mask)
+    assert whole.total_absent == 0
 
 
 @pytest.mark.parametrize("colour", ["red", "green", "blue", "purple"])
@@ -58,16 +59,23 @@ def test_coloured_is_topk_of_the_filtered_map(colour):
     assert flat.keep == 7
 
 
-def test_coloured_against_a_circular_convolution():
-    noise = torch.randn(2, 12, 10, generator=seeded())
-    rows, columns = (torch.minimum(torch.arange(n), n - torch.arange(n)).float() for n in (12, 10))
-    kernel = torch.exp(-(rows[:, None] ** 2 + columns**2) / 2)
-    kernel /= kernel.sum()
-    red = sum(kernel[i, j] * noise.roll((i, j), (1, 2)) for i in range(12) for j in range(10))
-    for colour, scores in (("red", red), ("blue", noise - red)):
-        plan = masking.coloured(2, (12, 10), keep=20, colour=colour, sigma=1.0, noise=noise)
-        same = (plan.ids_keep == torch.topk(scores.flatten(1), 20).indices).float().mean()
-        assert same > 0.9, colour  # the sampled Gaussian is not quite its transform
+def smoothing(n: int, sigma: float) -> torch.Tensor:
+    """float64 [n, n], circular convolution with the Gaussian of that transform, summed cosine by cosine."""
+    frequency = torch.arange(n, dtype=torch.float64)
+    frequency = torch.where(frequency * 2 < n, frequency, frequency - n) / n
+    away = torch.arange(n, dtype=torch.float64)[:, None] - torch.arange(n, dtype=torch.float64)
+    gain = torch.exp(-2 * (torch.pi * sigma * frequency) ** 2) / n
+    return (gain * torch.cos(2 * torch.pi * away[:, :, None] * frequency)).sum(2)
+
+
+def test_coloured_against_matrices_and_topk():
+    noise = torch.randn(2, 12, 9, generator=seeded())
+    red, narrow, wide = (smoothing(12, s) @ noise.double() @ smoothing(9, s) for s in (1.0, 0.5, 2.0))
+    green = narrow - wide
+    maps = {"red": red, "blue": noise - red, "green": green, "purple": noise - green}
+    for colour, scores in maps.items():
+        plan = masking.coloured(2, (12, 9), keep=20, colour=colour, noise=noise)
+        assert torch.equal(plan.ids_keep, torch.topk(scores.flatten(1), 20).indices), colour
 
 
 def test_coloured_masks_have_the_frequencies_of_their_colour():
@@ -94,7 +102,8 @@ def test_weighted_includes_as_multinomial_does():
 def test_weighted_zeros_come_last_and_uniformly():
     rows = torch.tensor([1e-38, 0, 0, 0, 1e38]).expand(4000, 5)
     visible = ~masking.weighted(rows, keep=3, generator=seeded()).mask
-    assert visible[:, 0].all() and visible[:, 4].all()
+    assert visible[:, 0].all()
+    assert visible[:, 4].all()
     assert (visible.float().mean(0)[1:4] - 1 / 3).abs().max() < 0.04
     for bad in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="weights must be"):
@@ -121,7 +130,8 @@ def test_channels():
     plan = masking.channels(3, 3, 5, mode="channel", channel_noise=noise)
     assert plan.mask.view(3, 3, 5)[:, :, 0].tolist() == [[False] * 3, [False, False, True], [True, True, False]]
     shared = masking.channels(3, 3, 5, mode="channel", shared=True, channel_noise=noise[2:])
-    assert (shared.mask == shared.mask[:1]).all() and shared.keep == 5
+    assert (shared.mask == shared.mask[:1]).all()
+    assert shared.keep == 5
     present = torch.tensor([[True, False, True], [False, True, False], [True] * 3])
     for mode in ("patch", "channel", "both"):
         plan = masking.channels(3, 3, 5, 0.25, mode=mode, present=present, generator=seeded())
@@ -134,7 +144,8 @@ def test_channels():
 def test_ragged_and_similar_leave_the_padding_absent():
     lengths = [6, 0, 3]
     plan = masking.ragged(lengths, 6, 0.5, generator=seeded())
-    assert plan.cu_visible.diff().tolist() == [3, 0, 1] and plan.cu_masked.diff().tolist() == [3, 0, 2]
+    assert plan.cu_visible.diff().tolist() == [3, 0, 1]
+    assert plan.cu_masked.diff().tolist() == [3, 0, 2]
     assert torch.equal(plan.absent, torch.arange(6) >= torch.tensor(lengths)[:, None])
     angle = torch.tensor([0.0, 0.1, 1.1, 1.3, 3.0, 3.3])
     x = torch.stack([angle.cos(), angle.sin()], 1).repeat(3, 1, 1)

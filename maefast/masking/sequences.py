@@ -57,6 +57,8 @@ def similar(
     """
     _checks.tensor("x", x, ndim=3)
     _checks.one_of("order", order, ("paper", "release"))
+    if min(x.shape) < 1:
+        raise ValueError(f"x must have at least one sample, segment and feature, got shape {list(x.shape)}")
     _check_size(*x.shape[:2])
     lengths = _lengths(lengths, x.shape[1])
     if len(lengths) != x.shape[0]:
