@@ -238,6 +238,37 @@ VALID: dict[str, list[Callable[[], dict]]] = {
         lambda: {"batch": 2, "grid_size": (2, 3), "ratio": [0.5, 0.2], "rule": "floor"},
         lambda: {"batch": 2, "grid_size": (2, 3), "keep": 2, "noise": floats(2, 6)},
     ],
+    "masking.running_cells": [
+        lambda: {"batch": 2, "frames": 3, "grid_size": (2, 4), "ratio": 0.25, "noise": floats(2).abs() / 2},
+        lambda: {"batch": 2, "frames": 3, "grid_size": (2, 4), "generator": torch.Generator(), "device": "cpu"},
+    ],
+    "masking.only": [lambda: {"plan": tokens(), "chosen": floats(2, 6) > 0, "hide": None}],
+    "masking.dual": [
+        lambda: {"batch": 2, "frames": 4, "grid_size": (2, 4), "noise": floats(2, 8), "cell_noise": floats(2)},
+    ],
+    "masking.coloured": [
+        lambda: {"batch": 2, "grid_size": (3, 4), "ratio": 0.5, "sigma": (0.5, 2.0), "noise": floats(2, 3, 4)},
+        lambda: {"batch": 2, "grid_size": (3, 4), "keep": 5, "colour": "red", "sigma": 1.0},
+    ],
+    "masking.weighted": [
+        lambda: {"weights": floats(2, 6).square(), "keep": 2, "noise": floats(2, 6).abs() / 2},
+        lambda: {"weights": floats(2, 6).square(), "ratio": [0.5, 0.2], "generator": torch.Generator()},
+    ],
+    "masking.disjoint": [lambda: {"batch": 2, "num_tokens": 6, "views": 2, "keep": 3, "noise": floats(2, 6)}],
+    "masking.channels": [
+        lambda: {"batch": 2, "num_channels": 3, "num_patches": 4, "ratio": 0.5, "noise": floats(2, 3, 4)},
+        lambda: {
+            "batch": 2,
+            "num_channels": 3,
+            "num_patches": 4,
+            "mode": "channel",
+            "present": torch.ones(2, 3, dtype=torch.bool),
+            "channel_noise": floats(2, 4).abs() / 2,
+        },
+    ],
+    "masking.ragged": [lambda: {"lengths": [2, 6], "num_tokens": 6, "ratio": 0.5, "noise": floats(2, 6)}],
+    "masking.similar": [lambda: {"x": floats(2, 4, 3), "lengths": [2, 4], "ratio": 0.5, "order": "release"}],
+    "masking.near": [lambda: {"centres": floats(2, 5, 3), "ratio": 0.5, "noise": floats(2).abs() / 2}],
     "masking.from_scores": [lambda: {"scores": floats(2, 6), "keep": 2}],
     "masking.from_bool": [
         lambda: {"masked": floats(2, 6) > 0, "keep": [6, 0]},

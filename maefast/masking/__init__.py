@@ -1,0 +1,59 @@
+"""Samplers that make plans. Each is a map of scores and a count: the lowest scores of a sample stay visible.
+
+    random         uniform noise a token                                 MAE (He et al., 2021)
+    tube           noise shared along time                               VideoMAE (Tong et al., 2022)
+    block          rectangles masked until an exact count is reached     BEiT (Bao et al., 2021)
+    grid           one token of each cell of a regular grid stays        MAE, ablation "grid-wise sampling"
+    cells          random cells of a convnet's map, as a CellMask        SparK (Tian et al., 2023)
+    dual           tube, of which a running pattern is decoded           VideoMAE V2 (Wang et al., 2023)
+    running_cells  that pattern; `only` puts it on another plan          VideoMAE V2
+    coloured       filtered noise: red, green, blue, purple              ColorMAE (Hinojosa et al., 2024)
+    weighted       kept in proportion to weights, such as attention      MaskAlign (Xue et al., 2023)
+    disjoint       several plans that share no visible token             LUT (arXiv 2310.13593), DMJD (arXiv 2301.00230)
+    channels       patches of each channel, or whole channels            ChA-MAEViT (NeurIPS 2025)
+    ragged         uniform among the tokens within each length           LV-MAE (arXiv 2504.03501)
+    similar        by likeness to the segment before                     LV-MAE
+    near           the groups nearest to a random one are masked         Point-MAE (Pang et al., 2022)
+
+Your own sampler is `from_scores(scores, keep)`. With `noise` given, nothing is drawn, so that a run can be
+replayed; with `generator`, only that generator is advanced.
+"""
+
+from maefast.masking.blocks import block, grid
+from maefast.masking.colour import coloured
+from maefast.masking.counts import keep_count
+from maefast.masking.multichannel import channels
+from maefast.masking.points import near
+from maefast.masking.running import dual, only, running_cells
+from maefast.masking.sequences import ragged, similar
+from maefast.masking.uniform import cells, random, tube
+from maefast.masking.weights import disjoint, weighted
+from maefast.ops.mask import TokenMask
+
+from_scores = TokenMask.from_scores
+from_bool = TokenMask.from_bool
+from_indices = TokenMask.from_indices
+from_ids_restore = TokenMask.from_ids_restore
+
+__all__ = [
+    "block",
+    "cells",
+    "channels",
+    "coloured",
+    "disjoint",
+    "dual",
+    "from_bool",
+    "from_ids_restore",
+    "from_indices",
+    "from_scores",
+    "grid",
+    "keep_count",
+    "near",
+    "only",
+    "ragged",
+    "random",
+    "running_cells",
+    "similar",
+    "tube",
+    "weighted",
+]

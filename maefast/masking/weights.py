@@ -1,0 +1,90 @@
+"""Sampling in proportion to weights, and several plans from one permutation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from maefast.masking.counts import drawn, keeps
+from maefast.ops import _checks
+from maefast.ops.mask import TokenMask, _check_map, _check_size
+
+
+def weighted(
+    weights: Tensor,
+    ratio: float | Sequence[float] | None = None,
+    *,
+    keep: int | Sequence[int] | Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    rule: str = "floor",
+    order: str = "score",
+    backend: str | None = None,
+) -> TokenMask:
+    """Visible tokens are drawn one by one without replacement, in proportion to weights, as ``torch.multinomial``
+    does: MaskAlign (Xue et al., 2023), where the weights are a teacher's attention.
+
+    Each token waits for an exponential time of rate `weight`, and the first `keep` are visible (Efraimidis and
+    Spirakis, 2006). Tokens of weight zero come after all others, in uniformly random order among themselves; a row of
+    zeros is sampled uniformly.
+
+    Args:
+        weights: [B, N], finite, >= 0; need not sum to one. Plans have no gradient.
+        ratio, keep, rule, order: as in `random`.
+        noise: [B, N], uniform in [0, 1), used instead of drawing.
+
+    Raises:
+        ValueError: a weight that is negative or not finite (on a GPU as a device-side assertion, without a sync).
+    """
+    _checks.tensor("weights", weights, ndim=2)
+    _check_map("weights", weights)
+    count = keeps(weights.shape[1], ratio, keep, rule)
+    noise = drawn(noise, tuple(weights.shape), generator, weights.device)
+    _checks.same_device(weights=weights, noise=noise)
+    weights, noise = weights.detach().float(), noise.detach().float()
+    _checks.holds(torch.isfinite(weights) & (weights >= 0), "weights must be finite and not negative")
+    # In logarithms, which stay below 200 for any float32, so that no small weight overflows to the rank of a zero.
+    waits = torch.log(-torch.log1p(-noise)) - torch.log(weights)
+    scores = torch.where(weights > 0, waits, 1000 * (1 + noise))
+    return TokenMask.from_scores(scores, count, order=order, backend=backend)
+
+
+def disjoint(
+    batch: int,
+    num_tokens: int,
+    ratio: float | None = None,
+    *,
+    views: int = 2,
+    keep: int | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    rule: str = "floor",
+    order: str = "score",
+    backend: str | None = None,
+) -> list[TokenMask]:
+    """Plans that share no visible token: view i keeps the i-th run of `keep` tokens of one random permutation of each
+    sample. LUT (arXiv 2310.13593), two views; DMJD (arXiv 2301.00230).
+
+    Args:
+        batch, num_tokens: B, N. ratio, keep, rule, order: as in `random`, one for all samples and views.
+        views: how many plans.
+        noise: [B, N]; its order is the permutation, so that view 0 is the plan of `random`.
+
+    Raises:
+        ValueError: views x keep exceeds num_tokens.
+    """
+    _check_size(batch, num_tokens)
+    _checks.integer("views", views, 1)
+    count = keeps(num_tokens, ratio, keep, rule)
+    _checks.integer("keep", count)
+    if views * count > num_tokens:
+        raise ValueError(f"views x keep must not exceed num_tokens, got {views} x {count} > {num_tokens}")
+    noise = drawn(noise, (batch, num_tokens), generator, device)
+    rank = TokenMask.from_scores(noise, num_tokens, backend=backend).ids_restore
+    return [
+        TokenMask.from_scores(((rank - i * count) % num_tokens).float(), count, order=order, backend=backend)
+        for i in range(views)
+    ]

@@ -1,0 +1,169 @@
+"""Samplers of published recipes: exact counts, the structure that the papers describe, and errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maefast import masking
+
+from .ops.common import check_invariants, property_test
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.25, 0.5, 0.75])
+def test_running_cells_rotate_within_each_cell(ratio):
+    noise = torch.tensor([0.1, 0.3, 0.6, 0.9])
+    chosen = masking.running_cells(4, 8, (4, 6), ratio, noise=noise[:, None])
+    each = chosen.view(4, 8, 2, 2, 3, 2).sum((3, 5))
+    assert (each == 4 * (1 - ratio)).all()
+    assert (chosen[:, :4].sum(1) == 4 * (1 - ratio)).all(), "four frames visit each position as often"
+    assert torch.equal(chosen[:, 4:], chosen[:, :4])
+    if ratio == 0.5:
+        assert len({tuple(row.flatten().tolist()) for row in chosen}) == 4
+        assert not torch.equal(chosen[:, 0], chosen[:, 1])
+        drawn = masking.running_cells(64, 1, (2, 2), generator=seeded())
+        assert len({tuple(row.flatten().tolist()) for row in drawn}) == 4
+    with pytest.raises(ValueError, match="even"):
+        masking.running_cells(1, 1, (3, 4))
+    with pytest.raises(ValueError, match="ratio must be"):
+        masking.running_cells(1, 1, (2, 4), 0.6)
+
+
+@pytest.mark.parametrize("frames", [8, 6])
+def test_dual_masks_only_what_is_decoded(frames):
+    noise, start = torch.rand(3, 196, generator=seeded()), torch.rand(3, generator=seeded(1))
+    plan = masking.dual(3, frames, (14, 14), noise=noise, cell_noise=start)
+    tubes = masking.tube(3, frames, 196, 0.9, noise=noise)
+    chosen = masking.running_cells(3, frames, (14, 14), noise=start).flatten(1)
+    assert torch.equal(plan.visible, tubes.visible)
+    assert torch.equal(plan.mask, tubes.mask & chosen)
+    if frames == 8:
+        assert (plan.keep, plan.hide) == (160, 704)
+    whole = masking.dual(3, frames, (14, 14), decoder_ratio=0, noise=noise, cell_noise=start)
+    assert torch.equal(whole.mask, tubes.mask)
+    assert whole.total_absent == 0
+
+
+@pytest.mark.parametrize("colour", ["red", "green", "blue", "purple"])
+def test_coloured_is_topk_of_the_filtered_map(colour):
+    plan = masking.coloured(5, (14, 14), 0.75, colour=colour, generator=seeded())
+    check_invariants(plan)
+    assert plan.keep == 49
+    flat = masking.coloured(2, (5, 8), keep=7, colour=colour, noise=torch.randn(2, 5, 8, generator=seeded()))
+    assert flat.keep == 7
+
+
+def smoothing(n: int, sigma: float) -> torch.Tensor:
+    """float64 [n, n], circular convolution with the Gaussian of that transform, summed cosine by cosine."""
+    frequency = torch.arange(n, dtype=torch.float64)
+    frequency = torch.where(frequency * 2 < n, frequency, frequency - n) / n
+    away = torch.arange(n, dtype=torch.float64)[:, None] - torch.arange(n, dtype=torch.float64)
+    gain = torch.exp(-2 * (torch.pi * sigma * frequency) ** 2) / n
+    return (gain * torch.cos(2 * torch.pi * away[:, :, None] * frequency)).sum(2)
+
+
+def test_coloured_against_matrices_and_topk():
+    noise = torch.randn(2, 12, 9, generator=seeded())
+    red, narrow, wide = (smoothing(12, s) @ noise.double() @ smoothing(9, s) for s in (1.0, 0.5, 2.0))
+    green = narrow - wide
+    maps = {"red": red, "blue": noise - red, "green": green, "purple": noise - green}
+    for colour, scores in maps.items():
+        plan = masking.coloured(2, (12, 9), keep=20, colour=colour, noise=noise)
+        assert torch.equal(plan.ids_keep, torch.topk(scores.flatten(1), 20).indices), colour
+
+
+def test_coloured_masks_have_the_frequencies_of_their_colour():
+    frequency = torch.sqrt(torch.fft.fftfreq(14)[:, None] ** 2 + torch.fft.fftfreq(14) ** 2)
+    mean = {}
+    for colour in ("red", "green", "blue"):
+        mask = masking.coloured(64, (14, 14), 0.75, colour=colour, generator=seeded()).mask.float().view(-1, 14, 14)
+        power = torch.fft.fft2(mask - mask.mean((1, 2), keepdim=True)).abs().square().mean(0)
+        mean[colour] = float((power * frequency).sum() / power.sum())
+    assert mean["red"] < mean["green"] < mean["blue"]
+
+
+def test_weighted_includes_as_multinomial_does():
+    weights, count = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0, 8.0]), 20000
+    rows = weights.expand(count, -1)
+    ours = (~masking.weighted(rows, keep=3, generator=seeded()).mask).float().sum(0)
+    theirs = torch.zeros(count, 6).scatter(1, torch.multinomial(rows, 3, generator=seeded(1)), 1.0).sum(0)
+    assert ours[0] == theirs[0] == 0
+    p = (ours + theirs)[1:] / (2 * count)
+    chi = ((ours - theirs)[1:].square() / (2 * count * p * (1 - p))).sum()
+    assert chi < 20.5  # 99.9 % at five degrees of freedom; drawing without replacement correlates them negatively
+
+
+def test_weighted_zeros_come_last_and_uniformly():
+    rows = torch.tensor([1e-38, 0, 0, 0, 1e38]).expand(4000, 5)
+    visible = ~masking.weighted(rows, keep=3, generator=seeded()).mask
+    assert visible[:, 0].all()
+    assert visible[:, 4].all()
+    assert (visible.float().mean(0)[1:4] - 1 / 3).abs().max() < 0.04
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="weights must be"):
+            masking.weighted(torch.tensor([[1.0, bad]]), keep=1)
+
+
+@given(seed=st.integers(0, 10**6), tokens=st.integers(4, 40), views=st.integers(1, 4))
+@property_test
+def test_disjoint_views_share_nothing(seed, tokens, views):
+    noise = torch.rand(3, tokens, generator=seeded(seed))
+    keep = tokens // views
+    plans = masking.disjoint(3, tokens, views=views, keep=keep, noise=noise)
+    for plan in plans:
+        check_invariants(plan)
+    assert torch.equal(torch.cat([plan.ids_keep for plan in plans], 1), noise.argsort(1)[:, : views * keep])
+    with pytest.raises(ValueError, match="views x keep"):
+        masking.disjoint(3, tokens, views=tokens + 1, keep=1)
+
+
+def test_channels():
+    plan = masking.channels(3, 4, 10, 0.75, generator=seeded())
+    assert ((~plan.mask).view(3, 4, 10).sum(2) == 2).all()
+    noise = torch.tensor([[0.0, 1, 2, 3], [0.5, 3, 2, 1], [0.99, 2, 1, 3]])
+    plan = masking.channels(3, 3, 5, mode="channel", channel_noise=noise)
+    assert plan.mask.view(3, 3, 5)[:, :, 0].tolist() == [[False] * 3, [False, False, True], [True, True, False]]
+    shared = masking.channels(3, 3, 5, mode="channel", shared=True, channel_noise=noise[2:])
+    assert (shared.mask == shared.mask[:1]).all()
+    assert shared.keep == 5
+    present = torch.tensor([[True, False, True], [False, True, False], [True] * 3])
+    for mode in ("patch", "channel", "both"):
+        plan = masking.channels(3, 3, 5, 0.25, mode=mode, present=present, generator=seeded())
+        assert torch.equal(plan.absent.view(3, 3, 5), ~present[:, :, None].expand(3, 3, 5))
+        assert (plan.cu_visible.diff() > 0).all()
+    with pytest.raises(ValueError, match="no channel"):
+        masking.channels(1, 2, 3, present=torch.zeros(1, 2, dtype=torch.bool))
+
+
+def test_ragged_and_similar_leave_the_padding_absent():
+    lengths = [6, 0, 3]
+    plan = masking.ragged(lengths, 6, 0.5, generator=seeded())
+    assert plan.cu_visible.diff().tolist() == [3, 0, 1]
+    assert plan.cu_masked.diff().tolist() == [3, 0, 2]
+    assert torch.equal(plan.absent, torch.arange(6) >= torch.tensor(lengths)[:, None])
+    angle = torch.tensor([0.0, 0.1, 1.1, 1.3, 3.0, 3.3])
+    x = torch.stack([angle.cos(), angle.sin()], 1).repeat(3, 1, 1)
+    x[1], x[2, 3:] = float("nan"), float("nan")
+    release = masking.similar(x, torch.tensor(lengths), 0.5, order="release")
+    assert release.visible.tolist() == [0, 2, 4, 12]
+    paper = masking.similar(x, lengths, 0.5)
+    assert paper.visible.tolist() == [0, 1, 3, 12]
+    assert torch.equal(paper.absent, plan.absent)
+
+
+def test_near_masks_a_ball_of_groups():
+    centres = torch.randn(4, 64, 3, generator=seeded())
+    noise = torch.rand(4, generator=seeded(1))
+    plan = masking.near(centres, 0.6, noise=noise)
+    check_invariants(plan)
+    first = (noise * 64).long()
+    away = (centres - centres[torch.arange(4), first][:, None]).norm(dim=2)
+    assert plan.hide == 38
+    for sample in range(4):
+        assert set(plan.ids_masked[sample].tolist()) == set(away[sample].argsort()[:38].tolist())
