@@ -3,9 +3,9 @@
     python -m bench.recipes [NAME ...] [--batch 2] [--dtype float32|bfloat16] [--json FILE]
 
 Both sides compute forward and backward of one view, made once, from the same parameters. The plain side is
-`bench.peers.recipes`: scaled_dot_product_attention, only visible tokens encoded, boolean indexing as authors' code does it. Steps
-are timed in turn and the least times taken; memory is what a process that runs one side alone needs above what it held
-before its first step.
+`bench.peers.recipes`: scaled_dot_product_attention, only visible tokens encoded, boolean indexing as authors' code does
+it. Steps are timed in turn and the least times taken; memory is what a process that runs one side alone needs above
+what it held before its first step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import importlib
 import json
 import multiprocessing
-import resource
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 
 from bench import environment
+from bench.peers import worker
 from bench.worth import fastest, settle_memory
 from maefast import recipes
 
@@ -44,7 +44,7 @@ def make_step(name: str, size: str | None, batch: int, side: str, dtype: str) ->
             loss = recipe(view).loss if side == "maefast" else sum(peer.reference(recipe, view).values())
         loss.backward()
         recipe.zero_grad(set_to_none=True)
-        return float(loss)
+        return loss.item()
 
     return step
 
@@ -52,7 +52,11 @@ def make_step(name: str, size: str | None, batch: int, side: str, dtype: str) ->
 def _memory(name: str, size: str | None, batch: int, side: str, dtype: str, threads: int, pipe) -> None:
     torch.set_num_threads(threads)
     step = make_step(name, size, batch, side, dtype)
-    pipe.send(peak_of(step) / 2**20)
+    worker.release_freed()
+    before = worker.resident_bytes()
+    worker.reset_peak("cpu")
+    step()
+    pipe.send((worker.peak_bytes() - before) / 2**20)
 
 
 def memory(*what) -> float:
