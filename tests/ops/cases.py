@@ -164,7 +164,9 @@ CASES: dict[str, Case] = {
     "feature_loss": Case(
         {"pred": (2, 5, 16)},
         lambda backend, device, pred: ops.feature_loss(
-            pred, torch.linspace(-1, 2, 160, device=device, dtype=pred.dtype).sin().reshape(2, 5, 16), norm="l2",
+            pred,
+            torch.linspace(-1, 2, 160, device=device, dtype=pred.dtype).sin().reshape(2, 5, 16),
+            norm="l2",
             backend=backend,
         ),
         "feature_loss",
