@@ -43,3 +43,31 @@ def test_gradcheck(norm, loss):
             lambda p: ops.feature_loss(p, target, norm=norm, loss=loss, backend=backend),  # noqa: B023
             (pred,),
         )
+
+
+@pytest.mark.parametrize(("norm", "loss"), FORMS)
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_zero_and_constant_rows(norm, loss, value):
+    target = torch.full((2, 6), value)
+    for backend in ("reference", None):
+        pred = target.clone().requires_grad_()
+        out = ops.feature_loss(pred, target, norm=norm, loss=loss, power=1.5, backend=backend)
+        (grad,) = torch.autograd.grad(out, pred)
+        assert bool(out.isfinite()) and bool(grad.isfinite().all())
+
+
+X = torch.randn(4, 6)
+BAD = [
+    (lambda: ops.feature_loss(X, X[:3]), ValueError, "target"),
+    (lambda: ops.feature_loss(X, X, norm="l2", loss="cosine"), ValueError, "norm"),
+    (lambda: ops.feature_loss(X, X, power=0.5), ValueError, "power"),
+    (lambda: ops.feature_loss(X, X, index=torch.tensor([0, 1, 2, 4])), ValueError, "index is out of range"),
+    (lambda: ops.feature_loss(X, X, index=torch.zeros(4)), TypeError, "index"),
+    (lambda: ops.feature_loss(X[:0], X[:0]), ValueError, "no rows"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_clear_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
