@@ -32,7 +32,7 @@ def feature_loss_fwd_kernel(
     HAS_INDEX: tl.constexpr, NORM: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program, each element read once."""
-    row, inside, at, p, t = load_rows(pred, target, index, rows, width, HAS_INDEX, ROWS, BLOCK)
+    row, inside, _at, p, t = load_rows(pred, target, index, rows, width, HAS_INDEX, ROWS, BLOCK)
     first = tl.zeros([ROWS], tl.float32)
     scale_t = tl.full([ROWS], 1.0, tl.float32)
     scale_p = tl.full([ROWS], 1.0, tl.float32)

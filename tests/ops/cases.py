@@ -224,6 +224,8 @@ CONSTANT = {
     "cu_seqlens",
     "drop1",
     "drop2",
+    "index",
+    "target",
 }  # tensors without one
 
 

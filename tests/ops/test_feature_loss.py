@@ -53,7 +53,8 @@ def test_zero_and_constant_rows(norm, loss, value):
         pred = target.clone().requires_grad_()
         out = ops.feature_loss(pred, target, norm=norm, loss=loss, power=1.5, backend=backend)
         (grad,) = torch.autograd.grad(out, pred)
-        assert bool(out.isfinite()) and bool(grad.isfinite().all())
+        assert bool(out.isfinite())
+        assert bool(grad.isfinite().all())
 
 
 X = torch.randn(4, 6)
