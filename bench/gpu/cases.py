@@ -131,6 +131,9 @@ def token_cases(size: Size) -> Iterator[Case]:
     )
     for n, m in ((32, 32), (5, 33)):
         yield Case(f"chamfer-{n}x{m}", backward("chamfer"), {"a": (b, n, 3), "b": (b, m, 3)}, _chamfer)
+    for norm, kind in (("none", "mse"), ("layernorm", "smooth_l1"), ("l2", "l1"), ("none", "cosine")):
+        call = functools.partial(_feature_loss, norm, kind)
+        yield Case(f"feature_loss-{norm}-{kind}", backward("feature_loss"), {"pred": (size.rows, width)}, call)
     cloud = {"points": (b, 1024 if size is REAL else 40, 3)}
     # In 16 bits many distances are equal, but not in float64.
     yield Case("groups of points", ("farthest_points", "knn"), cloud, _groups, (torch.float32,))
@@ -186,6 +189,12 @@ def _restore(shape, order, pos_on, prefix, backend, device, x, mask_token, pos):
 
 def _chamfer(backend, device, a, b):
     return ops.chamfer(a, b, reduction="none", backend=backend)
+
+
+def _feature_loss(norm, kind, backend, device, pred):
+    target = torch.linspace(0, 99, pred.numel(), device=device, dtype=torch.float64).sin().reshape(pred.shape)
+    options = {"norm": norm, "loss": kind, "reduction": "none", "backend": backend}
+    return ops.feature_loss(pred, target.bfloat16().to(pred), **options)
 
 
 def _groups(backend, device, points):

@@ -138,6 +138,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chamfer(const Tensor& a, const Tensor
 std::tuple<Tensor, Tensor> chamfer_backward(const Tensor& grad_to_b, const Tensor& grad_to_a, const Tensor& a,
                                             const Tensor& b, const Tensor& at_b, const Tensor& at_a);
 
+// feature_loss.cpp
+std::tuple<Tensor, Tensor> feature_loss(const Tensor& pred, const Tensor& target,
+                                        const std::optional<Tensor>& index, int64_t norm, int64_t kind,
+                                        double beta, double eps);
+Tensor feature_loss_backward(const Tensor& grad, const Tensor& pred, const Tensor& target,
+                             const std::optional<Tensor>& index, const Tensor& stats, int64_t norm,
+                             int64_t kind, double beta);
+
 // sparse_conv.cpp
 Tensor halo_cells(const Tensor& x, const Tensor& neighbours, const std::vector<int64_t>& halo);
 Tensor halo_cells_backward(const Tensor& grad, const Tensor& neighbours, const std::vector<int64_t>& halo);

@@ -54,6 +54,9 @@ STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
   // chamfer
   m.impl("chamfer", TORCH_BOX(&chamfer));
   m.impl("chamfer_backward", TORCH_BOX(&chamfer_backward));
+  // feature_loss
+  m.impl("feature_loss", TORCH_BOX(&feature_loss));
+  m.impl("feature_loss_backward", TORCH_BOX(&feature_loss_backward));
   // sparse_conv
   m.impl("halo_cells", TORCH_BOX(&halo_cells));
   m.impl("halo_cells_backward", TORCH_BOX(&halo_cells_backward));

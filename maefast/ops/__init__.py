@@ -10,6 +10,7 @@ from maefast.ops.cells import CellMask, pack_cells, unpack_cells
 from maefast.ops.chamfer import chamfer
 from maefast.ops.depthwise import depthwise_cells
 from maefast.ops.embed import gather_tokens, patch_embed
+from maefast.ops.feature_loss import feature_loss
 from maefast.ops.gelu import bias_gelu
 from maefast.ops.linear import linear, linear_library
 from maefast.ops.loss import patch_loss
@@ -38,6 +39,7 @@ __all__ = [
     "conv_cells",
     "depthwise_cells",
     "farthest_points",
+    "feature_loss",
     "gather_tokens",
     "global_pool_cells",
     "grn",

@@ -48,6 +48,7 @@ PUBLIC_OPS = {
     "farthest_points": "farthest_points",
     "knn": "knn",
     "chamfer": "chamfer",
+    "feature_loss": "feature_loss",
 }
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -202,6 +202,19 @@ def chamfer_cases(full: bool):
         yield f"{n} x {m}", chamfer.chamfer_backward, (meta(4864, n), meta(4864, m), a, b, *at)
 
 
+def feature_loss_cases(full: bool):
+    from maefast.kernels import feature_loss as kernels
+
+    for name, dtype in (DTYPES if full else {"bf16": torch.bfloat16}).items():
+        for width in (512, 768, 1024, 100) if full else (768,):
+            pred, target = meta(3200, width, dtype=dtype), meta(12608, width, dtype=dtype)
+            for norm, kind in ((0, 0), (1, 2), (2, 1), (0, 3)):
+                text = f"{name} D={width} norm {norm} kind {kind}"
+                yield text, kernels.feature_loss, (pred, target, ints(3200), norm, kind, 1.0, 1e-6)
+                args = meta(3200), pred, target, ints(3200), meta(3200, 4), norm, kind, 1.0
+                yield text, kernels.feature_loss_backward, args
+
+
 def attention_cases(full: bool):
     from maefast.kernels.attention import attention, attention_backward
 
@@ -407,6 +420,7 @@ CASES = (
     gelu_cases,
     points_cases,
     chamfer_cases,
+    feature_loss_cases,
     adamw_cases,
     attention_cases,
     cell_norm_cases,

@@ -161,6 +161,16 @@ CASES: dict[str, Case] = {
         lambda backend, device, a, b: ops.chamfer(a, b, reduction="none", backend=backend),
         "chamfer",
     ),
+    "feature_loss": Case(
+        {"pred": (2, 5, 16)},
+        lambda backend, device, pred: ops.feature_loss(
+            pred,
+            torch.linspace(-1, 2, 160, device=device, dtype=pred.dtype).sin().reshape(2, 5, 16),
+            norm="l2",
+            backend=backend,
+        ),
+        "feature_loss",
+    ),
     "patch_loss": Case(
         {"pred": (6, 48), "images": (2, 3, 8, 12)},
         lambda backend, device, pred, images: ops.patch_loss(
@@ -214,6 +224,8 @@ CONSTANT = {
     "cu_seqlens",
     "drop1",
     "drop2",
+    "index",
+    "target",
 }  # tensors without one
 
 

@@ -177,6 +177,10 @@ VALID: dict[str, list[Callable[[], dict]]] = {
     "ops.farthest_points": [lambda: {"points": floats(2, 6, 3), "count": 3, "start": 1}],
     "ops.knn": [lambda: {"queries": floats(2, 4, 3), "points": floats(2, 6, 3), "k": 3}],
     "ops.chamfer": [lambda: {"a": floats(2, 4, 3), "b": floats(2, 6, 3), "reduction": "sum"}],
+    "ops.feature_loss": [
+        lambda: {"pred": floats(2, 4, 8), "target": floats(2, 4, 8), "norm": "layernorm", "loss": "smooth_l1"},
+        lambda: {"pred": floats(4, 8), "target": floats(6, 8), "index": torch.tensor([0, 5, 2, 2]), "loss": "cosine"},
+    ],
     "ops.pack_cells": [lambda: {"x": floats(2, 3, 8, 12), "plan": cells()}],
     "ops.unpack_cells": [lambda: {**packed(), "fill": floats(4)}],
     "ops.depthwise_cells": [lambda: {**packed(), "weight": floats(4, 1, 3, 3), "bias": floats(4)}],
