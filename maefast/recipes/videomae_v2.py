@@ -1,7 +1,8 @@
 """VideoMAE V2: VideoMAE, half of whose hidden tubelets are decoded (Wang et al., CVPR 2023, arXiv:2303.16727).
 
 The encoder sees 160 of 1568 tubelets, as VideoMAE's. Of each cell of 2 x 2 positions the decoder is asked for two,
-other ones in each frame (`masking.running_cells`): 784, of which the encoder sees 80. With t a tubelet's pixels in [0, 1],
+other ones in each frame (`masking.running_cells`): 784, of which the encoder sees 80. With t a tubelet's pixels
+in [0, 1],
 
     loss = mean over tubelets that are decoded and not visible of (pred - (t - mean(t)) / (std(t) + 1e-6))^2
 """
