@@ -42,6 +42,7 @@ class Clips:
     size: tuple[int, int] = (224, 224)
     stride: int = 4
     unit = "clip"
+    options = ("crop_scale", "crop_ratio", "flip")
 
     def open(self, options: Any) -> Collection:
         if options.data == DEMO:
