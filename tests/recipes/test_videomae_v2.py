@@ -5,6 +5,7 @@ import torch
 
 from maefast import masking, recipes
 from maefast.data.clips import ClipBatch
+from maefast.train import graph
 from tests.recipes.common import RecipeTests, equal_to_reference
 
 
@@ -92,6 +93,16 @@ class TestVideoMAEV2(RecipeTests):
         two, one = (recipe.decoder(latent, view.plan, again=again) for again in (view.again, None))
         assert two.shape == one.shape == (3, 8, 384)
         assert not torch.allclose(two, one)
+
+    def test_a_view_passes_through_a_graph(self):
+        """Positions given again are as many in every batch, and survive being taken apart."""
+        recipe = self.make()
+        views = [recipe.view(self.batch(recipe), seed=seed) for seed in (1, 2)]
+        assert graph.kinds(views[0]) == graph.kinds(views[1])
+        for view in views:
+            same = graph.put_together(graph.kinds(views[0]), graph.take_apart(view))
+            assert torch.equal(same.again, view.again)
+            assert torch.equal(recipe(same).loss, recipe(view).loss)
 
     def test_hidden_pixels_reach_no_latent(self):
         recipe = self.make()
