@@ -14,11 +14,17 @@ class Names:
     >>> names.public_of("decoder.blocks.0.norm1.weight")
     'decoder_blocks.0.norm1.weight'
 
+    Args:
+        unused: beginnings of public names that we have no use for.
+        pointwise: beginnings of public names below which matrices are those of 1-D convolutions of one point, [out, in,
+            1], and ours of linear layers.
+
     Raises:
         ValueError: two pairs share a beginning, so that the way back would not be known.
     """
 
-    def __init__(self, *pairs: tuple[str, str]) -> None:
+    def __init__(self, *pairs: tuple[str, str], pointwise: tuple[str, ...] = (), unused: tuple[str, ...] = ()) -> None:
+        self._pointwise, self._unused = pointwise, unused
         self._ours, self._public = dict(pairs), {ours: public for public, ours in pairs}
         if not len(self._ours) == len(self._public) == len(pairs):
             raise ValueError("every beginning, public or ours, must stand in one pair only")
@@ -31,11 +37,17 @@ class Names:
 
     def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """ValueError: two tensors get the same name."""
-        return _renamed(tensors, self.ours_of)
+        used = {name: t for name, t in tensors.items() if not self._unused or not name.startswith(self._unused)}
+        flat = {name: t.squeeze(-1) if self._convolution(name, t, 3) else t for name, t in used.items()}
+        return _renamed(flat, self.ours_of)
 
     def to_public(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """ValueError: two tensors get the same name."""
-        return _renamed(tensors, self.public_of)
+        public = _renamed(tensors, self.public_of)
+        return {name: t.unsqueeze(-1) if self._convolution(name, t, 2) else t for name, t in public.items()}
+
+    def _convolution(self, name: str, tensor: Tensor, ndim: int) -> bool:
+        return bool(self._pointwise) and name.startswith(self._pointwise) and tensor.ndim == ndim
 
 
 def _replaced(name: str, table: Mapping[str, str]) -> str:

@@ -32,11 +32,13 @@ def block(x: Tensor, p: Mapping[str, Tensor], heads: int, eps: float = 1e-6) -> 
     return x + y * p.get("gamma_2", 1)
 
 
-def blocks(x: Tensor, p: Mapping[str, Tensor], prefix: str, heads: int, each: Tensor | None = None) -> list[Tensor]:
-    """The outputs of all blocks under `prefix`, as "encoder.blocks.", one after another."""
+def blocks(
+    x: Tensor, p: Mapping[str, Tensor], prefix: str, heads: int, each: Tensor | None = None, eps: float = 1e-6
+) -> list[Tensor]:
+    """The outputs of all blocks under `prefix`, as "encoder.blocks.", in turn; `each` is added to every input."""
     count, out = len({name.removeprefix(prefix).split(".")[0] for name in p if name.startswith(prefix)}), []
     for i in range(count):
-        x = block(x if each is None else x + each, below(p, f"{prefix}{i}."), heads)
+        x = block(x if each is None else x + each, below(p, f"{prefix}{i}."), heads, eps)
         out.append(x)
     return out
 

@@ -7,6 +7,7 @@ from maefast.nn.drop_path import DropPath
 from maefast.nn.encoder import Encoder, encoder_states, position_table, run_blocks, run_encoder, run_norm
 from maefast.nn.layers import LayerNorm, Linear
 from maefast.nn.patch_embed import PatchEmbed
+from maefast.nn.point_groups import CentrePositions, Groups, PointEmbed, group_points
 from maefast.nn.positions import sincos_1d, sincos_2d, sincos_interleaved
 from maefast.nn.sparsify import sparsify
 
@@ -14,16 +15,20 @@ __all__ = [
     "Attention",
     "Block",
     "Cells",
+    "CentrePositions",
     "Decoder",
     "DropPath",
     "Encoder",
+    "Groups",
     "LayerNorm",
     "Linear",
     "Mlp",
     "Packing",
     "PatchEmbed",
+    "PointEmbed",
     "UnknownSparseOp",
     "encoder_states",
+    "group_points",
     "position_table",
     "run_blocks",
     "run_decoder",

@@ -83,7 +83,8 @@ class Decoder(nn.Module):
             is added to the input of every block; without prefix tokens then.
         embed_dim, depth, num_heads, mlp_ratio: of the transformer; at least one block.
         prefix: P, how many tokens of the encoder stand before the visible ones. embed_bias: of the linear map from one
-            width to the other. norm_eps: of every LayerNorm. block: further arguments of `Block`, see `Encoder`.
+            width to the other; None: no such map, the widths being equal. norm_eps: of every LayerNorm.
+        block: further arguments of `Block`, see `Encoder`.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Decoder(nn.Module):
         mlp_ratio: float = 4.0,
         *,
         prefix: int = 1,
-        embed_bias: bool = True,
+        embed_bias: bool | None = True,
         norm_eps: float = 1e-6,
         **block: Any,
     ) -> None:
@@ -105,7 +106,9 @@ class Decoder(nn.Module):
         if depth < 1:
             raise ValueError(f"a decoder needs at least one block, got depth {depth}")
         self.prefix = prefix
-        self.embed = Linear(latent_dim, embed_dim, bias=embed_bias)
+        if embed_bias is None and latent_dim != embed_dim:
+            raise ValueError(f"latents {latent_dim} wide need a linear map to a decoder {embed_dim} wide")
+        self.embed = nn.Identity() if embed_bias is None else Linear(latent_dim, embed_dim, bias=embed_bias)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         set_positions(self, positions)
         self.blocks = make_blocks(embed_dim, depth, num_heads, mlp_ratio, norm_eps, **block)

@@ -187,6 +187,6 @@ def set_positions(module: nn.Module, positions: Tensor | nn.Module) -> None:
 def make_blocks(
     dim: int, depth: int, num_heads: int, mlp_ratio: float, eps: float, drop_path: float = 0.0, **block: Any
 ) -> nn.ModuleList:
-    """`depth` blocks; `drop_path` is that of the last, 0 that of the first, linear between (torch.linspace)."""
-    rates = torch.linspace(0, drop_path, depth).tolist() if drop_path else [0.0] * depth
+    """`depth` blocks; `drop_path` is that of the last, 0 that of the first, linear between."""
+    rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]
     return nn.ModuleList(Block(dim, num_heads, mlp_ratio, eps, drop_path=rate, **block) for rate in rates)

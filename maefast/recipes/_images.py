@@ -1,0 +1,45 @@
+"""What recipes of images share: normalised pixels, a mask of patches, the mean colour as a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from maefast import masking
+from maefast.data.images import Images
+from maefast.data.images.batch import ImageBatch, normalise, normaliser
+from maefast.ops import TokenMask
+from maefast.recipe import Draw, Recipe
+
+
+class ImageRecipe(Recipe):
+    """Images of `channels` (1 or 3) and `size` (height, width)."""
+
+    def __init__(self, channels: int, size: Sequence[int]) -> None:
+        super().__init__()
+        self.wants = Images(channels, tuple(size))
+        mean, std = normaliser(channels)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def images(self, batch: ImageBatch) -> Tensor:
+        """[B, C, H, W], normalised as ImageNet's."""
+        self.wants.check(batch)
+        return normalise(batch.images, self.mean, self.std)
+
+    def plan(self, images: Tensor, draw: Draw, patches: int, mask_ratio: float) -> TokenMask:
+        """int(N * (1 - ratio)) random patches stay visible, MAE's draw."""
+        return masking.random(len(images), patches, mask_ratio, noise=draw.uniform("mask", patches, images.device))
+
+
+def mean_colour(images: Tensor, patch_size: tuple[int, int], count: int) -> Tensor:
+    """`count` rows of a patch of the mean colour of [B, C, H, W], in (ph, pw, C) order."""
+    colour = images.mean((0, 2, 3))
+    return colour.repeat(patch_size[0] * patch_size[1]).expand(count, -1)
+
+
+def mean_feature(target: Tensor) -> Tensor:
+    """The mean of all rows [..., D], in the place of each."""
+    return target.flatten(0, -2).mean(0).expand_as(torch.atleast_2d(target))
