@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from maefast.data.collection import DEMO, Collection, Files, Made
+from maefast.errors import ConfigError
 from maefast.ops import TokenMask, _checks
 from maefast.recipe import Batch, Picture
 
@@ -90,7 +91,7 @@ class Embeddings:
         from maefast.data.images.files import shipped_photographs
 
         if self.dim != np.prod(THUMBNAIL):
-            raise ValueError(f"the demo's embeddings have {np.prod(THUMBNAIL)} values, not {self.dim}")
+            raise ConfigError(f"the demo's embeddings have {np.prod(THUMBNAIL)} values, not {self.dim}")
         paths = shipped_photographs()
 
         @cache
@@ -124,7 +125,7 @@ def thumbnails(path: Path, steps: int, way: int) -> np.ndarray:
         photo = image.convert("RGB")
         photo.thumbnail((256, 256))
         side = max(8, min(photo.size) // 3)
-    turns = 2 + steps // 16
+    turns = 2 + steps // 24
     knots = rng.random((turns, 2)) * (np.array(photo.size) - side)
     at = np.stack([np.interp(np.linspace(0, turns - 1, steps), np.arange(turns), knots[:, i]) for i in (0, 1)], 1)
     seen = [
@@ -144,11 +145,11 @@ def sheet(values: Tensor, pred: Tensor, plan: TokenMask, names: Sequence[str], c
     filled = true.flatten(0, 1).index_copy(0, plan.masked.long(), pred.reshape(-1, shape[2]).float()).view(shape)
     rows = true[~plan.absent]
     axes = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:_COMPONENTS]
-    spread = ((rows - rows.mean(0)) @ axes.T).std(0).clamp_min(1e-6)
+    spread = ((rows - rows.mean(0)) @ axes[0]).std().clamp_min(1e-6)
     black = torch.zeros((), device=values.device)
-    original, filled = (((t - rows.mean(0)) @ axes.T / spread / 6 + 0.5).clamp(0, 1) for t in (true, filled))
-    columns = []
+    original, filled = (((t - rows.mean(0)) @ axes.T / spread / 4 + 0.5).clamp(0, 1) for t in (true, filled))
+    wide, columns = max(1, 128 // shape[1]), []
     for column in (original, original.where(~mask, black), filled.where(mask, black), filled):
         pixels = (255 * column.masked_fill(absent, 1.0)).round().to(torch.uint8)
-        columns.append(pixels.transpose(1, 2).repeat_interleave(4, 1)[:, None].cpu())
+        columns.append(pixels.transpose(1, 2).repeat_interleave(4, 1).repeat_interleave(wide, 2)[:, None].cpu())
     return Sheet(columns, names, caption)

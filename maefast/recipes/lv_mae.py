@@ -52,7 +52,7 @@ class LVMAE(Autoencoder):
                 "length": 32, "dim": 192, "shortest": 8, "masking": "random", "embed_dim": 128, "depth": 2,
                 "num_heads": 4, "decoder_embed_dim": 128, "decoder_depth": 2, "decoder_num_heads": 4, "loss": "cosine",
             },
-            "steps": 800, "batch_size": 32, "lr": 2e-3, "warmup": 0.1,
+            "steps": 800, "batch_size": 32, "lr": 1e-3, "warmup": 0.1, "clip": 1.0,
         },
         baseline="predicting the mean of a sequence's visible embeddings",
     )  # fmt: skip

@@ -53,7 +53,7 @@ def test_the_demo_is_smooth_and_the_same_every_time():
     assert not np.array_equal(one, source.entries[1])
     unit = one / np.linalg.norm(one, axis=1, keepdims=True)
     assert (unit[1:] * unit[:-1]).sum(1).mean() > (unit[32:] * unit[:32]).sum(1).mean() + 0.1
-    with pytest.raises(ValueError, match="the demo's embeddings have 192 values, not 3"):
+    with pytest.raises(ConfigError, match="the demo's embeddings have 192 values, not 3"):
         opened(WANTS, DEMO)
 
 
