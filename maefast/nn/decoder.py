@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,6 +81,27 @@ def run_decoder(
     else:
         x, delta = blocks[-1].forward_masked(x, plan, prefix, delta, pending=True, keep=keep)
     return pred(run_norm(norm, x, delta))
+
+
+def decoder_states(
+    latent: Tensor,
+    plan: TokenMask,
+    at: Sequence[int],
+    *,
+    embed: nn.Module,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    blocks: nn.ModuleList,
+    prefix: int = 1,
+) -> list[Tensor]:
+    """Outputs of the decoder's blocks `at` (from 0), of all tokens in place: [B, P + N, D] each, before any norm.
+    Blocks behind the last of them are not run."""
+    if not at or not all(0 <= index < len(blocks) for index in at):
+        raise ValueError(f"at must name some of the {len(blocks)} blocks, from 0, got {list(at)}")
+    x = ops.restore_tokens(embed(latent), plan, mask_token, pos=pos_embed, prefix=prefix)
+    taps = dict.fromkeys(at)
+    run_blocks(blocks[: max(at) + 1], x, taps=taps)
+    return [taps[index] for index in at]
 
 
 class Decoder(nn.Module):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from maefast import masking
+from maefast import masking, models
 from maefast.data.images import Images
 from maefast.data.images.batch import ImageBatch, normalise, normaliser
 from maefast.ops import TokenMask
@@ -60,3 +61,24 @@ def feature_sheet(images: Tensor, shown: Tensor, features: Sequence[Tensor], gri
         colours = (((values.double() - mean) @ axes - low) / (high - low)).clamp(0, 1)
         columns.append(F.interpolate(colours.transpose(1, 2).unflatten(2, grid).float(), size))
     return [(column * 255).round().clamp(0, 255).to(torch.uint8).cpu() for column in columns]
+
+
+def mae_teacher(
+    given: nn.Module | str | None, name: str, arguments: dict[str, Any], part: str = "encoder"
+) -> nn.Module:
+    """A MaskedAutoencoderViT: `given`, or the model `name` with the weights of the file `given`; with fresh ones for
+    "random"; without any, for its sizes alone, for None."""
+    if isinstance(given, nn.Module):
+        return given
+    if given is None:  # its sizes alone
+        with torch.device("meta"):
+            return models.create(name, **arguments)
+    made = models.create(name, **arguments)
+    return made if given == "random" else models.load_checkpoint(made, given, part=part)
+
+
+def must_have(model: nn.Module, block: int, name: str, depth: str = "depth") -> None:
+    """ValueError: the argument `name` does not name one of the model's blocks."""
+    depth = model.config[depth]
+    if not 0 <= block < depth:
+        raise ValueError(f"{name} must name one of {depth} blocks, from 0, got {block}")

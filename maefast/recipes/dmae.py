@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from maefast import models, ops
@@ -22,7 +21,7 @@ from maefast.names import Names
 from maefast.nn import Linear
 from maefast.nn.teachers import Frozen
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
-from maefast.recipes._images import ImageRecipe, mean_colour, mean_feature
+from maefast.recipes._images import ImageRecipe, mae_teacher, mean_colour, mean_feature, must_have
 
 _TOY = {
     "embed_dim": 96,
@@ -88,10 +87,10 @@ class DMAE(ImageRecipe):
         super().__init__(3, made.img_size)
         self.student, self.mask_ratio, self.weight = made, mask_ratio, weight
         self.at, self.teacher_at = at, teacher_at
-        reader = _teacher(teacher, teacher_model, {**images, **(teacher_args or {})})
+        reader = mae_teacher(teacher, teacher_model, {**images, **(teacher_args or {})})
         self.teacher = None if teacher is None else Frozen(reader)
-        _must_have(reader, teacher_at, "teacher_at")
-        _must_have(made, at, "at")
+        must_have(reader, teacher_at, "teacher_at")
+        must_have(made, at, "at")
         self.head = Linear(made.config["embed_dim"], reader.config["embed_dim"])
 
     def missing(self) -> str | None:
@@ -136,19 +135,3 @@ class DMAE(ImageRecipe):
 
         columns = pictures.columns_of(self.student, view.parts, self.mean, self.std, mask=view.plan)
         return pictures.Sheet(columns, names, f"{self.mask_ratio:.0%} masked\n{pictures.note(self.student, False)}")
-
-
-def _teacher(given: nn.Module | str | None, name: str, arguments: dict[str, Any]) -> nn.Module:
-    if isinstance(given, nn.Module):
-        return given
-    if given is None:  # its sizes alone
-        with torch.device("meta"):
-            return models.create(name, **arguments)
-    made = models.create(name, **arguments)
-    return made if given == "random" else models.load_checkpoint(made, given, part="encoder")
-
-
-def _must_have(model: nn.Module, block: int, name: str) -> None:
-    depth = model.config["depth"]
-    if not 0 <= block < depth:
-        raise ValueError(f"{name} must name one of {depth} blocks, from 0, got {block}")
