@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from maefast import masking
@@ -43,3 +44,19 @@ def mean_colour(images: Tensor, patch_size: tuple[int, int], count: int) -> Tens
 def mean_feature(target: Tensor) -> Tensor:
     """The mean of all rows [..., D], in the place of each."""
     return target.flatten(0, -2).mean(0).expand_as(torch.atleast_2d(target))
+
+
+def feature_sheet(images: Tensor, shown: Tensor, features: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:
+    """Columns of a picture: `images` [B, C, H, W] in [0, 1], the same where `shown` [B, N] is, and each of `features`
+    [B, N, D] as colours, the first three principal components of the first of them."""
+    size = tuple(images.shape[2:])
+    seen = F.interpolate(shown.view(-1, 1, *grid).float(), size)
+    first = features[0].flatten(0, 1).double()
+    mean = first.mean(0)
+    axes = torch.linalg.eigh((first - mean).T @ (first - mean))[1][:, -3:].flip(1)
+    low, high = ((first - mean) @ axes).quantile(torch.tensor([0.02, 0.98]).to(first), dim=0)
+    columns = [images.float().expand(-1, 3, -1, -1), (images * seen).float().expand(-1, 3, -1, -1)]
+    for values in features:
+        colours = (((values.double() - mean) @ axes - low) / (high - low)).clamp(0, 1)
+        columns.append(F.interpolate(colours.transpose(1, 2).unflatten(2, grid).float(), size))
+    return [(column * 255).round().clamp(0, 255).to(torch.uint8).cpu() for column in columns]
