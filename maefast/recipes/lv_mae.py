@@ -46,7 +46,10 @@ class LVMAE(Autoencoder):
         paper="Naiman et al., ICCV 2025, arXiv:2504.03501",
         modality="embeddings",
         sizes={"base": {"depth": 32, "num_heads": 16}, "small": {"depth": 8, "num_heads": 16}},
-        training={"blr": 1e-3, "weight_decay": 0.05, "epochs": 150, "warmup": 40 / 150, "batch_size": 128},
+        training={
+            "blr": 1e-3, "weight_decay": 0.05, "epochs": 150, "warmup": 40 / 150, "batch_size": 128,
+            "graph": "off",  # each batch has another number of tokens
+        },
         demo={
             "model_args": {
                 "length": 32, "dim": 192, "shortest": 8, "masking": "random", "embed_dim": 128, "depth": 2,

@@ -146,6 +146,10 @@ class TestLVMAE(RecipeTests):
             assert name in names
         assert not any(name.startswith(("encoder.", "decoder.")) for name in names)
 
+    def test_a_run_takes_no_graph_of_its_steps(self, tmp_path):
+        """Each batch has another number of tokens."""
+        assert self.config(tmp_path).graph == "off"
+
     def test_features_and_refusals(self):
         recipe = self.make()
         assert recipe.encode(self.batch(recipe)).shape == (5 + sum(LENGTHS), 16)
