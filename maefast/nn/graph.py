@@ -119,6 +119,7 @@ class GraphDecoder(nn.Module):
         self.drop = nn.Dropout(feat_drop)
         if kind == "gat":
             self.pred = attention_layer(width, features, 1, attn_drop)
+            self.pred.att_dst.requires_grad_(False)  # multiplies targets, which are all zero
         elif kind == "mlp":
             hidden = [nn.Linear(width, width), nn.PReLU(), nn.Dropout(0.2)]
             self.pred = nn.Sequential(*hidden, nn.Linear(width, features))

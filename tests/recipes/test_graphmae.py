@@ -129,7 +129,7 @@ def _looped(batch: GraphBatch) -> GraphBatch:
 def test_a_linear_probe_of_what_was_learned_beats_raw_features():
     torch.manual_seed(0)
     recipe = recipes.create("graphmae", features=32, embed_dim=64)
-    made = [block_model(index, 32) for index in range(16)]
+    made = [block_model(index, 32, noise=3.0) for index in range(16)]
     optimizer = torch.optim.AdamW(recipe.parameters(), 1e-3)
     for step in range(100):
         batch = GraphBatch.of([made[(4 * step + i) % 16][0] for i in range(4)])
