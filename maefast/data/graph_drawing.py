@@ -78,7 +78,13 @@ class Drawing:
                 axes.add_collection(LineCollection(lines, colors="0.75", linewidths=0.3, zorder=0))
                 replaced = graph.masked & ~graph.token & (place == 1)
                 edge = np.where(replaced[:, None], (0.0, 0.0, 0.0), (0.6, 0.6, 0.6))
-                axes.scatter(*graph.places.T, c=colour, s=np.where(graph.masked | (place < 2), 26, 8), edgecolors=edge, linewidths=0.4 + replaced)
+                axes.scatter(
+                    *graph.places.T,
+                    c=colour,
+                    s=np.where(graph.masked | (place < 2), 26, 8),
+                    edgecolors=edge,
+                    linewidths=0.4 + replaced,
+                )
                 axes.set_axis_off()
                 axes.set_title(what if row == 0 else "", fontsize=9)
                 if place == 0:

@@ -146,7 +146,9 @@ def read_graph(path: Path) -> Graph:
     """ValueError: it is something else."""
     with np.load(path) as file:
         if missing := {"x", "edge_index"} - set(file.files):
-            raise ValueError(f"the arrays x and edge_index are wanted, and it has no {' and no '.join(sorted(missing))}")
+            raise ValueError(
+                f"the arrays x and edge_index are wanted, and it has no {' and no '.join(sorted(missing))}"
+            )
         x, edge_index = file["x"], file["edge_index"]
     if x.ndim != 2 or not len(x) or x.dtype.kind not in "fiub":
         raise ValueError(f"x must be numbers [nodes, features], not {x.dtype} {list(x.shape)}")

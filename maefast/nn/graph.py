@@ -7,6 +7,7 @@ int64 [2, E], (from, to). On a CPU the sums over edges are the same in every run
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -91,7 +92,7 @@ class GraphEncoder(nn.Module):
         self.drop = nn.Dropout(feat_drop)
         widths = [features] + [width] * depth
         self.layers = nn.ModuleList(
-            GraphLayer(before, after, heads, attn_drop, residual, norm) for before, after in zip(widths, widths[1:])
+            GraphLayer(before, after, heads, attn_drop, residual, norm) for before, after in pairwise(widths)
         )
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
