@@ -47,8 +47,8 @@ class GraphBatch(Batch):
 
     @staticmethod
     def of(graphs: Sequence[tuple[Any, Any]], key: np.ndarray | None = None) -> GraphBatch:
-        """A batch of pairs (x [N, F], edge_index [2, E]), tensors or arrays; an undirected edge stands there twice, once
-        in each direction. Loops are left out: a recipe that wants one for each node adds it.
+        """A batch of pairs (x [N, F], edge_index [2, E]), tensors or arrays; an undirected edge stands in edge_index in
+        both directions. Loops are left out: a recipe that wants one for each node adds it.
 
         Raises:
             TypeError, ValueError: no graph; shapes or dtypes do not fit; an edge leads out of its graph.
