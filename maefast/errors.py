@@ -50,6 +50,6 @@ class NonFiniteLoss(TrainError):
         self.checkpoint = checkpoint
 
 
-def need(module: str, purpose: str) -> TrainError:
-    """The error for an absent optional package."""
-    return TrainError(f'{purpose} needs the package {module!r}: pip install "maefast[train]"')
+def need(module: str, purpose: str, extra: str = "train") -> TrainError:
+    """The error for an absent optional package, which comes with one of maefast's extras."""
+    return TrainError(f'{purpose} needs the package {module!r}: pip install "maefast[{extra}]"')

@@ -14,6 +14,7 @@
     ragged         uniform among the tokens within each length           LV-MAE (arXiv 2504.03501)
     similar        by likeness to the segment before                     LV-MAE
     near           the groups nearest to a random one are masked         Point-MAE (Pang et al., 2022)
+    nodes          nodes of graphs, as a NodeMask                        GraphMAE (Hou et al., 2022)
 
 Your own sampler is `from_scores(scores, keep)`. With `noise` given, nothing is drawn, so that a run can be
 replayed; with `generator`, only that generator is advanced.
@@ -22,6 +23,7 @@ replayed; with `generator`, only that generator is advanced.
 from maefast.masking.blocks import block, grid
 from maefast.masking.colour import coloured
 from maefast.masking.counts import keep_count
+from maefast.masking.graphs import NodeMask, nodes
 from maefast.masking.multichannel import channels
 from maefast.masking.points import near
 from maefast.masking.running import dual, only, running_cells
@@ -36,6 +38,7 @@ from_indices = TokenMask.from_indices
 from_ids_restore = TokenMask.from_ids_restore
 
 __all__ = [
+    "NodeMask",
     "block",
     "cells",
     "channels",
@@ -49,6 +52,7 @@ __all__ = [
     "grid",
     "keep_count",
     "near",
+    "nodes",
     "only",
     "ragged",
     "random",

@@ -281,6 +281,10 @@ VALID: dict[str, list[Callable[[], dict]]] = {
     "masking.ragged": [lambda: {"lengths": [2, 6], "num_tokens": 6, "ratio": 0.5, "noise": floats(2, 6)}],
     "masking.similar": [lambda: {"x": floats(2, 4, 3), "lengths": [2, 4], "ratio": 0.5, "order": "release"}],
     "masking.near": [lambda: {"centres": floats(2, 5, 3), "ratio": 0.5, "noise": floats(2).abs() / 2}],
+    "masking.nodes": [
+        lambda: {"sizes": [2, 6], "ratio": 0.5, "noise": floats(2, 6)},
+        lambda: {"sizes": (2, 6), "ratio": 0.5, "replace": 0.5, "noise": floats(2, 6), "donor_noise": floats(2, 6)},
+    ],
     "masking.from_scores": [lambda: {"scores": floats(2, 6), "keep": 2}],
     "masking.from_bool": [
         lambda: {"masked": floats(2, 6) > 0, "keep": [6, 0]},
