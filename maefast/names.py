@@ -15,7 +15,8 @@ class Names:
     'decoder_blocks.0.norm1.weight'
 
     Args:
-        unused: beginnings of public names that we have no use for.
+        unused: beginnings of public names that we have no use for. optional: beginnings of our names that a public file
+            may lack.
         pointwise: beginnings of public names below which matrices are those of 1-D convolutions of one point, [out, in,
             1], and ours of linear layers.
 
@@ -23,8 +24,14 @@ class Names:
         ValueError: two pairs share a beginning, so that the way back would not be known.
     """
 
-    def __init__(self, *pairs: tuple[str, str], pointwise: tuple[str, ...] = (), unused: tuple[str, ...] = ()) -> None:
-        self._pointwise, self._unused = pointwise, unused
+    def __init__(
+        self,
+        *pairs: tuple[str, str],
+        pointwise: tuple[str, ...] = (),
+        unused: tuple[str, ...] = (),
+        optional: tuple[str, ...] = (),
+    ) -> None:
+        self._pointwise, self._unused, self.optional = pointwise, unused, optional
         self._ours, self._public = dict(pairs), {ours: public for public, ours in pairs}
         if not len(self._ours) == len(self._public) == len(pairs):
             raise ValueError("every beginning, public or ours, must stand in one pair only")

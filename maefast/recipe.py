@@ -216,6 +216,9 @@ class Recipe(nn.Module):
                 value.module._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
+    def after_loading(self, missing: Sequence[str]) -> None:
+        """Called when weights have been loaded from a file that lacks some of `Names.optional`, with their names."""
+
     def after_step(self, progress: Progress) -> None:
         """Called when the optimizer has stepped, without gradients; for running averages of weights and the like. Its
         state is saved if it lies in buffers or parameters."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +31,41 @@ class Frozen:
     def states(self, *args: Any, **options: Any) -> Any:
         """Of the network, see `maefast.nn.Encoder.states`: no block behind the last one that is asked for is run."""
         return self.module.states(*args, **options)
+
+
+class Averaged(nn.Module):
+    """A running average of networks that learn, as in BYOL and DINO: part of the state_dict, never of the gradient.
+    Always in eval mode; call its parts, which have the names they are given, under no_grad.
+
+    Args:
+        parts: what is averaged; copied.
+    """
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, copy.deepcopy(part))
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Averaged:
+        return super().train(False)
+
+    @torch.no_grad()
+    def follow(self, decay: float, **parts: nn.Module) -> None:
+        """average <- decay * average + (1 - decay) * part, of parameters and buffers; counts are taken over."""
+        for name, part in parts.items():
+            new = part.state_dict()
+            for key, old in getattr(self, name).state_dict().items():
+                if old.is_floating_point():
+                    old.lerp_(new[key].to(old), 1 - decay)
+                else:
+                    old.copy_(new[key])
+
+
+def cosine_decay(base: float, step: int, total: int) -> float:
+    """The decay of an average at `step` (from 0) of `total`: from `base` to 1 along half a cosine (BYOL)."""
+    return 1 - (1 - base) * (math.cos(math.pi * step / total) + 1) / 2
 
 
 def cls_attention(q: Tensor, k: Tensor, num_heads: int, scale: float | None = None) -> Tensor:

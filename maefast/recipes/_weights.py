@@ -32,6 +32,9 @@ def load_weights(recipe: Recipe, path: str | os.PathLike, *, ema: bool = False) 
     if tensors.keys() != own.keys():
         tensors = read_content(path, ema, names=public.keys()).tensors
         tensors = recipe.names.to_ours(tensors)
+    left = [name for name in own if name not in tensors and recipe.names.optional]
+    left = [name for name in left if name.startswith(recipe.names.optional)]
+    tensors = {**tensors, **{name: own[name] for name in left}}
     wrong = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]
     wrong += [f"{name} is unknown" for name in sorted(tensors.keys() - own.keys())]
     wrong += [
@@ -43,6 +46,8 @@ def load_weights(recipe: Recipe, path: str | os.PathLike, *, ema: bool = False) 
         more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         raise ValueError("; ".join(wrong[:6]) + more)
     recipe.network.load_state_dict(tensors)
+    if left:
+        recipe.after_loading(left)
 
 
 def public_weights(recipe: Recipe) -> dict[str, Tensor]:
