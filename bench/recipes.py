@@ -49,6 +49,22 @@ def make_step(name: str, size: str | None, batch: int, side: str, dtype: str) ->
     return step
 
 
+def whole_teacher(name: str, size: str | None, batch: int, dtype: str, rounds: int, step: float) -> dict[str, float]:
+    """Of a recipe with a masked teacher: what prepare and step would take with all of the teacher, its decoder too, as
+    authors run it, over what they take with the part that is read."""
+    peer = importlib.import_module(f"bench.peers.recipes.{name}")
+    recipe = recipes.create(name, size, **getattr(peer, "ARGUMENTS", {}))
+    model = getattr(getattr(recipe, "teacher", None), "module", None)
+    if not hasattr(model, "predict"):
+        return {}
+    given = peer.batch(batch)
+    view = recipe.view(given, seed=1)
+    stopped, whole = fastest(
+        [lambda: recipe.view(given, seed=1), torch.no_grad()(lambda: model.predict(view.parts, view.plan))], rounds
+    )
+    return {"teacher_ms": [1e3 * whole, 1e3 * stopped], "teacher_ratio": (whole + step) / (stopped + step)}
+
+
 def _memory(name: str, size: str | None, batch: int, side: str, dtype: str, threads: int, pipe) -> None:
     torch.set_num_threads(threads)
     step = make_step(name, size, batch, side, dtype)
@@ -76,6 +92,7 @@ def compare(name: str, size: str | None, batch: int, dtype: str, rounds: int) ->
     if abs(plain - mine) > (1e-4 if dtype == "float32" else 3e-2) * abs(plain):
         raise SystemExit(f"{name}: the two sides disagree: loss {plain} in plain PyTorch, {mine} here")
     best = fastest(steps, rounds)
+    teacher = whole_teacher(name, size, batch, dtype, rounds, best[1])
     used = [memory(name, size, batch, side, dtype) for side in SIDES]
     return {
         "recipe": name,
@@ -84,6 +101,7 @@ def compare(name: str, size: str | None, batch: int, dtype: str, rounds: int) ->
         "dtype": dtype,
         "ms": [1e3 * t for t in best],
         "ratio": best[0] / best[1],
+        **teacher,
         "memory_mib": used,
         "memory_ratio": used[1] / used[0],
     }
@@ -108,7 +126,8 @@ def main() -> None:
         print(
             f"{name:12} {row['size']:6} batch {row['batch']} {row['dtype']}: plain {row['ms'][0]:.0f} ms, "
             f"maefast {row['ms'][1]:.0f} ms, {row['ratio']:.2f}x; memory {row['memory_mib'][0]:.0f} MiB, "
-            f"{row['memory_mib'][1]:.0f} MiB, {row['memory_ratio']:.2f}x",
+            f"{row['memory_mib'][1]:.0f} MiB, {row['memory_ratio']:.2f}x"
+            + (f"; with the whole teacher {row['teacher_ratio']:.2f}x" if "teacher_ratio" in row else ""),
             flush=True,
         )
     if args.json:

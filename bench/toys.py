@@ -3,7 +3,8 @@
     python -m bench.toys [--threads N] [--rounds N] [--json FILE]
 
 96 wide, 3 blocks, batch 4, 32 x 32 images in patches of 4: I-JEPA, ViT for masked image modelling, DINOv2 and
-ViTMAE of transformers, and the structure of facebookresearch/mae. A step is forward and backward; each pair is timed in
+ViTMAE of transformers, the structure of facebookresearch/mae, a fork of it for spectrograms and one with a
+cross-attention decoder. A step is forward and backward; each pair is timed in
 turn, and the ratio is that of the minima.
 """
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 import maefast
 from bench import environment
-from bench.peers import dropin_vits
+from bench.peers import dropin_vits, toy_models
 from bench.worth import fastest, settle_memory
 
 WIDTH, DEPTH, BATCH, SIDE, PATCH = 96, 3, 4, 32, 4
@@ -63,11 +64,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "HF DINOv2": _dinov2,
     "HF ViTMAE": partial(dropin_vits.hf_vitmae, {**SIZES, **DECODER}),
     "mae (structure)": partial(dropin_vits.own_mae, {**SIZES, **DECODER}),
+    "mae's fork for spectrograms": partial(toy_models.SpectrogramMAE, 2 * SIDE, SIDE // 2, **SIZES, **DECODER),
+    "mae with cross-attention": partial(toy_models.CrossMAE, **SIZES, **DECODER),
 }
 
 
 def _loss(out: object) -> Tensor:
-    found = getattr(out, "loss", None)
+    found = out if isinstance(out, Tensor) else getattr(out, "loss", None)
     if found is None:
         found = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", getattr(out, "logits", None))
     return found.float().square().mean()
@@ -94,7 +97,8 @@ def compare(name: str, dtype: str, rounds: int) -> dict:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fast = maefast.accelerate(copy.deepcopy(model))
-    images = torch.randn(BATCH, 3, SIDE, SIDE)
+    shape = (1, 2 * SIDE, SIDE // 2) if isinstance(model, toy_models.SpectrogramMAE) else (3, SIDE, SIDE)
+    images = torch.randn(BATCH, *shape)
     steps = [_step(net, images, dtype) for net in (model, fast)]
     best = fastest(steps, rounds, least=30e-3)  # about five steps
     return {"model": name, "dtype": dtype, "ms": [1e3 * t for t in best], "ratio": best[0] / best[1]}

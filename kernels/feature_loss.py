@@ -37,6 +37,7 @@ def feature_loss_fwd_kernel(
     scale_t = tl.full([ROWS], 1.0, tl.float32)
     scale_p = tl.full([ROWS], 1.0, tl.float32)
     active = tl.zeros([ROWS], tl.float32)
+    short = tl.zeros([ROWS], tl.float32)  # what the normalised rows lack to unit length, below eps only
     if NORM == 1:
         first = tl.sum(t, axis=1) / width
         t = tl.where(inside, t - first[:, None], 0.0)
@@ -47,14 +48,16 @@ def feature_loss_fwd_kernel(
         scale_t = 1.0 / tl.where(of_t < eps, eps, of_t)
         scale_p = 1.0 / tl.where(of_p < eps, eps, of_p)
         active = tl.where(of_p < eps, 0.0, 1.0)
+        short = tl.where(of_t < eps, 1.0 - of_t * scale_t * of_t * scale_t, 0.0)
+        short += tl.where(of_p < eps, 1.0 - of_p * scale_p * of_p * scale_p, 0.0)
     t *= scale_t[:, None]
     p *= scale_p[:, None]
+    d = p - t
+    each = d * d
     if KIND == 3:
-        first = tl.sum(p * t, axis=1)
-        out = tl.where(1.0 - first < 0, 0.0, 1.0 - first)
+        out = 0.5 * (tl.sum(each, axis=1) + short)
+        first = out
     else:
-        d = p - t
-        each = d * d
         if KIND == 1:
             each = tl.abs(d)
         if KIND == 2:
@@ -83,7 +86,8 @@ def feature_loss_bwd_kernel(
     t *= scale_t[:, None]
     p *= scale_p[:, None]
     if KIND == 3:
-        out = -(g * scale_p)[:, None] * (t - p * (active * first)[:, None])
+        # t - cos p, where t is close to p without loss of digits
+        out = -(g * scale_p)[:, None] * (t - p * active[:, None] + p * (active * first)[:, None])
     else:
         d = p - t
         slope = 2.0 * d
@@ -101,7 +105,9 @@ def _launch(pred: Tensor) -> tuple[tuple[int], dict]:
     rows, block = pred.shape[0], power(pred.shape[1])
     if block > MAX_WIDTH:
         raise ValueError(f"feature_loss: the Triton kernel takes rows of at most {MAX_WIDTH} values")
-    each = max(1, min(2048 // block, power(rows)))
+    # Rows of another width move one element at a time, so their tile is 8 elements a thread, to stay in registers.
+    tile = 2048 if pred.shape[1] % 16 == 0 else 1024
+    each = max(1, min(tile // block, power(rows)))
     warps = min(32, max(4, block // 512))
     return (ceil_div(rows, each),), {"ROWS": each, "BLOCK": block, "num_warps": warps, **OPTIONS}
 

@@ -15,6 +15,7 @@ class Names:
     'decoder_blocks.0.norm1.weight'
 
     Args:
+        unused: beginnings of public names that we have no use for.
         pointwise: beginnings of public names below which matrices are those of 1-D convolutions of one point, [out, in,
             1], and ours of linear layers.
 
@@ -22,8 +23,8 @@ class Names:
         ValueError: two pairs share a beginning, so that the way back would not be known.
     """
 
-    def __init__(self, *pairs: tuple[str, str], pointwise: tuple[str, ...] = ()) -> None:
-        self._pointwise = pointwise
+    def __init__(self, *pairs: tuple[str, str], pointwise: tuple[str, ...] = (), unused: tuple[str, ...] = ()) -> None:
+        self._pointwise, self._unused = pointwise, unused
         self._ours, self._public = dict(pairs), {ours: public for public, ours in pairs}
         if not len(self._ours) == len(self._public) == len(pairs):
             raise ValueError("every beginning, public or ours, must stand in one pair only")
@@ -36,7 +37,8 @@ class Names:
 
     def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """ValueError: two tensors get the same name."""
-        flat = {name: t.squeeze(-1) if self._convolution(name, t, 3) else t for name, t in tensors.items()}
+        used = {name: t for name, t in tensors.items() if not self._unused or not name.startswith(self._unused)}
+        flat = {name: t.squeeze(-1) if self._convolution(name, t, 3) else t for name, t in used.items()}
         return _renamed(flat, self.ours_of)
 
     def to_public(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
 """What a trainer sees of a masked-modelling system, whatever it learns from:
 
-    batch ─► prepare ─► View ─► forward ─► Output
+    batch ─► prepare ─► View ─► compute ─► Output
              all that is random, geometric     all that learns
              or free of gradients
 
-`prepare` stays outside of autograd, DDP and CUDA graphs, so a batch may be prepared ahead of its step; `forward` has
+`prepare` stays outside of autograd, DDP and CUDA graphs, so a batch may be prepared ahead of its step; `compute` has
 nothing left to decide, so a step can be captured, wrapped in DDP and replayed. A recipe says which batches it `wants`,
 and that finds them; the trainer knows no more of either. A loop of your own may leave all that to the recipe:
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from maefast.names import Names
+from maefast.nn.teachers import Frozen
 from maefast.seeds import Draw
 
 if TYPE_CHECKING:
@@ -203,6 +204,17 @@ class Recipe(nn.Module):
     def picture(self, view: View, names: Sequence[str]) -> Picture | None:
         """What the recipe makes of a view of examples with these names. Called without gradients, in eval mode."""
         return None
+
+    def missing(self) -> str | None:
+        """What it cannot be trained without and was not given, in words; such as a teacher."""
+        return None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Recipe:
+        """Of nn.Module, behind `to`, `cuda`, `double` ...: teachers go along."""
+        for value in vars(self).values():
+            if isinstance(value, Frozen):
+                value.module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def after_step(self, progress: Progress) -> None:
         """Called when the optimizer has stepped, without gradients; for running averages of weights and the like. Its

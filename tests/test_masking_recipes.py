@@ -35,6 +35,21 @@ def test_running_cells_rotate_within_each_cell(ratio):
         masking.running_cells(1, 1, (2, 4), 0.6)
 
 
+@pytest.mark.parametrize("masked", [1, 2, 3])
+def test_cells_in_rows_are_the_queue_of_the_authors(masked):
+    """A queue of `masked` ones and 4 - masked zeros, read from a place that moves on before each frame."""
+    chosen = masking.running_cells(4, 8, (4, 6), masked / 4, path="rows", noise=torch.tensor([0.0, 0.25, 0.5, 0.75]))
+    queue = [True] * masked + [False] * (4 - masked)
+    for start in range(4):
+        for frame in range(8):
+            cell = [queue[(i + start + frame + 1) % 4] for i in range(4)]
+            want = torch.tensor(cell).view(2, 2).repeat(2, 3)
+            assert torch.equal(chosen[start, frame], ~want)
+    assert (chosen[:, :4].sum(1) == 4 - masked).all()
+    with pytest.raises(ValueError, match="path"):
+        masking.running_cells(1, 1, (2, 2), path="columns")
+
+
 @pytest.mark.parametrize("frames", [8, 6])
 def test_dual_masks_only_what_is_decoded(frames):
     noise, start = torch.rand(3, 196, generator=seeded()), torch.rand(3, generator=seeded(1))

@@ -71,21 +71,30 @@ TOY = Shape("toy", 2, (32, 32), (8, 8), keep=4, width=32, decoder_width=16, deco
 POINTS = ("farthest_points", "knn", "chamfer")
 POINT_MAE = Shape("point_mae", 128, (8, 8), (1, 1), 26, 384, 384, prefix=0, only=("attention (encoder)", *POINTS))
 TOY_POINTS = Shape("toy_points", 2, (2, 4), (1, 1), 3, 16, 16, prefix=0, only=POINTS)
+# Rows of a student against a teacher's of all 197 tokens: 50 of a DMAE, all of a G2SD decoder, 59 of a MaskAlign.
+LAYERNORM, COSINE = "feature_loss (layernorm, smooth l1)", "feature_loss (cosine)"
+FEATURES = [
+    Shape("dmae", 64, (224, 224), (16, 16), 49, 1024, 1024, only=("feature_loss (l2, l1)",)),
+    Shape("g2sd", 64, (224, 224), (16, 16), 196, 512, 512, only=(LAYERNORM,)),
+    Shape("maskalign", 64, (224, 224), (16, 16), 58, 768, 768, only=(LAYERNORM, COSINE)),
+]
+TOY_FEATURES = [replace(shape, batch=2, size=(32, 32), keep=keep, width=32) for shape, keep in zip(FEATURES, (1, 4, 3))]
 DMAE = Shape("dmae_b", 256, (224, 224), (16, 16), 9, 768, 512, only=("attention (encoder)",))
 
 # preset -> device -> shapes. A GPU needs a larger batch to be filled.
 PRESETS: dict[str, dict[str, list[Shape]]] = {
-    "toy": {"cpu": [TOY, TOY_CELLS, TOY_POINTS], "cuda": [TOY, TOY_CELLS, TOY_POINTS]},
+    "toy": {device: [TOY, TOY_CELLS, TOY_POINTS, *TOY_FEATURES] for device in ("cpu", "cuda")},
     "quick": {
         "cpu": [VIT_B, RESNET50],
         "cuda": [replace(VIT_B, batch=64), replace(VIT_B, batch=256), replace(RESNET50, batch=128)],
     },
     "full": {
-        "cpu": [VIT_B, replace(VIT_B, batch=64), VIDEOMAE_B, POINT_MAE, DMAE, RESNET50],
+        "cpu": [VIT_B, replace(VIT_B, batch=64), VIDEOMAE_B, POINT_MAE, *FEATURES, DMAE, RESNET50],
         "cuda": [
             *(replace(VIT_B, batch=b) for b in (16, 64, 256)),
             replace(VIDEOMAE_B, batch=32),
             POINT_MAE,
+            *FEATURES,
             DMAE,
             replace(RESNET50, batch=128),
         ],

@@ -27,6 +27,7 @@ FAMILIES = (
     "loss",
     "points",
     "chamfer",
+    "feature_loss",
     "cells",
     "pool",
     "cell_norm",

@@ -12,20 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def attention(x: Tensor, heads: int, qkv: Tensor, shift: Tensor | None, proj: Tensor, bias: Tensor) -> Tensor:
-    """Self-attention of x [B, S, D]."""
+def attention(
+    x: Tensor, heads: int, qkv: Tensor, shift: Tensor | None, proj: Tensor, bias: Tensor, keys: Tensor | None = None
+) -> Tensor:
+    """Self-attention of x [B, S, D] to all tokens, or to those where `keys`, bool [B, S], is True."""
     q, k, v = F.linear(x, qkv, shift).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    return F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), proj, bias)
+    seen = None if keys is None else keys[:, None, None]
+    return F.linear(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2), proj, bias)
 
 
-def block(x: Tensor, p: Mapping[str, Tensor], heads: int, eps: float = 1e-6) -> Tensor:
+def block(x: Tensor, p: Mapping[str, Tensor], heads: int, eps: float = 1e-6, keys: Tensor | None = None) -> Tensor:
     """A pre-norm block of `maefast.nn` in eval mode, with the parameters under their names in it."""
     width = x.shape[-1]
     shift = p.get("attn.qkv.bias")
     if "attn.q_bias" in p:
         shift = torch.cat([p["attn.q_bias"], torch.zeros_like(p["attn.q_bias"]), p["attn.v_bias"]])
     y = F.layer_norm(x, (width,), p["norm1.weight"], p["norm1.bias"], eps)
-    y = attention(y, heads, p["attn.qkv.weight"], shift, p["attn.proj.weight"], p["attn.proj.bias"])
+    y = attention(y, heads, p["attn.qkv.weight"], shift, p["attn.proj.weight"], p["attn.proj.bias"], keys)
     x = x + y * p.get("gamma_1", 1)
     y = F.layer_norm(x, (width,), p["norm2.weight"], p["norm2.bias"], eps)
     y = F.linear(F.gelu(F.linear(y, p["mlp.fc1.weight"], p["mlp.fc1.bias"])), p["mlp.fc2.weight"], p["mlp.fc2.bias"])
@@ -33,12 +36,18 @@ def block(x: Tensor, p: Mapping[str, Tensor], heads: int, eps: float = 1e-6) -> 
 
 
 def blocks(
-    x: Tensor, p: Mapping[str, Tensor], prefix: str, heads: int, each: Tensor | None = None, eps: float = 1e-6
+    x: Tensor,
+    p: Mapping[str, Tensor],
+    prefix: str,
+    heads: int,
+    each: Tensor | None = None,
+    eps: float = 1e-6,
+    keys: Tensor | None = None,
 ) -> list[Tensor]:
     """The outputs of all blocks under `prefix`, as "encoder.blocks.", in turn; `each` is added to every input."""
     count, out = len({name.removeprefix(prefix).split(".")[0] for name in p if name.startswith(prefix)}), []
     for i in range(count):
-        x = block(x if each is None else x + each, below(p, f"{prefix}{i}."), heads, eps)
+        x = block(x if each is None else x + each, below(p, f"{prefix}{i}."), heads, eps, keys)
         out.append(x)
     return out
 

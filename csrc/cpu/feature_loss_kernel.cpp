@@ -35,6 +35,11 @@ MAEFAST_INLINE A square_root(A x) {
   return A(__builtin_sqrt(double(x)));
 }
 
+template <class A>
+MAEFAST_INLINE A squared(A x) {
+  return x * x;
+}
+
 // The row of the target, converted; false where the index points outside.
 template <class A>
 bool load_target(const FeatureLossArgs& a, int64_t r, A* t) {
@@ -111,6 +116,8 @@ void feature_loss_typed(const FeatureLossArgs& a, void* workspace, int64_t begin
     stats[0] = stats[3] = loss[r] = 0;
     stats[1] = stats[2] = 1;
     if (!load_target<A>(a, r, t)) continue;
+    A short_by =
+        0;  // what the normalised rows lack to unit length, below eps only: no rounding where it is 0
     if (a.norm == 1) {
       const A mean = sum_row<A>(n, [&](int64_t i, auto lanes) { return load<A>(t + i, lanes); }) / A(n);
       const A variance = sum_row<A>(n,
@@ -127,14 +134,17 @@ void feature_loss_typed(const FeatureLossArgs& a, void* workspace, int64_t begin
       stats[1] = 1 / (of_t < eps ? eps : of_t);
       stats[2] = 1 / (of_p < eps ? eps : of_p);
       stats[3] = of_p < eps ? 0 : 1;
+      if (of_t < eps) short_by += 1 - squared(of_t * stats[1]);
+      if (of_p < eps) short_by += 1 - squared(of_p * stats[2]);
     }
     if (a.norm != 0 || a.kind == 3) normalise(t, n, a.norm == 1 ? stats[0] : A(0), stats[1]);
     const A scale = stats[2];
     if (a.kind == 3) {
-      const A cosine = sum_row<A>(
-          n, [&](int64_t i, auto lanes) { return load<A>(p + i, lanes) * scale * load<A>(t + i, lanes); });
-      stats[0] = cosine;
-      loss[r] = 1 - cosine < 0 ? 0 : 1 - cosine;
+      const A apart = sum_row<A>(n, [&](int64_t i, auto lanes) {
+        const vec<A> d = load<A>(p + i, lanes) * scale - load<A>(t + i, lanes);
+        return d * d;
+      });
+      stats[0] = loss[r] = A(0.5) * (apart + short_by);
       continue;
     }
     with_kind(a.kind, [&](auto kind) {
@@ -166,9 +176,11 @@ void feature_loss_backward_typed(const FeatureLossArgs& a, void* workspace, int6
     }
     if (a.norm != 0 || a.kind == 3) normalise(t, n, a.norm == 1 ? stats[0] : A(0), stats[1]);
     if (a.kind == 3) {
-      const A out = -grad * scale, along = stats[3] * stats[0] * scale;
+      // t - cos p, where t is close to p without loss of digits.
+      const A out = -grad * scale, unit = stats[3] * scale, rest = unit * stats[0];
       for_lanes<A>(n, [&](int64_t i, auto lanes) {
-        store<A>(grad_pred + i, out * (load<A>(t + i, lanes) - load<A>(p + i, lanes) * along), lanes);
+        const vec<A> v = load<A>(p + i, lanes);
+        store<A>(grad_pred + i, out * (load<A>(t + i, lanes) - v * unit + v * rest), lanes);
       });
       continue;
     }
@@ -196,8 +208,9 @@ void feature_loss(const FeatureLossArgs& a, void* workspace, int64_t begin, int6
 }
 
 void feature_loss_backward(const FeatureLossArgs& a, void* workspace, int64_t begin, int64_t end) {
-  with_type(a.pred_type,
-            [&](auto p) { feature_loss_backward_typed<typename decltype(p)::type>(a, workspace, begin, end); });
+  with_type(a.pred_type, [&](auto p) {
+    feature_loss_backward_typed<typename decltype(p)::type>(a, workspace, begin, end);
+  });
 }
 
 }  // namespace

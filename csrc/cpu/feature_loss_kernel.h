@@ -14,7 +14,7 @@ struct FeatureLossArgs {
   const int32_t* index;  // [R], rows of target; or null, N = R
   const void* grad;      // [R], backward only; as loss and stats in the arithmetic type
   void* loss;            // [R]
-  void* stats;           // [R, 4]: mean of the target (or the cosine), scales of target and pred, whether the
+  void* stats;           // [R, 4]: mean of the target (or 1 - cos), scales of target and pred, whether the
                          // norm of pred has a gradient
   void* grad_pred;       // [R, D], backward only
   int32_t* failed;

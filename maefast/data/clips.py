@@ -42,6 +42,7 @@ class Clips:
     size: tuple[int, int] = (224, 224)
     stride: int = 4
     unit = "clip"
+    options = ("crop_scale", "crop_ratio", "flip")
 
     def open(self, options: Any) -> Collection:
         if options.data == DEMO:
@@ -132,7 +133,7 @@ class Videos(Files):
         root = Path(folder).expanduser()
         if not root.is_dir():
             raise ConfigError(f"--data {folder}: no such folder (give a folder of videos, or '{DEMO}')")
-        frames = {path.parent for path in root.rglob("*") if path.suffix.lower() in FRAMES} if root.is_dir() else set()
+        frames = {path.parent for path in root.rglob("*") if path.suffix.lower() in FRAMES}
         self.root, self.name, self._read = root, str(folder), read_video
         found = [*frames, *(path for path in root.rglob("*") if path.suffix.lower() in (".npy", ".npz"))]
         self._files = sorted(path.relative_to(root).as_posix() for path in found)

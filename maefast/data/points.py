@@ -18,7 +18,7 @@ from maefast.recipe import Batch
 
 SCALE, SHIFT = (2 / 3, 3 / 2), 0.2  # of the augmentation, each axis by itself
 ENDINGS = (".npy", ".npz", ".xyz", ".pts", ".txt")
-_CLOUDS = 96  # of the demo
+_CLOUDS = 100  # of the demo
 
 
 @dataclass
@@ -177,13 +177,13 @@ class Scatter:
         from matplotlib.figure import Figure
 
         rows, columns = len(self.names), len(self.columns)
-        figure = Figure(figsize=(2.2 * columns, 2.2 * rows + 0.5), dpi=90)
+        figure = Figure(figsize=(2.4 * columns, 1.9 * rows + 0.4), dpi=90)
         FigureCanvasAgg(figure)
         figure.suptitle(title, fontsize=8)
         for place, (name, clouds) in enumerate(self.columns.items()):
             for row, cloud in enumerate(clouds.detach().float().cpu().numpy()):
                 axes = figure.add_subplot(rows, columns, row * columns + place + 1, projection="3d")
-                axes.scatter(*cloud.T, c=cloud[:, 2], s=1.5, linewidths=0)
+                axes.scatter(*cloud.T, c=cloud[:, 2], s=4, linewidths=0)
                 axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
                 axes.set_axis_off()
                 axes.set_title(name if row == 0 else "", fontsize=8)

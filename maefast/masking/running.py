@@ -17,16 +17,19 @@ def running_cells(
     grid_size: tuple[int, int],
     ratio: float = 0.5,
     *,
+    path: str = "clockwise",
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """VideoMAE V2's choice of what is decoded (Wang et al., 2023): in each cell of 2 x 2 positions two neighbours in
-    rotation, moved on by one step each frame, from one of four starts a sample.
+    """VideoMAE V2's choice of what is decoded (Wang et al., 2023): in each cell of 2 x 2 positions two that follow one
+    another on a path through the cell, moved by one step each frame, from one of four starts a sample.
 
     Args:
         frames, grid_size: T' tubelet frames of (rows, columns) positions, both even.
         ratio: share that is not decoded: 0, 0.25, 0.5 or 0.75.
+        path: "clockwise", so that two are neighbours and rotate; or "rows", top left, top right, bottom left, bottom
+            right, and moved backwards: the authors' code, in which rows and diagonals take turns.
         noise: [B] or [B, 1], uniform in [0, 1): the start.
 
     Returns:
@@ -41,15 +44,18 @@ def running_cells(
     if batch * frames * height * width >= 2**31:
         raise ValueError(f"batch x frames x grid_size must stay below 2**31, got {batch} x {frames} x {grid_size}")
     decoded = _decoded(ratio)
+    _checks.one_of("path", path, ("clockwise", "rows"))
     if isinstance(noise, Tensor) and noise.ndim == 2 and noise.shape[1] == 1:
         noise = noise[:, 0]
     noise = drawn(noise, (batch,), generator, device).detach()
     start = (noise.float() * 4).long().clamp(0, 3)
     row = torch.arange(height, device=noise.device)[:, None] % 2
     column = torch.arange(width, device=noise.device) % 2
-    turn = torch.where(row == 0, column, 3 - column)  # 0 1 / 3 2: clockwise
-    frame = torch.arange(frames, device=noise.device)[:, None, None]
-    return (turn - frame - start[:, None, None, None]) % 4 < decoded
+    step = torch.arange(frames, device=noise.device)[:, None, None] + start[:, None, None, None]
+    if path == "rows":
+        return (2 * row + column + step + 1) % 4 >= 4 - decoded
+    turn = torch.where(row == 0, column, 3 - column)  # 0 1 / 3 2
+    return (turn - step) % 4 < decoded
 
 
 def _decoded(ratio: object) -> int:
@@ -93,6 +99,7 @@ def dual(
     ratio: float = 0.9,
     decoder_ratio: float = 0.5,
     *,
+    path: str = "clockwise",
     noise: Tensor | None = None,
     cell_noise: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -106,7 +113,7 @@ def dual(
     for all samples: nothing waits for the device. For other numbers of frames it is counted (one sync on a GPU).
 
     Args:
-        frames, grid_size, decoder_ratio: as in `running_cells`. ratio: as in `tube`.
+        frames, grid_size, decoder_ratio, path: as in `running_cells`. ratio: as in `tube`.
         noise: [B, rows * columns], of the tubes. cell_noise: [B], the start. A draw takes `noise` first.
     """
     height, width = _checks.grid("grid_size", grid_size)
@@ -114,8 +121,7 @@ def dual(
         raise ValueError("give `noise` and `cell_noise`, or `generator`, not both")
     decoded = _decoded(decoder_ratio)
     plan = tube(batch, frames, height * width, ratio, noise=noise, generator=generator, device=device, backend=backend)
-    chosen = running_cells(
-        batch, frames, (height, width), decoder_ratio, noise=cell_noise, generator=generator, device=plan.device
-    )
+    draw = {"noise": cell_noise, "generator": generator, "device": plan.device}
+    chosen = running_cells(batch, frames, (height, width), decoder_ratio, path=path, **draw)
     hide = (plan.num_tokens - plan.keep) * decoded // 4 if frames % 4 == 0 else None
     return only(plan, chosen, hide=hide, backend=backend)

@@ -16,7 +16,7 @@ from torch import Tensor
 from maefast import ops
 from maefast.models.base import MaskedAutoencoder
 from maefast.nn import Decoder, Encoder, PatchEmbed, encoder_states, position_table, run_decoder, run_encoder
-from maefast.nn.decoder import PREDICTIONS
+from maefast.nn.decoder import PREDICTIONS, decoder_states
 from maefast.nn.patch_embed import pair, patch_grid
 from maefast.ops import TokenMask
 from maefast.ops._checks import one_of
@@ -200,6 +200,19 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
             pred=self.decoder_pred,
             which=pred,
             recompute=self.recompute and self.training,
+        )
+
+    def decoder_states(self, latent: Tensor, plan: TokenMask, at: Sequence[int] = (-1,)) -> list[Tensor]:
+        """Outputs of the decoder's blocks `at` from `encode_visible`'s latents, [B, 1 + N, D] each: see
+        `maefast.nn.decoder.decoder_states`; negative numbers count from the last."""
+        return decoder_states(
+            latent,
+            plan,
+            [i % len(self.decoder_blocks) for i in at],
+            embed=self.decoder_embed,
+            mask_token=self.mask_token,
+            pos_embed=self.decoder_pos_embed,
+            blocks=self.decoder_blocks,
         )
 
     # --- use ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from maefast.nn.cells import Cells, UnknownSparseOp
 from maefast.nn.decoder import Decoder, run_decoder
 from maefast.nn.drop_path import DropPath
 from maefast.nn.encoder import Encoder, encoder_states, position_table, run_blocks, run_encoder, run_norm
+from maefast.nn.given import GivenTokens
 from maefast.nn.layers import LayerNorm, Linear
 from maefast.nn.patch_embed import PatchEmbed
 from maefast.nn.point_groups import CentrePositions, Groups, PointEmbed, group_points
@@ -19,6 +20,7 @@ __all__ = [
     "Decoder",
     "DropPath",
     "Encoder",
+    "GivenTokens",
     "Groups",
     "LayerNorm",
     "Linear",

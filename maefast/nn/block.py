@@ -95,12 +95,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around an exact (erf) GELU."""
+    """Two linear layers around an exact (erf) GELU, from `dim` over `hidden` to `out` (None: `dim`)."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, out: int | None = None) -> None:
         super().__init__()
         self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim if out is None else out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(ops.bias_gelu(self.fc1(x, bias=False), self.fc1.bias))

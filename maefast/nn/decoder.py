@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def run_decoder(
     recompute: bool = False,
     prefix: int = 1,
     each: Tensor | None = None,
+    extra: Tensor | None = None,
 ) -> Tensor:
     """Predictions from the latents of the prefix tokens and the visible tokens of each sample.
 
@@ -43,6 +45,8 @@ def run_decoder(
     Absent tokens have no row: where that makes samples of different lengths, they are packed.
 
     `each` [B, N, D]: positions that are added to the input of every block instead of once (no prefix, no packed rows).
+    `extra` [B, E, D]: further tokens, of which nothing is predicted, with positions of their own (no prefix, as many
+    visible tokens in every sample).
     """
     one_of("pred", which, PREDICTIONS)
     if which == "masked" and plan.total_masked == 0:
@@ -51,7 +55,12 @@ def run_decoder(
     if plan.total_absent and which == "full":
         raise ValueError("the plan leaves tokens absent, which nobody can predict; use pred='masked'")
     order = "visible_first" if tail or plan.total_absent else "position"
-    x = ops.restore_tokens(embed(latent), plan, mask_token, pos=pos_embed, prefix=prefix, order=order)
+    latent = embed(latent)
+    if extra is not None:
+        if prefix or each is not None or plan.keep is None:
+            raise ValueError("extra tokens go without a prefix, a position for each block and ragged visible tokens")
+        latent, prefix = torch.cat([extra, latent], 1), extra.shape[1]
+    x = ops.restore_tokens(latent, plan, mask_token, pos=pos_embed, prefix=prefix, order=order)
     if each is not None:
         if prefix or x.ndim == 2:
             raise ValueError("positions for every block go without prefix tokens and without packed rows")
@@ -72,6 +81,27 @@ def run_decoder(
     else:
         x, delta = blocks[-1].forward_masked(x, plan, prefix, delta, pending=True, keep=keep)
     return pred(run_norm(norm, x, delta))
+
+
+def decoder_states(
+    latent: Tensor,
+    plan: TokenMask,
+    at: Sequence[int],
+    *,
+    embed: nn.Module,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    blocks: nn.ModuleList,
+    prefix: int = 1,
+) -> list[Tensor]:
+    """Outputs of the decoder's blocks `at` (from 0), of all tokens in place: [B, P + N, D] each, before any norm.
+    Blocks behind the last of them are not run."""
+    if not at or not all(0 <= index < len(blocks) for index in at):
+        raise ValueError(f"at must name some of the {len(blocks)} blocks, from 0, got {list(at)}")
+    x = ops.restore_tokens(embed(latent), plan, mask_token, pos=pos_embed, prefix=prefix)
+    taps = dict.fromkeys(at)
+    run_blocks(blocks[: max(at) + 1], x, taps=taps)
+    return [taps[index] for index in at]
 
 
 class Decoder(nn.Module):
@@ -117,12 +147,28 @@ class Decoder(nn.Module):
         init_tokens_(self.mask_token)
         init_weights_(self)
 
-    def forward(self, latent: Tensor, plan: TokenMask, which: str = "masked", parts: Any = None) -> Tensor:
+    def forward(
+        self,
+        latent: Tensor,
+        plan: TokenMask,
+        which: str = "masked",
+        parts: Any = None,
+        again: Tensor | None = None,
+    ) -> Tensor:
         """[B, P + keep, latent_dim] -> [B, masked, K] or [B, N, K]; packed for a ragged plan (see `run_decoder`).
-        `parts`: what positions are computed from, where they are a module."""
+
+        Args:
+            parts: what positions are computed from, where they are a module.
+            again: int64 [B, E], positions that get a mask token of which nothing is predicted, whatever else is there.
+        """
         pos, each = self.pos_embed, None
         if isinstance(pos, nn.Module):
             pos, each = None, pos(parts)
+        extra = None
+        if again is not None:
+            if self.prefix or pos is None:
+                raise ValueError("again goes with a table of positions and without prefix tokens")
+            extra = self.mask_token + pos.reshape(-1, pos.shape[-1])[again]
         return run_decoder(
             latent,
             plan,
@@ -135,4 +181,5 @@ class Decoder(nn.Module):
             which=which,
             prefix=self.prefix,
             each=each,
+            extra=extra,
         )

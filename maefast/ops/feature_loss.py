@@ -40,7 +40,8 @@ def feature_loss(
 
     The loss of a row is the mean over its D values of the squared ("mse") or absolute ("l1") difference or of torch's
     smooth L1 ("smooth_l1"); or, with "cosine", (1 - cos)**power (GraphMAE's scaled cosine error, Hou et al., 2022), cos
-    being the product of both rows normalised as by "l2". 1 - cos below zero, by rounding, counts as zero.
+    being the product of both rows normalised as by "l2". 1 - cos is half the squared distance of these, so that rows
+    that nearly agree lose no digits.
 
     Args:
         pred: [..., D], R rows.
@@ -127,9 +128,12 @@ def feature_loss_reference(
     if norm == NORMS["layernorm"]:
         target = F.layer_norm(target, target.shape[-1:], eps=eps)
     elif norm == NORMS["l2"] or kind == KINDS["cosine"]:
+        below = [x.detach().norm(dim=-1) < eps for x in (pred, target)]
         pred, target = F.normalize(pred, dim=-1, eps=eps), F.normalize(target, dim=-1, eps=eps)
     if kind == KINDS["cosine"]:
-        return (1 - (pred * target).sum(-1)).clamp(min=0)
+        # |u - v|^2 / 2 = 1 - uv for unit vectors; rows shorter than eps are no unit vectors, and 0 is at cosine 0.
+        short = [torch.where(low, 1 - x.square().sum(-1), 0) for x, low in zip((pred, target), below)]
+        return ((pred - target).square().sum(-1) + short[0] + short[1]) / 2
     if kind == KINDS["mse"]:
         return (pred - target).square().mean(-1)
     if kind == KINDS["l1"]:
@@ -137,7 +141,7 @@ def feature_loss_reference(
     return F.smooth_l1_loss(pred, target, reduction="none", beta=beta).mean(-1)
 
 
-# The loss of each row and four numbers of it: mean of the target (or the cosine), scales of target and pred, and
+# The loss of each row and four numbers of it: mean of the target (or 1 - cos), scales of target and pred, and
 # whether the norm of pred has a gradient (it is not below eps).
 @_raw_op(
     "feature_loss(Tensor pred, Tensor target, Tensor? index, int norm, int kind, float beta, float eps)"

@@ -71,12 +71,20 @@ def arguments_of(spec: Spec, size: str | None = None) -> dict[str, Any]:
 
 def argument_names(name: str) -> Sequence[str]:
     """The overrides that ``create(name, ...)`` takes. ValueError: unknown name."""
-    parameters = inspect.signature(kind(name)).parameters
-    known = [key for key, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
-    if len(known) < len(parameters):  # the rest is for the model that it wraps
+    known, rest = _parameters(kind(name))
+    if rest and "model" not in known:  # the rest is for the class above
+        known += [key for key in _parameters(kind(name).__base__)[0] if key not in known]
+    elif rest:  # or for the model that it wraps
         model = next(iter(kind(name).spec.sizes.values()))["model"]
         known += [key for key in models.argument_names(model) if key not in known]
     return known
+
+
+def _parameters(cls: type) -> tuple[Sequence[str], bool]:
+    """Names of the arguments of a class, and whether it takes others too."""
+    parameters = inspect.signature(cls).parameters
+    named = [key for key, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    return named, len(named) < len(parameters)
 
 
 def _found() -> dict[str, type[Recipe]]:

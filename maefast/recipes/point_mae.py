@@ -11,20 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from maefast import masking, ops
-from maefast.data.points import PointBatch, Points, Scatter
+from maefast import masking
+from maefast.data.points import PointBatch
 from maefast.names import Names
-from maefast.nn import CentrePositions, Decoder, Encoder, PointEmbed, group_points
+from maefast.nn import CentrePositions, Decoder, Encoder, PointEmbed
 from maefast.ops._checks import one_of
 from maefast.recipe import Draw, Picture, Progress, Spec, View
 from maefast.recipes._autoencoder import Autoencoder
+from maefast.recipes._points import DEMO, TRAINING, GroupedPoints, start_as_published
 
 MASKS = ("random", "near")
 
 
-class PointMAE(Autoencoder):
+class PointMAE(GroupedPoints, Autoencoder):
     """Args:
         points: N. groups: G. group_size: K.
         mask: "random" groups are hidden, or those "near" a random centre, a connected piece.
@@ -41,14 +42,10 @@ class PointMAE(Autoencoder):
         paper="Pang et al., ECCV 2022, arXiv:2203.06604",
         modality="point clouds",
         sizes={"small": {}, "tiny": {"embed_dim": 192, "num_heads": 3}},
-        training={"lr": 1e-3, "betas": (0.9, 0.999), "epochs": 300, "warmup": 1 / 30, "batch_size": 128},
-        demo={
-            "model_args": {"points": 512, "groups": 32, "group_size": 16, "embed_dim": 96, "depth": 4, "num_heads": 3,
-                           "decoder_depth": 2, "decoder_num_heads": 3, "drop_path": 0.0},
-            "steps": 500, "batch_size": 16, "lr": 1e-3, "warmup": 0.1, "picture_rows": 4,
-        },
+        training=TRAINING,
+        demo=DEMO,
         baseline="the mean group",
-    )  # fmt: skip
+    )
     names = Names(
         ("MAE_encoder.encoder.", "encoder.patch_embed."),
         ("MAE_encoder.pos_embed.", "encoder.pos_embed."),
@@ -76,12 +73,9 @@ class PointMAE(Autoencoder):
         drop_path: float = 0.1,
         embed_all: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(points, groups, group_size)
         one_of("mask", mask, MASKS)
-        if not 0 < max(groups, group_size) <= points:
-            raise ValueError(f"{groups} groups of {group_size} points do not fit clouds of {points}")
-        self.wants = Points(points)
-        self.groups, self.group_size, self.mask, self.mask_ratio = groups, group_size, mask, mask_ratio
+        self.mask, self.mask_ratio = mask, mask_ratio
         how = {"prefix": 0, "bias": "none", "norm_eps": 1e-5, "drop_path": drop_path}
         embed, positions = PointEmbed(embed_dim, embed_all), CentrePositions(embed_dim)
         self.encoder = Encoder(embed, positions, embed_dim, depth, num_heads, **how)
@@ -95,16 +89,11 @@ class PointMAE(Autoencoder):
             embed_bias=None,
             **how,
         )
-        for layer in self.encoder.modules():  # as the authors start theirs; the decoder starts as MAE's
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        start_as_published(self.encoder)
 
     def prepare(self, batch: PointBatch, draw: Draw, progress: Progress) -> View:
         """parts: `maefast.nn.Groups`; plan: of groups."""
-        self.wants.check(batch)
-        parts = group_points(batch.points.to(self.decoder.mask_token.dtype), self.groups, self.group_size)
+        parts = self.parts(batch)
         if self.mask == "near":
             noise = draw.uniform("mask", 1, parts.centres.device)[:, 0]
             return View(parts, masking.near(parts.centres, self.mask_ratio, noise=noise))
@@ -112,24 +101,14 @@ class PointMAE(Autoencoder):
         return View(parts, masking.random(*noise.shape, self.mask_ratio, noise=noise, rule="complement"))
 
     def score(self, pred: Tensor, view: View) -> dict[str, Tensor]:
-        true = ops.gather_tokens(view.parts.points.flatten(2), view.plan, "masked")
-        pred, true = (groups.reshape(-1, self.group_size, 3) for groups in (pred, true))
-        return {"chamfer": ops.chamfer(pred.to(true.dtype), true)}
+        return {"chamfer": self.distance(pred, view.parts, view.plan)}
 
     def guess(self, view: View) -> Tensor:
-        """The mean of all groups, point by point in the order of their distances."""
-        return view.parts.points.mean((0, 1)).flatten().expand(view.plan.total_masked, -1)
+        return self.mean_group(view.parts, view.plan)
 
     def encode(self, batch: PointBatch) -> Tensor:
         """[B, G, D]."""
-        self.wants.check(batch)
-        return self.encoder(group_points(batch.points.to(self.decoder.mask_token.dtype), self.groups, self.group_size))
+        return self.encoder(self.parts(batch))
 
     def picture(self, view: View, names: Sequence[str]) -> Picture:
-        pred, (points, centres), plan = self.compute(view).pred, view.parts, view.plan
-        seen, hidden = (ops.gather_tokens(centres, plan, which) for which in ("visible", "masked"))
-        visible = ops.gather_tokens(points.flatten(2), plan).unflatten(2, (-1, 3)) + seen[:, :, None]
-        made = pred.unflatten(-1, (-1, 3)) + hidden[:, :, None]
-        both = [clouds.flatten(1, 2) for clouds in (points + centres[:, :, None], visible, made)]
-        columns = dict(zip(("original", "visible", "reconstruction"), both))
-        return Scatter(columns, names, f"{self.mask_ratio:.0%} of the groups masked")
+        return self.scatter(self.compute(view).pred, view.parts, view.plan, names)

@@ -8,33 +8,14 @@ frame before. With t a tubelet's pixels in [0, 1], normalised for each channel o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from maefast import masking, ops
-from maefast.data.clips import ClipBatch, Clips
-from maefast.data.images.batch import normaliser
-from maefast.names import Names
-from maefast.nn import Decoder, Encoder, PatchEmbed, sincos_interleaved
-from maefast.nn.patch_embed import pair, patch_grid, triple
-from maefast.nn.patches import reconstruct
-from maefast.recipe import Draw, Picture, Progress, Spec, View
-from maefast.recipes._autoencoder import Autoencoder
-
-_SIZE = ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+from maefast import masking
+from maefast.data.clips import ClipBatch
+from maefast.recipe import Draw, Progress, Spec, View
+from maefast.recipes._clips import DEMO, SIZE, ClipAutoencoder
 
 
-class VideoMAE(Autoencoder):
-    """Args:
-        frames: T. img_size: int or (H, W). tubelet: (pt, ph, pw). stride: of the frames that a clip takes.
-        mask_ratio: share of a frame's positions that is hidden, int(ratio * S) of them.
-        norm_pix: targets are normalised, as above; otherwise they are pixels in [0, 1].
-        embed_dim, depth, num_heads: of the encoder. decoder_*: of the decoder. mlp_ratio: of both.
-        drop_path: of the encoder.
-
-    Shapes: clips [B, 3, T, H, W] -> N = T / pt * S tokens; latents [B, visible, D]; pred [B, masked, 3 * pt * ph * pw].
-    """
+class VideoMAE(ClipAutoencoder):
+    """Arguments and shapes are those of `ClipAutoencoder`."""
 
     spec = Spec(
         name="videomae",
@@ -42,98 +23,19 @@ class VideoMAE(Autoencoder):
         paper="Tong et al., NeurIPS 2022, arXiv:2203.12602",
         modality="video",
         sizes={
-            "base": dict(zip(_SIZE, (768, 12, 12, 384, 4, 6))),
-            "small": dict(zip(_SIZE, (384, 12, 6, 192, 4, 3))),
-            "large": dict(zip(_SIZE, (1024, 24, 16, 512, 12, 8))),
-            "huge": dict(zip(_SIZE, (1280, 32, 16, 640, 12, 10))),
+            "base": dict(zip(SIZE, (768, 12, 12, 384, 4, 6))),
+            "small": dict(zip(SIZE, (384, 12, 6, 192, 4, 3))),
+            "large": dict(zip(SIZE, (1024, 24, 16, 512, 12, 8))),
+            "huge": dict(zip(SIZE, (1280, 32, 16, 640, 12, 10))),
         },
         training={"blr": 1.5e-4, "warmup": 0.05, "epochs": 800, "crop_scale": (0.5, 1.0), "flip": 0.0},
-        demo={
-            "model_args": {
-                "frames": 8, "img_size": 48, "tubelet": [2, 8, 8], "stride": 1, "embed_dim": 128, "depth": 4,
-                "num_heads": 4, "decoder_embed_dim": 64, "decoder_depth": 2, "decoder_num_heads": 2,
-            },
-            "mask_ratio": 0.75, "steps": 600, "batch_size": 16, "lr": 2e-3, "warmup": 0.1,
-        },
+        demo=DEMO,
         baseline="predicting each tubelet's mean",
-    )  # fmt: skip
-    names = Names(
-        ("encoder_to_decoder.", "decoder.embed."),
-        ("mask_token", "decoder.mask_token"),
-        ("decoder.head.", "decoder.pred."),
     )
-
-    def __init__(
-        self,
-        frames: int = 16,
-        img_size: int | Sequence[int] = 224,
-        tubelet: Sequence[int] = (2, 16, 16),
-        stride: int = 4,
-        mask_ratio: float = 0.9,
-        norm_pix: bool = True,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        decoder_embed_dim: int = 384,
-        decoder_depth: int = 4,
-        decoder_num_heads: int = 6,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-    ) -> None:
-        super().__init__()
-        size, self.tubelet = pair("img_size", img_size), triple("tubelet", tubelet)
-        self.wants = Clips(frames, size, stride)
-        self.grid = patch_grid((frames, *size), self.tubelet)
-        self.mask_ratio, self.norm = mask_ratio, "videomae" if norm_pix else "none"
-        tokens = self.grid[0] * self.grid[1] * self.grid[2]
-        self.encoder = Encoder(
-            PatchEmbed(self.tubelet, 3, embed_dim),
-            sincos_interleaved(embed_dim, tokens),
-            embed_dim,
-            depth,
-            num_heads,
-            mlp_ratio,
-            prefix=0,
-            bias="qv",
-            drop_path=drop_path,
-        )
-        self.decoder = Decoder(
-            embed_dim,
-            3 * self.tubelet[0] * self.tubelet[1] * self.tubelet[2],
-            sincos_interleaved(decoder_embed_dim, tokens),
-            decoder_embed_dim,
-            decoder_depth,
-            decoder_num_heads,
-            mlp_ratio,
-            prefix=0,
-            embed_bias=False,
-            bias="qv",
-        )
-        mean, std = normaliser(3)
-        self.register_buffer("mean", mean[..., None], persistent=False)
-        self.register_buffer("std", std[..., None], persistent=False)
 
     def prepare(self, batch: ClipBatch, draw: Draw, progress: Progress) -> View:
         """parts: float32 [B, 3, T, H, W], normalised as ImageNet's; target: the same in [0, 1]; plan: of tubes."""
-        self.wants.check(batch)
-        clips = batch.clips.to(self.mean.dtype) / 255
+        parts, clips = self.normalised(batch)
         frames, spatial = self.grid[0], self.grid[1] * self.grid[2]
         noise = draw.uniform("mask", spatial, clips.device)
-        plan = masking.tube(len(clips), frames, spatial, self.mask_ratio, noise=noise)
-        return View((clips - self.mean) / self.std, plan, clips)
-
-    def score(self, pred: Tensor, view: View) -> dict[str, Tensor]:
-        return {"pixels": ops.patch_loss(pred, view.target, view.plan, self.tubelet, norm=self.norm)}
-
-    def encode(self, batch: ClipBatch) -> Tensor:
-        """[B, N, D], tokens row-major over (time, rows, columns)."""
-        self.wants.check(batch)
-        return self.encoder((batch.clips.to(self.mean.dtype) / 255 - self.mean) / self.std)
-
-    def picture(self, view: View, names: Sequence[str]) -> Picture:
-        from maefast.data.clips import sheet
-
-        pred = self.compute(view).pred
-        shown = reconstruct(pred, view.target, view.plan, self.tubelet, self.norm, fill=0.5)
-        how = "; masked tubelets have their true mean and variance" if self.norm != "none" else ""
-        return sheet(shown, names, f"{self.mask_ratio:.0%} masked{how}")
+        return View(parts, masking.tube(len(clips), frames, spatial, self.mask_ratio, noise=noise), clips)

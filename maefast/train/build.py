@@ -72,8 +72,10 @@ def _build(config: PretrainConfig) -> Recipe:
 
 
 def _checked(config: PretrainConfig, recipe: Recipe) -> Recipe:
-    """The recipe, if no option was given that its data would not read."""
-    read = getattr(recipe.wants, "options", ())
+    """The recipe, if it has all that it needs and no option was given that its data would not read."""
+    if missing := recipe.missing():
+        raise ConfigError(f"the recipe {config.recipe!r} needs {missing}")
+    read = getattr(recipe.wants, "options", ())  # those of _OF_DATA that it knows
     usual = {entry.name: entry.default for entry in fields(PretrainConfig)} | recipe.spec.training | recipe.spec.demo
     for option in _OF_DATA:
         if option not in read and getattr(config, option) != usual[option]:

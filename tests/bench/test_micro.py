@@ -40,6 +40,7 @@ def test_every_public_token_op_is_there():
         "farthest_points",
         "knn",
         "chamfer",
+        "feature_loss",
         "pack_cells",
         "unpack_cells",
         "max_pool_cells",

@@ -32,3 +32,43 @@ def test_feature_loss(device, dtype, form, rows, width, indexed, seed):
     (wanted,) = torch.autograd.grad(want, high, grad.double())
     got = kernels.feature_loss_backward(grad.to(device), *low, stats, norm, kind, 0.5)
     assert_close(got, wanted, "grad pred")
+
+
+def test_nearly_equal_and_zero_rows(device):
+    pred = random_tensor(4, 33, seed=0)
+    target = pred + 1e-3 * random_tensor(4, 33, seed=1)
+    pred[1] = target[2] = pred[3] = target[3] = 0
+    high = pred.double().requires_grad_()
+    want = feature_loss_reference(high, target.double(), None, 0, 3, 1.0, 1e-12)
+    each, stats = kernels.feature_loss(pred.to(device), target.to(device), None, 0, 3, 1.0, 1e-12)
+    torch.testing.assert_close(each.cpu().double(), want.detach(), rtol=1e-3, atol=0)
+    (wanted,) = torch.autograd.grad(want.sum(), high)
+    got = kernels.feature_loss_backward(
+        torch.ones(4, device=device), pred.to(device), target.to(device), None, stats, 0, 3, 1.0
+    )
+    # A rounding of a normalised value, 6e-8, against the distance.
+    assert float((got[0].cpu() - wanted[0]).norm() / wanted[0].norm()) < 1e-4
+    assert_close(got, wanted, "grad pred")
+
+
+def test_refuses_float64(device):
+    x = torch.zeros(1, 4, dtype=torch.float64, device=device)
+    with pytest.raises(TypeError, match="float64"):
+        kernels.feature_loss(x, x, None, 0, 0, 1.0, 1e-6)
+    low = x.float()
+    with pytest.raises(TypeError, match="float64"):
+        kernels.feature_loss_backward(x[0, :1], low, low, None, low, 0, 0, 1.0)
+
+
+def test_refuses_rows_too_wide(device):
+    x = torch.zeros(1, kernels.MAX_WIDTH + 1, device=device)
+    with pytest.raises(ValueError, match="at most 16384 values"):
+        kernels.feature_loss(x, x, None, 0, 0, 1.0, 1e-6)
+
+
+def test_no_rows(device):
+    x = torch.zeros(0, 4, device=device)
+    each, stats = kernels.feature_loss(x, x, None, 0, 0, 1.0, 1e-6)
+    assert each.shape == (0,)
+    assert stats.shape == (0, 4)
+    assert kernels.feature_loss_backward(each, x, x, None, stats, 0, 0, 1.0).shape == (0, 4)

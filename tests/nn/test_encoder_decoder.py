@@ -133,3 +133,21 @@ def test_absent_tokens_take_no_part(keep, hide):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     with pytest.raises(ValueError, match="leaves tokens absent"):
         decoder(latent, plan, "full")
+
+
+def test_further_tokens_are_attended_to():
+    """Mask tokens at positions given again stand with the others as in a sequence put together by hand."""
+    torch.manual_seed(0)
+    decoder = Decoder(16, 10, torch.randn(16, 8), 8, 2, 2, prefix=0).double()
+    plan = masking.random(3, 16, 0.5, order="position")
+    latent = torch.randn(3, 8, 16, dtype=torch.float64)
+    again = plan.ids_keep[:, ::2]
+    tokens = [decoder.embed(latent) + decoder.pos_embed[plan.ids_keep]]
+    tokens += [decoder.mask_token + decoder.pos_embed[ids] for ids in (again, plan.ids_masked)]
+    x = torch.cat(tokens, 1)
+    for block in decoder.blocks:
+        x = block(x)
+    want = decoder.pred(decoder.norm(x[:, -8:]))
+    torch.testing.assert_close(decoder(latent, plan, again=again), want, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="again goes with a table of positions and without prefix"):
+        decoder_of(16, 8, 2, 2)(torch.randn(3, 9, 16), plan, again=again)

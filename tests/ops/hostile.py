@@ -244,11 +244,19 @@ VALID: dict[str, list[Callable[[], dict]]] = {
     ],
     "masking.running_cells": [
         lambda: {"batch": 2, "frames": 3, "grid_size": (2, 4), "ratio": 0.25, "noise": floats(2).abs() / 2},
-        lambda: {"batch": 2, "frames": 3, "grid_size": (2, 4), "generator": torch.Generator(), "device": "cpu"},
+        lambda: {"batch": 2, "frames": 3, "grid_size": (2, 4), "generator": torch.Generator(), "path": "rows"},
+        lambda: {"batch": 2, "frames": 3, "grid_size": (2, 4), "device": "cpu"},
     ],
     "masking.only": [lambda: {"plan": tokens(), "chosen": floats(2, 6) > 0, "hide": None}],
     "masking.dual": [
-        lambda: {"batch": 2, "frames": 4, "grid_size": (2, 4), "noise": floats(2, 8), "cell_noise": floats(2)},
+        lambda: {
+            "batch": 2,
+            "frames": 4,
+            "grid_size": (2, 4),
+            "noise": floats(2, 8),
+            "cell_noise": floats(2),
+            "path": "rows",
+        },
     ],
     "masking.coloured": [
         lambda: {"batch": 2, "grid_size": (3, 4), "ratio": 0.5, "sigma": (0.5, 2.0), "noise": floats(2, 3, 4)},

@@ -132,7 +132,7 @@ class RecipeTests:
     def test_the_demo_beats_the_baseline(self, tmp_path):
         if not ALL_EXAMPLES:
             pytest.skip("a demo takes up to a minute; MAEFAST_ALL_EXAMPLES=1 runs them")
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
         options = {**recipe_options(self.name, demo=True), "output_dir": str(tmp_path), "tensorboard": False}
         result = pretrain(PretrainConfig(**options, device="cpu", workers=0))
         loss, trivial = result.baseline

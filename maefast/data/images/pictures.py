@@ -41,14 +41,15 @@ class Examples:
 
 @dataclass
 class Sheet:
-    """The four columns, uint8 [B, C, H, W] each, as a `maefast.recipe.Picture`."""
+    """Columns, uint8 [B, C, H, W] each, as a `maefast.recipe.Picture`; the usual four unless labelled otherwise."""
 
     columns: list[torch.Tensor]
     names: Sequence[str]
     caption: str
+    labels: Sequence[str] = COLUMNS
 
     def save(self, path: Path, title: str) -> None:
-        save_picture(self.columns, self.names, path, title)
+        save_picture(self.columns, self.names, path, title, self.labels)
 
     def pixels(self) -> torch.Tensor:
         return torch.cat([torch.cat(list(column), 1) for column in self.columns], 2)
@@ -153,7 +154,13 @@ def picture_format(path: Path) -> str:
 _SIDES = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383, "TIFF": 2**31 - 1}
 
 
-def save_picture(columns: list[torch.Tensor], names: Sequence[str], path: Path, title: str = "") -> None:
+def save_picture(
+    columns: list[torch.Tensor],
+    names: Sequence[str],
+    path: Path,
+    title: str = "",
+    labels: Sequence[str] = COLUMNS,
+) -> None:
     """Write a labelled picture (atomically), in the format of its name. Small images are enlarged by a whole factor."""
     format = picture_format(path)
     rows, _, height, width = columns[0].shape
@@ -171,7 +178,7 @@ def save_picture(columns: list[torch.Tensor], names: Sequence[str], path: Path, 
     draw = ImageDraw.Draw(sheet)
     for i, line in enumerate(lines):
         draw.text((_GAP, 4 + _LINE * i), line, fill=(90, 90, 90), font=small)
-    for c, (column, label) in enumerate(zip(columns, COLUMNS, strict=True)):
+    for c, (column, label) in enumerate(zip(columns, labels, strict=True)):
         left = _GAP + c * (width + _GAP)
         draw.text((left + width / 2, top - 4), label, fill=(0, 0, 0), font=font, anchor="ms")
         for r in range(rows):

@@ -1,0 +1,110 @@
+"""Networks that a recipe learns from and does not train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Frozen:
+    """A network that never learns, held so that the recipe's `parameters()`, state_dict, DDP and optimizer do not see
+    it. `maefast.recipe.Recipe` takes it along to devices and dtypes. Always in eval mode; called without gradients.
+
+    >>> teacher = Frozen(nn.Linear(2, 3))
+    >>> teacher(torch.zeros(1, 2)).requires_grad
+    False
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.module(*args, **options)
+
+    @torch.no_grad()
+    def states(self, *args: Any, **options: Any) -> Any:
+        """Of the network, see `maefast.nn.Encoder.states`: no block behind the last one that is asked for is run."""
+        return self.module.states(*args, **options)
+
+
+def cls_attention(q: Tensor, k: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
+    """How much the class token looks at each patch, the mean of the heads, from queries and keys [B, 1 + N, D] of a
+    layer: [B, N]. Its row alone is computed, not all (1 + N)^2 pairs. The row sums to less than 1: the class token
+    looks at itself too."""
+    q, k = (t.unflatten(-1, (num_heads, -1)) for t in (q[:, 0], k))
+    scores = torch.einsum("bhd,bnhd->bhn", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return scores.float().softmax(-1).to(scores.dtype).mean(1)[:, 1:]
+
+
+class ImageTeacher(nn.Module):
+    """A ViT that tells states and where its class token looks: of `maefast.models` (a MaskedAutoencoderViT), or of
+    transformers (CLIPVisionModel, ViTModel). It takes images normalised as ImageNet's.
+
+    Args:
+        model: of 1 + N tokens, class token first.
+
+    Attributes:
+        width: D. depth: blocks.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        kind = type(model).__name__
+        if hasattr(model, "states"):
+            self.width, self.depth, self._run = model.config["embed_dim"], model.config["depth"], self._own
+        elif kind in ("CLIPVisionModel", "ViTModel"):
+            self.width, self.depth = model.config.hidden_size, model.config.num_hidden_layers
+            self._run = self._hf
+        else:
+            raise TypeError(f"a teacher is a mae_* model, CLIPVisionModel or ViTModel, got {kind}")
+        self.clip = kind == "CLIPVisionModel"
+
+    def forward(self, images: Tensor, at: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """The outputs of blocks `at`, from 0, [B, 1 + N, D] each; and `cls_attention` of the last block."""
+        return self._run(images, at)
+
+    def _own(self, images: Tensor, at: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        last = self.depth - 1
+        *states, before = self.model.states(images, at=(*at, last - 1))
+        block = self.model.blocks[last]
+        q, k, _ = block.attn.qkv(block.norm1(before)).chunk(3, -1)
+        return states, cls_attention(q, k, block.attn.num_heads)
+
+    def _hf(self, images: Tensor, at: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        if self.clip:
+            images = _as_clip(images)
+        seen: list[Tensor] = []
+        norm, query, key = self._last_block()
+        hook = norm.register_forward_hook(lambda module, args, out: seen.append(out))
+        try:
+            states = self.model(pixel_values=images, output_hidden_states=True).hidden_states
+        finally:
+            hook.remove()
+        heads = self.model.config.num_attention_heads
+        return [states[1 + index] for index in at], cls_attention(query(seen[0]), key(seen[0]), heads)
+
+    def _last_block(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The first norm of the last block, and the block's maps to queries and keys; names of transformers 4 and 5."""
+        inner = getattr(self.model, "vision_model", self.model)
+        encoder = inner.encoder if hasattr(inner, "encoder") else inner
+        block = (encoder.layers if hasattr(encoder, "layers") else encoder.layer)[-1]
+        norm = next(getattr(block, n) for n in ("layer_norm1", "layernorm_before") if hasattr(block, n))
+        named = dict(block.named_modules())
+        query, key = (
+            next(part for name, part in named.items() if name.rsplit(".", 1)[-1] in names)
+            for names in (("q_proj", "query"), ("k_proj", "key"))
+        )
+        return norm, query, key
+
+
+def _as_clip(images: Tensor) -> Tensor:
+    """From ImageNet's mean and standard deviation to CLIP's."""
+    numbers = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.48145466, 0.4578275, 0.40821073),
+               (0.26862954, 0.26130258, 0.27577711))  # fmt: skip
+    mean, std, clip_mean, clip_std = (torch.tensor(n).to(images).view(3, 1, 1) for n in numbers)
+    return (images * std + mean - clip_mean) / clip_std

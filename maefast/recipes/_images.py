@@ -1,0 +1,84 @@
+"""What recipes of images share: normalised pixels, a mask of patches, the mean colour as a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maefast import masking, models
+from maefast.data.images import Images
+from maefast.data.images.batch import ImageBatch, normalise, normaliser
+from maefast.ops import TokenMask
+from maefast.recipe import Draw, Recipe
+
+
+class ImageRecipe(Recipe):
+    """Images of `channels` (1 or 3) and `size` (height, width)."""
+
+    def __init__(self, channels: int, size: Sequence[int]) -> None:
+        super().__init__()
+        self.wants = Images(channels, tuple(size))
+        mean, std = normaliser(channels)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def images(self, batch: ImageBatch) -> Tensor:
+        """[B, C, H, W], normalised as ImageNet's."""
+        self.wants.check(batch)
+        return normalise(batch.images, self.mean, self.std)
+
+    def plan(self, images: Tensor, draw: Draw, patches: int, mask_ratio: float) -> TokenMask:
+        """int(N * (1 - ratio)) random patches stay visible, MAE's draw."""
+        return masking.random(len(images), patches, mask_ratio, noise=draw.uniform("mask", patches, images.device))
+
+
+def mean_colour(images: Tensor, patch_size: tuple[int, int], count: int) -> Tensor:
+    """`count` rows of a patch of the mean colour of [B, C, H, W], in (ph, pw, C) order."""
+    colour = images.mean((0, 2, 3))
+    return colour.repeat(patch_size[0] * patch_size[1]).expand(count, -1)
+
+
+def mean_feature(target: Tensor) -> Tensor:
+    """The mean of all rows [..., D], in the place of each."""
+    return target.flatten(0, -2).mean(0).expand_as(torch.atleast_2d(target))
+
+
+def feature_sheet(images: Tensor, shown: Tensor, features: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:
+    """Columns of a picture: `images` [B, C, H, W] in [0, 1], the same where `shown` [B, N] is, and each of `features`
+    [B, N, D] as colours, the first three principal components of the first of them."""
+    size = tuple(images.shape[2:])
+    seen = F.interpolate(shown.view(-1, 1, *grid).float(), size)
+    first = features[0].flatten(0, 1).double()
+    mean = first.mean(0)
+    axes = torch.linalg.eigh((first - mean).T @ (first - mean))[1][:, -3:].flip(1)
+    low, high = ((first - mean) @ axes).quantile(torch.tensor([0.02, 0.98]).to(first), dim=0)
+    columns = [images.float().expand(-1, 3, -1, -1), (images * seen).float().expand(-1, 3, -1, -1)]
+    for values in features:
+        colours = (((values.double() - mean) @ axes - low) / (high - low)).clamp(0, 1)
+        columns.append(F.interpolate(colours.transpose(1, 2).unflatten(2, grid).float(), size))
+    return [(column * 255).round().clamp(0, 255).to(torch.uint8).cpu() for column in columns]
+
+
+def mae_teacher(
+    given: nn.Module | str | None, name: str, arguments: dict[str, Any], part: str = "encoder"
+) -> nn.Module:
+    """A MaskedAutoencoderViT: `given`, or the model `name` with the weights of the file `given`; with fresh ones for
+    "random"; without any, for its sizes alone, for None."""
+    if isinstance(given, nn.Module):
+        return given
+    if given is None:  # its sizes alone
+        with torch.device("meta"):
+            return models.create(name, **arguments)
+    made = models.create(name, **arguments)
+    return made if given == "random" else models.load_checkpoint(made, given, part=part)
+
+
+def must_have(model: nn.Module, block: int, name: str, depth: str = "depth") -> None:
+    """ValueError: the argument `name` does not name one of the model's blocks."""
+    depth = model.config[depth]
+    if not 0 <= block < depth:
+        raise ValueError(f"{name} must name one of {depth} blocks, from 0, got {block}")
