@@ -182,3 +182,21 @@ def test_near_masks_a_ball_of_groups():
     assert plan.hide == 38
     for sample in range(4):
         assert set(plan.ids_masked[sample].tolist()) == set(away[sample].argsort()[:38].tolist())
+
+
+@pytest.mark.parametrize(("sizes", "ratio", "replace"), [([10], 0.5, 0.0), ([7, 1, 30], 0.75, 0.25), ((4, 4), 1, 1)])
+def test_nodes_are_masked_in_each_graph(sizes, ratio, replace):
+    plan = masking.nodes(sizes, ratio, replace, generator=seeded())
+    of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    hidden = [int(ratio * size) for size in sizes]
+    assert torch.bincount(of[plan.masked], minlength=len(sizes)).tolist() == hidden
+    assert torch.cat([plan.masked, plan.visible]).sort()[0].tolist() == list(range(sum(sizes)))
+    assert int(plan.token.sum()) == sum(count - int(replace * count) for count in hidden)
+    assert torch.equal(of[plan.source], of)
+    shown = ~plan.token
+    shown[plan.masked] = False
+    assert torch.equal(plan.source[shown], torch.arange(sum(sizes))[shown])
+    with pytest.raises(ValueError, match="donor_noise"):
+        masking.nodes([4], 0.5, 0.5, noise=torch.rand(1, 4))
+    with pytest.raises(ValueError, match="at least one graph"):
+        masking.nodes([], 0.5)

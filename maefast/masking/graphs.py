@@ -76,10 +76,13 @@ def nodes(
         raise ValueError(f"sizes must come to less than 2**31 nodes, got {sum(sizes)}")
     if donor_noise is None and noise is not None and replace:
         raise ValueError("donor_noise must be given with noise where replace is above 0")
-    scores = others = drawn(noise, widest, generator, None).detach().cpu().numpy()
+    for name, given in (("noise", noise), ("donor_noise", donor_noise)):
+        if isinstance(given, Tensor) and given.device.type != "cpu":
+            raise ValueError(f"{name} must be on the host, where nodes are chosen, got {given.device}")
+    scores = others = drawn(noise, widest, generator, None).detach().double().cpu().numpy()
     if replace:
         generator = generator if donor_noise is None else None
-        others = drawn(donor_noise, widest, generator, None, name="donor_noise").detach().cpu().numpy()
+        others = drawn(donor_noise, widest, generator, None, name="donor_noise").detach().double().cpu().numpy()
     masked, visible, start = [], [], 0
     source = np.arange(sum(sizes))
     token = np.zeros(len(source), dtype=bool)
