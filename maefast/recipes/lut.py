@@ -59,7 +59,7 @@ class LUT(ImageRecipe):
         demo={
             "model_args": {"embed_dim": 96, "depth": 4, "num_heads": 3, "decoder_embed_dim": 64, "decoder_depth": 2,
                            "decoder_num_heads": 2, "head_dim": 256, "norm_pix": False},
-            "img_size": 64, "patch_size": 8, "steps": 200, "batch_size": 16, "lr": 1e-3, "warmup": 0.1,
+            "img_size": 64, "patch_size": 8, "steps": 150, "batch_size": 8, "lr": 1e-3, "warmup": 0.1,
         },
         baseline="the mean colour (pixels alone)",
     )  # fmt: skip
