@@ -31,7 +31,7 @@ class Names:
         unused: tuple[str, ...] = (),
         optional: tuple[str, ...] = (),
     ) -> None:
-        self._pointwise, self._unused, self.optional = pointwise, unused, optional
+        self._pointwise, self.unused, self.optional = pointwise, unused, optional
         self._ours, self._public = dict(pairs), {ours: public for public, ours in pairs}
         if not len(self._ours) == len(self._public) == len(pairs):
             raise ValueError("every beginning, public or ours, must stand in one pair only")
@@ -44,7 +44,7 @@ class Names:
 
     def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """ValueError: two tensors get the same name."""
-        used = {name: t for name, t in tensors.items() if not self._unused or not name.startswith(self._unused)}
+        used = {name: t for name, t in tensors.items() if not self.unused or not name.startswith(self.unused)}
         flat = {name: t.squeeze(-1) if self._convolution(name, t, 3) else t for name, t in used.items()}
         return _renamed(flat, self.ours_of)
 

@@ -41,11 +41,14 @@ class Content:
     averaged: bool = False
 
 
-def read_content(path: str | os.PathLike, ema: bool = False, names: Collection[str] = ()) -> Content:
+def read_content(
+    path: str | os.PathLike, ema: bool = False, names: Collection[str] = (), unused: tuple[str, ...] = ()
+) -> Content:
     """The weights in a file or folder, with what is told about their model; see `read_state_dict`.
 
     Args:
         names: of the model that they are for: weights with just these names are taken as they are.
+        unused: beginnings of names that may stand beside them.
     """
     path = Path(path)
     try:
@@ -58,7 +61,7 @@ def read_content(path: str | os.PathLike, ema: bool = False, names: Collection[s
             ) from error
         raise
     try:
-        found = find_state(content, ema, names) or only_state(content, ema)
+        found = find_state(content, ema, names, unused) or only_state(content, ema)
     except Ambiguous as error:
         raise Ambiguous(f"{path}: {error}") from None
     if found is None:

@@ -70,18 +70,21 @@ class Ambiguous(ValueError):
     """Several models in one file, and nothing says which."""
 
 
-def find_state(content: Any, ema: bool = False, names: Collection[str] = ()) -> Found | None:
+def find_state(
+    content: Any, ema: bool = False, names: Collection[str] = (), unused: tuple[str, ...] = ()
+) -> Found | None:
     """The weights of a known model in `content` (what torch.load gives), or None if there are none.
 
     Args:
         ema: take the averaged copy (EMA, teacher) instead of the trained weights.
         names: of the model that they are for: a state dict with just these is taken as it is, whatever they are.
+        unused: beginnings of names that may stand beside these, and are left out.
 
     Raises:
         Ambiguous: several models, or no averaged copy although `ema`.
     """
     mappings = list(_mappings(content))
-    models = [found for path, state in mappings for found in _exactly(state, path, frozenset(names))]
+    models = [found for path, state in mappings for found in _exactly(state, path, frozenset(names), unused)]
     models = models or [found for path, state in mappings for found in _models(state, path)]
     if isinstance(content, Mapping) and _LIGHTNING_CURRENT in content:
         for found in models:
@@ -164,9 +167,12 @@ def _mappings(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
             yield from _mappings(value, (*path, str(key)))
 
 
-def _exactly(state: Mapping[str, Tensor], path: tuple[str, ...], names: frozenset[str]) -> Iterator[Found]:
-    if names and names == state.keys():
-        yield Found(dict(state), path, "", _is_average(*path))
+def _exactly(
+    state: Mapping[str, Tensor], path: tuple[str, ...], names: frozenset[str], unused: tuple[str, ...]
+) -> Iterator[Found]:
+    kept = {key: value for key, value in state.items() if not (unused and key.startswith(unused))}
+    if names and names == kept.keys():
+        yield Found(kept, path, "", _is_average(*path))
 
 
 def _models(state: Mapping[str, Tensor], path: tuple[str, ...]) -> Iterator[Found]:

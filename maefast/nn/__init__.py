@@ -10,6 +10,7 @@ from maefast.nn.layers import LayerNorm, Linear
 from maefast.nn.patch_embed import PatchEmbed
 from maefast.nn.point_groups import CentrePositions, Groups, PointEmbed, group_points
 from maefast.nn.positions import sincos_1d, sincos_2d, sincos_interleaved
+from maefast.nn.regressor import Regressor
 from maefast.nn.sparsify import sparsify
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Packing",
     "PatchEmbed",
     "PointEmbed",
+    "Regressor",
     "UnknownSparseOp",
     "encoder_states",
     "group_points",

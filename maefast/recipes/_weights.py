@@ -30,7 +30,7 @@ def load_weights(recipe: Recipe, path: str | os.PathLike, *, ema: bool = False) 
     public = recipe.names.to_public(own)
     tensors = read_content(path, ema, names=own.keys()).tensors
     if tensors.keys() != own.keys():
-        tensors = read_content(path, ema, names=public.keys()).tensors
+        tensors = read_content(path, ema, public.keys(), recipe.names.unused).tensors
         tensors = recipe.names.to_ours(tensors)
     left = [name for name in own if name not in tensors and recipe.names.optional]
     left = [name for name in left if name.startswith(recipe.names.optional)]
