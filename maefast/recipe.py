@@ -198,7 +198,7 @@ class Recipe(nn.Module):
 
     def baseline(self, view: View) -> Output:
         """What a trivial predictor (`Spec.baseline`) makes of a view, to be held against `compute`'s terms of the same
-        names. Called without gradients, and only where a recipe defines it."""
+        names; it may have fewer. Called without gradients, and only where a recipe defines it."""
         raise NotImplementedError(f"{type(self).__name__} has no trivial predictor")
 
     def picture(self, view: View, names: Sequence[str]) -> Picture | None:

@@ -57,11 +57,11 @@ class CAE(ImageRecipe):
         },
         training={"lr": 1.5e-3, "betas": (0.9, 0.98), "epochs": 300, "clip": 3.0, "warmup": 0.03},
         demo={
-            "model_args": {"tokenizer": "random", "codes": 64, "embed_dim": 96, "depth": 4, "num_heads": 3,
+            "model_args": {"tokenizer": "random", "codes": 16, "embed_dim": 96, "depth": 4, "num_heads": 3,
                            "regressor_depth": 2, "decoder_depth": 1, "drop_path": 0.0},
-            "img_size": 64, "patch_size": 8, "steps": 200, "batch_size": 16, "lr": 1e-3, "warmup": 0.1,
+            "img_size": 64, "patch_size": 8, "steps": 200, "batch_size": 16, "lr": 2e-3, "warmup": 0.1,
         },
-        baseline="the codes as often as they occur (cross-entropy alone)",
+        baseline="the codes as often as they occur",
     )  # fmt: skip
     names = Names(
         ("regresser.regressor_blocks.", "regressor.blocks."),

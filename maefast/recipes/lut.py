@@ -61,7 +61,7 @@ class LUT(ImageRecipe):
                            "decoder_num_heads": 2, "head_dim": 256, "norm_pix": False},
             "img_size": 64, "patch_size": 8, "steps": 150, "batch_size": 8, "lr": 1e-3, "warmup": 0.1,
         },
-        baseline="the mean colour (pixels alone)",
+        baseline="the mean colour",
     )  # fmt: skip
     names = Names(
         ("", "encoder."),

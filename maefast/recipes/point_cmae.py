@@ -48,7 +48,7 @@ class PointCMAE(GroupedPoints):
         sizes={"small": {}},
         training=TRAINING,
         demo=DEMO,
-        baseline="the mean group (distance alone)",
+        baseline="the mean group",
     )
     names = Names(
         ("MAE_encoder.encoder.", "encoder.patch_embed."),

@@ -35,7 +35,7 @@ from .signals import StopSignal
 @dataclass
 class Result:
     """What a run came to. `stopped` names the signal that ended it early; `bad` maps unreadable files to reasons;
-    `baseline` is (loss, loss of a trivial predictor) on the examples that are pictured, where the recipe has one."""
+    `baseline` is (loss, loss of a trivial predictor), of the terms that both have, on the examples that are pictured."""
 
     step: int
     total: int
@@ -382,7 +382,7 @@ class Run:
 
     @torch.no_grad()
     def _baseline(self) -> tuple[float, float] | None:
-        """(loss, loss of a trivial predictor) on the examples, which are said too."""
+        """(loss, loss of a trivial predictor), of the terms that both have, on the examples; said too."""
         if self.examples is None or type(self.recipe).baseline is Recipe.baseline:
             return None
         training = self.recipe.training
@@ -392,8 +392,10 @@ class Run:
             mine, trivial = self.recipe.compute(view), self.recipe.baseline(view)
         finally:
             self.recipe.train(training)
-        found, words = (mine.loss.item(), trivial.loss.item()), self.recipe.spec.baseline
-        self._say(f"on the {self.source.unit}s of the picture: loss {found[0]:.4g}; {words}: {found[1]:.4g}")
+        same = {name: mine.terms[name] for name in trivial.terms}  # of the terms that it has
+        what = "loss" if same.keys() == mine.terms.keys() else " + ".join(same)
+        found, words = (replace(mine, terms=same).loss.item(), trivial.loss.item()), self.recipe.spec.baseline
+        self._say(f"on the {self.source.unit}s of the picture: {what} {found[0]:.4g}; {words}: {found[1]:.4g}")
         return found
 
     def _gather_bad(self) -> dict[str, str]:
