@@ -35,7 +35,7 @@ from .signals import StopSignal
 @dataclass
 class Result:
     """What a run came to. `stopped` names the signal that ended it early; `bad` maps unreadable files to reasons;
-    `baseline` is (loss, loss of a trivial predictor), of the terms that both have, on the examples that are pictured."""
+    `baseline` is (loss, loss of a trivial predictor), of the terms that both have, on the examples of the picture."""
 
     step: int
     total: int
