@@ -49,8 +49,8 @@ class ChAMAEViT(Recipe):
         training={"lr": 4e-4, "clip": 1.0, "graph": "off"},  # the numbers of tokens change from step to step
         demo={
             "model_args": {"channels": 5, "embed_dim": 96, "depth": 3, "num_heads": 3, "decoder_num_heads": 3},
-            "img_size": 48, "patch_size": 8, "steps": 300, "batch_size": 16, "lr": 1e-3, "warmup": 0.1,
-            "picture_rows": 3,
+            "img_size": 32, "patch_size": 8, "steps": 700, "batch_size": 16, "lr": 2e-3, "warmup": 0.1,
+            "picture_rows": 4,
         },
         baseline="each patch's mean",
     )  # fmt: skip
