@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 from maefast.kernels import feature_loss as kernels
 from maefast.ops.feature_loss import feature_loss_reference
-from tests.kernels.support import DTYPES, assert_close, property_test, random_tensor
+from tests.kernels.support import DTYPES, assert_close, bound, property_test, random_tensor
 
 FORMS = [(norm, kind) for norm in range(3) for kind in range(3)] + [(0, 3)]
 
@@ -31,7 +32,17 @@ def test_feature_loss(device, dtype, form, rows, width, indexed, seed):
     grad = random_tensor(rows, seed=seed + 2)
     (wanted,) = torch.autograd.grad(want, high, grad.double())
     got = kernels.feature_loss_backward(grad.to(device), *low, stats, norm, kind, 0.5)
-    assert_close(got, wanted, "grad pred")
+    if norm == 2:
+        # The gradient is what a projection leaves: roundings are relative to what was there before it, which at a
+        # width of two or three can be far more.
+        unit = F.normalize(pred.double()).requires_grad_()
+        other = F.normalize(target.double())
+        each = feature_loss_reference(unit, other, index, 0, kind, 0.5, 1e-6)
+        (before,) = torch.autograd.grad(each, unit, grad.double())
+        before = before / pred.double().norm(dim=1, keepdim=True)
+        assert float((got.cpu().double() - wanted).norm() / before.norm()) <= bound(got)
+    else:
+        assert_close(got, wanted, "grad pred")
 
 
 def test_nearly_equal_and_zero_rows(device):
