@@ -74,7 +74,8 @@ def cls_attention(q: Tensor, k: Tensor, num_heads: int, scale: float | None = No
     looks at itself too."""
     q, k = (t.unflatten(-1, (num_heads, -1)) for t in (q[:, 0], k))
     scores = torch.einsum("bhd,bnhd->bhn", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return scores.float().softmax(-1).to(scores.dtype).mean(1)[:, 1:]
+    exact = torch.promote_types(scores.dtype, torch.float32)  # half precision widened, float64 left alone
+    return scores.to(exact).softmax(-1).to(scores.dtype).mean(1)[:, 1:]
 
 
 class ImageTeacher(nn.Module):
@@ -94,6 +95,8 @@ class ImageTeacher(nn.Module):
         kind = type(model).__name__
         if hasattr(model, "states"):
             self.width, self.depth, self._run = model.config["embed_dim"], model.config["depth"], self._own
+            if self.depth < 2:
+                raise ValueError(f"a teacher has two blocks at least, got {self.depth}")
         elif kind in ("CLIPVisionModel", "ViTModel"):
             self.width, self.depth = model.config.hidden_size, model.config.num_hidden_layers
             self._run = self._hf

@@ -56,7 +56,9 @@ class TestMaskAlign(RecipeTests):
             self.make(layers=5)
         with pytest.raises(TypeError, match="a teacher is a mae_"):
             self.make(teacher=torch.nn.Linear(2, 2))
-        with pytest.raises(ValueError, match="a teacher of 1 blocks for a student of 4"):
+        with pytest.raises(ValueError, match="a teacher of 2 blocks for a student of 4"):
+            self.make(teacher=models.create("mae", img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2))
+        with pytest.raises(ValueError, match="two blocks at least, got 1"):
             self.make(teacher=models.create("mae", img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2))
 
 
@@ -72,7 +74,7 @@ def test_where_our_own_teacher_looks():
     qkv = linear(norm(want[1], p, "blocks.2.norm1"), p, "blocks.2.attn.qkv").unflatten(-1, (3, 2, 8))
     q, k, _ = qkv.permute(2, 0, 3, 1, 4)
     full = (q @ k.transpose(2, 3) * 8**-0.5).softmax(-1).mean(1)
-    torch.testing.assert_close(looks, full[:, 0, 1:], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(looks, full[:, 0, 1:], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["CLIPVisionModel", "ViTModel"])
