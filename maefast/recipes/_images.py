@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,14 +69,34 @@ def mae_teacher(
     given: nn.Module | str | None, name: str, arguments: dict[str, Any], part: str = "encoder"
 ) -> nn.Module:
     """A MaskedAutoencoderViT: `given`, or the model `name` with the weights of the file `given`; with fresh ones for
-    "random"; without any, for its sizes alone, for None."""
+    "random", with a warning; without any, for its sizes alone, for None. `part` is "encoder" or "all", what is used.
+    TypeError: `given` is neither, or a module without what is used."""
     if isinstance(given, nn.Module):
+        used = ("states",) if part == "encoder" else ("encode_visible", "decoder_states")
+        if lacks := [attribute for attribute in (*used, "config") if not hasattr(given, attribute)]:
+            raise TypeError(f"teacher must be a mae_* model, got {type(given).__name__} without {', '.join(lacks)}")
         return given
+    if not (given is None or isinstance(given, (str, os.PathLike))):
+        raise TypeError(f"teacher must be a module, a file or 'random', got {type(given).__name__}")
     if given is None:  # its sizes alone
         with torch.device("meta"):
             return models.create(name, **arguments)
     made = models.create(name, **arguments)
-    return made if given == "random" else models.load_checkpoint(made, given, part=part)
+    if given != "random":
+        return models.load_checkpoint(made, given, part=part)
+    warn_of_random_weights()
+    return made
+
+
+def warn_of_random_weights() -> None:
+    warnings.warn("the teacher has RANDOM weights: it teaches nothing and serves demos and tests alone", stacklevel=4)
+
+
+def same_grid(teacher: nn.Module, student: nn.Module) -> None:
+    """ValueError: the teacher's patches are not the student's, so that one mask cannot serve both."""
+    theirs, mine = getattr(teacher, "grid_size", student.grid_size), student.grid_size
+    if tuple(theirs) != tuple(mine):
+        raise ValueError(f"teacher has a grid of {tuple(theirs)} patches, the student one of {tuple(mine)}")
 
 
 def must_have(model: nn.Module, block: int, name: str, depth: str = "depth") -> None:

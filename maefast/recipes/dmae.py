@@ -21,7 +21,7 @@ from maefast.names import Names
 from maefast.nn import Linear
 from maefast.nn.teachers import Frozen
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
-from maefast.recipes._images import ImageRecipe, mae_teacher, mean_colour, mean_feature, must_have
+from maefast.recipes._images import ImageRecipe, mae_teacher, mean_colour, mean_feature, must_have, same_grid
 
 _TOY = {
     "embed_dim": 96,
@@ -89,6 +89,7 @@ class DMAE(ImageRecipe):
         self.at, self.teacher_at = at, teacher_at
         reader = mae_teacher(teacher, teacher_model, {**images, **(teacher_args or {})})
         self.teacher = None if teacher is None else Frozen(reader)
+        same_grid(reader, made)
         must_have(reader, teacher_at, "teacher_at")
         must_have(made, at, "at")
         self.head = Linear(made.config["embed_dim"], reader.config["embed_dim"])

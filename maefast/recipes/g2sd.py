@@ -25,7 +25,7 @@ from maefast.nn.init import init_weights_
 from maefast.nn.teachers import Frozen
 from maefast.ops._checks import one_of
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
-from maefast.recipes._images import ImageRecipe, feature_sheet, mae_teacher, must_have
+from maefast.recipes._images import ImageRecipe, feature_sheet, mae_teacher, must_have, same_grid
 
 _NAMES = ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 _SMALL = dict(zip(_NAMES, (384, 12, 6, 256, 4, 8)))
@@ -80,6 +80,7 @@ class G2SD(ImageRecipe):
         super().__init__(3, student.img_size)
         self.student, self.mask_ratio, self.rows, self.beta = student, mask_ratio, rows, beta
         reader = mae_teacher(teacher, teacher_model, {**images, **(teacher_args or {})}, part="all")
+        same_grid(reader, student)
         must_have(reader, teacher_at, "teacher_at", "decoder_depth")
         self.teacher, self.teacher_at = None if teacher is None else Frozen(reader), teacher_at
         width = reader.config["decoder_embed_dim"]

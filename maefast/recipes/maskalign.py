@@ -10,6 +10,7 @@ teacher's, for the five last layers i, class token and visible patches,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from maefast.nn.teachers import Frozen, ImageTeacher
 from maefast.ops import TokenMask
 from maefast.ops._checks import one_of
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
-from maefast.recipes._images import ImageRecipe, feature_sheet
+from maefast.recipes._images import ImageRecipe, feature_sheet, warn_of_random_weights
 
 EPS = 1e-5  # of the targets' LayerNorm
 MASKS = ("attention", "random")
@@ -84,6 +85,7 @@ class MaskAlign(ImageRecipe):
             raise ValueError(f"layers must lie in 1 to {depth}, the depth, got {layers}")
         self.mask, self.mask_ratio, self.layers, self.grid = mask, mask_ratio, layers, patch_grid(size, patch)
         if teacher == "random":
+            warn_of_random_weights()
             arguments = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
             teacher = models.create("mae", img_size=img_size, patch_size=patch_size, **arguments)
         self.teacher = None if teacher is None else Frozen(ImageTeacher(_opened(teacher)))
@@ -118,6 +120,9 @@ class MaskAlign(ImageRecipe):
         images = self.images(batch)
         depth = len(self.heads)
         states, attention = self.teacher(images, range(depth - self.layers, depth))
+        if attention.shape[1] != self.grid[0] * self.grid[1]:
+            grid = "x".join(map(str, self.grid))
+            raise ValueError(f"teacher has {attention.shape[1]} patches, the student {grid}")
         if self.mask == "random":
             return View(images, self.plan(images, draw, attention.shape[1], self.mask_ratio), tuple(states))
         noise = draw.uniform("mask", attention.shape[1], images.device)
@@ -170,9 +175,11 @@ def seen_rows(plan: TokenMask) -> Tensor:
 def _opened(teacher: nn.Module | str) -> nn.Module:
     if isinstance(teacher, nn.Module):
         return teacher
+    if not isinstance(teacher, (str, os.PathLike)):
+        raise TypeError(f"teacher must be a module, a name or folder, or 'random', got {type(teacher).__name__}")
     try:
         import transformers
     except ImportError as error:
         raise ImportError("a teacher by its name needs the package 'transformers'") from error
-    kind: Any = transformers.ViTModel if "dino" in teacher.lower() else transformers.CLIPVisionModel
+    kind: Any = transformers.ViTModel if "dino" in str(teacher).lower() else transformers.CLIPVisionModel
     return kind.from_pretrained(teacher)

@@ -110,7 +110,14 @@ class TestDMAE(RecipeTests):
             self.make(at=3)
         with pytest.raises(ValueError, match="teacher_at must name one of 4 blocks"):
             self.make(teacher_at=4)
-        recipe = self.make()
+        with pytest.raises(TypeError, match=r"teacher must be a mae_. model, got Linear without states, config"):
+            self.make(teacher=nn.Linear(2, 2))
+        with pytest.raises(TypeError, match="teacher must be a module, a file or 'random', got int"):
+            self.make(teacher=3)
+        with pytest.raises(ValueError, match=r"teacher has a grid of \(8, 8\) patches, the student one of \(4, 4\)"):
+            self.make(teacher=models.create("mae", img_size=64, patch_size=8, **TEACHER))
+        with pytest.warns(UserWarning, match="the teacher has RANDOM weights"):
+            recipe = self.make()
         with pytest.raises(ValueError, match=r"images must be uint8 or uint16 \[B, 3, 32, 32\]"):
             recipe(ImageBatch(torch.zeros(2, 3, 32, 24, dtype=torch.uint8)))
 

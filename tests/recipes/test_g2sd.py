@@ -64,6 +64,10 @@ class TestG2SD(RecipeTests):
     def test_refusals(self):
         with pytest.raises(ValueError, match="teacher_at must name one of 3 blocks"):
             self.make(teacher_at=3)
+        with pytest.raises(TypeError, match="got Linear without encode_visible, decoder_states, config"):
+            self.make(teacher=torch.nn.Linear(2, 2))
+        with pytest.raises(ValueError, match="teacher has a grid of"):
+            self.make(teacher=models.create("mae", img_size=64, patch_size=8, **TEACHER))
         with pytest.raises(ValueError, match="rows must be"):
             self.make(rows="some")
         recipe = recipes.create("g2sd", img_size=32, patch_size=8, student_args=STUDENT)

@@ -58,6 +58,13 @@ class TestMaskAlign(RecipeTests):
             self.make(teacher=torch.nn.Linear(2, 2))
         with pytest.raises(ValueError, match="a teacher of 2 blocks for a student of 4"):
             self.make(teacher=models.create("mae", img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2))
+        with pytest.raises(TypeError, match="teacher must be a module, a name or folder, or 'random', got int"):
+            self.make(teacher=3)
+        other = self.make(teacher=models.create("mae", img_size=32, patch_size=4, embed_dim=16, depth=4, num_heads=2))
+        with pytest.raises(ValueError, match="teacher has 64 patches, the student 4x4"):
+            other(self.batch(other))
+        with pytest.warns(UserWarning, match="the teacher has RANDOM weights"):
+            self.make()
         with pytest.raises(ValueError, match="two blocks at least, got 1"):
             self.make(teacher=models.create("mae", img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2))
 
