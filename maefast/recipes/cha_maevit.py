@@ -167,8 +167,10 @@ class ChAMAEViT(Recipe):
         return Output(self._terms(pred, view), pred, view)
 
     def encode(self, batch: ChannelBatch) -> Tensor:
-        """[B, 1 + memory + C * P, D] of images with all their channels."""
+        """[B, 1 + memory + C * P, D] of images with all their channels. ValueError: some are missing."""
         self.wants.check(batch)
+        if batch.present is not None and not bool(batch.present.all()):
+            raise ValueError("encode takes images with all their channels; some are missing in `present`")
         return self.latents(batch.images.to(self.pos_embed.dtype)[:, None], None, features=True)
 
     def picture(self, view: View, names: Sequence[str]) -> Picture:

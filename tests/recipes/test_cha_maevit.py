@@ -71,6 +71,8 @@ class TestChAMAEViT(RecipeTests):
         assert recipe.encode(self.batch(recipe)).shape == (3, 3 + 64, 16)
         with pytest.raises(ValueError, match=r"images must be \[B, 4, 16, 16\]"):
             recipe(ChannelBatch(torch.zeros(2, 3, 16, 16)))
+        with pytest.raises(ValueError, match="some are missing in `present`"):
+            recipe.encode(self.ragged())
         with pytest.raises(ValueError, match="present must be bool"):
             recipe(ChannelBatch(torch.zeros(2, 4, 16, 16), torch.ones(2, 4)))
         with pytest.raises(ValueError, match="must be shares of one"):
