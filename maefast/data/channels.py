@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maefast.data.clips import first_array
+from maefast.data.arrays import load_array
 from maefast.data.collection import DEMO, Collection, Files, Made
+from maefast.data.cropped import Cropped
 from maefast.ops import _checks
 from maefast.recipe import Batch
 
@@ -73,28 +74,15 @@ class Channels:
                 raise ValueError(f"present must be bool {list(batch.images.shape[:2])}, got {batch.present.dtype}")
 
 
-class _Cropped:
+class _Cropped(Cropped):
     """`Channels` with the crops that the options of a run name, as a `Kind`."""
-
-    unit = Channels.unit
-
-    def __init__(self, wants: Channels, options: Any) -> None:
-        from maefast.data.images.augment import Augment
-
-        self.wants = wants
-        self.augment = Augment(wants.size, options.crop_scale, options.crop_ratio, options.flip)
 
     def sample(self, raw: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         image = self._resized(raw, self.augment.box(raw.shape[2], raw.shape[1], rng))
         return standardised(image[:, :, ::-1] if rng.random() < self.augment.flip else image)
 
     def example(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        height, width = raw.shape[1:]
-        rows, columns = self.wants.size
-        scale = min(height / rows, width / columns)
-        h, w = round(rows * scale), round(columns * scale)
-        top, left = (height - h) // 2, (width - w) // 2
-        return standardised(self._resized(raw, (left, top, left + w, top + h)))
+        return standardised(self._resized(raw, self.centre(raw.shape[2], raw.shape[1])))
 
     def _resized(self, raw: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
         left, top, right, bottom = box
@@ -120,7 +108,7 @@ def standardised(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def read_channels(path: Path, count: int) -> np.ndarray:
     """[C, height, width]. ValueError: it is something else."""
-    array = np.load(path, mmap_mode="r") if path.suffix == ".npy" else first_array(path)
+    array = load_array(path)
     if array.ndim != 3 or array.shape[0] != count or array.dtype.kind not in "fiu":
         raise ValueError(f"an image is numbers [{count}, height, width], not {array.dtype} {list(array.shape)}")
     return array

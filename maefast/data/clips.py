@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maefast.data.arrays import load_array
 from maefast.data.collection import DEMO, Collection, Files, Made
-from maefast.errors import ConfigError
+from maefast.data.cropped import Cropped
 from maefast.nn.patches import Reconstruction
 from maefast.ops import _checks
 from maefast.recipe import Batch, Picture
@@ -73,16 +74,8 @@ class Clips:
         return Made("moving photographs", len(paths) * _SHIFTS, move, label)
 
 
-class _Cropped:
+class _Cropped(Cropped):
     """`Clips` with the crops that the options of a run name, as a `Kind`."""
-
-    unit = Clips.unit
-
-    def __init__(self, wants: Clips, options: Any) -> None:
-        from maefast.data.images.augment import Augment
-
-        self.wants = wants
-        self.augment = Augment(wants.size, options.crop_scale, options.crop_ratio, options.flip)
 
     def sample(self, raw: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """uint8 [T, H, W, 3]."""
@@ -93,11 +86,7 @@ class _Cropped:
 
     def example(self, raw: np.ndarray) -> np.ndarray:
         height, width = raw.shape[1:3]
-        rows, columns = self.wants.size
-        scale = min(height / rows, width / columns)
-        h, w = round(rows * scale), round(columns * scale)
-        top, left = (height - h) // 2, (width - w) // 2
-        return resized(self._taken(raw, 0.5), (left, top, left + w, top + h), self.wants.size)
+        return resized(self._taken(raw, 0.5), self.centre(width, height), self.wants.size)
 
     def _taken(self, raw: np.ndarray, where: float) -> np.ndarray:
         """T frames; of a short video with a smaller stride."""
@@ -130,16 +119,10 @@ class Videos(Files):
     """Arrays, and folders of frames."""
 
     def __init__(self, folder: str | Path) -> None:
-        root = Path(folder).expanduser()
-        if not root.is_dir():
-            raise ConfigError(f"--data {folder}: no such folder (give a folder of videos, or '{DEMO}')")
-        frames = {path.parent for path in root.rglob("*") if path.suffix.lower() in FRAMES}
-        self.root, self.name, self._read = root, str(folder), read_video
-        found = [*frames, *(path for path in root.rglob("*") if path.suffix.lower() in (".npy", ".npz"))]
-        self._files = sorted(path.relative_to(root).as_posix() for path in found)
-        if not self._files:
-            what = f"neither arrays (.npy, .npz) nor folders of frames ({' '.join(FRAMES)})"
-            raise ConfigError(f"--data {folder}: no videos in it: {what}")
+        super().__init__(folder, (".npy", ".npz", *FRAMES), read_video, "videos")
+
+    def _entry(self, path: Path) -> Path:
+        return path.parent if path.suffix.lower() in FRAMES else path
 
 
 def read_video(path: Path) -> np.ndarray:
@@ -152,18 +135,10 @@ def read_video(path: Path) -> np.ndarray:
         if len({frame.shape for frame in frames}) > 1:
             raise ValueError("its frames are not all of one size")
         return np.stack(frames)
-    array = np.load(path, mmap_mode="r") if path.suffix == ".npy" else first_array(path)
+    array = load_array(path)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise ValueError(f"a video is uint8 [frames, height, width, 3], not {array.dtype} {list(array.shape)}")
     return array
-
-
-def first_array(path: Path) -> np.ndarray:
-    """The only array of an .npz file."""
-    with np.load(path) as file:
-        if len(file.files) != 1:
-            raise ValueError(f"one array is wanted, the file holds {', '.join(file.files) or 'none'}")
-        return file[file.files[0]]
 
 
 def moving_photograph(path: Path, frames: int, size: tuple[int, int], way: int) -> np.ndarray:
@@ -194,12 +169,12 @@ def _photograph(path: Path, side: int) -> np.ndarray:
 
 def sheet(shown: Reconstruction, names: Sequence[str], caption: str, frames: int = 3) -> Picture:
     """Some frames of each clip [B, 3, T, H, W] in [0, 1], a row each."""
-    from maefast.data.images.pictures import Sheet
+    from maefast.data.images.pictures import Sheet, to_pixels
 
     picked = np.linspace(0, shown.original.shape[2] - 1, frames).round().astype(int).tolist()
     hidden = shown.reconstruction.where(shown.mask, torch.full_like(shown.reconstruction, 0.0))
     columns = [
-        (column[:, :, picked].transpose(1, 2).flatten(0, 1).float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+        to_pixels(column[:, :, picked].transpose(1, 2).flatten(0, 1))
         for column in (shown.original, shown.masked, hidden, shown.pasted)
     ]
     return Sheet(columns, [f"{name}, frame {frame}" for name in names for frame in picked], caption)

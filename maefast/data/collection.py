@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,9 +68,14 @@ class Files:
         if not self.root.is_dir():
             raise ConfigError(f"--data {folder}: no such folder (give a folder of {what}, or '{DEMO}')")
         found = (path.relative_to(self.root) for path in self.root.rglob("*") if path.suffix.lower() in endings)
-        self._files = sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+        seen = (path for path in found if not any(part.startswith(".") for part in path.parts))
+        self._files = sorted({self._entry(path).as_posix() for path in seen})
         if not self._files:
             raise ConfigError(f"--data {folder}: no {what} in it (looked at any depth for {' '.join(endings)})")
+
+    def _entry(self, path: Path) -> Path:
+        """What a file belongs to: itself."""
+        return path
 
     def __len__(self) -> int:
         return len(self._files)
@@ -118,8 +124,12 @@ class Collection(Dataset):
         """Nothing is found out about the data that a resumed run would have to take over."""
 
     def record(self) -> dict[str, Any]:
+        return {f"{self.unit}s": len(self), "fingerprint": self._fingerprint}
+
+    @cached_property
+    def _fingerprint(self) -> str:
         labels = "\n".join(self.entries.label(index) for index in range(len(self)))
-        return {f"{self.unit}s": len(self), "fingerprint": hashlib.sha256(labels.encode()).hexdigest()[:16]}
+        return hashlib.sha256(labels.encode()).hexdigest()[:16]
 
     def changes(self, record: Mapping[str, Any]) -> list[str]:
         count, now = f"{self.unit}s", self.record()

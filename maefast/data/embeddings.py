@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maefast.data.arrays import load_rows
 from maefast.data.collection import DEMO, Collection, Files, Made
 from maefast.errors import ConfigError
 from maefast.ops import TokenMask, _checks
@@ -106,13 +107,7 @@ class Embeddings:
 
 def read_sequence(path: Path, dim: int) -> np.ndarray:
     """float32 [n, dim]. ValueError: it is something else."""
-    array = np.load(path)
-    if array.dtype.kind != "f" or array.ndim != 2 or array.shape[1] != dim or not len(array):
-        raise ValueError(f"a sequence is floating [n, {dim}], not {array.dtype} {list(array.shape)}")
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise ValueError("the sequence holds values that are not finite")
-    return array
+    return load_rows(path, dim, "sequence", "n")
 
 
 def thumbnails(path: Path, steps: int, way: int) -> np.ndarray:

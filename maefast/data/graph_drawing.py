@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from maefast.data.runs import SOFTWARE
-from maefast.errors import need
+from maefast.data.figure import FigurePicture, new_figure
 from maefast.recipe import View
 
 MOST = 250  # nodes that are drawn of a graph
@@ -36,36 +33,18 @@ class Drawn:
 
 
 @dataclass
-class Drawing:
+class Drawing(FigurePicture):
     """Graphs in rows, as a `maefast.recipe.Picture`."""
 
     graphs: Sequence[Drawn]
     names: Sequence[str]
     caption: str
 
-    def save(self, path: Path, title: str) -> None:
-        figure = self._figure(title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", metadata={"Software": SOFTWARE})
-        os.replace(temporary, path)
-
-    def pixels(self) -> Tensor:
-        figure = self._figure("")
-        figure.canvas.draw()
-        return torch.from_numpy(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)
-
     def _figure(self, title: str) -> Any:
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.collections import LineCollection
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise need("matplotlib", "Drawing graphs") from error
-        rows = len(self.graphs)
-        figure = Figure(figsize=(9, 3 * rows + 0.6), dpi=80, layout="constrained")
-        FigureCanvasAgg(figure)
-        figure.suptitle("\n".join(textwrap.wrap(title, 120)), fontsize=8)
+        rows, title = len(self.graphs), "\n".join(textwrap.wrap(title, 120))
+        figure = new_figure(title, figsize=(9, 3 * rows + 0.6), dpi=80, layout="constrained")
+        from matplotlib.collections import LineCollection
+
         for row, (graph, name) in enumerate(zip(self.graphs, self.names)):
             colours = {
                 "original": graph.original,

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maefast.data.clips import first_array
+from maefast.data.arrays import load_array
 from maefast.data.collection import DEMO, Collection, Files, Made
+from maefast.data.figure import FigurePicture, new_figure
 from maefast.ops import _checks
 from maefast.recipe import Batch
 
@@ -80,7 +81,7 @@ def normalised(cloud: np.ndarray) -> np.ndarray:
 def read_cloud(path: Path) -> np.ndarray:
     """float64 [points, 3]. ValueError: it is something else."""
     if path.suffix in (".npy", ".npz"):
-        array = np.load(path) if path.suffix == ".npy" else first_array(path)
+        array = load_array(path)
     else:
         array = np.loadtxt(path, ndmin=2, delimiter="," if "," in path.read_text()[:200] else None)
     if array.ndim != 2 or array.shape[1] < 3 or array.dtype.kind not in "fiu":
@@ -151,35 +152,16 @@ def shape_name(index: int) -> str:
 
 
 @dataclass
-class Scatter:
+class Scatter(FigurePicture):
     """Clouds in columns, a row each, as a `maefast.recipe.Picture`. columns: title -> [B, points, 3]."""
 
     columns: dict[str, Tensor]
     names: Sequence[str]
     caption: str
 
-    def save(self, path: Path, title: str) -> None:
-        import os
-
-        figure = self._draw(title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png")
-        os.replace(temporary, path)
-
-    def pixels(self) -> Tensor:
-        figure = self._draw("")
-        figure.canvas.draw()
-        return torch.from_numpy(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)
-
-    def _draw(self, title: str) -> Any:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
+    def _figure(self, title: str) -> Any:
         rows, columns = len(self.names), len(self.columns)
-        figure = Figure(figsize=(2.4 * columns, 1.9 * rows + 0.4), dpi=90)
-        FigureCanvasAgg(figure)
-        figure.suptitle(title, fontsize=8)
+        figure = new_figure(title, figsize=(2.4 * columns, 1.9 * rows + 0.4), dpi=90)
         for place, (name, clouds) in enumerate(self.columns.items()):
             for row, cloud in enumerate(clouds.detach().float().cpu().numpy()):
                 axes = figure.add_subplot(rows, columns, row * columns + place + 1, projection="3d")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from maefast.data import songs
+from maefast.data.arrays import load_rows
 from maefast.data.collection import DEMO, Collection, Files, Made
 from maefast.data.fbank import Fbank, read_wave
 from maefast.nn.patches import Reconstruction
@@ -120,13 +121,7 @@ def read_recording(path: Path, rate: int, mels: int) -> np.ndarray:
     """A .wav as a wave [samples], see `read_wave`, or a .npy as a spectrogram [frames, mels]. ValueError: neither."""
     if path.suffix.lower() == ".wav":
         return read_wave(path, rate)
-    array = np.load(path)
-    if array.dtype.kind != "f" or array.ndim != 2 or array.shape[1] != mels or not len(array):
-        raise ValueError(f"a spectrogram is floating [frames, {mels}], not {array.dtype} {list(array.shape)}")
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise ValueError("the spectrogram holds values that are not finite")
-    return array
+    return load_rows(path, mels, "spectrogram", "frames")
 
 
 def sheet(shown: Reconstruction, names: Sequence[str], caption: str) -> Picture:

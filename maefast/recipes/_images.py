@@ -52,6 +52,8 @@ def mean_feature(target: Tensor) -> Tensor:
 def feature_sheet(images: Tensor, shown: Tensor, features: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:
     """Columns of a picture: `images` [B, C, H, W] in [0, 1], the same where `shown` [B, N] is, and each of `features`
     [B, N, D] as colours, the first three principal components of the first of them."""
+    from maefast.data.images.pictures import to_pixels
+
     size = tuple(images.shape[2:])
     seen = F.interpolate(shown.view(-1, 1, *grid).float(), size)
     first = features[0].flatten(0, 1).double()
@@ -62,7 +64,7 @@ def feature_sheet(images: Tensor, shown: Tensor, features: Sequence[Tensor], gri
     for values in features:
         colours = (((values.double() - mean) @ axes - low) / (high - low)).clamp(0, 1)
         columns.append(F.interpolate(colours.transpose(1, 2).unflatten(2, grid).float(), size))
-    return [(column * 255).round().clamp(0, 255).to(torch.uint8).cpu() for column in columns]
+    return [to_pixels(column) for column in columns]
 
 
 def mae_teacher(

@@ -168,7 +168,7 @@ class CAE(ImageRecipe):
             cells = torch.zeros(plan.batch, plan.num_tokens, 3).to(images)
             cells.scatter_(1, plan.ids_masked[..., None].expand(-1, -1, 3), colours[codes])
             columns.append(F.interpolate(cells.transpose(1, 2).unflatten(2, self.grid).float(), size))
-        columns = [(column * 255).round().clamp(0, 255).to(torch.uint8).cpu() for column in columns]
+        columns = [pictures.to_pixels(column) for column in columns]
         right = (found == view.target).double().mean()
         caption = f"{self.mask_ratio:.0%} masked\ncodes as colours; {right:.0%} of the predicted ones are right"
         return pictures.Sheet(columns, names, caption, ("original", "visible", "codes", "predicted"))

@@ -166,11 +166,7 @@ class LUT(ImageRecipe):
         images, plan = view.parts.chunk(2)[0], view.plan[1]
         pred = self.decoder(self.encoder(images, plan, features=False), plan)
         shown = reconstruct(pred, images, plan, self.patch, self.norm)
-        hidden = shown.reconstruction.where(shown.mask, torch.zeros_like(images))
-        columns = [
-            ((column * self.std + self.mean).float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
-            for column in (shown.original, shown.masked, hidden, shown.pasted)
-        ]
+        columns = pictures.four_columns(shown, self.mean, self.std)
         return pictures.Sheet(columns, names, f"{self.mask_ratio:.0%} of view 1 masked")
 
 

@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from maefast import seeds
 from maefast.data.runs import SOFTWARE
 from maefast.errors import SKIP_BAD, BadImage, ConfigError
+from maefast.nn.patches import Reconstruction
 
 from .batch import normalise, normaliser
 from .files import ImageSet
@@ -121,12 +122,17 @@ def columns_of(
         result = model.reconstruct(images, **mask, **how)
     finally:
         model.train(training)
-    rebuilt = result.reconstruction.where(result.mask.bool(), torch.zeros_like(result.reconstruction))
-    columns = (result.original, result.masked, rebuilt, result.pasted)
-    return [_to_pixels(column, mean, std) for column in columns]
+    return four_columns(result, mean, std)
 
 
-def _to_pixels(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def four_columns(shown: Reconstruction, mean: torch.Tensor, std: torch.Tensor) -> list[torch.Tensor]:
+    """The four columns of pictures that are normalised by `mean` and `std`."""
+    rebuilt = shown.reconstruction.where(shown.mask.bool(), torch.zeros_like(shown.reconstruction))
+    return [to_pixels(column, mean, std) for column in (shown.original, shown.masked, rebuilt, shown.pasted)]
+
+
+def to_pixels(images: torch.Tensor, mean: torch.Tensor | float = 0.0, std: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """uint8 on the CPU; images * std + mean lie in [0, 1]."""
     return images.float().mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
 
 

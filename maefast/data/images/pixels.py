@@ -254,12 +254,17 @@ def flat(image: Image.Image) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The largest centred box of the shape of `size` = (height, width), resized to it (bicubic)."""
-    height, width = size
-    scale = min(image.width / width, image.height / height)
-    w, h = max(1, round(width * scale)), max(1, round(height * scale))
-    left, top = (image.width - w) // 2, (image.height - h) // 2
-    return crop(image, (left, top, left + w, top + h)).resize((width, height), Image.Resampling.BICUBIC)
+    """`centre_box`, resized to `size` = (height, width) (bicubic)."""
+    box = centre_box(image.width, image.height, size)
+    return crop(image, box).resize(size[::-1], Image.Resampling.BICUBIC)
+
+
+def centre_box(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the largest centred box of the shape of `size` = (height, width)."""
+    scale = min(width / size[1], height / size[0])
+    w, h = max(1, round(size[1] * scale)), max(1, round(size[0] * scale))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
 def to_array(image: Image.Image, channels: int, bits: int = 8) -> np.ndarray:
