@@ -68,3 +68,14 @@ def _renamed(tensors: Mapping[str, Tensor], new) -> dict[str, Tensor]:
         clash = sorted(name for name in tensors if new(name) in tensors and new(name) != name)
         raise ValueError(f"two tensors would have the same name: {', '.join(clash)}")
     return renamed
+
+
+# MAE's decoder, whose names are flat, and those of `maefast.nn.Decoder` as `decoder`.
+MAE_DECODER = (
+    ("mask_token", "decoder.mask_token"),
+    ("decoder_pos_embed", "decoder.pos_embed"),
+    ("decoder_embed.", "decoder.embed."),
+    ("decoder_blocks.", "decoder.blocks."),
+    ("decoder_norm.", "decoder.norm."),
+    ("decoder_pred.", "decoder.pred."),
+)

@@ -209,6 +209,11 @@ class Recipe(nn.Module):
         """What it cannot be trained without and was not given, in words; such as a teacher."""
         return None
 
+    def require(self) -> None:
+        """ValueError: something is `missing`."""
+        if missing := self.missing():
+            raise ValueError(f"{type(self).__name__} needs {missing}")
+
     def _apply(self, fn: Callable, recurse: bool = True) -> Recipe:
         """Of nn.Module, behind `to`, `cuda`, `double` ...: teachers go along."""
         for value in vars(self).values():

@@ -90,17 +90,18 @@ def decoder_states(
     *,
     embed: nn.Module,
     mask_token: Tensor,
-    pos_embed: Tensor,
+    pos_embed: Tensor | None,
     blocks: nn.ModuleList,
     prefix: int = 1,
+    each: Tensor | None = None,
 ) -> list[Tensor]:
     """Outputs of the decoder's blocks `at` (from 0), of all tokens in place: [B, P + N, D] each, before any norm.
-    Blocks behind the last of them are not run."""
+    Blocks behind the last of them are not run. `each`: see `run_decoder`."""
     if not at or not all(0 <= index < len(blocks) for index in at):
         raise ValueError(f"at must name some of the {len(blocks)} blocks, from 0, got {list(at)}")
     x = ops.restore_tokens(embed(latent), plan, mask_token, pos=pos_embed, prefix=prefix)
     taps = dict.fromkeys(at)
-    run_blocks(blocks[: max(at) + 1], x, taps=taps)
+    run_blocks(blocks[: max(at) + 1], x, each=each, taps=taps)
     return [taps[index] for index in at]
 
 

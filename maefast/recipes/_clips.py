@@ -16,7 +16,6 @@ from maefast.nn.patches import reconstruct
 from maefast.recipe import Picture, View
 from maefast.recipes._autoencoder import Autoencoder
 
-SIZE = ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 DEMO = {
     "model_args": {
         "frames": 8, "img_size": 48, "tubelet": [2, 8, 8], "stride": 1, "embed_dim": 128, "depth": 4,

@@ -46,7 +46,7 @@ def mean_colour(images: Tensor, patch_size: tuple[int, int], count: int) -> Tens
 
 def mean_feature(target: Tensor) -> Tensor:
     """The mean of all rows [..., D], in the place of each."""
-    return target.flatten(0, -2).mean(0).expand_as(torch.atleast_2d(target))
+    return target.flatten(0, -2).mean(0).expand_as(target)
 
 
 def feature_sheet(images: Tensor, shown: Tensor, features: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:

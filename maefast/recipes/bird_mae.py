@@ -23,8 +23,7 @@ from maefast.nn.patches import reconstruct
 from maefast.ops import _checks
 from maefast.recipe import Draw, Picture, Progress, Spec, View
 from maefast.recipes._autoencoder import Autoencoder
-
-_SIZE = ("embed_dim", "depth", "num_heads")
+from maefast.recipes._sizes import ENCODERS
 
 
 class BirdMAE(Autoencoder):
@@ -47,11 +46,7 @@ class BirdMAE(Autoencoder):
         title="Bird-MAE",
         paper="Rauch et al., 2025, arXiv:2504.12880",
         modality="audio",
-        sizes={
-            "base": dict(zip(_SIZE, (768, 12, 12))),
-            "large": dict(zip(_SIZE, (1024, 24, 16))),
-            "huge": dict(zip(_SIZE, (1280, 32, 16))),
-        },
+        sizes={size: ENCODERS[size] for size in ("base", "large", "huge")},
         training={
             "blr": 1e-4, "weight_decay": 1e-4, "clip": 1.0, "epochs": 150, "warmup": 0.09375, "batch_size": 256,
         },

@@ -29,8 +29,7 @@ from maefast.nn.teachers import Frozen
 from maefast.ops import TokenMask
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
 from maefast.recipes._images import ImageRecipe
-
-_SIZE = ("embed_dim", "depth", "num_heads")
+from maefast.recipes._sizes import ENCODERS
 
 
 class CAE(ImageRecipe):
@@ -50,11 +49,7 @@ class CAE(ImageRecipe):
         title="CAE",
         paper="Chen et al., 2022, arXiv:2202.03026",
         modality="images, a tokenizer",
-        sizes={
-            "base": dict(zip(_SIZE, (768, 12, 12))),
-            "small": dict(zip(_SIZE, (384, 12, 6))),
-            "large": dict(zip(_SIZE, (1024, 24, 16))),
-        },
+        sizes={size: ENCODERS[size] for size in ("base", "small", "large")},
         training={"lr": 1.5e-3, "betas": (0.9, 0.98), "epochs": 300, "clip": 3.0, "warmup": 0.03},
         demo={
             "model_args": {"tokenizer": "random", "codes": 16, "embed_dim": 96, "depth": 4, "num_heads": 3,
@@ -111,11 +106,10 @@ class CAE(ImageRecipe):
         init_weights_(self.decoder)
 
     def missing(self) -> str | None:
-        return None if self.tokenizer else "a tokenizer: --model-arg tokenizer=random, or in Python a module"
+        return None if self.tokenizer else "a tokenizer: a module in Python, or tokenizer=random (--model-arg)"
 
     def prepare(self, batch: ImageBatch, draw: Draw, progress: Progress) -> View:
-        if self.tokenizer is None:
-            raise ValueError("CAE needs a tokenizer; in Python create('cae', tokenizer=...)")
+        self.require()
         images, tokens = self.images(batch), self.grid[0] * self.grid[1]
         keep = masking.keep_count(tokens, self.mask_ratio, "complement")
         # Rectangles are drawn on the host, those of each sample from numbers of its own.

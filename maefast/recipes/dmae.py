@@ -22,15 +22,9 @@ from maefast.nn import Linear
 from maefast.nn.teachers import Frozen
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
 from maefast.recipes._images import ImageRecipe, mae_teacher, mean_colour, mean_feature, must_have, same_grid
+from maefast.recipes._sizes import both
 
-_TOY = {
-    "embed_dim": 96,
-    "depth": 4,
-    "num_heads": 3,
-    "decoder_embed_dim": 64,
-    "decoder_depth": 2,
-    "decoder_num_heads": 2,
-}
+_TOY = both(96, 4, 3, 64, 2, 2)
 
 
 class DMAE(ImageRecipe):
@@ -95,15 +89,11 @@ class DMAE(ImageRecipe):
         self.head = Linear(made.config["embed_dim"], reader.config["embed_dim"])
 
     def missing(self) -> str | None:
-        return (
-            None
-            if self.teacher
-            else "a teacher, --model-arg teacher=FILE: weights of a mae_* model (or teacher=random)"
-        )
+        how = "teacher=FILE (--model-arg), weights of a mae_* model, a module in Python, or teacher=random"
+        return None if self.teacher else f"a teacher: {how}"
 
     def prepare(self, batch: ImageBatch, draw: Draw, progress: Progress) -> View:
-        if self.teacher is None:
-            raise ValueError(f"DMAE needs {self.missing()}; in Python create('dmae', teacher=...)")
+        self.require()
         images = self.images(batch)
         plan = self.plan(images, draw, self.student.num_patches, self.mask_ratio)
         return View(images, plan, self.teacher.states(images, plan, at=(self.teacher_at,))[0])

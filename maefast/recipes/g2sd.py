@@ -25,12 +25,10 @@ from maefast.nn.init import init_weights_
 from maefast.nn.teachers import Frozen
 from maefast.ops._checks import one_of
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
-from maefast.recipes._images import ImageRecipe, feature_sheet, mae_teacher, must_have, same_grid
+from maefast.recipes._images import ImageRecipe, feature_sheet, mae_teacher, mean_feature, must_have, same_grid
+from maefast.recipes._sizes import both
 
-_NAMES = ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
-_SMALL = dict(zip(_NAMES, (384, 12, 6, 256, 4, 8)))
-_TINY = dict(zip(_NAMES, (192, 12, 3, 128, 4, 4)))
-_TOY = dict(zip(_NAMES, (96, 3, 3, 64, 2, 2)))
+_SMALL, _TINY, _TOY = both(384, 12, 6, 256, 4, 8), both(192, 12, 3, 128, 4, 4), both(96, 3, 3, 64, 2, 2)
 ROWS = ("all", "masked")
 
 
@@ -91,12 +89,11 @@ class G2SD(ImageRecipe):
             unused.requires_grad_(False)
 
     def missing(self) -> str | None:
-        how = "--model-arg teacher=FILE, weights of a whole mae_* model with its decoder (or teacher=random)"
+        how = "teacher=FILE (--model-arg), weights of a whole mae_* model, a module in Python, or teacher=random"
         return None if self.teacher else f"a teacher: {how}"
 
     def prepare(self, batch: ImageBatch, draw: Draw, progress: Progress) -> View:
-        if self.teacher is None:
-            raise ValueError(f"G2SD needs {self.missing()}; in Python create('g2sd', teacher=...)")
+        self.require()
         images, model = self.images(batch), self.teacher.module
         plan = self.plan(images, draw, self.student.num_patches, self.mask_ratio)
         states = model.decoder_states(model.encode_visible(images, plan), plan, (self.teacher_at,))[0]
@@ -118,7 +115,7 @@ class G2SD(ImageRecipe):
 
     def baseline(self, view: View) -> Output:
         normal = F.layer_norm(view.target, view.target.shape[-1:], eps=1e-6)
-        pred = normal.flatten(0, -2).mean(0).expand_as(normal)
+        pred = mean_feature(normal)
         return Output(self._terms(pred, view), pred, view)
 
     def encode(self, batch: ImageBatch) -> Tensor:

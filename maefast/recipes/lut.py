@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from maefast import masking, ops
 from maefast.data.images.batch import ImageBatch
 from maefast.data.images.photometric import NUMBERS, second_view
-from maefast.names import Names
+from maefast.names import MAE_DECODER, Names
 from maefast.nn import Decoder, Encoder, Linear, PatchEmbed, position_table
 from maefast.nn.init import init_weights_
 from maefast.nn.patch_embed import pair, patch_grid
@@ -28,8 +28,7 @@ from maefast.nn.teachers import Averaged, cosine_decay
 from maefast.ops import TokenMask
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
 from maefast.recipes._images import ImageRecipe, mean_colour
-
-_SIZE = ("embed_dim", "depth", "num_heads")
+from maefast.recipes._sizes import ENCODERS
 
 
 class LUT(ImageRecipe):
@@ -50,11 +49,7 @@ class LUT(ImageRecipe):
         title="LUT",
         paper="Kim et al., 2023, arXiv:2310.13593",
         modality="images",
-        sizes={
-            "base": dict(zip(_SIZE, (768, 12, 12))),
-            "small": dict(zip(_SIZE, (384, 12, 6))),
-            "large": dict(zip(_SIZE, (1024, 24, 16))),
-        },
+        sizes={size: ENCODERS[size] for size in ("base", "small", "large")},
         training={"epochs": 1600, "warmup": 0.025},
         demo={
             "model_args": {"embed_dim": 96, "depth": 4, "num_heads": 3, "decoder_embed_dim": 64, "decoder_depth": 2,
@@ -65,12 +60,7 @@ class LUT(ImageRecipe):
     )  # fmt: skip
     names = Names(
         ("", "encoder."),
-        ("mask_token", "decoder.mask_token"),
-        ("decoder_pos_embed", "decoder.pos_embed"),
-        ("decoder_embed.", "decoder.embed."),
-        ("decoder_blocks.", "decoder.blocks."),
-        ("decoder_norm.", "decoder.norm."),
-        ("decoder_pred.", "decoder.pred."),
+        *MAE_DECODER,
         ("head.", "projector."),
         ("predictor.", "predictor."),
         ("teacher.", "teacher."),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from maefast import masking, ops
 from maefast.data.embeddings import EmbeddingBatch, Embeddings
-from maefast.names import Names
+from maefast.names import MAE_DECODER, Names
 from maefast.nn import Decoder, Encoder, GivenTokens, sincos_1d
 from maefast.ops import TokenMask, _checks
 from maefast.recipe import Draw, Picture, Progress, Spec, View
@@ -59,19 +59,7 @@ class LVMAE(Autoencoder):
         },
         baseline="predicting the mean of a sequence's visible embeddings",
     )  # fmt: skip
-    names = Names(
-        ("cls_token", "encoder.cls_token"),
-        ("pos_embed", "encoder.pos_embed"),
-        ("patch_embed.", "encoder.patch_embed."),
-        ("blocks.", "encoder.blocks."),
-        ("norm.", "encoder.norm."),
-        ("decoder_embed.", "decoder.embed."),
-        ("mask_token", "decoder.mask_token"),
-        ("decoder_pos_embed", "decoder.pos_embed"),
-        ("decoder_blocks.", "decoder.blocks."),
-        ("decoder_norm.", "decoder.norm."),
-        ("decoder_pred.", "decoder.pred."),
-    )
+    names = Names(("", "encoder."), *MAE_DECODER)
 
     def __init__(
         self,

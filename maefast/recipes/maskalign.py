@@ -111,12 +111,13 @@ class MaskAlign(ImageRecipe):
             unused.requires_grad_(False)
 
     def missing(self) -> str | None:
-        how = "--model-arg teacher=NAME, a CLIP or DINO of transformers such as openai/clip-vit-base-patch16"
-        return None if self.teacher else f"a teacher: {how} (or teacher=random)"
+        how = (
+            "a CLIP or DINO of transformers such as openai/clip-vit-base-patch16, a module in Python, or teacher=random"
+        )
+        return None if self.teacher else f"a teacher: teacher=NAME (--model-arg), {how}"
 
     def prepare(self, batch: ImageBatch, draw: Draw, progress: Progress) -> View:
-        if self.teacher is None:
-            raise ValueError(f"MaskAlign needs {self.missing()}; in Python create('maskalign', teacher=...)")
+        self.require()
         images = self.images(batch)
         depth = len(self.heads)
         states, attention = self.teacher(images, range(depth - self.layers, depth))

@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 
 from maefast import models
-from maefast.data.images import Images
-from maefast.data.images.batch import ImageBatch, normalise, normaliser
-from maefast.recipe import Draw, Output, Picture, Progress, Recipe, Spec, View
+from maefast.data.images.batch import ImageBatch
+from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
+from maefast.recipes._images import ImageRecipe
 
 _SIZES = {"tiny": "mae_tiny", "small": "mae_small", "large": "mae_large", "huge": "mae_huge"}
 _DEMO = {"batch_size": 32, "steps": 300, "lr": 1e-3}
 
 
-class MaskedImages(Recipe):
+class MaskedImages(ImageRecipe):
     """A model with the interface of `maefast.models.base.MaskedAutoencoder`, whose loss is its only term ("pixels").
 
     Args:
@@ -25,16 +25,12 @@ class MaskedImages(Recipe):
     """
 
     def __init__(self, model: nn.Module, mask_ratio: float, raw: bool = False) -> None:
-        super().__init__()
-        self.model, self.mask_ratio, self.raw = model, mask_ratio, raw
         channels, *size = image_shape(model)
-        self.wants = Images(channels, tuple(size))
+        super().__init__(channels, size)
+        self.model, self.mask_ratio, self.raw = model, mask_ratio, raw
         self.settled = {"mask_ratio": mask_ratio}
         if hasattr(model, "norm_pix_loss"):
             self.settled["norm_pix"] = model.norm_pix_loss
-        mean, std = normaliser(channels)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
 
     @property
     def network(self) -> nn.Module:
@@ -42,7 +38,7 @@ class MaskedImages(Recipe):
 
     def prepare(self, batch: ImageBatch, draw: Draw, progress: Progress) -> View:
         """parts: float32 [B, C, H, W], normalised; plan: a TokenMask."""
-        images = normalise(batch.images, self.mean, self.std)
+        images = self.images(batch)
         noise = draw.uniform("mask", self.model.num_patches, images.device)
         return View(images, self.model.plan(images, self.mask_ratio, noise=noise))
 

@@ -21,6 +21,7 @@ from maefast import masking, ops
 from maefast.data.points import PointBatch
 from maefast.names import Names
 from maefast.nn import CentrePositions, Decoder, Encoder, Groups, PointEmbed, run_blocks, run_norm
+from maefast.nn.decoder import decoder_states
 from maefast.nn.init import init_tokens_
 from maefast.ops import TokenMask
 from maefast.ops._checks import one_of
@@ -139,13 +140,19 @@ class PointCMAE(GroupedPoints):
 
     def _decode(self, decoder: Decoder, latent: Tensor, plan: TokenMask, parts: Groups) -> tuple[Tensor, Tensor]:
         """Predictions [B, hidden, K * 3]; the last states [B, G, D] of all groups in their order, not normalised."""
-        x = ops.restore_tokens(latent, plan, decoder.mask_token, order="visible_first")
-        positions = decoder.pos_embed(parts)
-        each = torch.cat([ops.gather_tokens(positions, plan, which) for which in ("visible", "masked")], 1)
-        x, delta = run_blocks(decoder.blocks, x, each=each)
-        state = x if delta is None else x + delta
-        pred = decoder.pred(run_norm(decoder.norm, state[:, plan.keep :], None))
-        return pred, state.gather(1, plan.ids_restore[..., None].expand(-1, -1, state.shape[-1]))
+        last = len(decoder.blocks) - 1
+        (state,) = decoder_states(
+            latent,
+            plan,
+            (last,),
+            embed=decoder.embed,
+            mask_token=decoder.mask_token,
+            pos_embed=None,
+            blocks=decoder.blocks,
+            prefix=0,
+            each=decoder.pos_embed(parts),
+        )
+        return decoder.pred(decoder.norm(ops.gather_tokens(state, plan, "masked"))), state
 
     def contrast(self, a: Tensor, b: Tensor, twice: Tensor) -> Tensor:
         """The second part of the loss; zero where no group is hidden twice. The sum over all j is one over b."""
@@ -165,8 +172,7 @@ class PointCMAE(GroupedPoints):
     def encode(self, batch: PointBatch) -> Tensor:
         """[B, 1 + G, D], the first class token in front."""
         parts = self.parts(batch)
-        plan = TokenMask.all_visible(len(parts.centres), self.groups, parts.centres.device)
-        tokens, positions = self.encoder.patch_embed(parts, plan), self.encoder.pos_embed(parts)
+        tokens, positions = self.encoder.patch_embed(parts), self.encoder.pos_embed(parts)
         x, each = (
             torch.cat([lead[0].expand(len(t), -1, -1), t], 1)
             for lead, t in ((self.cls_tokens, tokens), (self.cls_positions, positions))

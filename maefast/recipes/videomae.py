@@ -11,7 +11,8 @@ from __future__ import annotations
 from maefast import masking
 from maefast.data.clips import ClipBatch
 from maefast.recipe import Draw, Progress, Spec, View
-from maefast.recipes._clips import DEMO, SIZE, ClipAutoencoder
+from maefast.recipes._clips import DEMO, ClipAutoencoder
+from maefast.recipes._sizes import both
 
 
 class VideoMAE(ClipAutoencoder):
@@ -23,10 +24,10 @@ class VideoMAE(ClipAutoencoder):
         paper="Tong et al., NeurIPS 2022, arXiv:2203.12602",
         modality="video",
         sizes={
-            "base": dict(zip(SIZE, (768, 12, 12, 384, 4, 6))),
-            "small": dict(zip(SIZE, (384, 12, 6, 192, 4, 3))),
-            "large": dict(zip(SIZE, (1024, 24, 16, 512, 12, 8))),
-            "huge": dict(zip(SIZE, (1280, 32, 16, 640, 12, 10))),
+            "base": both(768, 12, 12, 384, 4, 6),
+            "small": both(384, 12, 6, 192, 4, 3),
+            "large": both(1024, 24, 16, 512, 12, 8),
+            "huge": both(1280, 32, 16, 640, 12, 10),
         },
         training={"blr": 1.5e-4, "warmup": 0.05, "epochs": 800, "crop_scale": (0.5, 1.0), "flip": 0.0},
         demo=DEMO,

@@ -17,7 +17,8 @@ from torch import Tensor
 from maefast import masking
 from maefast.data.clips import ClipBatch
 from maefast.recipe import Draw, Output, Progress, Spec, View
-from maefast.recipes._clips import DEMO, SIZE, ClipAutoencoder
+from maefast.recipes._clips import DEMO, ClipAutoencoder
+from maefast.recipes._sizes import both
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class VideoMAEV2(ClipAutoencoder):
         paper="Wang et al., CVPR 2023, arXiv:2303.16727",
         modality="video",
         sizes={
-            "base": dict(zip(SIZE, (768, 12, 12, 384, 4, 6))),
-            "small": dict(zip(SIZE, (384, 12, 6, 192, 4, 3))),
-            "large": dict(zip(SIZE, (1024, 24, 16, 512, 4, 8))),
-            "huge": dict(zip(SIZE, (1280, 32, 16, 512, 4, 8))),
-            "giant": {**dict(zip(SIZE, (1408, 40, 16, 512, 4, 8))), "tubelet": (2, 14, 14), "mlp_ratio": 48 / 11},
+            "base": both(768, 12, 12, 384, 4, 6),
+            "small": both(384, 12, 6, 192, 4, 3),
+            "large": both(1024, 24, 16, 512, 4, 8),
+            "huge": both(1280, 32, 16, 512, 4, 8),
+            "giant": {**both(1408, 40, 16, 512, 4, 8), "tubelet": (2, 14, 14), "mlp_ratio": 48 / 11},
         },
         training={"blr": 1e-3, "warmup": 0.1, "epochs": 200, "crop_scale": (0.5, 1.0), "flip": 0.0},
         demo=DEMO,
