@@ -4,8 +4,11 @@
 
 Both sides compute forward and backward of one view, made once, from the same parameters. The plain side is
 `bench.peers.recipes`: scaled_dot_product_attention, only visible tokens encoded, boolean indexing as authors' code does
-it. Steps are timed in turn and the least times taken; memory is what a process that runs one side alone needs above
-what it held before its first step.
+it; ragged samples padded. Steps are timed in turn and the least times taken; memory is what a process that runs one
+side alone needs above what it held before its first step.
+
+Where a recipe has a better way than the usual one with the same kernels, that one is timed beside it ("other ways"):
+ragged samples padded to the longest, views one after the other, all of a teacher where part of it is read.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import multiprocessing
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -24,6 +28,8 @@ from bench import environment
 from bench.peers import worker
 from bench.worth import fastest, settle_memory
 from maefast import recipes
+from maefast.ops import TokenMask
+from maefast.recipe import View
 
 SIDES = ("plain", "maefast")
 
@@ -31,17 +37,20 @@ SIDES = ("plain", "maefast")
 def make_step(name: str, size: str | None, batch: int, side: str, dtype: str) -> Callable[[], float]:
     """Forward and backward, gradients dropped; gives the loss."""
     torch.manual_seed(0)
-    peer = importlib.import_module(f"bench.peers.recipes.{name}")
+    peer = peers(name)
     recipe = recipes.create(name, size, **getattr(peer, "ARGUMENTS", {})).train()
     for part in recipe.modules():  # the references know no drop path
         if hasattr(part, "drop_path"):
             part.drop_path = 0.0
     view = recipe.view(peer.batch(batch), seed=1)
+    if side == "padded":
+        view = View(view.parts, padded_plan(view.plan), view.target)
+    written = {"plain": getattr(peer, "padded", peer.reference), "apart": getattr(peer, "apart", None)}.get(side)
     cast = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
     def step() -> float:
         with cast:
-            loss = recipe(view).loss if side == "maefast" else sum(peer.reference(recipe, view).values())
+            loss = sum(written(recipe, view).values()) if written else recipe(view).loss
         loss.backward()
         recipe.zero_grad(set_to_none=True)
         return loss.item()
@@ -49,20 +58,38 @@ def make_step(name: str, size: str | None, batch: int, side: str, dtype: str) ->
     return step
 
 
-def whole_teacher(name: str, size: str | None, batch: int, dtype: str, rounds: int, step: float) -> dict[str, float]:
-    """Of a recipe with a masked teacher: what prepare and step would take with all of the teacher, its decoder too, as
-    authors run it, over what they take with the part that is read."""
-    peer = importlib.import_module(f"bench.peers.recipes.{name}")
+def peers(name: str) -> ModuleType:
+    return importlib.import_module(f"bench.peers.recipes.{name}")
+
+
+def padded_plan(plan: TokenMask) -> TokenMask:
+    """As many visible tokens in each sample as the most, and none absent: what padding computes."""
+    scores = (plan.mask | plan.absent).to(torch.float32)
+    return TokenMask.from_scores(scores, plan.max_visible, order="position")
+
+
+def other_ways(name: str, size: str | None, batch: int) -> list[str]:
+    """Sides of `make_step` that this recipe has beside `SIDES`."""
+    peer = peers(name)
+    plan = recipes.create(name, size, **getattr(peer, "ARGUMENTS", {})).view(peer.batch(batch), seed=1).plan
+    ragged = isinstance(plan, TokenMask) and (plan.keep is None or plan.total_absent > 0)
+    return ["padded"] * ragged + ["apart"] * hasattr(peer, "apart")
+
+
+def whole_teacher(name: str, size: str | None, batch: int, rounds: int, step: float) -> float | None:
+    """Of a recipe with a masked teacher: seconds of a view and a step with all of the teacher, its decoder too, as
+    authors run it, over those with the part of it that is read."""
+    peer = peers(name)
     recipe = recipes.create(name, size, **getattr(peer, "ARGUMENTS", {}))
     model = getattr(getattr(recipe, "teacher", None), "module", None)
     if not hasattr(model, "predict"):
-        return {}
+        return None
     given = peer.batch(batch)
     view = recipe.view(given, seed=1)
     stopped, whole = fastest(
         [lambda: recipe.view(given, seed=1), torch.no_grad()(lambda: model.predict(view.parts, view.plan))], rounds
     )
-    return {"teacher_ms": [1e3 * whole, 1e3 * stopped], "teacher_ratio": (whole + step) / (stopped + step)}
+    return (whole + step) / (stopped + step)
 
 
 def _memory(name: str, size: str | None, batch: int, side: str, dtype: str, threads: int, pipe) -> None:
@@ -87,21 +114,25 @@ def memory(*what) -> float:
 
 
 def compare(name: str, size: str | None, batch: int, dtype: str, rounds: int) -> dict:
-    steps = [make_step(name, size, batch, side, dtype) for side in SIDES]
-    plain, mine = (step() for step in steps)
+    others = other_ways(name, size, batch)
+    steps = [make_step(name, size, batch, side, dtype) for side in (*SIDES, *others)]
+    plain, mine = (step() for step in steps[:2])
     if abs(plain - mine) > (1e-4 if dtype == "float32" else 3e-2) * abs(plain):
         raise SystemExit(f"{name}: the two sides disagree: loss {plain} in plain PyTorch, {mine} here")
     best = fastest(steps, rounds)
-    teacher = whole_teacher(name, size, batch, dtype, rounds, best[1])
+    ways = {side: seconds / best[1] for side, seconds in zip(others, best[2:])}
+    whole = whole_teacher(name, size, batch, rounds, best[1])
+    if whole is not None:
+        ways["whole teacher"] = whole
     used = [memory(name, size, batch, side, dtype) for side in SIDES]
     return {
         "recipe": name,
         "size": size or next(iter(recipes.kind(name).spec.sizes)),
         "batch": batch,
         "dtype": dtype,
-        "ms": [1e3 * t for t in best],
+        "ms": [1e3 * t for t in best[:2]],
         "ratio": best[0] / best[1],
-        **teacher,
+        "other_ways": ways,
         "memory_mib": used,
         "memory_ratio": used[1] / used[0],
     }
@@ -127,7 +158,7 @@ def main() -> None:
             f"{name:12} {row['size']:6} batch {row['batch']} {row['dtype']}: plain {row['ms'][0]:.0f} ms, "
             f"maefast {row['ms'][1]:.0f} ms, {row['ratio']:.2f}x; memory {row['memory_mib'][0]:.0f} MiB, "
             f"{row['memory_mib'][1]:.0f} MiB, {row['memory_ratio']:.2f}x"
-            + (f"; with the whole teacher {row['teacher_ratio']:.2f}x" if "teacher_ratio" in row else ""),
+            + "".join(f"; {way} {ratio:.2f}x" for way, ratio in row["other_ways"].items()),
             flush=True,
         )
     if args.json:

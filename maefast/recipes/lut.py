@@ -118,11 +118,14 @@ class LUT(ImageRecipe):
         return View(both, (TokenMask.from_scores(scores, plans[0].keep), plans[0]), target)
 
     def compute(self, view: View) -> Output:
-        latent = self.encoder(view.parts, view.plan[0], features=False)
-        pred = self.decoder(latent.chunk(2)[0], view.plan[1])
+        return self.scored(self.encoder(view.parts, view.plan[0], features=False).chunk(2), view)
+
+    def scored(self, latents: Sequence[Tensor], view: View) -> Output:
+        """From the latents of both views, [B, 1 + visible, D] each."""
+        pred = self.decoder(latents[0], view.plan[1])
         # One view after the other, as published: each has batch statistics of its own.
-        means = latent[:, 1:].to(torch.promote_types(latent.dtype, torch.float32)).mean(1).chunk(2)
-        q1, q2 = (self.predictor(self.projector(mean)) for mean in means)
+        exact = torch.promote_types(latents[0].dtype, torch.float32)
+        q1, q2 = (self.predictor(self.projector(latent[:, 1:].to(exact).mean(1))) for latent in latents)
         return Output({"pixels": self._pixels(pred, view), "agreement": self._agreement(q1, q2, view)}, pred, view)
 
     def _pixels(self, pred: Tensor, view: View) -> Tensor:

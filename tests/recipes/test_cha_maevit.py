@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.peers.recipes.cha_maevit import padded
 from maefast import recipes
 from maefast.data.channels import ChannelBatch, made_channels, read_channels, standardised
 from maefast.data.images.files import shipped_photographs
@@ -42,6 +43,7 @@ class TestChAMAEViT(RecipeTests):
         absent = view.plan.absent.view(3, 4, 16)
         assert absent.all(2).tolist() == (~self.ragged().present).tolist()
         equal_to_reference(recipe, view, self.reference)
+        equal_to_reference(recipe, view, padded)
         other = torch.where(absent.view(3, 1, 4, 4, 4).repeat_interleave(4, 3).repeat_interleave(4, 4),
                             torch.randn_like(view.parts), view.parts)  # fmt: skip
         assert torch.equal(recipe(View(other, view.plan)).loss, recipe(view).loss)

@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from bench.peers.recipes.graphmae import attention, dense
+from bench.peers.plain import parameters
+from bench.peers.recipes.graphmae import attention
 from maefast import masking, recipes
 from maefast.data.graphs import GraphBatch, block_model, read_graph
 from maefast.nn.graph import attention_layer, decoder_edges
@@ -115,7 +117,14 @@ class TestGraphMAE(RecipeTests):
         graph = block_model(0, 8, nodes=(30, 31))[0]
         edges = torch.from_numpy(np.concatenate([graph.edge_index, np.tile(np.arange(30), (2, 1))], 1))
         x = torch.randn(30, 8, dtype=torch.float64)
-        want = attention(x, dense(edges, 30), dict(layer.named_parameters()))
+        p = parameters(layer)
+        torch.testing.assert_close(layer(x, edges), attention(x, edges, p), rtol=1e-10, atol=1e-10)
+        h = (x @ p["lin.weight"].T).view(30, 3, 4)
+        score = F.leaky_relu((h * p["att_dst"]).sum(2)[:, None] + (h * p["att_src"]).sum(2)[None], 0.2)
+        present = torch.zeros(30, 30, dtype=torch.bool)
+        present[edges[1], edges[0]] = True
+        weight = score.masked_fill(~present[:, :, None], float("-inf")).softmax(1)
+        want = torch.einsum("ijh,jhc->ihc", weight, h).flatten(1) + p["bias"]
         torch.testing.assert_close(layer(x, edges), want, rtol=1e-10, atol=1e-10)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bench.peers.plain import blocks, linear, norm, parameters
 from bench.peers.recipes.dmae import batch, encoder_input, patches
+from maefast.ops import TokenMask
 from maefast.recipe import View
 
 __all__ = ["batch", "encode", "reference"]
@@ -44,3 +45,11 @@ def _head(x: Tensor, p: dict[str, Tensor], at: str, recipe: nn.Module) -> Tensor
     running = (p[f"{at}.1.running_{name}"].clone() for name in ("mean", "var"))
     x = F.batch_norm(linear(x, p, f"{at}.0"), *running, p[f"{at}.1.weight"], p[f"{at}.1.bias"], recipe.training)
     return linear(torch.relu(x), p, f"{at}.3")
+
+
+def apart(recipe: nn.Module, view: View) -> dict[str, Tensor]:
+    """As `recipe(view)`, with maefast's kernels, but view after view, as the authors do."""
+    both, first = view.plan
+    second = TokenMask.from_scores(both.ids_restore.chunk(2)[1].float(), both.keep)
+    latents = [recipe.encoder(*given, features=False) for given in zip(view.parts.chunk(2), (first, second))]
+    return recipe.scored(latents, view).terms
