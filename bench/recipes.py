@@ -26,6 +26,8 @@ import torch
 
 from bench import environment
 from bench.peers import worker
+from bench.peers.plain import parameters
+from bench.peers.recipes.dmae import autoencoder
 from bench.worth import fastest, settle_memory
 from maefast import recipes
 from maefast.ops import TokenMask
@@ -76,20 +78,34 @@ def other_ways(name: str, size: str | None, batch: int) -> list[str]:
     return ["padded"] * ragged + ["apart"] * hasattr(peer, "apart")
 
 
-def whole_teacher(name: str, size: str | None, batch: int, rounds: int, step: float) -> float | None:
-    """Of a recipe with a masked teacher: seconds of a view and a step with all of the teacher, its decoder too, as
-    authors run it, over those with the part of it that is read."""
+def teacher_ways(name: str, size: str | None, batch: int, rounds: int, seconds: list[float]) -> dict[str, float]:
+    """Of a recipe with a masked teacher, whose step takes `seconds` in plain PyTorch and here: the time of a view and a
+    step with all of the teacher, its decoder too, as authors run it, here and in plain PyTorch, over that with the part
+    of it that is read; and the teacher's time alone over that of the part."""
     peer = peers(name)
     recipe = recipes.create(name, size, **getattr(peer, "ARGUMENTS", {}))
     model = getattr(getattr(recipe, "teacher", None), "module", None)
     if not hasattr(model, "predict"):
-        return None
+        return {}
     given = peer.batch(batch)
     view = recipe.view(given, seed=1)
-    stopped, whole = fastest(
-        [lambda: recipe.view(given, seed=1), torch.no_grad()(lambda: model.predict(view.parts, view.plan))], rounds
-    )
-    return (whole + step) / (stopped + step)
+    weights, plan = parameters(model), view.plan
+
+    @torch.no_grad()
+    def whole() -> None:
+        model.predict(view.parts, plan)
+
+    @torch.no_grad()
+    def plain() -> None:
+        autoencoder(weights, "", model, view.parts, plan.ids_keep, plan.ids_restore)
+
+    part, all_of_it, theirs = fastest([lambda: recipe.view(given, seed=1), whole, plain], rounds)
+    before, step = seconds
+    return {
+        "whole teacher": (all_of_it + step) / (part + step),
+        "whole teacher alone": all_of_it / part,
+        "whole teacher, plain": (theirs + before) / (part + step),
+    }
 
 
 def _memory(name: str, size: str | None, batch: int, side: str, dtype: str, threads: int, pipe) -> None:
@@ -121,9 +137,7 @@ def compare(name: str, size: str | None, batch: int, dtype: str, rounds: int) ->
         raise SystemExit(f"{name}: the two sides disagree: loss {plain} in plain PyTorch, {mine} here")
     best = fastest(steps, rounds)
     ways = {side: seconds / best[1] for side, seconds in zip(others, best[2:])}
-    whole = whole_teacher(name, size, batch, rounds, best[1])
-    if whole is not None:
-        ways["whole teacher"] = whole
+    ways |= teacher_ways(name, size, batch, rounds, best[:2])
     used = [memory(name, size, batch, side, dtype) for side in SIDES]
     return {
         "recipe": name,
