@@ -19,6 +19,7 @@ import json
 import multiprocessing
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -31,7 +32,6 @@ from bench.peers.recipes.dmae import autoencoder
 from bench.worth import fastest, settle_memory
 from maefast import recipes
 from maefast.ops import TokenMask
-from maefast.recipe import View
 
 SIDES = ("plain", "maefast")
 
@@ -46,7 +46,7 @@ def make_step(name: str, size: str | None, batch: int, side: str, dtype: str) ->
             part.drop_path = 0.0
     view = recipe.view(peer.batch(batch), seed=1)
     if side == "padded":
-        view = View(view.parts, padded_plan(view.plan), view.target)
+        view = replace(view, plan=padded_plan(view.plan))
     written = {"plain": getattr(peer, "padded", peer.reference), "apart": getattr(peer, "apart", None)}.get(side)
     cast = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
@@ -74,7 +74,7 @@ def other_ways(name: str, size: str | None, batch: int) -> list[str]:
     """Sides of `make_step` that this recipe has beside `SIDES`."""
     peer = peers(name)
     plan = recipes.create(name, size, **getattr(peer, "ARGUMENTS", {})).view(peer.batch(batch), seed=1).plan
-    ragged = isinstance(plan, TokenMask) and (plan.keep is None or plan.total_absent > 0)
+    ragged = isinstance(plan, TokenMask) and (plan.keep is None or plan.hide is None)
     return ["padded"] * ragged + ["apart"] * hasattr(peer, "apart")
 
 
