@@ -19,6 +19,7 @@ from torch import nn
 
 from maefast import seeds
 from maefast.errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError
+from maefast.probe.accuracy import Accuracy
 from maefast.recipe import Batch, Progress, Recipe, View
 
 from . import checkpoint, metrics, schedule
@@ -28,6 +29,7 @@ from .config import PretrainConfig
 from .data import Loader, Positions
 from .graph import GraphSteps
 from .metrics import MetricsFile, Row, open_tensorboard, read_rows, save_loss_curve
+from .probe import open_watch
 from .resume import choose_checkpoint, compare
 from .signals import StopSignal
 
@@ -60,7 +62,7 @@ class Pending:
 def pretrain(config: PretrainConfig, *, create_model: Callable[..., nn.Module] | None = None) -> Result:
     """Train a masked model as `config` says. Everything it leaves is under `config.output_dir`:
 
-        config.yaml, metrics.csv, tensorboard/, pictures/step-*.png, checkpoints/step-*/,
+        config.yaml, metrics.csv, probe.csv (with probe_every), tensorboard/, pictures/step-*.png, checkpoints/step-*/,
         and at the end reconstruction.png and loss_curve.png
 
     `create_model(name, **arguments)` replaces `maefast.models.create`, for a model of your own with its interface, or a
@@ -97,7 +99,7 @@ class Run:
         self.last: Path | None = None
         self.done = self.position = self._saved = 0
         self.loss: float | None = None
-        self.metrics = self.tensorboard = self.progress = self.loader = self.examples = None
+        self.metrics = self.tensorboard = self.progress = self.loader = self.examples = self.watch = None
         self._pending: list[Pending] = []
         self._batches: list[Batch] = []
         self._failed: Exception | None = None
@@ -156,6 +158,10 @@ class Run:
             f"peak lr {peak:.3g}; {self.world} x {self.device.type}, amp {config.amp}"
             f"{', as a CUDA graph' if self.graph.step else ''}; into {self.out}"
         )
+        if self.main and config.probe_every:
+            self.watch = open_watch(self.recipe, config, self.source, self.done, self._say)
+            if not self.watch.rows:  # where the run begins, or from where on it is watched; an error ends it here
+                self._record(self.watch(self.done, self.device))
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
@@ -191,15 +197,18 @@ class Run:
                 end = self.done == self.total
                 save = end or self.done % config.save_every == 0
                 picture = not end and config.picture_every and self.done % config.picture_every == 0
-                if save or picture or self.done % every == 0:
+                probe = config.probe_every and (end or self.done % config.probe_every == 0)
+                if save or picture or probe or self.done % every == 0:
                     self._flush()
                 else:
                     self.progress.update(1, None)
+                if probe:  # before it is saved: a checkpoint has the rows of all its steps
+                    self._probe()
                 if save:
                     self._save()
                 if picture:
                     self._picture(self.out / "pictures" / f"step-{self.done:08d}.png")
-                if save or picture:
+                if save or picture or probe:
                     self._restart_clock()
             if self._pending:
                 self._flush()
@@ -379,6 +388,21 @@ class Run:
             else:
                 self._say(f"finished {self.total} steps; checkpoint {self.last}; pictures and metrics in {self.out}")
         return Result(self.done, self.total, self.loss, self.last, stopped, bad, baseline)
+
+    def _probe(self) -> None:
+        if self.watch is None:
+            return
+        try:
+            self._record(self.watch(self.done, self.device))
+        except (TrainError, OSError) as error:  # a file that is gone is no reason to stop
+            self._say(f"no probe of step {self.done}: {error}")
+
+    def _record(self, found: Accuracy) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.add_scalar("probe/knn", found.value, self.done)
+        self._say(
+            f"step {self.done}: k-NN accuracy {str(found).strip()} on {found.count} {self.source.unit}s held back"
+        )
 
     @torch.no_grad()
     def _baseline(self) -> tuple[float, float] | None:
