@@ -29,7 +29,8 @@ class Accuracy:
         n, share, square = self.count, self.value, _Z**2
         centre = (share + square / (2 * n)) / (1 + square / n)
         half = _Z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        low, high = centre - half, centre + half  # exactly 0 and 1 at these shares, but for rounding
+        return low if self.hits else 0.0, high if self.hits < n else 1.0
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -14,7 +14,7 @@ from maefast.errors import need
 
 from .accuracy import accuracy, split
 
-DECAYS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+DECAYS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 _HELD, _STEPS = 0.2, 1000
 
 
