@@ -27,9 +27,11 @@ from PIL import Image, ImageDraw
 
 from bench.environment import describe
 from bench.results import RESULTS
+from maefast.probe.accuracy import majority
 from maefast.probe.watch import read_rows
 from maefast.train import PretrainConfig, pretrain
-from maefast.train.probe import Options, probe
+from maefast.train.probe import Options, Probe
+from maefast.train.reopen import open_recipe
 
 SHAPES = ("disc", "square", "triangle", "pentagon", "star", "cross", "ring", "bar")
 HUES = ("red", "yellow", "green", "cyan", "blue", "magenta")
@@ -42,9 +44,9 @@ FCMAE = {"model": "fcmae", "model_args": {"depths": [1, 1, 2, 1], "widths": [24,
          "lr": 2e-3, "batch_size": 32}  # fmt: skip
 RUNS = {
     "digits/vit": {**VIT, "img_size": 32, "patch_size": 4, "steps": 1500, "grey": True},
-    "digits/fcmae": {**FCMAE, "img_size": 96, "steps": 600, "grey": True},
-    "shapes/vit": {**VIT, "img_size": 64, "patch_size": 8, "steps": 1500, "norm_pix": False},
-    "shapes/fcmae": {**FCMAE, "img_size": 96, "steps": 600, "norm_pix": False},
+    "digits/fcmae": {**FCMAE, "img_size": 96, "steps": 1500, "grey": True},
+    "shapes/vit": {**VIT, "img_size": 32, "patch_size": 4, "steps": 2000, "norm_pix": False},
+    "shapes/fcmae": {**FCMAE, "img_size": 96, "steps": 1500, "norm_pix": False},
 }
 LABELS = {"digits": ("digit",), "shapes": ("shape", "colour", "place")}
 
@@ -88,8 +90,8 @@ def _write_labels(folder: Path, part: str, rows: dict[str, list]) -> None:
 
 def draw_shape(rng: np.random.Generator, size: int) -> tuple[Image.Image, dict[str, str]]:
     shape, hue, place = rng.integers(len(SHAPES)), rng.integers(len(HUES)), rng.integers(4)
-    x, y = ((0.36 + 0.28 * (place >> bit & 1) + rng.uniform(-0.08, 0.08)) for bit in (0, 1))
-    radius, angle = rng.uniform(0.16, 0.3), rng.uniform(0, 2 * np.pi)
+    x, y = ((0.4 + 0.2 * (place >> bit & 1) + rng.uniform(-0.06, 0.06)) for bit in (0, 1))
+    radius, angle = rng.uniform(0.22, 0.32), rng.uniform(0, 2 * np.pi)
     outline = [
         ((x + radius * r * np.cos(angle + a)) * size * _FINE, (y + radius * r * np.sin(angle + a)) * size * _FINE)
         for r, a in _outline(SHAPES[shape])
@@ -109,7 +111,7 @@ def draw_shape(rng: np.random.Generator, size: int) -> tuple[Image.Image, dict[s
     along = ((along - along.min()) / np.ptp(along))[..., None]
     ground = ends[0] * (1 - along) + ends[1] * along
     cover = np.asarray(mask, dtype=np.float64)[..., None] / 255
-    pixels = ground * (1 - cover) + np.array(colour) * cover + rng.normal(0, 0.03, (size, size, 3))
+    pixels = ground * (1 - cover) + np.array(colour) * cover + rng.normal(0, 0.01, (size, size, 3))
     image = Image.fromarray(np.rint(pixels.clip(0, 1) * 255).astype(np.uint8))
     names = {"shape": SHAPES[shape], "colour": HUES[hue]}
     return image, {**names, "place": f"{('top', 'bottom')[place >> 1]} {('left', 'right')[place & 1]}"}
@@ -154,23 +156,20 @@ def config_of(name: str, folder: Path, out: Path, seed: int) -> PretrainConfig:
 
 
 def record(name: str, folder: Path, out: Path, seed: int) -> dict[str, Any]:
-    """One seed of one run: accuracies by label and features, the loss, the k-NN accuracy on the way."""
+    """One seed of one run: accuracies by label and features, the loss, the k-NN accuracy on the way. Pixels, which no
+    seed changes, are probed with the first."""
     began, data = time.monotonic(), name.split("/")[0]
     result = pretrain(config_of(name, folder, out, seed))
-    took, probes = time.monotonic() - began, {}
+    took, probes, opened = time.monotonic() - began, {}, open_recipe(out)
     for label in LABELS[data]:
         files = {part: str(folder / data / f"{part}-{label}.csv") for part in ("train", "test")}
-        options = Options(
-            labels=files["train"],
-            test=str(folder / data / "test"),
-            test_labels=files["test"],
-            baselines=True,
-            seed=seed,
-        )
-        found = probe(out, str(folder / data / "train"), out / "probe", options)
-        rows = {"pre-trained": found, **found["baselines"]}
-        probes[label] = {row: {kind: values[kind] for kind in ("knn", "linear")} for row, values in rows.items()}
-        probes[label]["most frequent class"] = found["most_frequent_class"]
+        options = Options(labels=files["train"], test=str(folder / data / "test"), test_labels=files["test"], seed=seed)
+        asked = Probe(opened, str(folder / data / "train"), options, out / "probe", say=str)
+        rows = {"pre-trained": asked.features, "random weights": asked.of_random_weights()}
+        if seed == 0:
+            rows["pixels"] = asked.of_pixels()
+        probes[label] = {row: asked.judged(features) for row, features in rows.items()}
+        probes[label]["most frequent class"] = majority(asked.labels[asked.learn], asked.labels[asked.held]).to_dict()
     curve = [(int(row["step"]), float(row["knn"])) for row in read_rows(out / "probe.csv")]
     return {"run": name, "seed": seed, "loss": result.loss, "seconds": took, "probes": probes, "knn_on_the_way": curve}
 
@@ -206,7 +205,7 @@ def summary(records: list[dict[str, Any]]) -> list[str]:
             for row in ("pre-trained", "random weights", "pixels"):
                 cells = []
                 for kind in ("knn", "linear"):
-                    values = [probes[label][row][kind]["accuracy"] for probes in ours]
+                    values = [probes[label][row][kind]["accuracy"] for probes in ours if row in probes[label]]
                     spread = f" ({min(values):.1%} to {max(values):.1%})" if len(values) > 1 else ""
                     cells.append(f"{sum(values) / len(values):.1%}{spread}")
                 lines.append(f"| {name}, {label} | {row} | {' | '.join(cells)} |")
