@@ -43,10 +43,10 @@ VIT = {"model": "mae", "model_args": {"embed_dim": 96, "depth": 4, "num_heads": 
 FCMAE = {"model": "fcmae", "model_args": {"depths": [1, 1, 2, 1], "widths": [24, 48, 96, 192], "decoder_embed_dim": 96},
          "lr": 2e-3, "batch_size": 32}  # fmt: skip
 RUNS = {
-    "digits/vit": {**VIT, "img_size": 32, "patch_size": 4, "steps": 1500, "grey": True},
-    "digits/fcmae": {**FCMAE, "img_size": 96, "steps": 1500, "grey": True},
-    "shapes/vit": {**VIT, "img_size": 32, "patch_size": 4, "steps": 2000, "norm_pix": False},
-    "shapes/fcmae": {**FCMAE, "img_size": 96, "steps": 1500, "norm_pix": False},
+    "digits/vit": {**VIT, "img_size": 32, "patch_size": 4, "steps": 1200, "grey": True},
+    "digits/fcmae": {**FCMAE, "img_size": 96, "steps": 1000, "grey": True},
+    "shapes/vit": {**VIT, "img_size": 32, "patch_size": 4, "steps": 1500, "norm_pix": False},
+    "shapes/fcmae": {**FCMAE, "img_size": 96, "steps": 1000, "norm_pix": False},
 }
 LABELS = {"digits": ("digit",), "shapes": ("shape", "colour", "place")}
 

@@ -124,8 +124,8 @@ class Probe:
             self.say(f"features of {len(part.which)} {unit} ...")
             return extract(recipe, self._batches(part), self.device)
 
-        status = self.opened.file.stat()
-        weights = [str(self.opened.file.resolve()), str(status.st_size), str(status.st_mtime_ns), str(recipe.config)]
+        status, about = self.opened.file.stat(), (str(recipe.config), str(self.opened.ema))
+        weights = [str(self.opened.file.resolve()), str(status.st_size), str(status.st_mtime_ns), *about]
         found, cached = kept(folder, [*weights, str(part.which.tolist()), *part.samples.identity()], compute)
         if cached:
             self.say(f"features of {len(found.index)} {unit}: found in {folder}")

@@ -28,14 +28,15 @@ from .weights import open_weights
 
 @dataclass(frozen=True)
 class Opened:
-    """file: what was read. step, options, scale: of the run that it is of, where it is of one; scale is that of its
-    images, see `maefast.data.images.pixels.Decoder`."""
+    """file: what was read; ema: of its two sets of weights the average. step, options, scale: of the run that it is of,
+    where it is of one; scale is that of its images, see `maefast.data.images.pixels.Decoder`."""
 
     recipe: Recipe
     file: Path
     step: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     scale: Mapping[str, float] | None = None
+    ema: bool = False
 
     def with_random_weights(self, seed: int) -> Recipe:
         """The same recipe as training would start with."""
@@ -86,12 +87,12 @@ def open_recipe(
     Raises:
         CheckpointError, ConfigError: what `path` holds cannot be used, and why.
     """
-    folder, about = _run_folder(path), {}
+    folder, about = _run_folder(path), {"ema": ema}
     if folder is not None:
         state = checkpoint.read_state(folder)
         known = {entry.name for entry in fields(PretrainConfig)}
         options = {key: value for key, value in state.config.items() if key in known}
-        about = {"step": state.step, "options": options, "scale": state.extra.get("scale")}
+        about |= {"step": state.step, "options": options, "scale": state.extra.get("scale")}
         chosen = options.get("recipe")
         if chosen is not None and not issubclass(kind_of(chosen), MaskedImages):
             recipe = _recipe_of(options)
