@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +20,6 @@ from torch import nn
 
 from maefast import seeds
 from maefast.errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError
-from maefast.probe.accuracy import Accuracy
 from maefast.recipe import Batch, Progress, Recipe, View
 
 from . import checkpoint, metrics, schedule
@@ -29,9 +29,11 @@ from .config import PretrainConfig
 from .data import Loader, Positions
 from .graph import GraphSteps
 from .metrics import MetricsFile, Row, open_tensorboard, read_rows, save_loss_curve
-from .probe import open_watch
 from .resume import choose_checkpoint, compare
 from .signals import StopSignal
+
+if TYPE_CHECKING:
+    from maefast.probe.accuracy import Accuracy
 
 
 @dataclass
@@ -159,6 +161,8 @@ class Run:
             f"{', as a CUDA graph' if self.graph.step else ''}; into {self.out}"
         )
         if self.main and config.probe_every:
+            from .probe import open_watch
+
             self.watch = open_watch(self.recipe, config, self.source, self.done, self._say)
             if not self.watch.rows:  # where the run begins, or from where on it is watched; an error ends it here
                 self._record(self.watch(self.done, self.device))
