@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from .accelerator import Processes, make_accelerator
 from .build import build_recipe, load_start
 from .config import PretrainConfig
 from .data import Loader, Positions
-from .graph import GraphSteps
+from .graph import GraphSteps, Step, mean, parts
 from .metrics import MetricsFile, Row, open_tensorboard, read_rows, save_loss_curve
 from .resume import choose_checkpoint, compare
 from .signals import StopSignal
@@ -55,6 +55,7 @@ class Pending:
     lr: float
     loss: torch.Tensor
     grad_norm: torch.Tensor | None
+    terms: Mapping[str, torch.Tensor]
 
 
 def pretrain(config: PretrainConfig, *, create_model: Callable[..., nn.Module] | None = None) -> Result:
@@ -236,13 +237,13 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(seeds.torch_seed(config.seed, step, self.accelerator.process_index))
-        loss, norm = self.graph(self._views(), self._say) or self._plain_step()
+        loss, norm, terms = self.graph(self._views(), self._say) or self._plain_step()
         self.done += 1
         self.position += self.step_samples
         progress = self._progress()
         with torch.no_grad():
             self.recipe.after_step(progress)
-        self._pending.append(Pending(self.done, progress.epoch, rate, loss, norm))
+        self._pending.append(Pending(self.done, progress.epoch, rate, loss, norm, terms))
 
     def _progress(self) -> Progress:
         return Progress(self.done, self.total, self.position / len(self.source))
@@ -251,23 +252,25 @@ class Run:
         """The micro-batches of the step, each prepared when its turn comes."""
         return (self._prepared(batch, seeds.MASK) for batch in self._batches)
 
-    @torch.no_grad()
     def _prepared(self, batch: Batch, purpose: int) -> View:
         draw = seeds.Draw(self.config.seed, batch.key, purpose)
-        return self.recipe.prepare(batch.to(self.device), draw, self._progress())
+        with self.accelerator.autocast():
+            return self.recipe.prepared(batch.to(self.device), draw, self._progress())
 
-    def _plain_step(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        config, total, norm = self.config, None, None
+    def _plain_step(self) -> Step:
+        config, total, norm, terms = self.config, None, None, []
         for view in self._views():
             with self.accelerator.accumulate(self.objective):
-                loss = self.objective(view).loss
+                output = self.objective(view)
+                loss = output.loss
                 self.accelerator.backward(loss)
                 if config.clip is not None and self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
                 self.stepper.step()
                 self.stepper.zero_grad()
             total = loss.detach() if total is None else total + loss.detach()
-        return total / config.accum, norm
+            terms.append(parts(output))
+        return Step(total / config.accum, norm, mean(terms))
 
     def _restart_clock(self) -> None:
         self._clock, self.loader.waited = time.perf_counter(), 0.0
@@ -275,7 +278,9 @@ class Run:
     def _flush(self) -> None:
         """Read the pending losses from the device, stop on a non-finite one, and write them down."""
         pending = self._pending
-        values = torch.stack([entry.loss.float() for entry in pending])
+        values = torch.stack(
+            [torch.stack([t.float() for t in (entry.loss, *entry.terms.values())]) for entry in pending]
+        )
         if self.world > 1:
             values = self.accelerator.reduce(values, "mean")
         losses, norms = values.tolist(), [None] * len(pending)
@@ -285,8 +290,8 @@ class Run:
         speed = len(pending) * self.step_samples / seconds
         wait = min(1.0, self.loader.waited / seconds)
         rows = [
-            Row(entry.step, entry.epoch, loss, entry.lr, norm, speed, wait)
-            for entry, loss, norm in zip(pending, losses, norms, strict=True)
+            Row(entry.step, entry.epoch, loss, entry.lr, norm, speed, wait, dict(zip(entry.terms, each, strict=True)))
+            for entry, (loss, *each), norm in zip(pending, losses, norms, strict=True)
         ]
         self._pending.clear()
         self._restart_clock()
@@ -295,15 +300,14 @@ class Run:
             self._write([row for row in rows if broken is None or row.step <= broken.step])
         if broken is not None:
             raise NonFiniteLoss(broken.step, broken.loss, self.last)
-        self.loss = losses[-1]
+        self.loss = losses[-1][0]
         self.progress.update(self.done - self.progress.at, rows[-1])
 
     def _write(self, rows: list[Row]) -> None:
         self.metrics.write(rows)
         if self.tensorboard is not None:
-            names = metrics.header(self.source.unit)
             for row in rows:
-                for name, value in zip(names, asdict(row).values()):
+                for name, value in zip(metrics.header(self.source.unit, tuple(row.terms)), row.values()):
                     if name not in ("step", "epoch") and value is not None:
                         self.tensorboard.add_scalar(f"train/{name}", value, row.step)
 
