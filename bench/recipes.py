@@ -124,6 +124,7 @@ def memory(*what) -> float:
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_memory, args=(*what, torch.get_num_threads(), theirs))
     process.start()
+    theirs.close()  # or a process that dies would be waited for
     found = ours.recv()
     process.join()
     return found

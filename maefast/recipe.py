@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from maefast.names import Names
-from maefast.nn.teachers import Frozen
+from maefast.nn.teachers import Frozen, autocast_for_teachers_only
 from maefast.seeds import Draw
 
 if TYPE_CHECKING:
@@ -188,12 +188,18 @@ class Recipe(nn.Module):
         return self.compute(self.view(given) if isinstance(given, Batch) else given)
 
     @torch.no_grad()
+    def prepared(self, batch: Batch, draw: Draw, progress: Progress) -> View:
+        """`prepare` as loops call it: without gradients, and in full precision under autocast too, but for teachers."""
+        device = next((parameter.device.type for parameter in self.parameters()), "cpu")
+        with autocast_for_teachers_only(device):
+            return self.prepare(batch, draw, progress)
+
     def view(self, batch: Batch, seed: int | None = None, progress: Progress = START) -> View:
-        """`prepare` for loops of your own: without a seed, one is drawn from torch's global generator."""
+        """`prepared` for loops of your own: without a seed, one is drawn from torch's global generator."""
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         key = np.arange(len(batch)) if batch.key is None else batch.key
-        return self.prepare(batch, Draw(seed, key), progress)
+        return self.prepared(batch, Draw(seed, key), progress)
 
     def encode(self, batch: Batch) -> Tensor:
         """Features of whole inputs, nothing masked, for a probe or an export."""

@@ -7,19 +7,6 @@
 namespace maefast::MAEFAST_ISA {
 namespace {
 
-// Sum of f(i, lanes) over the vectors of a row, in four independent chains.
-template <class A, class F>
-MAEFAST_INLINE A sum_row(int64_t n, const F& f) {
-  constexpr int w = kLanes<A>;
-  vec<A> sum[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * w <= n; i += 4 * w)
-    for (int j = 0; j < 4; ++j) sum[j] += f(i + j * w, Full<w>{});
-  for (; i + w <= n; i += w) sum[0] += f(i, Full<w>{});
-  if (i < n) sum[1] += f(i, int(n - i));
-  return sum_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
 template <class A>
 MAEFAST_INLINE vec<A> select(decltype(vec<A>{} < vec<A>{}) condition, vec<A> yes, vec<A> no) {
   return condition ? yes : no;

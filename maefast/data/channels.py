@@ -33,9 +33,9 @@ class ChannelBatch(Batch):
 class Channels:
     """A recipe wants `ChannelBatch`es of `count` channels C and `size` (H, W).
 
-    `--data` names a folder of .npy or .npz arrays, numbers [C, height, width]; a channel that is NaN throughout is
-    missing. Each channel of a sample is normalised by its own mean and standard deviation. Crops and flips as of
-    images.
+    `--data` names a folder of .npy or .npz arrays, numbers [C, height, width]; a channel without a finite value is
+    missing, a pixel that is not finite has its channel's mean. Each channel of a sample is normalised by its own mean
+    and standard deviation. Crops and flips as of images.
     """
 
     count: int = 5
@@ -86,7 +86,9 @@ class _Cropped(Cropped):
 
     def _resized(self, raw: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
         left, top, right, bottom = box
-        cut = torch.from_numpy(np.ascontiguousarray(raw[:, top:bottom, left:right], dtype=np.float32))
+        with np.errstate(over="ignore"):  # beyond float32
+            cut = np.ascontiguousarray(raw[:, top:bottom, left:right], dtype=np.float32)
+        cut = torch.from_numpy(filled(cut))
         size = {"size": self.wants.size, "mode": "bilinear", "antialias": True, "align_corners": False}
         return torch.nn.functional.interpolate(cut[None], **size)[0].numpy()
 
@@ -95,8 +97,19 @@ class _Cropped(Cropped):
         return ChannelBatch(images, None if bool(present.all()) else present, key=key)
 
 
+def filled(image: np.ndarray) -> np.ndarray:
+    """[C, H, W] with the mean of its finite pixels in a channel's others; NaN throughout where it has none."""
+    known = np.isfinite(image)
+    if known.all():
+        return image
+    count = known.sum((1, 2), keepdims=True)
+    total = np.where(known, image, 0).sum((1, 2), keepdims=True, dtype=np.float64)
+    return np.where(known, image, np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32))
+
+
 def standardised(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each channel [C, H, W] with mean 0 and variance 1, missing ones zero; and bool [C], which are there."""
+    """Each channel [C, H, W] with mean 0 and variance 1, missing ones (NaN throughout) zero; and bool [C], which are
+    there."""
     present = ~np.isnan(image).all((1, 2))
     if not present.any():
         raise ValueError("all of its channels are missing")

@@ -4,38 +4,69 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_around: ContextVar[tuple[str, torch.dtype] | None] = ContextVar("_around", default=None)
+
+
+@contextmanager
+def autocast_for_teachers_only(device: str) -> Iterator[None]:
+    """Autocast is off, but within `teaching`: masks and targets that a recipe prepares are exact, and teachers as fast
+    as what is trained."""
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        yield
+        return
+    token = _around.set((device, torch.get_autocast_dtype(device)))
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        _around.reset(token)
+
+
+@contextmanager
+def teaching() -> Iterator[None]:
+    """Without gradients, and in the autocast that `autocast_for_teachers_only` set aside."""
+    around = _around.get()
+    with torch.no_grad(), nullcontext() if around is None else torch.autocast(*around):
+        yield
 
 
 class Frozen:
     """A network that never learns, held so that the recipe's `parameters()`, state_dict, DDP and optimizer do not see
     it. `maefast.recipe.Recipe` takes it along to devices and dtypes. Always in eval mode; called without gradients.
 
+    Args:
+        module: not copied: it is set to eval mode, and its parameters to need no gradient.
+        exact: it computes in full precision where students do not.
+
     >>> teacher = Frozen(nn.Linear(2, 3))
     >>> teacher(torch.zeros(1, 2)).requires_grad
     False
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module.eval().requires_grad_(False)
+    def __init__(self, module: nn.Module, exact: bool = False) -> None:
+        self.module, self._how = module.eval().requires_grad_(False), torch.no_grad if exact else teaching
 
-    @torch.no_grad()
     def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.module(*args, **options)
+        with self._how():
+            return self.module(*args, **options)
 
-    @torch.no_grad()
     def states(self, *args: Any, **options: Any) -> Any:
         """Of the network, see `maefast.nn.Encoder.states`: no block behind the last one that is asked for is run."""
-        return self.module.states(*args, **options)
+        with self._how():
+            return self.module.states(*args, **options)
 
 
 class Averaged(nn.Module):
     """A running average of networks that learn, as in BYOL and DINO: part of the state_dict, never of the gradient.
-    Always in eval mode; call its parts, which have the names they are given, under no_grad.
+    Always in eval mode; call its parts, which have the names they are given, under `teaching`.
 
     Args:
         parts: what is averaged; copied.
@@ -53,14 +84,17 @@ class Averaged(nn.Module):
 
     @torch.no_grad()
     def follow(self, decay: float, **parts: nn.Module) -> None:
-        """average <- decay * average + (1 - decay) * part, of parameters and buffers; counts are taken over."""
+        """average <- decay * average + (1 - decay) * part, of parameters and buffers; counts are taken over. Parts may
+        lie in shards (DTensor); averages are whole."""
         for name, part in parts.items():
-            new = part.state_dict()
+            learned = part.state_dict()
             for key, old in getattr(self, name).state_dict().items():
+                new = learned[key]
+                new = new.full_tensor() if hasattr(new, "full_tensor") else new
                 if old.is_floating_point():
-                    old.lerp_(new[key].to(old), 1 - decay)
+                    old.lerp_(new.to(old), 1 - decay)
                 else:
-                    old.copy_(new[key])
+                    old.copy_(new)
 
 
 def cosine_decay(base: float, step: int, total: int) -> float:
@@ -70,12 +104,12 @@ def cosine_decay(base: float, step: int, total: int) -> float:
 
 def cls_attention(q: Tensor, k: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
     """How much the class token looks at each patch, the mean of the heads, from queries and keys [B, 1 + N, D] of a
-    layer: [B, N]. Its row alone is computed, not all (1 + N)^2 pairs. The row sums to less than 1: the class token
-    looks at itself too."""
+    layer: [B, N], in float32 at least. Its row alone is computed, not all (1 + N)^2 pairs. The row sums to less than 1:
+    the class token looks at itself too."""
     q, k = (t.unflatten(-1, (num_heads, -1)) for t in (q[:, 0], k))
     scores = torch.einsum("bhd,bnhd->bhn", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     exact = torch.promote_types(scores.dtype, torch.float32)  # half precision widened, float64 left alone
-    return scores.to(exact).softmax(-1).to(scores.dtype).mean(1)[:, 1:]
+    return scores.to(exact).softmax(-1).mean(1)[:, 1:]
 
 
 class ImageTeacher(nn.Module):

@@ -54,7 +54,7 @@ class Watch:
     ) -> None:
         if reason := no_features(recipe):
             raise ConfigError(f"--probe-every: {reason}")
-        self._recipe, self._how = recipe, {"workers": workers, "skip_bad": skip_bad}
+        self._how = {"workers": workers, "skip_bad": skip_bad}
         self._data = labelled(samples, spec, "--probe-labels")
         self._seed, self._path, self._keep, self._kept = seed, path, keep, None
         held_back(self._data, SHARE, seed, "--probe-labels")  # whether there is something to hold back
@@ -69,10 +69,10 @@ class Watch:
             writer.writerows(self.rows)
         os.replace(temporary, path)
 
-    def __call__(self, step: int, device: torch.device | str) -> Accuracy:
-        """The accuracy after `step` steps, written down."""
+    def __call__(self, recipe: Recipe, step: int, device: torch.device | str) -> Accuracy:
+        """The accuracy of the recipe after `step` steps, written down."""
         began = time.perf_counter()
-        features = extract(self._recipe, self._batches(), device)
+        features = extract(recipe, self._batches(), device)
         data = self._data.only(features.index)  # what could not be read is left out
         train, test = held_back(data, SHARE, self._seed, "--probe-labels")
         pooled = features.pooled("mean")

@@ -26,7 +26,7 @@ from maefast.nn.patch_embed import pair, patch_grid
 from maefast.nn.patches import patchify
 from maefast.nn.positions import sincos_2d
 from maefast.nn.teachers import Frozen
-from maefast.ops import TokenMask
+from maefast.ops import TokenMask, _checks
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
 from maefast.recipes._images import ImageRecipe
 from maefast.recipes._sizes import ENCODERS
@@ -87,7 +87,9 @@ class CAE(ImageRecipe):
         self.codes = codes
         if tokenizer == "random":
             tokenizer = RandomCodes(codes, patch)
-        self.tokenizer = None if tokenizer is None else Frozen(tokenizer)
+        if not (tokenizer is None or isinstance(tokenizer, nn.Module)):
+            raise TypeError(f"tokenizer must be a module or 'random', got {tokenizer!r}")
+        self.tokenizer = None if tokenizer is None else Frozen(tokenizer, exact=True)
         table = sincos_2d(embed_dim, self.grid, prefix=1)[None]
         table = torch.cat(table.chunk(2, 2)[::-1], 2)  # rows in the first half, where MAE has columns
         how = {"bias": "qv", "layer_scale": layer_scale, "drop_path": drop_path}
@@ -120,7 +122,16 @@ class CAE(ImageRecipe):
         ]
         scores = torch.cat(maps).float().to(images.device, non_blocking=True)
         plan = TokenMask.from_scores(scores, keep, order="position")
-        return View(images, plan, self.tokenizer(images).gather(1, plan.ids_masked))
+        return View(images, plan, self._told(images).gather(1, plan.ids_masked))
+
+    def _told(self, images: Tensor) -> Tensor:
+        """The tokenizer's codes, int64 [B, N], looked at."""
+        codes, want = self.tokenizer(images), (len(images), self.grid[0] * self.grid[1])
+        if not isinstance(codes, Tensor) or codes.dtype is not torch.int64 or tuple(codes.shape) != want:
+            got = f"{codes.dtype} {list(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
+            raise ValueError(f"the tokenizer must give codes int64 {list(want)}, got {got}")
+        _checks.holds((codes >= 0) & (codes < self.codes), f"the tokenizer gives codes beyond 0 to {self.codes - 1}")
+        return codes
 
     def compute(self, view: View) -> Output:
         images, plan = view.parts, view.plan
@@ -174,7 +185,9 @@ class RandomCodes(nn.Module):
 
     def __init__(self, codes: int, patch: tuple[int, int]) -> None:
         super().__init__()
-        bits = max(1, codes.bit_length() - 1)
+        bits = codes.bit_length() - 1
+        if bits < 1 or codes != 1 << bits:
+            raise ValueError(f"codes of random projections are a power of two, at least 2, got {codes}")
         self.patch = patch
         generator = torch.Generator().manual_seed(0)
         self.register_buffer("planes", torch.randn(3 * patch[0] * patch[1], bits, generator=generator))

@@ -22,7 +22,7 @@ from maefast.data.images.batch import ImageBatch
 from maefast.names import Names
 from maefast.nn import Mlp
 from maefast.nn.init import init_weights_
-from maefast.nn.teachers import Frozen
+from maefast.nn.teachers import Frozen, teaching
 from maefast.ops._checks import one_of
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
 from maefast.recipes._images import ImageRecipe, feature_sheet, mae_teacher, mean_feature, must_have, same_grid
@@ -96,7 +96,8 @@ class G2SD(ImageRecipe):
         self.require()
         images, model = self.images(batch), self.teacher.module
         plan = self.plan(images, draw, self.student.num_patches, self.mask_ratio)
-        states = model.decoder_states(model.encode_visible(images, plan), plan, (self.teacher_at,))[0]
+        with teaching():
+            states = model.decoder_states(model.encode_visible(images, plan), plan, (self.teacher_at,))[0]
         return View(images, plan, self._rows(states, plan))
 
     def compute(self, view: View) -> Output:

@@ -24,7 +24,7 @@ from maefast.nn import Decoder, Encoder, Linear, PatchEmbed, position_table
 from maefast.nn.init import init_weights_
 from maefast.nn.patch_embed import pair, patch_grid
 from maefast.nn.patches import reconstruct
-from maefast.nn.teachers import Averaged, cosine_decay
+from maefast.nn.teachers import Averaged, cosine_decay, teaching
 from maefast.ops import TokenMask
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
 from maefast.recipes._images import ImageRecipe, mean_colour
@@ -113,8 +113,9 @@ class LUT(ImageRecipe):
         noise, both = draw.uniform("mask", self.patches, first.device), torch.cat([first, second])
         plans = masking.disjoint(*noise.shape, self.mask_ratio, noise=noise)
         scores = torch.cat([plan.ids_restore.float() for plan in plans])
-        whole = self.teacher.encoder(both)[:, 1:].mean(1)
-        target = torch.cat([self.teacher.projector(part) for part in whole.chunk(2)])
+        with teaching():
+            means = _mean(self.teacher.encoder(both)).chunk(2)
+            target = torch.cat([self.teacher.projector(mean) for mean in means])
         return View(both, (TokenMask.from_scores(scores, plans[0].keep), plans[0]), target)
 
     def compute(self, view: View) -> Output:
@@ -124,8 +125,7 @@ class LUT(ImageRecipe):
         """From the latents of both views, [B, 1 + visible, D] each."""
         pred = self.decoder(latents[0], view.plan[1])
         # One view after the other, as published: each has batch statistics of its own.
-        exact = torch.promote_types(latents[0].dtype, torch.float32)
-        q1, q2 = (self.predictor(self.projector(latent[:, 1:].to(exact).mean(1))) for latent in latents)
+        q1, q2 = (self.predictor(self.projector(_mean(latent))) for latent in latents)
         return Output({"pixels": self._pixels(pred, view), "agreement": self._agreement(q1, q2, view)}, pred, view)
 
     def _pixels(self, pred: Tensor, view: View) -> Tensor:
@@ -161,6 +161,11 @@ class LUT(ImageRecipe):
         shown = reconstruct(pred, images, plan, self.patch, self.norm)
         columns = pictures.four_columns(shown, self.mean, self.std)
         return pictures.Sheet(columns, names, f"{self.mask_ratio:.0%} of view 1 masked")
+
+
+def _mean(latents: Tensor) -> Tensor:
+    """[B, D] of the patches' [B, 1 + n, D], in float32 at least."""
+    return latents[:, 1:].to(torch.promote_types(latents.dtype, torch.float32)).mean(1)
 
 
 def head(dim: int, hidden: int) -> nn.Sequential:

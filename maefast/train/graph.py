@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,25 @@ from .config import PretrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+class Step(NamedTuple):
+    """What a step found: the mean loss of its micro-batches, the norm of the gradient where it clips, and the mean
+    parts of the loss, where it has several."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor | None
+    terms: dict[str, torch.Tensor]
+
+
+def parts(terms: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The terms of a loss, where there are several."""
+    return {name: term.detach() for name, term in terms.items()} if len(terms) > 1 else {}
+
+
+def mean(terms: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Of micro-batches, as new tensors."""
+    return {name: torch.stack([each[name] for each in terms]).mean(0) for name in terms[0]}
 
 
 def problem(config: PretrainConfig, accelerator: Accelerator) -> str | None:
@@ -46,6 +65,7 @@ class GraphSteps:
         self.wanted = config.graph == "on" or (config.graph == "auto" and not own_model)
         self.step: GraphedStep | None = None
         self._kinds: Any = None
+        self._terms: list[dict[str, torch.Tensor]] = []
         if self.wanted and (reason := problem(config, accelerator)) is not None:
             self._cannot(reason)
 
@@ -53,7 +73,9 @@ class GraphSteps:
         """`recipe`: View -> Output."""
 
         def output(taken: dict) -> Output:
-            return recipe(put_together(self._kinds, taken))
+            found = recipe(put_together(self._kinds, taken))
+            self._terms.append(parts(found.terms))  # when captured, of the graph's memory: a replay writes into it
+            return found
 
         if self.wanted:
             options = {"clip": self.config.clip, "accumulate": self.config.accum}
@@ -62,17 +84,18 @@ class GraphSteps:
             except (TypeError, ValueError) as error:
                 self._cannot(str(error))
 
-    def __call__(
-        self, views: Iterable[View], say: Callable[[str], None]
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """(loss, norm of the gradient) after a step on the micro-batches; None, with nothing done, without a graph."""
+    def __call__(self, views: Iterable[View], say: Callable[[str], None]) -> Step | None:
+        """A step on the micro-batches; None, with nothing done, without a graph."""
         if self.step is None:
             return None
         views = list(views)
         self._kinds = kinds(views[0])
         inputs = [(take_apart(view),) for view in views]
+        if not self.step.captured:
+            self._terms = []
         try:
-            return self.step(*inputs[0] if len(inputs) == 1 else inputs), self.step.grad_norm
+            loss = self.step(*inputs[0] if len(inputs) == 1 else inputs)
+            return Step(loss, self.step.grad_norm, mean(self._terms))
         except GraphCaptureError as error:
             if self.config.graph == "on":
                 raise TrainError(f"--graph on: {error}") from error

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,18 +23,19 @@ from maefast import seeds
 from maefast.errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError
 from maefast.recipe import Batch, Progress, Recipe, View
 
-from . import checkpoint, metrics, schedule
+from . import checkpoint, metrics, schedule, sharding
 from .accelerator import Processes, make_accelerator
 from .build import build_recipe, load_start
 from .config import PretrainConfig
 from .data import Loader, Positions
-from .graph import GraphSteps
+from .graph import GraphSteps, Step, mean, parts
 from .metrics import MetricsFile, Row, open_tensorboard, read_rows, save_loss_curve
 from .resume import choose_checkpoint, compare
+from .sharding import whole
 from .signals import StopSignal
 
 if TYPE_CHECKING:
-    from maefast.probe.accuracy import Accuracy
+    from maefast.probe.watch import Watch
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Pending:
     lr: float
     loss: torch.Tensor
     grad_norm: torch.Tensor | None
+    terms: Mapping[str, torch.Tensor]
 
 
 def pretrain(config: PretrainConfig, *, create_model: Callable[..., nn.Module] | None = None) -> Result:
@@ -101,7 +104,8 @@ class Run:
         self.last: Path | None = None
         self.done = self.position = self._saved = 0
         self.loss: float | None = None
-        self.metrics = self.tensorboard = self.progress = self.loader = self.examples = self.watch = None
+        self.metrics = self.tensorboard = self.progress = self.loader = self.examples = self.shown = None
+        self.watch: Watch | None = None
         self._pending: list[Pending] = []
         self._batches: list[Batch] = []
         self._failed: Exception | None = None
@@ -114,9 +118,16 @@ class Run:
         path, notes = choose_checkpoint(self.accelerator, config.resume, self.out)
         if path is None and config.init_from:
             load_start(self.recipe, config, self._say)
+        if config.fsdp:
+            self.shown = sharding.Gathered(self.recipe, self.device)
         self.recipe.to(self.device)
+        if config.fsdp:
+            self.objective = sharding.shard(self.recipe, config, self.world, self.device)
         self.optimizer = schedule.make_optimizer(self.model, config.weight_decay, config.betas)
-        self.objective, self.stepper = self.accelerator.prepare(self.recipe, self.optimizer)
+        if config.fsdp:
+            self.stepper = self.accelerator.prepare(self.optimizer)
+        else:
+            self.objective, self.stepper = self.accelerator.prepare(self.recipe, self.optimizer)
         for note in (*self.source.notes, *notes):
             self._say(note)
         if path is not None:
@@ -160,12 +171,13 @@ class Run:
             f"peak lr {peak:.3g}; {self.world} x {self.device.type}, amp {config.amp}"
             f"{', as a CUDA graph' if self.graph.step else ''}; into {self.out}"
         )
-        if self.main and config.probe_every:
-            from .probe import open_watch
+        if config.probe_every:
+            if self.main:
+                from .probe import open_watch
 
-            self.watch = open_watch(self.recipe, config, self.source, self.done, self._say)
-            if not self.watch.rows:  # where the run begins, or from where on it is watched; an error ends it here
-                self._record(self.watch(self.done, self.device))
+                self.watch = open_watch(self.recipe, config, self.source, self.done, self._say)
+            if self._others.any(self.watch is not None and not self.watch.rows):
+                self._probe(first=True)  # where the run begins, or from where on it is watched
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
@@ -249,13 +261,13 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(seeds.torch_seed(config.seed, step, self.accelerator.process_index))
-        loss, norm = self.graph(self._views(), self._say) or self._plain_step()
+        loss, norm, terms = self.graph(self._views(), self._say) or self._plain_step()
         self.done += 1
         self.position += self.step_samples
         progress = self._progress()
         with torch.no_grad():
             self.recipe.after_step(progress)
-        self._pending.append(Pending(self.done, progress.epoch, rate, loss, norm))
+        self._pending.append(Pending(self.done, progress.epoch, rate, loss, norm, terms))
 
     def _progress(self) -> Progress:
         return Progress(self.done, self.total, self.position / len(self.source))
@@ -264,23 +276,25 @@ class Run:
         """The micro-batches of the step, each prepared when its turn comes."""
         return (self._prepared(batch, seeds.MASK) for batch in self._batches)
 
-    @torch.no_grad()
-    def _prepared(self, batch: Batch, purpose: int) -> View:
+    def _prepared(self, batch: Batch, purpose: int, recipe: Recipe | None = None) -> View:
         draw = seeds.Draw(self.config.seed, batch.key, purpose)
-        return self.recipe.prepare(batch.to(self.device), draw, self._progress())
+        with self.accelerator.autocast():
+            return (recipe or self.recipe).prepared(batch.to(self.device), draw, self._progress())
 
-    def _plain_step(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        config, total, norm = self.config, None, None
+    def _plain_step(self) -> Step:
+        config, total, norm, terms = self.config, None, None, []
         for view in self._views():
             with self.accelerator.accumulate(self.objective):
-                loss = self.objective(view).loss
+                output = self.objective(view)
+                loss = output.loss
                 self.accelerator.backward(loss)
                 if config.clip is not None and self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
+                    norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip))
                 self.stepper.step()
                 self.stepper.zero_grad()
             total = loss.detach() if total is None else total + loss.detach()
-        return total / config.accum, norm
+            terms.append(parts(output.terms))
+        return Step(total / config.accum, norm, mean(terms))
 
     def _restart_clock(self) -> None:
         self._clock, self.loader.waited = time.perf_counter(), 0.0
@@ -288,7 +302,9 @@ class Run:
     def _flush(self) -> None:
         """Read the pending losses from the device, stop on a non-finite one, and write them down."""
         pending = self._pending
-        values = torch.stack([entry.loss.float() for entry in pending])
+        values = torch.stack(
+            [torch.stack([t.float() for t in (entry.loss, *entry.terms.values())]) for entry in pending]
+        )
         if self.world > 1:
             values = self.accelerator.reduce(values, "mean")
         losses, norms = values.tolist(), [None] * len(pending)
@@ -298,8 +314,8 @@ class Run:
         speed = len(pending) * self.step_samples / seconds
         wait = min(1.0, self.loader.waited / seconds)
         rows = [
-            Row(entry.step, entry.epoch, loss, entry.lr, norm, speed, wait)
-            for entry, loss, norm in zip(pending, losses, norms, strict=True)
+            Row(entry.step, entry.epoch, loss, entry.lr, norm, speed, wait, dict(zip(entry.terms, each, strict=True)))
+            for entry, (loss, *each), norm in zip(pending, losses, norms, strict=True)
         ]
         self._pending.clear()
         self._restart_clock()
@@ -308,15 +324,14 @@ class Run:
             self._write([row for row in rows if broken is None or row.step <= broken.step])
         if broken is not None:
             raise NonFiniteLoss(broken.step, broken.loss, self.last)
-        self.loss = losses[-1]
+        self.loss = losses[-1][0]
         self.progress.update(self.done - self.progress.at, rows[-1])
 
     def _write(self, rows: list[Row]) -> None:
         self.metrics.write(rows)
         if self.tensorboard is not None:
-            names = metrics.header(self.source.unit)
             for row in rows:
-                for name, value in zip(names, asdict(row).values()):
+                for name, value in zip(metrics.header(self.source.unit, tuple(row.terms)), row.values()):
                     if name not in ("step", "epoch") and value is not None:
                         self.tensorboard.add_scalar(f"train/{name}", value, row.step)
 
@@ -325,9 +340,10 @@ class Run:
     def _save(self) -> None:
         # A finite loss can still have had infinite gradients; such weights must not replace a good checkpoint.
         buffers = (buffer for buffer in self.model.buffers() if buffer.is_floating_point())  # of batch norms
-        norm = torch.nn.utils.get_total_norm([*self.model.parameters(), *buffers])
+        norm = sharding.total_norm([*self.model.parameters(), *buffers])
         if not bool(norm.isfinite()):
             raise NonFiniteLoss(self.done, float(norm), self.last, what="norm of the weights")
+        state = None
         if self.main:
             self.metrics.sync()
             scaler = self.accelerator.scaler
@@ -344,8 +360,10 @@ class Run:
                     "torch": torch.__version__,
                 },
             )
+        save = checkpoint.save_shards if self.config.fsdp else checkpoint.save
+        if self.main or self.config.fsdp:
             try:
-                self.last = checkpoint.save(self.folder, state, self.model, self.optimizer, self.config.keep)
+                self.last = save(self.folder, state, self.model, self.optimizer, self.config.keep)
             except (OSError, SafetensorError) as error:  # disk full, no permission
                 text = f"the checkpoint of step {self.done} cannot be written: {error}. The last good is {self.last}"
                 if self._failed is not None:
@@ -354,17 +372,31 @@ class Run:
         self._saved = self.done
         self.accelerator.wait_for_everyone()
 
-    @torch.no_grad()
-    def _picture(self, path: Path) -> None:
+    @contextmanager
+    def _showing(self) -> Iterator[Recipe | None]:
+        """The recipe in eval mode where there are examples to show, with all of its weights; all processes must ask."""
+        recipe = self.recipe
+        if self.shown is not None and self.config.picture_rows:
+            recipe = self.shown.fill(self.model, self.main)
         if self.examples is None:
+            yield None
             return
-        batch, names = self.examples
-        training = self.recipe.training
-        self.recipe.eval()
+        training = recipe.training
+        recipe.eval()
         try:
-            picture = self.recipe.picture(self._prepared(batch, seeds.PICTURE), names)
+            with torch.no_grad():
+                yield recipe
         finally:
-            self.recipe.train(training)
+            recipe.train(training)
+            if self.shown is not None:
+                self.shown.rest()
+
+    def _picture(self, path: Path) -> None:
+        with self._showing() as recipe:
+            if recipe is None:
+                return
+            batch, names = self.examples
+            picture = recipe.picture(self._prepared(batch, seeds.PICTURE, recipe), names)
         if picture is None:
             return
         picture.save(path, f"{self.config.title}, step {self.done}, {picture.caption}")
@@ -372,13 +404,14 @@ class Run:
             self.tensorboard.add_image("reconstruction", picture.pixels(), self.done)
 
     def _finish(self, stopped: str | None) -> Result:
-        bad, baseline = self._gather_bad(), None
+        bad = self._gather_bad()
         if self.main:
             self.metrics.sync()
             if self.loss is None:  # a finished run, called again
                 self.loss = next((float(row["loss"]) for row in reversed(read_rows(self.metrics.path))), None)
-            self._picture(self.out / "reconstruction.png")
-            baseline = self._baseline()
+        self._picture(self.out / "reconstruction.png")
+        baseline = self._baseline()
+        if self.main:
             save_loss_curve(self.out / "metrics.csv", self.out / "loss_curve.png")
             for path, reason in list(bad.items())[:20]:
                 self._say(f"skipped unreadable {self.source.unit} {path}: {reason}")
@@ -393,33 +426,36 @@ class Run:
                 self._say(f"finished {self.total} steps; checkpoint {self.last}; pictures and metrics in {self.out}")
         return Result(self.done, self.total, self.loss, self.last, stopped, bad, baseline)
 
-    def _probe(self) -> None:
+    def _probe(self, first: bool = False) -> None:
+        """k-NN accuracy of this step, on the main process; all must ask. Only of the `first` one an error ends the run:
+        later on a file that is gone is no reason."""
+        recipe = self.recipe if self.shown is None else self.shown.fill(self.model, self.main)
         if self.watch is None:
             return
         try:
-            self._record(self.watch(self.done, self.device))
-        except (TrainError, OSError) as error:  # a file that is gone is no reason to stop
+            found = self.watch(recipe, self.done, self.device)
+        except (TrainError, OSError) as error:
+            if first:
+                raise
             self._say(f"no probe of step {self.done}: {error}")
-
-    def _record(self, found: Accuracy) -> None:
+            return
+        finally:
+            if self.shown is not None:
+                self.shown.rest()
         if self.tensorboard is not None:
             self.tensorboard.add_scalar("probe/knn", found.value, self.done)
-        self._say(
-            f"step {self.done}: k-NN accuracy {str(found).strip()} on {found.count} {self.source.unit}s held back"
-        )
+        text = f"{str(found).strip()} on {found.count} {self.source.unit}s held back"
+        self._say(f"step {self.done}: k-NN accuracy {text}")
 
-    @torch.no_grad()
     def _baseline(self) -> tuple[float, float] | None:
         """(loss, loss of a trivial predictor), of the terms that both have, on the examples; said too."""
-        if self.examples is None or type(self.recipe).baseline is Recipe.baseline:
+        if type(self.recipe).baseline is Recipe.baseline:
             return None
-        training = self.recipe.training
-        self.recipe.eval()
-        try:
-            view = self._prepared(self.examples[0], seeds.PICTURE)
-            mine, trivial = self.recipe.compute(view), self.recipe.baseline(view)
-        finally:
-            self.recipe.train(training)
+        with self._showing() as recipe:
+            if recipe is None:
+                return None
+            view = self._prepared(self.examples[0], seeds.PICTURE, recipe)
+            mine, trivial = recipe.compute(view), recipe.baseline(view)
         same = {name: mine.terms[name] for name in trivial.terms}  # of the terms that it has
         what = "loss" if same.keys() == mine.terms.keys() else " + ".join(same)
         found, words = (replace(mine, terms=same).loss.item(), trivial.loss.item()), self.recipe.spec.baseline

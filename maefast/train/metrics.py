@@ -6,8 +6,10 @@ import csv
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import TextIO
 
 from maefast.data.runs import SOFTWARE
 
@@ -16,7 +18,8 @@ from .checkpoint import fsync
 
 @dataclass
 class Row:
-    """One optimizer step. `data_wait` is the share of the step's time spent waiting for the loader."""
+    """One optimizer step. `data_wait` is the share of the step's time spent waiting for the loader; `terms` are the
+    parts of the loss by their names, where it has several."""
 
     step: int
     epoch: float
@@ -25,15 +28,21 @@ class Row:
     grad_norm: float | None
     samples_per_s: float
     data_wait: float
+    terms: dict[str, float] = field(default_factory=dict)
+
+    def values(self) -> list[float | None]:
+        """In the order of `header`."""
+        return [getattr(self, entry.name) for entry in fields(self)[:-1]] + list(self.terms.values())
 
     def cells(self) -> list[str]:
         # repr() of a float reads back as the same float, so two runs can be compared exactly.
-        return ["" if value is None else repr(value) for value in asdict(self).values()]
+        return ["" if value is None else repr(value) for value in self.values()]
 
 
-def header(unit: str = "image") -> list[str]:
+def header(unit: str = "image", terms: Sequence[str] = ()) -> list[str]:
     """The names of the columns, where a sample is called `unit`: a rate says what it counts."""
-    return [f"{unit}s_per_s" if field.name == "samples_per_s" else field.name for field in fields(Row)]
+    names = [f"{unit}s_per_s" if entry.name == "samples_per_s" else entry.name for entry in fields(Row)[:-1]]
+    return names + [f"loss/{name}" for name in terms]
 
 
 HEADER = header()
@@ -41,23 +50,36 @@ HEADER = header()
 
 class MetricsFile:
     """Appends rows to a CSV. Opening it for a run that starts after step `done` drops the rows beyond `done`:
-    they belong to steps that a killed run had taken after its last checkpoint and that will be taken again."""
+    they belong to steps that a killed run had taken after its last checkpoint and that will be taken again.
+
+    Columns of terms come with the first row that has some."""
 
     def __init__(self, path: Path, done: int, unit: str = "image"):
-        self.path = path
-        kept = [row for row in read_rows(path) if int(row["step"]) <= done] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
+        self.path, self._unit = path, unit
+        self._file: TextIO | None = None
+        self._rewrite([row for row in read_rows(path) if int(row["step"]) <= done] if path.exists() else [], ())
+
+    def _rewrite(self, kept: list[dict[str, str]], terms: Sequence[str]) -> None:
+        known = [name.removeprefix("loss/") for name in (kept[0] if kept else ()) if name.startswith("loss/")]
+        self._terms = list(dict.fromkeys([*known, *terms]))
+        if self._file is not None:
+            self._file.close()
+        temporary = self.path.with_suffix(".tmp")
         with open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(header(unit))
-            writer.writerows(row.values() for row in kept)
+            writer.writerow(header(self._unit, self._terms))
+            writer.writerows([row.get(name, "") for name in header(terms=self._terms)] for row in kept)
         fsync(temporary)
-        os.replace(temporary, path)
-        self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by close())
+        os.replace(temporary, self.path)
+        self._file = open(self.path, "a", newline="")  # noqa: SIM115 (closed by close())
         self._writer = csv.writer(self._file)
 
     def write(self, rows: list[Row]) -> None:
-        self._writer.writerows(row.cells() for row in rows)
+        if new := [name for row in rows for name in row.terms if name not in self._terms]:
+            self._rewrite(read_rows(self.path), new)
+        self._writer.writerows(
+            replace(row, terms={name: row.terms.get(name) for name in self._terms}).cells() for row in rows
+        )
         self._file.flush()
 
     def sync(self) -> None:
@@ -69,15 +91,16 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The complete rows of a metrics CSV as text, by the names of `HEADER` whatever the unit. A row cut off by a kill,
-    and all after it, are left out."""
+    """The complete rows of a metrics CSV as text, by the names of `header` for images, whatever the unit. A row cut off
+    by a kill, and all after it, are left out."""
     rows = []
     text = path.read_text()
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    for cells in csv.reader(lines[1:]):
-        if len(cells) != len(HEADER) or not cells[0].isdigit():
+    lines = csv.reader(text[: text.rfind("\n") + 1].splitlines())
+    names = HEADER + next(lines, [])[len(HEADER) :]
+    for cells in lines:
+        if len(cells) != len(names) or not cells[0].isdigit():
             break
-        rows.append(dict(zip(HEADER, cells, strict=True)))
+        rows.append(dict(zip(names, cells, strict=True)))
     return rows
 
 
@@ -132,7 +155,9 @@ class Progress:
 
     def _numbers(self, row: Row) -> str:
         speed = f"{row.samples_per_s:.0f} {self.unit}s/s"
-        return f"loss {row.loss:.4f}  lr {row.lr:.2e}  {speed}  data wait {row.data_wait:.0%}"
+        terms = ", ".join(f"{name} {value:.4f}" for name, value in row.terms.items())
+        loss = f"loss {row.loss:.4f} ({terms})" if terms else f"loss {row.loss:.4f}"
+        return f"{loss}  lr {row.lr:.2e}  {speed}  data wait {row.data_wait:.0%}"
 
 
 def save_loss_curve(metrics: Path, picture: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from maefast import recipes
 from maefast.recipe import Batch, Output, Recipe, View
-from maefast.train import PretrainConfig, loop, pretrain
+from maefast.train import PretrainConfig, graph, loop, pretrain
 from maefast.train.build import recipe_options
 from tests.budget import ALL_EXAMPLES
-from tests.train.common import losses
+from tests.train.common import losses, rows
 
 
 class RecipeTests:
@@ -26,11 +26,13 @@ class RecipeTests:
     Attributes:
         name: of the recipe. toy: arguments that make it small, two blocks of 16 or so channels.
         run: options of a run on the demo's data with these arguments.
+        taught: a teacher's states are the target. mask_of_teacher: it says what is masked, too.
     """
 
     name: str
     toy: Mapping[str, Any]
     run: Mapping[str, Any] = {}
+    taught = mask_of_teacher = False
 
     def batch(self, recipe: Recipe, size: int = 3) -> Batch:
         """Random samples; samples of a larger size begin with those of a smaller one."""
@@ -68,6 +70,20 @@ class RecipeTests:
         trivial = recipe.baseline(view)
         assert trivial.loss.isfinite()
         assert trivial.terms.keys() <= recipe(view).terms.keys()
+
+    def test_autocast_is_the_teachers(self):
+        """What is prepared under autocast is what is prepared without, but for what teachers say."""
+        recipe = self.make().float()
+        batch = self.batch(recipe)
+        exact = recipe.view(batch, seed=5)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = recipe.view(batch, seed=5)
+            low = recipe(found).loss
+        assert low.isfinite()
+        assert abs(low - recipe(exact).loss) < 0.1 * recipe(exact).loss
+        assert same(exact.parts, found.parts)
+        assert self.mask_of_teacher or same(exact.plan, found.plan)
+        assert same(exact.target, found.target) != self.taught
 
     # --- what it is called
 
@@ -127,6 +143,9 @@ class RecipeTests:
         pretrain(self.config(tmp_path / "parts"))
         assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
         assert len({loss for _, loss, _ in losses(tmp_path / "whole")}) == 6
+        for row in rows(tmp_path / "whole"):
+            terms = [float(value) for name, value in row.items() if name.startswith("loss/")]
+            assert not terms or sum(terms) == pytest.approx(float(row["loss"]), rel=1e-5)
         assert (tmp_path / "whole" / "reconstruction.png").is_file()
 
     @pytest.mark.slow
@@ -139,6 +158,19 @@ class RecipeTests:
         loss, trivial = result.baseline
         assert loss < trivial
         assert (tmp_path / "reconstruction.png").is_file()
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether both views, or parts of them, hold the same numbers of the same dtypes."""
+    one, other = (list(tensors(graph.take_apart(value))) for value in (one, other))
+    return len(one) == len(other) and all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(one, other))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ():
+        yield from tensors(inner)
 
 
 def scatter(recipe: Recipe) -> None:

@@ -78,6 +78,40 @@ def test_the_order_of_hidden_patches_does_not_matter():
         Regressor(16, 1, 3)
 
 
+class Told(torch.nn.Module):
+    """A tokenizer that says what it is told to."""
+
+    def __init__(self, codes):
+        super().__init__()
+        self.codes = codes
+
+    def forward(self, images):
+        return self.codes
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.zeros(3, 64), r"codes int64 \[3, 64\], got torch.float32 \[3, 64\]"),
+        (torch.zeros(3, 32, dtype=torch.int64), r"got torch.int64 \[3, 32\]"),
+        (None, "got NoneType"),
+        (torch.full((3, 64), 16), "beyond 0 to 15"),
+        (torch.full((3, 64), -1), "beyond 0 to 15"),
+    ],
+)
+def test_codes_are_looked_at(codes, message):
+    recipe = recipes.create("cae", **{**TestCAE.toy, "tokenizer": Told(codes)})
+    with pytest.raises(ValueError, match=message):
+        recipe.view(TestCAE().batch(recipe))
+
+
+def test_tokenizers_are_looked_at():
+    with pytest.raises(TypeError, match="a module or 'random', got 'dalle'"):
+        recipes.create("cae", tokenizer="dalle")
+    with pytest.raises(ValueError, match="a power of two, at least 2, got 1000"):
+        recipes.create("cae", tokenizer="random", codes=1000)
+
+
 def test_random_codes():
     codes = RandomCodes(16, (4, 4))(torch.randn(8, 3, 16, 16))
     assert codes.shape == (8, 16)

@@ -6,9 +6,10 @@ import torch
 
 from bench.peers.recipes.cha_maevit import padded
 from maefast import recipes
-from maefast.data.channels import ChannelBatch, made_channels, read_channels, standardised
+from maefast.data.channels import ChannelBatch, Channels, filled, made_channels, read_channels, standardised
 from maefast.data.images.files import shipped_photographs
 from maefast.recipe import View
+from maefast.train import PretrainConfig
 from tests.recipes.common import RecipeTests, equal_to_reference
 
 
@@ -97,6 +98,27 @@ def test_arrays_of_channels(tmp_path):
     np.testing.assert_allclose(made[[0, 1, 3]].std((1, 2)), 1, rtol=1e-3)
     with pytest.raises(ValueError, match="all of its channels are missing"):
         standardised(np.full((2, 3, 3), np.nan))
+
+
+def test_pixels_without_a_value(tmp_path):
+    """They have their channel's mean, before anything is resized, and change no other channel."""
+    image = np.random.default_rng(0).standard_normal((4, 16, 16)).astype(np.float32)
+    broken = image.copy()
+    broken[0, 3, 4], broken[0, 5, 6], broken[1] = np.nan, np.inf, -np.inf
+    made = filled(broken)
+    assert np.array_equal(made[2:], image[2:])
+    assert np.isnan(made[1]).all()
+    rest = np.delete(image[0].ravel(), [3 * 16 + 4, 5 * 16 + 6])
+    np.testing.assert_allclose(made[0, [3, 5], [4, 6]], rest.mean(), rtol=1e-5)
+    assert np.array_equal(np.delete(made[0].ravel(), [3 * 16 + 4, 5 * 16 + 6]), rest)
+    broken = broken.astype(np.float64)
+    broken[3, 0, 0] = 1e300  # more than float32 holds
+    np.save(tmp_path / "a.npy", broken)
+    source = Channels(4, (8, 8)).open(PretrainConfig(data=str(tmp_path)))
+    batch, _ = source.examples(1)
+    assert batch.images.isfinite().all()
+    assert batch.images.abs().max() < 10
+    assert batch.present.tolist() == [[True, False, True, True]]
 
 
 def test_made_channels():

@@ -38,6 +38,7 @@ class TestDMAE(RecipeTests):
         "teacher_args": TEACHER,
     }  # fmt: skip
     run = {"img_size": 32, "patch_size": 8}
+    taught = True
 
     def batch(self, recipe, size=3):
         generator = torch.Generator().manual_seed(2)

@@ -21,6 +21,7 @@ class TestG2SD(RecipeTests):
         "teacher_args": TEACHER,
     }  # fmt: skip
     run = {"img_size": 32, "patch_size": 8}
+    taught = True
 
     def batch(self, recipe, size=3):
         generator = torch.Generator().manual_seed(2)

@@ -24,6 +24,7 @@ class TestLUT(RecipeTests):
         "decoder_depth": 1, "decoder_num_heads": 2, "head_dim": 24,
     }  # fmt: skip
     run = {"img_size": 32, "patch_size": 8}
+    taught = True
 
     def batch(self, recipe, size=3):
         generator = torch.Generator().manual_seed(2)

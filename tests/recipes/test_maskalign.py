@@ -18,6 +18,7 @@ class TestMaskAlign(RecipeTests):
         "drop_path": 0.0,
     }  # fmt: skip
     run = {"img_size": 32, "patch_size": 8}
+    taught = mask_of_teacher = True
 
     def batch(self, recipe, size=3):
         generator = torch.Generator().manual_seed(2)

@@ -11,7 +11,10 @@ import torch
 from maefast.graphs import capture
 from maefast.train import ConfigError, TrainError, checkpoint, graph, pretrain, schedule
 from tests.graphs.tape import FakeRecorder
+from tests.recipes import test_dmae
 from tests.train.common import CREATORS, convnet_config, in_two_parts, losses, rows, tiny_config
+
+TOY = test_dmae.TestDMAE()  # its loss has two parts
 
 
 @pytest.fixture
@@ -52,6 +55,16 @@ def test_the_run_is_the_same(photos, tmp_path, taped, changes, capsys):
     assert taped[0].events == ["run"] * 3 + ["record"] + ["replay"] * 9
     assert len(taped) == 1
     equal_runs(tmp_path / "off", tmp_path / "auto")
+
+
+def test_parts_of_the_loss(tmp_path, taped):
+    for name in ("off", "on"):
+        pretrain(TOY.config(tmp_path / name, graph=name, accum=2))
+    assert taped[0].events.count("replay") == 3
+    equal_runs(tmp_path / "off", tmp_path / "on")
+    terms = [[(row["loss/pixels"], row["loss/features"]) for row in rows(tmp_path / name)] for name in ("off", "on")]
+    assert terms[0] == terms[1]
+    assert len(set(terms[0])) == 6
 
 
 @pytest.mark.parametrize("kind", ["fcmae", "toy_spark"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,22 @@ def test_rows_beyond_the_resumed_step_are_dropped(tmp_path):
     assert [(r["step"], r["loss"]) for r in found] == [("1", "0.1"), ("2", "0.1"), ("3", "0.1"), ("4", "0.5")]
     assert path.read_text().splitlines()[0] == ",".join(HEADER)
     assert not path.with_suffix(".tmp").exists()
+
+
+def test_parts_of_the_loss_have_columns(tmp_path):
+    path = tmp_path / "m.csv"
+    old = MetricsFile(path, 0)
+    old.write([row(1)])  # by a version that wrote none
+    old.close()
+    file = MetricsFile(path, 1)
+    file.write([replace(row(2), terms={"pixels": 0.1, "features": 0.25}), replace(row(3), terms={"features": 0.5})])
+    file.close()
+    again = MetricsFile(path, 2)
+    again.write([replace(row(3), terms={"features": 1.0, "pixels": 2.0})])
+    again.close()
+    assert path.read_text().splitlines()[0] == ",".join([*HEADER, "loss/pixels", "loss/features"])
+    found = [(r["step"], r["loss/pixels"], r["loss/features"], r["data_wait"]) for r in read_rows(path)]
+    assert found == [("1", "", "", "0.25"), ("2", "0.1", "0.25", "0.25"), ("3", "2.0", "1.0", "0.25")]
 
 
 def test_floats_read_back_exactly(tmp_path):

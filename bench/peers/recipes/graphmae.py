@@ -29,6 +29,7 @@ def attention(x: Tensor, edges: Tensor, p: dict[str, Tensor]) -> Tensor:
     _, heads, width = p["att_src"].shape
     h, (source, target) = F.linear(x, p["lin.weight"]).view(-1, heads, width), edges
     score = F.leaky_relu((h * p["att_src"]).sum(2)[source] + (h * p["att_dst"]).sum(2)[target], 0.2)
+    h = h.to(score.dtype)  # under autocast sums stay wide
     top = torch.full_like(h[:, :, 0], float("-inf"))
     top = top.scatter_reduce(0, target[:, None].expand_as(score), score.detach(), "amax")
     weight = (score - top[target]).exp()

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import numpy as np
 
 from maefast.data.runs import SOFTWARE
 from maefast.errors import BadImage, need
+
+from . import jpeg
 
 try:
     from PIL import ExifTags, Image, ImageOps
@@ -77,6 +79,43 @@ class Decoder:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
             raise BadImage(path, f"{type(error).__name__}: {error}") from error
+
+    def open(self, path: str | Path) -> jpeg.Jpeg | jpeg.Whole:
+        """The same with eight bits, decoded when it is known what of it is wanted, where that is faster: see `jpeg`.
+
+        Raises:
+            BadImage: it cannot be read. ``cut`` of what is returned may raise ValueError; decode it whole then.
+        """
+        if str(path).lower().endswith(jpeg.ENDINGS) and self.value_range in (None, (0.0, 255.0)):
+            found = self._jpeg(path)
+            if found is not None and not 0 < self.max_pixels < found.width * found.height:
+                return found
+        return self.whole(path)
+
+    def whole(self, path: str | Path) -> jpeg.Whole:
+        """The same, decoded as an array."""
+        pixels = np.array(self(path))
+        return jpeg.Whole(pixels if pixels.ndim == 3 else pixels[..., None])
+
+    def _jpeg(self, path: str | Path) -> jpeg.Jpeg | None:
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except OSError:  # told when Pillow reads it
+            return None
+        found = jpeg.opened(data, self.channels)
+        if found is None or not jpeg.has_exif(data):
+            return found
+        try:
+            with open_header(path) as image:
+                if drawn_by_us(image):
+                    return None
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # told when Pillow reads it
+            return None
+        turned = turned if turned in range(1, 9) else 1
+        sides = (found.width, found.height) if turned < 5 else (found.height, found.width)
+        return replace(found, width=sides[0], height=sides[1], orientation=turned)
 
     def _levels(self, image: Image.Image, unit: float = 1.0) -> Image.Image:
         deep, name = is_deep(image), kind(image)
