@@ -33,6 +33,8 @@ def read_labels(spec: str, names: Sequence[str], option: str = "--labels") -> tu
             raise ConfigError(
                 f"{option} folders: the samples lie in no folders of classes, as in cats/1.jpg: {names[0]}"
             )
+        if any(label.endswith((".tar", ".parquet", ".arrow")) for label in set(found) if label):
+            raise ConfigError(f"{option} folders: {names[0]} lies in no folder; a CSV file tells classes of such data")
         lacking, where = [name for name, label in zip(names, found) if label is None], "lie in no folder of a class"
     else:
         table = _table(Path(spec).expanduser(), names, option)

@@ -85,9 +85,12 @@ def patch_sheet(recipe: Recipe, batch: Batch, names: Sequence[str], device: torc
     from maefast.data.images.pictures import Sheet
     from maefast.recipes._images import feature_sheet
 
-    white = torch.iinfo(images.dtype).max if not images.is_floating_point() else 1
+    if images.is_floating_point():  # of any range
+        shades = (images.float() - images.min()) / (images.max() - images.min()).clamp_min(1e-12)
+    else:
+        shades = images.float() / torch.iinfo(images.dtype).max
     shown = torch.ones(found.shape[:2], dtype=torch.bool)
-    original, _, colours = feature_sheet(images.float() / white, shown, [found], grid)
+    original, _, colours = feature_sheet(shades, shown, [found], grid)
     caption = f"features of {grid[0]} x {grid[1]} patches, their first three principal components as colours"
     return Sheet([original, colours], names, caption, ("image", "features"))
 

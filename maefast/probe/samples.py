@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ class _Images(Samples):
 
     def __init__(self, source: ImageSource) -> None:
         self._images, self.decoder, self._size = source.images, source.decoder, source.wants.size
-        self.names = [self._images.files[i] if self._images.root else self._images.name(i) for i in range(len(source))]
+        self._data = source.options.data
+        files = self._images.files if getattr(self._images, "root", "") else None  # of a folder
+        self.names = [self._images.name(i) if files is None else files[i] for i in range(len(source))]
 
     def load(self, index: int) -> np.ndarray:
         from maefast.data.images.pictures import load_images
@@ -60,7 +63,7 @@ class _Images(Samples):
 
     def identity(self) -> list[str]:
         paths = (self._images.path(index) for index in range(len(self.names)))
-        return [repr(self.decoder), str(self._size), *(_stamp(path) for path in paths)]
+        return [repr(self.decoder), str(self._size), *map(_stamp, (self._data, *paths))]
 
 
 class _Entries(Samples):
@@ -69,7 +72,6 @@ class _Entries(Samples):
     def __init__(self, source: Collection) -> None:
         self._kind, self._entries, self.unit = source.kind, source.entries, source.unit
         self.names = [self._entries.label(index) for index in range(len(source))]
-        self._root = getattr(self._entries, "root", None)
 
     def load(self, index: int) -> Any:
         try:
@@ -81,8 +83,9 @@ class _Entries(Samples):
         return self._kind.collate(loaded, np.arange(len(loaded)))
 
     def identity(self) -> list[str]:
-        files = [self._root / name for name in self.names] if self._root else self.names
-        return [repr(self._kind), str(vars(self._kind)), *map(_stamp, files)]
+        root = getattr(self._entries, "root", self._entries.name)
+        files = [Path(root, name) for name in self.names]
+        return [repr(self._kind), str(vars(self._kind)), *map(_stamp, (root, *files))]
 
 
 class _Examples(Samples):
@@ -119,7 +122,12 @@ def batches(
         BadFile: one cannot be read, without `skip_bad`.
     """
     loader = DataLoader(
-        _Listed(samples, list(which)), batch_size=size, num_workers=workers, collate_fn=list, worker_init_fn=_alone
+        _Listed(samples, list(which)),
+        batch_size=size,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=_alone,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     for loaded in loader:
         bad = [error for _, _, error in loaded if error is not None]
@@ -150,9 +158,10 @@ def _alone(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _stamp(path: str | Path) -> str:
+def _stamp(where: object) -> str:
+    """The name of a file, or of what lies within one, with the size and time of what there is."""
     try:
-        status = Path(path).stat()
-    except OSError:  # what is made has none
-        return str(path)
-    return f"{path} {status.st_size} {status.st_mtime_ns}"
+        status = Path(str(where)).expanduser().stat()
+    except (OSError, ValueError):  # such as what is made
+        return str(where)
+    return f"{where} {status.st_size} {status.st_mtime_ns}"

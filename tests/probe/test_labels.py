@@ -67,3 +67,5 @@ def test_bad_files(tmp_path):
         read_labels(str(tmp_path / "a.csv"), NAMES)
     with pytest.raises(ConfigError, match="lie in no folders of classes"):
         read_labels("folders", ["1.png", "2.png"])
+    with pytest.raises(ConfigError, match=r"0001.tar/a.png lies in no folder; a CSV file tells"):
+        read_labels("folders", ["0001.tar/a.png", "0002.tar/b.png"])
