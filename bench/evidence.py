@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "evidence" / "cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    records = []
+    records, environment = [], describe("cpu")  # of the code that runs, whatever happens to the files meanwhile
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_digits(folder / "digits")
@@ -189,7 +189,7 @@ def main() -> int:
         for name in args.only or RUNS:
             for seed in range(args.seeds):
                 records.append(record(name, folder, folder / "runs" / name / str(seed), seed))
-    document = {"schema": 1, "kind": "evidence", "environment": describe("cpu"), "settings": {"runs": RUNS}}
+    document = {"schema": 1, "kind": "evidence", "environment": environment, "settings": {"runs": RUNS}}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({**document, "records": records}, indent=1) + "\n")
     print("\n".join(summary(records)))

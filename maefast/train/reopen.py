@@ -44,7 +44,7 @@ class Opened:
             torch.manual_seed(seed)
             if not isinstance(self.recipe, MaskedImages):
                 return _recipe_of(self.options)
-            return _wrapped(dict(self.recipe.config))
+            return _wrapped(dict(self.recipe.config), self.options)
 
     def data(self, name: str, option: str, output: Path | str) -> Source:
         """Samples for it. TrainError: of `option`, see `Wants.open`."""
@@ -103,7 +103,8 @@ def open_recipe(
             return Opened(recipe.eval(), folder / checkpoint.MODEL, **about)
     weights = open_weights(path, ema)
     preset = weights.config["name"] if weights.config else weights.family
-    recipe = _wrapped({"name": preset, **infer_arguments(weights, name, img_size, heads, say)})
+    config = {"name": preset, **infer_arguments(weights, name, img_size, heads, say)}
+    recipe = _wrapped(config, about.get("options", {}))
     try:
         recipe.model.load_state_dict(fit_state(weights.tensors, recipe.model.state_dict(), "encoder"), strict=True)
     except RuntimeError as error:
@@ -111,10 +112,11 @@ def open_recipe(
     return Opened(recipe.eval(), weights.source, **about)
 
 
-def _wrapped(config: dict[str, Any]) -> MaskedImages:
-    """The model of images that `config` describes, freshly initialised."""
+def _wrapped(config: dict[str, Any], options: Mapping[str, Any]) -> MaskedImages:
+    """The model of images that `config` describes, freshly initialised; `options`: of its run."""
     model = create_model(config["name"], {key: value for key, value in config.items() if key != "name"})
-    recipe = MaskedImages(model, mask_ratio_of(model, None))
+    numbers = options.get("channels") is not None  # not photographs
+    recipe = MaskedImages(model, mask_ratio_of(model, None), **({"measured": True} if numbers else {}))
     recipe.config = config
     return recipe
 
