@@ -90,6 +90,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def pretrain(
     ctx: typer.Context,
     data: Annotated[str, option("data")] = "",
+    column: Annotated[str | None, option("column")] = None,
     recipe: Annotated[str | None, option("recipe")] = None,
     size: Annotated[str | None, option("size")] = None,
     demo: Annotated[bool, option("demo")] = False,

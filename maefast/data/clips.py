@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from maefast.data.arrays import load_array
+from maefast.data.blob import Where
 from maefast.data.collection import DEMO, Collection, Files, Made
 from maefast.data.cropped import Cropped
 from maefast.nn.patches import Reconstruction
@@ -48,7 +49,7 @@ class Clips:
     def open(self, options: Any) -> Collection:
         if options.data == DEMO:
             return Collection(_Cropped(self, options), self._demo(), options)
-        return Collection(_Cropped(self, options), Videos(options.data), options)
+        return Collection(_Cropped(self, options), Videos(options.data, options), options)
 
     def check(self, batch: Any) -> None:
         """Raise unless it is a batch of such clips."""
@@ -118,16 +119,16 @@ def resized(clip: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, i
 class Videos(Files):
     """Arrays, and folders of frames."""
 
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__(folder, (".npy", ".npz", *FRAMES), read_video, "videos")
+    def __init__(self, data: str | Path, options: Any = None) -> None:
+        super().__init__(data, (".npy", ".npz", *FRAMES), read_video, "videos", options)
 
     def _entry(self, path: Path) -> Path:
         return path.parent if path.suffix.lower() in FRAMES else path
 
 
-def read_video(path: Path) -> np.ndarray:
+def read_video(path: Where) -> np.ndarray:
     """uint8 [frames, height, width, 3]. ValueError: it is something else."""
-    if path.is_dir():
+    if isinstance(path, Path) and path.is_dir():
         from PIL import Image
 
         names = sorted(name for name in path.iterdir() if name.suffix.lower() in FRAMES)

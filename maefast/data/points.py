@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from maefast.data.arrays import load_array
+from maefast.data.blob import Where, ending, opened
 from maefast.data.collection import DEMO, Collection, Files, Made
 from maefast.data.figure import FigurePicture, new_figure
 from maefast.ops import _checks
@@ -45,7 +46,7 @@ class Points:
         if options.data == DEMO:
             made = Made("analytic shapes", _CLOUDS, lambda index: shape(index, 4 * self.count), shape_name)
             return Collection(self, made, options)
-        return Collection(self, Files(options.data, ENDINGS, read_cloud, "clouds"), options)
+        return Collection(self, Files(options.data, ENDINGS, read_cloud, "clouds", options), options)
 
     def check(self, batch: Any) -> None:
         """Raise unless it is a batch of such clouds."""
@@ -78,12 +79,14 @@ def normalised(cloud: np.ndarray) -> np.ndarray:
     return cloud / max(np.sqrt((cloud**2).sum(1).max()), 1e-12)
 
 
-def read_cloud(path: Path) -> np.ndarray:
+def read_cloud(where: Where) -> np.ndarray:
     """float64 [points, 3]. ValueError: it is something else."""
-    if path.suffix in (".npy", ".npz"):
-        array = load_array(path)
+    if ending(where) in (".npy", ".npz"):
+        array = load_array(where)
     else:
-        array = np.loadtxt(path, ndmin=2, delimiter="," if "," in path.read_text()[:200] else None)
+        with opened(where) as file:
+            lines = io.TextIOWrapper(file).read()
+        array = np.loadtxt(io.StringIO(lines), ndmin=2, delimiter="," if "," in lines[:200] else None)
     if array.ndim != 2 or array.shape[1] < 3 or array.dtype.kind not in "fiu":
         raise ValueError(f"a cloud is numbers [points, 3 or more], not {array.dtype} {list(array.shape)}")
     cloud = array[:, :3].astype(np.float64)

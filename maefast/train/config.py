@@ -19,6 +19,7 @@ class PretrainConfig:
     """Options of `maefast pretrain`, with its defaults. Counts of steps are optimizer steps."""
 
     data: str = ""
+    column: str | None = None
     output_dir: str = "out"
     # What is trained: a recipe of `maefast.recipes` in one of its sizes, or a masked model of images. None leaves a
     # choice to the recipe's, or the model's, own definition.
@@ -104,7 +105,7 @@ class PretrainConfig:
                 must(type(value) in kinds, f"{_flag(entry.name)} must be {wanted}, not {value!r}")
         must(
             bool(self.data),
-            "--data is missing: give a folder of images, or 'skimage' for the shipped photographs"
+            "--data is missing: give a folder, a list or tars of images, or 'skimage' for the shipped photographs"
             if self.recipe is None
             else f"--data is missing: give a folder, or 'demo' for what ships with the recipe {self.recipe}",
         )
@@ -272,7 +273,7 @@ def _flag(name: str) -> str:
 HARMLESS = {
     "output_dir", "resume", "save_every", "keep", "picture_every", "picture_rows", "picture", "log_every",
     "tensorboard", "max_pixels", "workers", "cache_mb", "init_from", "init_ema", "init_exact", "recompute", "skip_bad",
-    "graph", "data", "epochs", "steps",
+    "graph", "data", "column", "epochs", "steps",
 }  # fmt: skip
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from maefast.data.images.batch import MEAN, STD
-from maefast.data.images.files import ImageSet, Names
 from maefast.data.images.pixels import Decoder
 from maefast.data.images.value_range import settle
+from maefast.data.records import Names, Paths
 from maefast.errors import BadImage, ConfigError
 from maefast.models.convert import encoder_state, mae_to_hf
 from maefast.models.convnames import FCMAE, convnext_to_timm, fcmae_to_sparse
@@ -189,7 +189,7 @@ def _decoder(
         max_pixels = run.config.get("max_pixels") if max_pixels is None else max_pixels
     if max_pixels is not None:
         decoder = replace(decoder, max_pixels=max_pixels)
-    decoder, lines = settle(ImageSet("", "", Names(str(path) for path in images)), decoder, value_range)
+    decoder, lines = settle(Paths("", "", Names(str(path) for path in images)), decoder, value_range)
     for line in () if quiet else lines:
         print(line)
     return decoder

@@ -8,7 +8,10 @@ import typer
 
 HELP = {
     "Data": {
-        "data": "Folder of images (any nesting), or 'skimage': the photographs inside scikit-image and scikit-learn.",
+        "data": "A folder (any nesting); a list of files (.txt, .csv); tars ('shards/{0000..0127}.tar', also URLs); tables "
+        "(.parquet, .arrow, folders of Hugging Face's datasets); 'skimage': the photographs inside scikit-image.",
+        "column": "Column of the table that holds images or paths; in tars with several images a sample, the ending of "
+        "those that are meant (jpg, seg.png).",
         "crop_scale": "Area of the random crop as a share of the image: low high.",
         "crop_ratio": "Width / height of the crop, relative to that of the images the model takes: low high.",
         "flip": "Probability of a horizontal flip.",
@@ -84,6 +87,7 @@ _SHOWN = {
     "max_pixels": "179 million, Pillow's limit",
     "clip": "no clipping",
     "size": "the recipe's first",
+    "column": "the only one that fits",
     **dict.fromkeys(("data", "recipe", "model_arg", "init_from", "steps", "lr", "config"), False),
 }
 _FLAGS = {

@@ -7,19 +7,18 @@ range (`--value-range`) stands above all.
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from maefast.data.blob import Blob, Where, ending, opened
 from maefast.data.runs import SOFTWARE
-from maefast.errors import BadImage, need
+from maefast.errors import BadImage, Unreachable, need
 
 try:
     from PIL import ExifTags, Image, ImageOps
@@ -54,7 +53,7 @@ class Decoder:
     bits: int = 8
     max_pixels: int = MAX_PIXELS
 
-    def __call__(self, path: str | Path) -> Image.Image:
+    def __call__(self, path: Where) -> Image.Image:
         """Decode a file completely, turned upright by its EXIF tag: an image of mode "RGB", "L", or, for 16 bits, "F"
         with values from 0 to 65535. Transparent pixels are laid on white, only the first frame of an animation is read.
 
@@ -73,7 +72,7 @@ class Decoder:
                     raise ValueError("maefast drew this picture; it is no data")
                 image.load()
                 return self._levels(image, stored_units(image, path) if self.value_range is not None else 1.0)
-        except MemoryError:
+        except (MemoryError, Unreachable):
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
             raise BadImage(path, f"{type(error).__name__}: {error}") from error
@@ -149,21 +148,21 @@ def refuse_signed(image: Image.Image) -> None:
         raise ValueError("signed 8-bit values, which Pillow reads as if they had no sign")
 
 
-def stored_units(image: Image.Image, path: str | Path) -> float:
+def stored_units(image: Image.Image, path: Where) -> float:
     """How many units of the file one of Pillow's values is: it stretches PNM, and halves the bits of colour."""
     if image.format == "PPM":
-        with open(path, "rb") as file:
+        with opened(path) as file:
             header = re.sub(rb"#[^\n]*\n", b" ", file.read(1024)).split(maxsplit=4)
         most = int(header[3]) if header[0] in (b"P2", b"P3", b"P5", b"P6") else 255
         return most / (65535 if image.mode == "I" else 255)
     return 257.0 if _is_halved(image) else 1.0
 
 
-def open_header(path: str | Path) -> Image.Image:
+def open_header(path: Where) -> Image.Image:
     """Image.open without Pillow's limit of pixels, which `Decoder` has instead; with plug-ins where they are there."""
-    register_plugin(os.path.splitext(path)[1].lower())
+    register_plugin(ending(path))
     with _unlimited():
-        return Image.open(path)
+        return Image.open(opened(path) if isinstance(path, Blob) else path)
 
 
 def crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:

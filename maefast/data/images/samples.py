@@ -7,11 +7,12 @@ import torch
 from torch.utils.data import Dataset
 
 from maefast import seeds
-from maefast.errors import SKIP_BAD, BadImage, TrainError
+from maefast.data.records import Records
+from maefast.data.source import failure
+from maefast.errors import BadImage, TrainError, Unreachable
 
 from .augment import Augment
 from .batch import ImageBatch
-from .files import ImageSet
 from .pixels import Decoder, Image, to_array
 
 
@@ -27,7 +28,7 @@ class TrainImages(Dataset):
 
     def __init__(
         self,
-        images: ImageSet,
+        images: Records,
         augment: Augment,
         decoder: Decoder,
         *,
@@ -60,6 +61,8 @@ class TrainImages(Dataset):
                 return self._decode((index + offset) % len(self.images)), bad
             except BadImage as error:
                 bad.append((str(error.path), error.reason))
+            except Unreachable as error:
+                return None, [*bad, (str(error.path), error.reason)]
         return None, bad
 
     def _decode(self, index: int) -> Image.Image:
@@ -82,7 +85,4 @@ class TrainImages(Dataset):
         return ImageBatch(torch.from_numpy(np.stack(pixels)), key=key), bad
 
     def failure(self, bad: list[tuple[str, str]]) -> TrainError:
-        path, reason = bad[0]
-        if self.skip_bad:
-            return TrainError(f"none of the {len(self)} images can be read; the first: {path}: {reason}")
-        return BadImage(path, reason, SKIP_BAD)
+        return failure(bad, self, self.skip_bad, BadImage)

@@ -27,7 +27,7 @@ class ImageSource:
 
     def __init__(self, wants: Images, options: Any) -> None:
         self.wants, self.options = wants, options
-        self.images = find_images(options.data, options.output_dir)
+        self.images = find_images(options.data, options.output_dir, options)
         self.name = self.images.source
         decoder = Decoder(wants.channels, bits=options.pixel_bits)
         if options.max_pixels is not None:
