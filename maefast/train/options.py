@@ -8,8 +8,9 @@ import typer
 
 HELP = {
     "Data": {
-        "data": "A folder (any nesting); a list of files (.txt, .csv); tars ('shards/{0000..0127}.tar', also URLs); tables "
-        "(.parquet, .arrow, folders of Hugging Face's datasets); 'skimage': the photographs inside scikit-image.",
+        "data": "A folder (any nesting); a list of files (.txt, .csv); tars ('shards/{0000..0127}.tar', also URLs); "
+        "tables (.parquet, .arrow, folders of Hugging Face's datasets); 'skimage': the photographs inside scikit-image "
+        "and scikit-learn.",
         "column": "Column of the table that holds images or paths; in tars with several images a sample, the ending of "
         "those that are meant (jpg, seg.png).",
         "crop_scale": "Area of the random crop as a share of the image: low high.",

@@ -50,8 +50,8 @@ SHIPPED = {
 def find_images(
     data: str | Path, output: str | Path | None = None, options: Any = None, endings: Sequence[str] = EXTENSIONS
 ) -> Records:
-    """The images of `data`: "skimage" for the shipped photographs, what `open_records` knows (lists, tars, tables), else
-    a folder, searched at any depth; one without images for tars and tables.
+    """The images of `data`: "skimage" for the shipped photographs, what `open_records` knows (lists, tars, tables),
+    else a folder, searched at any depth; one without images for tars and tables.
 
     Files of a folder are those with a common image extension, sorted by their path relative to the folder (hidden files
     and folders are left out, links are followed), so the order is the same on every machine. What maefast writes is no
