@@ -10,7 +10,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -147,11 +147,13 @@ def inside(folder: str | Path, endings: Sequence[str], options: Any = None) -> R
     found = _listing(text)
     for kind in (*TARS, *TABLES):
         names = [name for name in found if name.lower().endswith(kind)]
+        left_out = None
         if kind in TABLES:
-            names = _of_datasets(names, text)
+            names, left_out = _of_datasets(names)
         if names:
             join = f"{text.rstrip('/')}/"
-            return _open(text, [join + name for name in names], kind, endings, options)
+            records = _open(text, [join + name for name in names], kind, endings, options)
+            return replace(records, notes=[*records.notes, f"--data {text}: {left_out}"]) if left_out else records
     if is_url(text):
         raise ConfigError(f"--data {text}: neither tars nor tables (.parquet) in it")
     return None
@@ -234,8 +236,12 @@ def _listing(folder: str) -> list[str]:
     return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
 
-def _of_datasets(names: list[str], folder: str) -> list[str]:
-    """Without the intermediate files that the package `datasets` leaves; of several splits those of training."""
+def _of_datasets(names: list[str]) -> tuple[list[str], str | None]:
+    """Without the intermediate files that the package `datasets` leaves; of several splits that of training, and a line
+    about the others."""
     names = [name for name in names if not os.path.basename(name).startswith(("cache-", "tmp"))]
     train = [name for name in names if re.search(r"(^|[-_/.])train([-_/.]|$)", name)]
-    return train or names
+    if not train or len(train) == len(names):
+        return names, None
+    rest = next(name for name in names if name not in train)
+    return train, f"only the split for training is taken; left out {len(names) - len(train)} file(s), such as {rest}"

@@ -43,7 +43,7 @@ def index_of(name: str) -> TarIndex:
     Raises:
         OSError: it cannot be opened. Unreachable: no answer.
     """
-    known = tar_identity(name)
+    known = file_identity(name)
     places = _places(name)
     for place in places:
         if (found := _load(place, known)) is not None:
@@ -60,8 +60,8 @@ def index_of(name: str) -> TarIndex:
     return index
 
 
-def tar_identity(name: str) -> dict[str, Any]:
-    """What tells that the tar is another one, in JSON types."""
+def file_identity(name: str) -> dict[str, Any]:
+    """What tells that the file is another one, in JSON types."""
     if is_url(name):
         return remote.identity(name)
     status = os.stat(name)

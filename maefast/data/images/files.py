@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maefast.data import runs
-from maefast.data.records import Names, Paths, Records, inside, open_records
+from maefast.data.records import TABLES, TARS, Names, Paths, Records, inside, open_records
 from maefast.errors import ConfigError, TrainError
 
 from .pixels import PLUGINS, drawn_by_us, open_header, register_plugin
@@ -88,6 +88,7 @@ class _LeftOut:
     closed: list[str] = field(default_factory=list)
     drawn: list[str] = field(default_factory=list)
     unreadable: dict[str, int] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
         if self.output:
@@ -96,6 +97,11 @@ class _LeftOut:
             yield f"left out {', '.join(self.drawn[:3])}{', …' * (len(self.drawn) > 3)}: drawn by maefast"
         if self.closed:
             yield f"left out {', '.join(self.closed[:3])}{', …' * (len(self.closed) > 3)}: may not be read"
+        if self.others:
+            yield (
+                f"left out {len(self.others)} tar(s) or table(s) that lie beside images, such as {self.others[0]}: a "
+                "pattern such as '*.tar' names them"
+            )
         for extension, count in self.unreadable.items():
             package = PLUGINS[extension][0].replace("_", "-")
             yield f"left out {count} {extension} file(s), which Pillow reads with the package {package} (not installed)"
@@ -131,6 +137,8 @@ def _walk(root: Path, output: tuple[int, int] | None, left_out: _LeftOut, ending
         pictures = _is_run(*_above(folder)) if os.path.basename(folder) == "pictures" else False
         for name in names:
             extension = os.path.splitext(name)[1].lower()
+            if extension in (*TARS, *TABLES) and not name.startswith("."):
+                left_out.others.append(prefix + name)
             if extension not in endings or name.startswith("."):
                 continue
             if extension in PLUGINS and not register_plugin(extension):
