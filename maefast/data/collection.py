@@ -53,13 +53,40 @@ class Entries(Protocol):
     def label(self, index: int) -> str: ...
 
 
-class Files:
+class Read:
+    """Records and how they are read.
+
+    Args:
+        read: a path or a `Blob` -> what is in it; a ValueError or OSError says why it cannot be read.
+    """
+
+    def __init__(self, records: Records, read: Callable[[Any], Any]) -> None:
+        self.records, self._read = records, read
+        self.name, self.notes = records.source, tuple(records.notes)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Any:
+        where = self.records.path(index)
+        try:
+            return self._read(where)
+        except (ValueError, OSError, EOFError) as error:
+            raise BadFile(where, str(error)) from error
+
+    def label(self, index: int) -> str:
+        return self.records.name(index)
+
+    def fingerprint(self) -> str:
+        return self.records.fingerprint()
+
+
+class Files(Read):
     """The files below a folder with one of these endings, in the order of their relative paths, or what else `data`
     names, see `maefast.data.records.open_records`: lists of files, members of tars with these endings, tables.
 
     Args:
-        read: a path or a `Blob` -> what is in it; a ValueError or OSError says why it cannot be read.
-        options: of the run: `column`, `skip_bad`.
+        read: see `Read`. options: of the run: `column`, `skip_bad`.
 
     Raises:
         ConfigError: nothing there, or nothing that fits in it.
@@ -68,9 +95,7 @@ class Files:
     def __init__(
         self, data: str | Path, endings: Sequence[str], read: Callable[[Any], Any], what: str, options: Any = None
     ) -> None:
-        self._read, self.name = read, str(data)
-        self.records = open_records(data, endings, options) or self._folder(data, endings, what, options)
-        self.notes = tuple(self.records.notes)
+        super().__init__(open_records(data, endings, options) or self._folder(data, endings, what, options), read)
 
     def _folder(self, data: str | Path, endings: Sequence[str], what: str, options: Any) -> Records:
         root = Path(data).expanduser()
@@ -88,22 +113,6 @@ class Files:
     def _entry(self, path: Path) -> Path:
         """What a file belongs to: itself."""
         return path
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Any:
-        where = self.records.path(index)
-        try:
-            return self._read(where)
-        except (ValueError, OSError, EOFError) as error:
-            raise BadFile(where, str(error)) from error
-
-    def label(self, index: int) -> str:
-        return self.records.name(index)
-
-    def fingerprint(self) -> str:
-        return self.records.fingerprint()
 
 
 class Made:
@@ -143,7 +152,7 @@ class Collection(Dataset):
 
     @cached_property
     def _fingerprint(self) -> str:
-        if isinstance(self.entries, Files):
+        if isinstance(self.entries, Read):
             return self.entries.fingerprint()
         labels = "\n".join(self.entries.label(index) for index in range(len(self)))
         return hashlib.sha256(labels.encode()).hexdigest()[:16]

@@ -18,6 +18,9 @@ HELP = {
         "flip": "Probability of a horizontal flip.",
         "value_range": "Pixel values that become black and white: LOW,HIGH for every file, or percentiles of a sample "
         "of the set (1%,99%). auto: by the bits of the files; floats and 32-bit integers by a sample.",
+        "channels": "Images of numbers with so many channels, .npy, .npz, TIFF or pictures, taken as they are stored.",
+        "mean": "With --channels: mean of each channel, N,N,… or one for all; else estimated once from a sample.",
+        "std": "The same of the standard deviation.",
         "pixel_bits": "16 keeps sixteen bits of grey images up to the model (colour is read with 8).",
         "max_pixels": "Refuse larger images (0: none).",
         "skip_bad": "Count and skip unreadable images instead of stopping.",
@@ -89,6 +92,9 @@ _SHOWN = {
     "clip": "no clipping",
     "size": "the recipe's first",
     "column": "the only one that fits",
+    "channels": "the model's, photographs",
+    "mean": "estimated",
+    "std": "estimated",
     **dict.fromkeys(("data", "recipe", "model_arg", "init_from", "steps", "lr", "config"), False),
 }
 _FLAGS = {

@@ -69,7 +69,7 @@ def find_images(
     if not root.is_dir():
         raise ConfigError(
             f"--data {data}: is a file; give the folder that holds the images, a list of them (.txt, .csv, .parquet), "
-            "or tars (.tar)"
+            "tars (.tar), or with --channels N an array of them (.npy)"
         )
     left_out = _LeftOut()
     files = sorted(_walk(root, _identity(output), left_out, endings))
@@ -78,6 +78,8 @@ def find_images(
         return found
     if not files:
         more = "; ".join(["", *notes])
+        if left_out.arrays:
+            more += f"; {len(left_out.arrays)} array(s), such as {min(left_out.arrays)}, are read with --channels N"
         raise ConfigError(f"--data {data}: no images in it (looked at any depth for {' '.join(endings)}){more}")
     return Paths(str(root), str(root), Names(files), notes)
 
@@ -89,6 +91,7 @@ class _LeftOut:
     drawn: list[str] = field(default_factory=list)
     unreadable: dict[str, int] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
+    arrays: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
         if self.output:
@@ -140,6 +143,8 @@ def _walk(root: Path, output: tuple[int, int] | None, left_out: _LeftOut, ending
             if extension in (*TARS, *TABLES) and not name.startswith("."):
                 left_out.others.append(prefix + name)
             if extension not in endings or name.startswith("."):
+                if extension in (".npy", ".npz"):
+                    left_out.arrays.append(prefix + name)
                 continue
             if extension in PLUGINS and not register_plugin(extension):
                 left_out.unreadable[extension] = left_out.unreadable.get(extension, 0) + 1
