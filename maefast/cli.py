@@ -1,4 +1,4 @@
-"""The command line: `maefast pretrain | recipes | reconstruct | export | doctor | bench`.
+"""The command line: `maefast pretrain | data-speed | recipes | reconstruct | export | doctor | bench`.
 
 Only what a command needs is imported, when it runs, so that `maefast --help` and `maefast doctor` work without the
 training extra.
@@ -156,31 +156,69 @@ def pretrain(
     given = {name: value for name, value in ctx.params.items() if _was_given(ctx, name)}
 
     def run() -> None:
-        from .errors import ConfigError
-        from .train.config import PretrainConfig, load_config, parse_model_args, parse_size
-
-        path = given.pop("config", None)
-        options = with_recipe(load_config(path) if path else {}, given)
-        for winner, loser in (("steps", "epochs"), ("lr", "blr")):
-            if winner in given and loser in given:
-                raise ConfigError(f"give --{winner} or --{loser}, not both")
-            if loser in given:  # or a file's --steps would silently win over the --epochs just typed
-                options[winner] = None
-        pairs = given.pop("model_arg", None)
-        options.update({name: value.value if isinstance(value, Enum) else value for name, value in given.items()})
-        if pairs:
-            options["model_args"] = {**options.get("model_args", {}), **parse_model_args(pairs)}
-        if isinstance(options.get("img_size"), str):
-            options["img_size"] = parse_size(options["img_size"])
+        config = _configured(given)
         from .train.loop import pretrain as train
 
-        train(PretrainConfig(**options))
+        train(config)
         import torch.distributed
 
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
     _run(run)
+
+
+@app.command("data-speed")
+def data_speed(
+    ctx: typer.Context,
+    data: Annotated[str, option("data")] = "",
+    recipe: Annotated[str | None, option("recipe")] = None,
+    size: Annotated[str | None, option("size")] = None,
+    model: Annotated[str, option("model")] = "mae_base",
+    model_arg: Annotated[list[str] | None, option("model_arg")] = None,
+    img_size: Annotated[str | None, option("img_size")] = None,
+    patch_size: Annotated[int | None, option("patch_size")] = None,
+    batch_size: Annotated[int, option("batch_size")] = 64,
+    workers: Annotated[int | None, option("workers")] = None,
+    skip_bad: Annotated[bool, option("skip_bad")] = False,
+    amp: Annotated[Amp, option("amp")] = Amp.no,
+    device: Annotated[Device, option("device")] = Device.auto,
+    config: Annotated[Path | None, option("config")] = None,
+    seconds: Annotated[float, typer.Option(help="For each measurement, about.")] = 5.0,
+) -> None:
+    """Say whether data keep up with training: what they give a second, what a step takes, which is the bottleneck.
+
+    Example: maefast data-speed --data photos/ --model mae_base --amp bf16 --workers 8
+    """
+    given = {name: value for name, value in ctx.params.items() if _was_given(ctx, name) and name != "seconds"}
+
+    def run() -> None:
+        from .train.data_speed import data_speed as measure
+
+        measure(_configured(given), seconds, typer.echo)
+
+    _run(run)
+
+
+def _configured(given: dict[str, Any]) -> Any:
+    """The PretrainConfig of options that were given, upon those of a file and of a recipe."""
+    from .errors import ConfigError
+    from .train.config import PretrainConfig, load_config, parse_model_args, parse_size
+
+    path = given.pop("config", None)
+    options = with_recipe(load_config(path) if path else {}, given)
+    for winner, loser in (("steps", "epochs"), ("lr", "blr")):
+        if winner in given and loser in given:
+            raise ConfigError(f"give --{winner} or --{loser}, not both")
+        if loser in given:  # or a file's --steps would silently win over the --epochs just typed
+            options[winner] = None
+    pairs = given.pop("model_arg", None)
+    options.update({name: value.value if isinstance(value, Enum) else value for name, value in given.items()})
+    if pairs:
+        options["model_args"] = {**options.get("model_args", {}), **parse_model_args(pairs)}
+    if isinstance(options.get("img_size"), str):
+        options["img_size"] = parse_size(options["img_size"])
+    return PretrainConfig(**options)
 
 
 def with_recipe(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

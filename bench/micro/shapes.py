@@ -79,17 +79,19 @@ FEATURES = [
     Shape("maskalign", 64, (224, 224), (16, 16), 58, 768, 768, only=(LAYERNORM, COSINE)),
 ]
 TOY_FEATURES = [replace(shape, batch=2, size=(32, 32), keep=keep, width=32) for shape, keep in zip(FEATURES, (1, 4, 3))]
+PHOTOGRAPHS = Shape("photographs", 16, (224, 224), (16, 16), 49, 768, 512, only=("resize",))
+TOY_PHOTOGRAPHS = replace(PHOTOGRAPHS, batch=2, size=(32, 32), keep=1)
 DMAE = Shape("dmae_b", 256, (224, 224), (16, 16), 9, 768, 512, only=("attention (encoder)",))
 
 # preset -> device -> shapes. A GPU needs a larger batch to be filled.
 PRESETS: dict[str, dict[str, list[Shape]]] = {
-    "toy": {device: [TOY, TOY_CELLS, TOY_POINTS, *TOY_FEATURES] for device in ("cpu", "cuda")},
+    "toy": {device: [TOY, TOY_CELLS, TOY_POINTS, TOY_PHOTOGRAPHS, *TOY_FEATURES] for device in ("cpu", "cuda")},
     "quick": {
         "cpu": [VIT_B, RESNET50],
         "cuda": [replace(VIT_B, batch=64), replace(VIT_B, batch=256), replace(RESNET50, batch=128)],
     },
     "full": {
-        "cpu": [VIT_B, replace(VIT_B, batch=64), VIDEOMAE_B, POINT_MAE, *FEATURES, DMAE, RESNET50],
+        "cpu": [VIT_B, replace(VIT_B, batch=64), VIDEOMAE_B, POINT_MAE, PHOTOGRAPHS, *FEATURES, DMAE, RESNET50],
         "cuda": [
             *(replace(VIT_B, batch=b) for b in (16, 64, 256)),
             replace(VIDEOMAE_B, batch=32),

@@ -28,6 +28,7 @@ FAMILIES = (
     "points",
     "chamfer",
     "feature_loss",
+    "resize",
     "cells",
     "pool",
     "cell_norm",

@@ -56,6 +56,10 @@ std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const 
                                                       const std::optional<Tensor>& bias, bool tanh,
                                                       bool need_bias, bool need_out);
 
+// resize.cpp
+void resize(const Tensor& image, double left, double top, double right, double bottom, bool flip,
+            const Tensor& out);
+
 // adamw.cpp
 void adamw(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
            const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,

@@ -23,6 +23,8 @@ STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
   // gelu
   m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
   m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
+  // resize
+  m.impl("resize", TORCH_BOX(&resize));
   // adamw
   m.impl("adamw", TORCH_BOX(&adamw));
   // attention

@@ -18,6 +18,7 @@ from maefast.ops.mask import TokenMask, token_mask
 from maefast.ops.norm import add_norm
 from maefast.ops.points import farthest_points, knn
 from maefast.ops.pool import avg_pool_cells, global_pool_cells, max_pool_cells
+from maefast.ops.resize import resize
 from maefast.ops.restore import restore_tokens
 from maefast.ops.sparse_conv import conv_cells
 from maefast.ops.transformer_block import BlockWeights, transformer_block
@@ -52,6 +53,7 @@ __all__ = [
     "pack_cells",
     "patch_embed",
     "patch_loss",
+    "resize",
     "restore_tokens",
     "segment_sum",
     "token_mask",

@@ -48,6 +48,7 @@ PUBLIC_OPS = {
     "farthest_points": "farthest_points",
     "knn": "knn",
     "chamfer": "chamfer",
+    "resize": "resize",
     "feature_loss": "feature_loss",
 }
 

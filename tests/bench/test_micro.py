@@ -41,6 +41,7 @@ def test_every_public_token_op_is_there():
         "knn",
         "chamfer",
         "feature_loss",
+        "resize",
         "pack_cells",
         "unpack_cells",
         "max_pool_cells",

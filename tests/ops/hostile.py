@@ -181,6 +181,9 @@ VALID: dict[str, list[Callable[[], dict]]] = {
         lambda: {"pred": floats(2, 4, 8), "target": floats(2, 4, 8), "norm": "layernorm", "loss": "smooth_l1"},
         lambda: {"pred": floats(4, 8), "target": floats(6, 8), "index": torch.tensor([0, 5, 2, 2]), "loss": "cosine"},
     ],
+    "ops.resize": [
+        lambda: {"image": torch.arange(90, dtype=torch.uint8).view(5, 6, 3), "size": (4, 3), "box": (1, 0.5, 6, 5)},
+    ],
     "ops.pack_cells": [lambda: {"x": floats(2, 3, 8, 12), "plan": cells()}],
     "ops.unpack_cells": [lambda: {**packed(), "fill": floats(4)}],
     "ops.depthwise_cells": [lambda: {**packed(), "weight": floats(4, 1, 3, 3), "bias": floats(4)}],

@@ -70,7 +70,7 @@ def test_a_sample_depends_on_its_address_only(photos):
         assert key == key2 == where[0]
         assert np.array_equal(seeds.mask_noise(1, key, 16), seeds.mask_noise(1, key2, 16))
         assert pixels.shape == (3, 16, 16)
-        assert pixels.dtype == np.uint8
+        assert pixels.dtype == torch.uint8
         assert not bad
     assert not np.array_equal(a[(5, 0, 2)][0], a[(5, 1, 2)][0])  # another epoch, another crop
     noise = [seeds.mask_noise(1, a[(position, 0, 2)][1], 16) for position in (5, 6)]
@@ -143,7 +143,7 @@ def test_cache_stops_at_its_bound(photos):
     data = dataset(photos, cache=12_000)
     for index in range(10):
         data[(0, 0, index)]
-    sizes = [image.width * image.height * 4 for image in data._cache.values()]
+    sizes = [image.nbytes for image in data._cache.values()]
     assert 0 < len(sizes) < 10
     assert sum(sizes) <= 12_000
 
@@ -157,7 +157,7 @@ def test_loader_measures_the_wait_and_gives_batches_in_order(photos, workers):
     assert loader.waited > 0
     for batch, group in zip(batches, positions, strict=True):
         expected = [data[where] for where in group]
-        assert torch.equal(batch.images, torch.from_numpy(np.stack([sample[0] for sample in expected])))
+        assert torch.equal(batch.images, torch.stack([sample[0] for sample in expected]))
         assert batch.key.tolist() == [sample[1] for sample in expected] == [where[0] for where in group]
         noise = np.stack([seeds.mask_noise(1, where[0], 16) for where in group])
         assert torch.equal(seeds.Draw(1, batch.key).uniform("mask", 16), torch.from_numpy(noise))

@@ -50,7 +50,7 @@ def test_the_loss_is_that_of_the_model_on_the_addressed_samples(photos, tmp_path
     data = TrainImages(find_images(photos), Augment((16, 16)), Decoder(), seed=5, skip_bad=False, cache=0)
     order = permutation(5, 0, 10)
     samples = [data[(p, 0, int(order[p]))] for p in range(4)]
-    images = normalise(torch.from_numpy(np.stack([s[0] for s in samples])), *normaliser(3))
+    images = normalise(torch.stack([s[0] for s in samples]), *normaliser(3))
     loss = model(images, 0.75, noise=torch.from_numpy(np.stack([mask_noise(5, p, 16) for p in range(4)])))[0]
     assert float(rows(tmp_path)[0]["loss"]) == pytest.approx(loss.item(), rel=1e-6)
 

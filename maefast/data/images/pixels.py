@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ import numpy as np
 from maefast.data.blob import Blob, Where, ending, opened
 from maefast.data.runs import SOFTWARE
 from maefast.errors import BadImage, Unreachable, need
+
+from . import jpeg
 
 try:
     from PIL import ExifTags, Image, ImageOps
@@ -76,6 +78,55 @@ class Decoder:
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
             raise BadImage(path, f"{type(error).__name__}: {error}") from error
+
+    def open(self, path: Where) -> jpeg.Jpeg | jpeg.Whole:
+        """The same with eight bits, decoded when it is known what of it is wanted, where that is faster: see `jpeg`.
+
+        Raises:
+            BadImage: it cannot be read. ``cut`` of what is returned may raise ValueError; decode it whole then.
+        """
+        if isinstance(path, Blob):
+            path = self._fetched(path)
+        if (isinstance(path, Blob) or ending(path) in jpeg.ENDINGS) and self.value_range in (None, (0.0, 255.0)):
+            found = self._jpeg(path)
+            if found is not None and not 0 < self.max_pixels < found.width * found.height:
+                return found
+        return self.whole(path)
+
+    def whole(self, path: Where) -> jpeg.Whole:
+        """The same, decoded as an array."""
+        pixels = np.array(self(path))
+        return jpeg.Whole(pixels if pixels.ndim == 3 else pixels[..., None])
+
+    def _fetched(self, blob: Blob) -> Blob:
+        """With its bytes at hand, which may be looked at twice."""
+        try:
+            data = blob.read()
+        except (MemoryError, Unreachable):
+            raise
+        except Exception as error:
+            raise BadImage(blob, f"{type(error).__name__}: {error}") from error
+        return Blob(blob.name, lambda: data)
+
+    def _jpeg(self, path: Where) -> jpeg.Jpeg | None:
+        try:
+            with opened(path) as file:
+                data = file.read()
+        except OSError:  # told when Pillow reads it
+            return None
+        found = jpeg.opened(data, self.channels)
+        if found is None or not jpeg.has_exif(data):
+            return found
+        try:
+            with open_header(path) as image:
+                if drawn_by_us(image):
+                    return None
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # told when Pillow reads it
+            return None
+        turned = turned if turned in range(1, 9) else 1
+        sides = (found.width, found.height) if turned < 5 else (found.height, found.width)
+        return replace(found, width=sides[0], height=sides[1], orientation=turned)
 
     def _levels(self, image: Image.Image, unit: float = 1.0) -> Image.Image:
         deep, name = is_deep(image), kind(image)

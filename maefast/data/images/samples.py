@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
 
 from maefast import seeds
 from maefast.data.records import Records
@@ -13,7 +14,10 @@ from maefast.errors import BadImage, TrainError, Unreachable
 
 from .augment import Augment
 from .batch import ImageBatch
+from .jpeg import Jpeg, Whole, shrinkage
 from .pixels import Decoder, Image, to_array
+
+Sample = tuple[Tensor | None, int, list[tuple[str, str]]]
 
 
 class TrainImages(Dataset):
@@ -39,50 +43,87 @@ class TrainImages(Dataset):
         self.images, self.augment, self.seed = images, augment, seed
         self.decoder, self.skip_bad = decoder, skip_bad
         self.cache_bytes = cache
-        self._cache: dict[int, Image.Image] = {}
+        self._cache: dict[int, Jpeg | Whole | Image.Image] = {}
         self._cached = 0
+        self._rows: list[Tensor] = []  # of the batch that is being filled
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, where: tuple[int, int, int]):
+    def __getitem__(self, where: tuple[int, int, int]) -> Sample:
         position, epoch, index = where
-        image, bad = self._readable(index)
-        rng = seeds.generator(self.seed, seeds.AUGMENT, epoch, index)
-        pixels = None
-        if image is not None:
-            pixels = to_array(self.augment(image, rng), self.decoder.channels, self.decoder.bits)
-        return pixels, position, bad
-
-    def _readable(self, index: int) -> tuple[Image.Image | None, list[tuple[str, str]]]:
+        out = self._rows.pop(0) if self._rows else self._empty(1)[0]
         bad = []
         for offset in range(len(self.images) if self.skip_bad else 1):
             try:
-                return self._decode((index + offset) % len(self.images)), bad
+                rng = seeds.generator(self.seed, seeds.AUGMENT, epoch, index)
+                self._fill(out, (index + offset) % len(self.images), rng)
+                return out, position, bad
             except BadImage as error:
                 bad.append((str(error.path), error.reason))
             except Unreachable as error:
-                return None, [*bad, (str(error.path), error.reason)]
-        return None, bad
+                return None, position, [*bad, (str(error.path), error.reason)]
+        return None, position, bad
 
-    def _decode(self, index: int) -> Image.Image:
+    def __getitems__(self, places: list[tuple[int, int, int]]) -> list[Sample]:
+        """Samples whose pixels lie one after another in one tensor."""
+        self._rows = list(self._empty(len(places)))
+        try:
+            return [self[where] for where in places]
+        finally:
+            self._rows = []
+
+    def _empty(self, count: int) -> Tensor:
+        """For `count` images; in a process that loads them in memory that it shares with the main one."""
+        shape = (count, self.decoder.channels, *self.augment.size)
+        kind = torch.uint16 if self.decoder.bits == 16 else torch.uint8
+        if get_worker_info() is None:
+            return torch.empty(shape, dtype=kind)
+        size = int(np.prod(shape)) * kind.itemsize
+        storage = torch.UntypedStorage._new_shared(size, device="cpu")  # as torch's own collate takes it
+        return torch.empty(0, dtype=kind).set_(storage, 0, shape)
+
+    def _fill(self, out: Tensor, index: int, rng: np.random.Generator) -> None:
+        if self.decoder.bits == 16:
+            pixels = to_array(self.augment(self._kept(index), rng), self.decoder.channels, self.decoder.bits)
+            out.copy_(torch.from_numpy(pixels))
+            return
+        state = rng.bit_generator.state
+        try:
+            self.augment.into(out, self._kept(index), rng)
+        except ValueError:  # of libjpeg: Pillow has the last word, and the words for it
+            rng.bit_generator.state = state
+            self.augment.into(out, self.decoder.whole(self.images.path(index)), rng)
+
+    def _kept(self, index: int) -> Jpeg | Whole | Image.Image:
+        """The image, from the cache if it is there. Decoded, where the cache has room for it; but of one so large that
+        crops of it are decoded smaller the file is kept, so that a crop does not depend on what there was room for."""
         image = self._cache.get(index)
         if image is None:
-            image = self.decoder(self.images.path(index))
-            size = image.width * image.height * (1 if image.mode == "L" else 4)  # PIL keeps RGB in 32 bits
+            path = self.images.path(index)
+            image = self.decoder(path) if self.decoder.bits == 16 else self.decoder.open(path)
+            if isinstance(image, Jpeg) and self._room(image.width * image.height * image.channels):
+                exact = shrinkage(image.width, image.height, self.augment.size) == 1
+                image = Whole(image.decode()) if exact else image
+            size = image.nbytes if isinstance(image, (Jpeg, Whole)) else 4 * image.width * image.height
             # Fill up, never evict: with a fresh permutation each epoch any evicting cache would only churn.
-            if self._cached + size <= self.cache_bytes:
+            if self._room(size):
                 self._cache[index] = image
                 self._cached += size
         return image
 
-    def collate(self, samples: list) -> tuple[ImageBatch | None, list[tuple[str, str]]]:
+    def _room(self, size: int) -> bool:
+        return self._cached + size <= self.cache_bytes
+
+    def collate(self, samples: list[Sample]) -> tuple[ImageBatch | None, list[tuple[str, str]]]:
         bad = [entry for sample in samples for entry in sample[2]]
         pixels = [sample[0] for sample in samples]
         if any(p is None for p in pixels):
             return None, bad
         key = np.array([sample[1] for sample in samples], dtype=np.int64)
-        return ImageBatch(torch.from_numpy(np.stack(pixels)), key=key), bad
+        base = pixels[0]._base
+        whole = base is not None and len(base) == len(pixels) and all(p._base is base for p in pixels)
+        return ImageBatch(base if whole else torch.stack(pixels), key=key), bad
 
     def failure(self, bad: list[tuple[str, str]]) -> TrainError:
         return failure(bad, self, self.skip_bad, BadImage)

@@ -1,0 +1,128 @@
+"""`maefast data-speed`: samples a second that a source gives, and that a step would take."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+
+from maefast import seeds
+from maefast.errors import ConfigError
+from maefast.recipe import START, Batch
+from maefast.seeds import Draw
+
+from . import schedule
+from .build import build_recipe
+from .config import PretrainConfig
+from .data import Loader, Positions
+
+_BATCHES = 2**20  # more than anybody waits for
+
+
+@dataclass(frozen=True)
+class DataSpeed:
+    """Samples a second. `given`: of each number of worker processes, 0 for none. `taken`: by the training step."""
+
+    unit: str
+    given: dict[int, float]
+    taken: float
+    seconds: float
+
+    def lines(self, cores: int) -> list[str]:
+        unit, alone = self.unit, self.given[min(self.given)]
+        lines = [
+            f"{'no worker' if workers == 0 else f'{workers} worker(s)'}: {rate:.0f} {unit}s/s"
+            for workers, rate in sorted(self.given.items())
+        ]
+        lines.append(f"a step: {self.taken:.0f} {unit}s/s ({1e3 * self.seconds:.0f} ms)")
+        most = max(self.given.values())
+        needed = max(1, -(-self.taken // alone))
+        if most >= self.taken:
+            lines.append(f"the step is the bottleneck: the data keep up with {most / self.taken:.1f} times as much")
+        elif needed <= cores:
+            lines.append(f"the data are the bottleneck: --workers {needed:.0f} would keep up, on cores that are free")
+        else:
+            lines.append(
+                f"the data are the bottleneck: they would need {needed:.0f} cores, and this machine has {cores}. "
+                "Smaller files or images help, and --cache-mb where the decoded images fit"
+            )
+        return lines
+
+
+def data_speed(config: PretrainConfig, seconds: float = 5.0, say: Callable[[str], object] = print) -> DataSpeed:
+    """Measure the loader of a run, without and with its workers, nothing cached, and its training step on one batch.
+    Nothing is written.
+
+    Args:
+        config: of the run. seconds: for each measurement, about.
+    """
+    if seconds <= 0:
+        raise ConfigError(f"--seconds must be above 0, got {seconds}")
+    config = replace(config, cache_mb=0)
+    config.check()
+    torch.manual_seed(config.seed)
+    recipe = build_recipe(config)
+    source = recipe.wants.open(config)
+    for note in source.notes:
+        say(note)
+    say(f"{len(source)} {source.unit}s of {source.name}, batches of {config.batch_size}")
+    given, batch = {}, None
+    for workers in sorted({0, config.workers}):
+        given[workers], batch = _loaded(source, config, workers, seconds)
+    step = _step(recipe, batch, config, seconds)
+    found = DataSpeed(source.unit, given, config.batch_size / step, step)
+    for line in found.lines(os.cpu_count() or 1):
+        say(line)
+    return found
+
+
+def _loaded(source, config: PretrainConfig, workers: int, seconds: float) -> tuple[float, Batch]:
+    """Samples a second, after the batches that were fetched ahead; and a batch."""
+    positions = Positions(
+        len(source), config.seed, batch=config.batch_size, rank=0, world=1, start=0, micro_batches=_BATCHES
+    )
+    loader = Loader(source.samples(), positions, workers=workers, pin=False)
+    threads = torch.get_num_threads()
+    try:
+        if workers == 0:
+            torch.set_num_threads(1)
+        for _ in range(1 + 4 * workers):
+            batch = loader.next()
+        count, began = 0, time.perf_counter()
+        while (spent := time.perf_counter() - began) < seconds or not count:
+            batch = loader.next()
+            count += 1
+        spent = time.perf_counter() - began
+        return count * config.batch_size / spent, batch
+    finally:
+        torch.set_num_threads(threads)
+        loader.close()
+
+
+def _step(recipe, batch: Batch, config: PretrainConfig, seconds: float) -> float:
+    """Seconds of a training step on a batch, the median."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = torch.device("cpu") if config.device == "cpu" or found is None else found
+    recipe.to(device).train()
+    optimizer = schedule.make_optimizer(recipe.network, config.weight_decay, config.betas)
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.amp)
+    cast = nullcontext() if low is None else torch.autocast(device.type, low)
+    batch, taken = batch.to(device), []
+    while len(taken) < 4 or (sum(taken) < seconds and len(taken) < 50):
+        began = time.perf_counter()
+        with cast:
+            view = recipe.prepared(batch, Draw(config.seed, batch.key, seeds.MASK), START)
+            loss = recipe(view).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        taken.append(time.perf_counter() - began)
+    taken = sorted(taken[2:])  # the first ones compile, and fill caches
+    return taken[len(taken) // 2]
