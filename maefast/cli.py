@@ -178,6 +178,8 @@ def data_speed(
     model_arg: Annotated[list[str] | None, option("model_arg")] = None,
     img_size: Annotated[str | None, option("img_size")] = None,
     patch_size: Annotated[int | None, option("patch_size")] = None,
+    column: Annotated[str | None, option("column")] = None,
+    channels: Annotated[int | None, option("channels")] = None,
     batch_size: Annotated[int, option("batch_size")] = 64,
     workers: Annotated[int | None, option("workers")] = None,
     skip_bad: Annotated[bool, option("skip_bad")] = False,

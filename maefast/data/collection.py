@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from maefast import seeds
-from maefast.data.records import Names, Paths, Records, inside, open_records
+from maefast.data.records import Names, Paths, Records, inside, no_column, open_records
 from maefast.data.source import failure
 from maefast.errors import BadFile, ConfigError, TrainError, Unreachable
 from maefast.recipe import Batch
@@ -105,6 +105,7 @@ class Files(Read):
         seen = (path for path in found if not any(part.startswith(".") for part in path.parts))
         files = sorted({self._entry(path).as_posix() for path in seen})
         if files:
+            no_column(data, options)
             return Paths(str(data), str(root), Names(files))
         if (records := inside(root, endings, options)) is not None:
             return records

@@ -35,6 +35,8 @@ def open_list(name: str, column: str | None = None) -> Paths:
         raise ConfigError(f"--data {name}: {error.strerror or error}") from error
     ending = os.path.splitext(name)[1].lower()
     if ending == ".txt":
+        if column is not None:
+            raise ConfigError(f"--column {column} is for tables, and --data {name} has a path a line")
         lines = (line.strip() for line in text.splitlines())
         found = [line for line in lines if line and not line.startswith("#")]
     else:

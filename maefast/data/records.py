@@ -141,6 +141,12 @@ def open_records(data: str | Path, endings: Sequence[str], options: Any = None) 
     return _open(text, names, kinds.pop() if kinds else "", endings, options)
 
 
+def no_column(data: str | Path, options: Any) -> None:
+    """ConfigError: a column is asked for, and `data` has none."""
+    if getattr(options, "column", None) is not None:
+        raise ConfigError(f"--column {options.column} is for tables and tars, and --data {data} is neither")
+
+
 def inside(folder: str | Path, endings: Sequence[str], options: Any = None) -> Records | None:
     """The records of the tars or, if there are none, of the tables in a folder, at any depth; None: it has neither."""
     text = str(folder)

@@ -47,7 +47,11 @@ class Table:
 
     def path(self, index: int) -> Blob | Path:
         file, row = self._place(index)
-        value, at = self._value(file, row)
+        try:
+            value, at = self._value(file, row)
+        except (ValueError, OSError) as error:  # Arrow's are of these: gone, or another than it was
+            gone = error
+            return Blob(f"{self.files[file]}[{row}]", lambda: _raise(gone))
         path = _field(value, at, "path")
         if path is not None and not _has_bytes(value, at):
             return Path(os.path.dirname(os.path.abspath(self.files[file])), path)
@@ -73,7 +77,9 @@ class Table:
     def _value(self, file: int, row: int) -> tuple[Any, int]:
         """(an Arrow array, the row's place in it)."""
         if file not in self._mapped:
-            arrays, _ = _arrays(self.stored[file], self.column)
+            arrays, complaint = _arrays(self.stored[file], self.column)
+            if sum(map(len, arrays)) != self.firsts[file + 1] - self.firsts[file]:
+                raise ValueError(f"{self.stored[file]}: {complaint or 'it is another file than before'}")
             self._mapped[file] = arrays, np.cumsum([0, *map(len, arrays)])
         arrays, starts = self._mapped[file]
         part = int(np.searchsorted(starts, row, side="right")) - 1
@@ -290,6 +296,10 @@ def _bytes(value: Any, at: int) -> bytes:
     if found is None:
         raise ValueError("there is nothing in its row")
     return found
+
+
+def _raise(error: Exception) -> bytes:
+    raise error
 
 
 def _reason(error: Exception) -> str:

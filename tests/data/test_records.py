@@ -13,7 +13,8 @@ from maefast.data.records import expand_braces, open_records
 from maefast.errors import BadImage, ConfigError
 from maefast.train import pretrain
 from tests.data.sources import encoded, write_images
-from tests.train.common import in_two_parts, losses, tiny_config
+from tests.train import victims
+from tests.train.common import in_two_parts, losses, run_process, tiny_config
 
 
 def options(column=None, skip_bad=False):
@@ -56,6 +57,15 @@ def test_a_list_is_its_files(tmp_path, kind):
     assert images.name(9) == "000009.png"
 
 
+def test_a_run_that_is_killed(tmp_path):
+    config = tiny_config(write_list(tmp_path, "csv"), tmp_path / "whole", save_every=1, workers=1)
+    pretrain(config)
+    config.output_dir = str(tmp_path / "out")
+    assert run_process(victims.train_and_die, config, "in a step", 5) < 0
+    pretrain(config)
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("kind", ["txt", "csv"])
 def test_a_run_from_a_list_goes_on_bit_for_bit(tmp_path, monkeypatch, kind):
     data = write_list(tmp_path, kind)
@@ -87,6 +97,9 @@ def test_mistaken_lists(tmp_path):
     refused("a.csv", "first,second\na,b\n", "no column 'third'; its columns are 'first', 'second'", "third")
     refused("a.csv", "label,path\n1,a.png\n2,\n", "row 3 has nothing in the column 'path'")
     refused("a.csv", "label,path\n1,a.png\n2\n", "row 3 has nothing")
+    refused("a.txt", "pictures/000000.png", "has a path a line", "path")
+    with pytest.raises(ConfigError, match=r"--column x is for tables and tars, and --data .*pictures is neither"):
+        find_images(tmp_path / "pictures", options=options("x"))
     with pytest.raises(ConfigError, match="no file has such a name"):
         find_images(tmp_path / "*.tar", options=options())
     with pytest.raises(ConfigError, match=r"\.csv, \.tar files; give those of one kind"):

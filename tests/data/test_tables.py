@@ -10,6 +10,7 @@ import pytest
 
 from maefast.data import tables
 from maefast.data.images.files import find_images
+from maefast.data.images.pixels import Decoder
 from maefast.errors import BadImage, ConfigError
 from maefast.train import pretrain
 from tests.data.sources import encoded, write_images
@@ -192,6 +193,26 @@ def test_tables_that_are_broken(tmp_path):
         find_images(tmp_path / "nothere.parquet", options=options())
     with pytest.raises(ConfigError, match="no rows"):
         find_images(tmp_path / "x.parquet", options=options(skip_bad=True))
+
+
+def test_a_cache_that_is_emptied(tmp_path, cache):
+    images = find_images(write_parquet(tmp_path / "set"))
+    for path in cache.glob("tables/*.arrow"):
+        path.unlink()
+    with pytest.raises(BadImage, match=r"00001-of-00002\.parquet\[4\]: .*No such file|\.arrow"):
+        Decoder()(images.path(9))
+
+
+def test_jpeg_without_a_name(tmp_path):
+    """Bytes are decoded as files are, whatever they are called."""
+    data = [encoded(i, "JPEG") for i in range(10)]
+    write_arrow(tmp_path / "x.arrow", pa.table({"image": pa.array(data, pa.binary())}))
+    (tmp_path / "files").mkdir()
+    for index, part in enumerate(data):
+        (tmp_path / "files" / f"{index}.jpg").write_bytes(part)
+    for name in ("x.arrow", "files"):
+        pretrain(tiny_config(tmp_path / name, tmp_path / f"out-{name}", steps=4))
+    assert losses(tmp_path / "out-x.arrow") == losses(tmp_path / "out-files")
 
 
 def test_columns_that_do_not_fit(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maefast.data import runs
-from maefast.data.records import TABLES, TARS, Names, Paths, Records, inside, open_records
+from maefast.data.records import TABLES, TARS, Names, Paths, Records, inside, no_column, open_records
 from maefast.errors import ConfigError, TrainError
 
 from .pixels import PLUGINS, drawn_by_us, open_header, register_plugin
@@ -81,6 +81,7 @@ def find_images(
         if left_out.arrays:
             more += f"; {len(left_out.arrays)} array(s), such as {min(left_out.arrays)}, are read with --channels N"
         raise ConfigError(f"--data {data}: no images in it (looked at any depth for {' '.join(endings)}){more}")
+    no_column(data, options)
     return Paths(str(root), str(root), Names(files), notes)
 
 
