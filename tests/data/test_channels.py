@@ -13,6 +13,7 @@ from maefast.data.blob import Blob
 from maefast.data.channel_files import read_channels
 from maefast.data.channel_scale import Scale
 from maefast.data.channels import ChannelBatch, Channels
+from maefast.data.images import Images
 from maefast.errors import BadFile, ConfigError, TrainError
 from maefast.recipes.masked_images import MaskedImages
 from maefast.train import PretrainConfig, checkpoint, pretrain
@@ -384,6 +385,14 @@ def test_tiffs_for_cha_maevit(tmp_path):
     run.mean = [1.0]
     with pytest.raises(ConfigError, match="--mean means nothing to the images of many channels"):
         pretrain(run)
+
+
+def test_pages_without_the_option_are_warned_of(tmp_path):
+    (tmp_path / "a").mkdir()
+    for index in range(3):
+        tifffile.imwrite(tmp_path / "a" / f"{index}.tif", image(index, dtype="uint8"), photometric="minisblack")
+    notes = Images(3, (16, 16)).open(options(data=str(tmp_path / "a"), channels=None)).notes
+    assert any("0.tif has 5 pages, and only the first is read; --channels 5 would take" in note for note in notes)
 
 
 def test_photographs_are_numbers_too():
