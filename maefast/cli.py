@@ -130,6 +130,7 @@ def pretrain(
     amp: Annotated[Amp, option("amp")] = Amp.no,
     device: Annotated[Device, option("device")] = Device.auto,
     graph: Annotated[Graph, option("graph")] = Graph.auto,
+    fsdp: Annotated[bool, option("fsdp")] = False,
     seed: Annotated[int, option("seed")] = 0,
     output_dir: Annotated[str, option("output_dir")] = "out",
     config: Annotated[Path | None, option("config")] = None,

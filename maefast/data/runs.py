@@ -12,6 +12,7 @@ from pathlib import Path
 SOFTWARE = "maefast"  # in the pictures that we draw, which are no data
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+SHARDS = "optimizer"  # a folder, in place of OPTIMIZER, of runs in shards
 _STEP = re.compile(r"step-(\d{8,})$")
 WRITING, REMOVING = ".writing-", ".removing-"
 

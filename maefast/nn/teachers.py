@@ -84,14 +84,17 @@ class Averaged(nn.Module):
 
     @torch.no_grad()
     def follow(self, decay: float, **parts: nn.Module) -> None:
-        """average <- decay * average + (1 - decay) * part, of parameters and buffers; counts are taken over."""
+        """average <- decay * average + (1 - decay) * part, of parameters and buffers; counts are taken over. Parts may
+        lie in shards (DTensor); averages are whole."""
         for name, part in parts.items():
-            new = part.state_dict()
+            learned = part.state_dict()
             for key, old in getattr(self, name).state_dict().items():
+                new = learned[key]
+                new = new.full_tensor() if hasattr(new, "full_tensor") else new
                 if old.is_floating_point():
-                    old.lerp_(new[key].to(old), 1 - decay)
+                    old.lerp_(new.to(old), 1 - decay)
                 else:
-                    old.copy_(new[key])
+                    old.copy_(new)
 
 
 def cosine_decay(base: float, step: int, total: int) -> float:

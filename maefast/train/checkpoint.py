@@ -6,6 +6,9 @@ A checkpoint is a folder `step-00000500` with
     optimizer.safetensors   AdamW's tensors, "<kind>.<parameter name>"
     state.json              everything else: step, position in the data, configuration, scaler, sizes of the other files
 
+Of a run in shards (`--fsdp`) the optimizer's tensors lie in a folder `optimizer`, which each process writes its part of
+(torch.distributed.checkpoint); any number of processes, or one without shards, reads it.
+
 It is written under a temporary name, flushed to the disk file by file, and renamed as a whole, so a folder with a
 final name is complete. Reading still checks the sizes, because disks fill up and copies get interrupted.
 """
@@ -20,13 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from maefast.data.runs import FORMAT, MODEL, OPTIMIZER, REMOVING, STATE, WRITING, complaint, listing
+from maefast.data.runs import FORMAT, MODEL, OPTIMIZER, REMOVING, SHARDS, STATE, WRITING, complaint, listing
 from maefast.data.runs import latest as latest  # with the writing of them, for who resumes
 from maefast.errors import CheckpointError
+
+from .sharding import gathered, like
 
 
 @dataclass
@@ -43,15 +49,49 @@ class State:
 
 def save(folder: Path, state: State, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int = 3) -> Path:
     """Write `folder/step-…` atomically, then remove all but the newest `keep` complete ones. Returns its path."""
+    final, temporary = _begin(folder, state, str(os.getpid()))
+    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    _write_weights(temporary, weights, state)
+    save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER, metadata={"format": "pt"})
+    return _finish(final, temporary, state, keep)
+
+
+def save_shards(
+    folder: Path, state: State | None, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int = 3
+) -> Path:
+    """The same by all processes together, each of which holds shards. `state`: on the main process, None on others."""
+    told = [str(_begin(folder, state, "shards")[1]) if state is not None else ""]
+    torch.distributed.broadcast_object_list(told)
+    temporary = Path(told[0])
+    weights = gathered(model, keep=state is not None)
+    if state is not None:
+        _write_weights(temporary, weights, state)
+    del weights
+    writer = torch.distributed.checkpoint.FileSystemWriter(temporary / SHARDS)
+    torch.distributed.checkpoint.save(_optimizer_tensors(model, optimizer), storage_writer=writer)
+    final = folder / temporary.name.removeprefix(WRITING).removesuffix("-shards")
+    if state is not None:
+        _finish(final, temporary, state, keep)
+    torch.distributed.barrier()
+    return final
+
+
+def _begin(folder: Path, state: State, mark: str) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step:08d}"
-    temporary = folder / f"{WRITING}{final.name}-{os.getpid()}"
+    temporary = folder / f"{WRITING}{final.name}-{mark}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, temporary / MODEL, metadata={"format": "pt", "maefast": json.dumps(state.model_config)})
-    save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER, metadata={"format": "pt"})
-    sizes = {name: (temporary / name).stat().st_size for name in (MODEL, OPTIMIZER)}
+    return final, temporary
+
+
+def _write_weights(folder: Path, weights: dict[str, torch.Tensor], state: State) -> None:
+    save_file(weights, folder / MODEL, metadata={"format": "pt", "maefast": json.dumps(state.model_config)})
+
+
+def _finish(final: Path, temporary: Path, state: State, keep: int) -> Path:
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
     document = {
         "format": FORMAT,
         "step": state.step,
@@ -63,14 +103,14 @@ def save(folder: Path, state: State, model: nn.Module, optimizer: torch.optim.Op
         "extra": state.extra,
     }
     (temporary / STATE).write_text(json.dumps(document, indent=2) + "\n")
-    for name in (MODEL, OPTIMIZER, STATE):
-        fsync(temporary / name)
+    for path in (*files, temporary / STATE, *{path.parent for path in files}):
+        fsync(path)
     fsync(temporary)
     if final.exists():  # only a broken one can be there: a run never goes back behind a good one it would rewrite
         shutil.rmtree(final)
     os.rename(temporary, final)
-    fsync(folder)
-    _prune(folder, state.step, keep)
+    fsync(final.parent)
+    _prune(final.parent, state.step, keep)
     return final
 
 
@@ -132,12 +172,23 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Copy a checkpoint's tensors into `model` and `optimizer` (both unwrapped, on their final device)."""
+    """Copy a checkpoint's tensors into `model` and `optimizer` (both unwrapped, on their final device), in shards or
+    not, whichever way it was written."""
+    weights, mine = load_weights(path / MODEL), model.state_dict()
     try:
-        model.load_state_dict(load_weights(path / MODEL), strict=True)
+        weights = {name: like(tensor, mine[name]) if name in mine else tensor for name, tensor in weights.items()}
+        model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the model: {error}") from error
-    tensors = load_weights(path / OPTIMIZER)
+    if (path / SHARDS).is_dir():
+        tensors = _read_shards(path / SHARDS, model, optimizer)
+    else:
+        owners = dict(model.named_parameters())
+        tensors = load_weights(path / OPTIMIZER)
+        for key, tensor in tensors.items():
+            owner = owners.get(key.split(".", 1)[1])
+            if owner is not None and tensor.shape == owner.shape:
+                tensors[key] = like(tensor, owner)
     slots: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         kind, name = key.split(".", 1)
@@ -148,6 +199,20 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
         raise CheckpointError(f"{path}: optimizer state and model differ in {sorted(wrong)[:5]}")
     state = {index: slots[name] for index, name in enumerate(names) if name in slots}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _read_shards(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What `save_shards` wrote, as the parameters lie now."""
+    owners, found = dict(model.named_parameters()), {}
+    reader = torch.distributed.checkpoint.FileSystemReader(path)
+    for key, about in reader.read_metadata().state_dict_metadata.items():
+        owner = owners.get(key.split(".", 1)[1])
+        if owner is None:
+            raise CheckpointError(f"{path}: the model has no parameter {key.split('.', 1)[1]}")
+        made = tuple(about.size) == tuple(owner.shape)
+        found[key] = torch.zeros_like(owner.detach()) if made else torch.zeros(about.size)
+    torch.distributed.checkpoint.load(found, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+    return found
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

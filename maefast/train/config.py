@@ -62,6 +62,7 @@ class PretrainConfig:
     amp: str = "no"
     device: str = "auto"
     graph: str = "auto"
+    fsdp: bool = False
     workers: int = field(default_factory=lambda: default_workers())
     cache_mb: int = 512
     skip_bad: bool = False
@@ -302,7 +303,7 @@ def _flag(name: str) -> str:
 HARMLESS = {
     "output_dir", "resume", "save_every", "keep", "picture_every", "picture_rows", "picture", "log_every",
     "tensorboard", "max_pixels", "workers", "cache_mb", "init_from", "init_ema", "init_exact", "recompute", "skip_bad",
-    "graph", "data", "column", "epochs", "steps",
+    "graph", "fsdp", "data", "column", "epochs", "steps",
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,9 +28,8 @@ class Step(NamedTuple):
     terms: dict[str, torch.Tensor]
 
 
-def parts(output: Output) -> dict[str, torch.Tensor]:
+def parts(terms: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The terms of a loss, where there are several."""
-    terms = output.terms
     return {name: term.detach() for name, term in terms.items()} if len(terms) > 1 else {}
 
 
@@ -75,7 +74,7 @@ class GraphSteps:
 
         def output(taken: dict) -> Output:
             found = recipe(put_together(self._kinds, taken))
-            self._terms.append(parts(found))  # when captured, of the graph's memory: a replay writes into it
+            self._terms.append(parts(found.terms))  # when captured, of the graph's memory: a replay writes into it
             return found
 
         if self.wanted:

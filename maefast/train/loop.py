@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from maefast import seeds
 from maefast.errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError
 from maefast.recipe import Batch, Progress, Recipe, View
 
-from . import checkpoint, metrics, schedule
+from . import checkpoint, metrics, schedule, sharding
 from .accelerator import Processes, make_accelerator
 from .build import build_recipe, load_start
 from .config import PretrainConfig
@@ -29,6 +30,7 @@ from .data import Loader, Positions
 from .graph import GraphSteps, Step, mean, parts
 from .metrics import MetricsFile, Row, open_tensorboard, read_rows, save_loss_curve
 from .resume import choose_checkpoint, compare
+from .sharding import whole
 from .signals import StopSignal
 
 
@@ -98,7 +100,7 @@ class Run:
         self.last: Path | None = None
         self.done = self.position = self._saved = 0
         self.loss: float | None = None
-        self.metrics = self.tensorboard = self.progress = self.loader = self.examples = None
+        self.metrics = self.tensorboard = self.progress = self.loader = self.examples = self.shown = None
         self._pending: list[Pending] = []
         self._batches: list[Batch] = []
         self._failed: Exception | None = None
@@ -111,9 +113,16 @@ class Run:
         path, notes = choose_checkpoint(self.accelerator, config.resume, self.out)
         if path is None and config.init_from:
             load_start(self.recipe, config, self._say)
+        if config.fsdp:
+            self.shown = sharding.Gathered(self.recipe, self.device)
         self.recipe.to(self.device)
+        if config.fsdp:
+            self.objective = sharding.shard(self.recipe, config, self.world, self.device)
         self.optimizer = schedule.make_optimizer(self.model, config.weight_decay, config.betas)
-        self.objective, self.stepper = self.accelerator.prepare(self.recipe, self.optimizer)
+        if config.fsdp:
+            self.stepper = self.accelerator.prepare(self.optimizer)
+        else:
+            self.objective, self.stepper = self.accelerator.prepare(self.recipe, self.optimizer)
         for note in (*self.source.notes, *notes):
             self._say(note)
         if path is not None:
@@ -252,10 +261,10 @@ class Run:
         """The micro-batches of the step, each prepared when its turn comes."""
         return (self._prepared(batch, seeds.MASK) for batch in self._batches)
 
-    def _prepared(self, batch: Batch, purpose: int) -> View:
+    def _prepared(self, batch: Batch, purpose: int, recipe: Recipe | None = None) -> View:
         draw = seeds.Draw(self.config.seed, batch.key, purpose)
         with self.accelerator.autocast():
-            return self.recipe.prepared(batch.to(self.device), draw, self._progress())
+            return (recipe or self.recipe).prepared(batch.to(self.device), draw, self._progress())
 
     def _plain_step(self) -> Step:
         config, total, norm, terms = self.config, None, None, []
@@ -265,11 +274,11 @@ class Run:
                 loss = output.loss
                 self.accelerator.backward(loss)
                 if config.clip is not None and self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
+                    norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip))
                 self.stepper.step()
                 self.stepper.zero_grad()
             total = loss.detach() if total is None else total + loss.detach()
-            terms.append(parts(output))
+            terms.append(parts(output.terms))
         return Step(total / config.accum, norm, mean(terms))
 
     def _restart_clock(self) -> None:
@@ -316,9 +325,10 @@ class Run:
     def _save(self) -> None:
         # A finite loss can still have had infinite gradients; such weights must not replace a good checkpoint.
         buffers = (buffer for buffer in self.model.buffers() if buffer.is_floating_point())  # of batch norms
-        norm = torch.nn.utils.get_total_norm([*self.model.parameters(), *buffers])
+        norm = sharding.total_norm([*self.model.parameters(), *buffers])
         if not bool(norm.isfinite()):
             raise NonFiniteLoss(self.done, float(norm), self.last, what="norm of the weights")
+        state = None
         if self.main:
             self.metrics.sync()
             scaler = self.accelerator.scaler
@@ -335,8 +345,10 @@ class Run:
                     "torch": torch.__version__,
                 },
             )
+        save = checkpoint.save_shards if self.config.fsdp else checkpoint.save
+        if self.main or self.config.fsdp:
             try:
-                self.last = checkpoint.save(self.folder, state, self.model, self.optimizer, self.config.keep)
+                self.last = save(self.folder, state, self.model, self.optimizer, self.config.keep)
             except (OSError, SafetensorError) as error:  # disk full, no permission
                 text = f"the checkpoint of step {self.done} cannot be written: {error}. The last good is {self.last}"
                 if self._failed is not None:
@@ -345,17 +357,31 @@ class Run:
         self._saved = self.done
         self.accelerator.wait_for_everyone()
 
-    @torch.no_grad()
-    def _picture(self, path: Path) -> None:
+    @contextmanager
+    def _showing(self) -> Iterator[Recipe | None]:
+        """The recipe in eval mode where there are examples to show, with all of its weights; all processes must ask."""
+        recipe = self.recipe
+        if self.shown is not None and self.config.picture_rows:
+            recipe = self.shown.fill(self.model, self.main)
         if self.examples is None:
+            yield None
             return
-        batch, names = self.examples
-        training = self.recipe.training
-        self.recipe.eval()
+        training = recipe.training
+        recipe.eval()
         try:
-            picture = self.recipe.picture(self._prepared(batch, seeds.PICTURE), names)
+            with torch.no_grad():
+                yield recipe
         finally:
-            self.recipe.train(training)
+            recipe.train(training)
+            if self.shown is not None:
+                self.shown.rest()
+
+    def _picture(self, path: Path) -> None:
+        with self._showing() as recipe:
+            if recipe is None:
+                return
+            batch, names = self.examples
+            picture = recipe.picture(self._prepared(batch, seeds.PICTURE, recipe), names)
         if picture is None:
             return
         picture.save(path, f"{self.config.title}, step {self.done}, {picture.caption}")
@@ -363,13 +389,14 @@ class Run:
             self.tensorboard.add_image("reconstruction", picture.pixels(), self.done)
 
     def _finish(self, stopped: str | None) -> Result:
-        bad, baseline = self._gather_bad(), None
+        bad = self._gather_bad()
         if self.main:
             self.metrics.sync()
             if self.loss is None:  # a finished run, called again
                 self.loss = next((float(row["loss"]) for row in reversed(read_rows(self.metrics.path))), None)
-            self._picture(self.out / "reconstruction.png")
-            baseline = self._baseline()
+        self._picture(self.out / "reconstruction.png")
+        baseline = self._baseline()
+        if self.main:
             save_loss_curve(self.out / "metrics.csv", self.out / "loss_curve.png")
             for path, reason in list(bad.items())[:20]:
                 self._say(f"skipped unreadable {self.source.unit} {path}: {reason}")
@@ -384,18 +411,15 @@ class Run:
                 self._say(f"finished {self.total} steps; checkpoint {self.last}; pictures and metrics in {self.out}")
         return Result(self.done, self.total, self.loss, self.last, stopped, bad, baseline)
 
-    @torch.no_grad()
     def _baseline(self) -> tuple[float, float] | None:
         """(loss, loss of a trivial predictor), of the terms that both have, on the examples; said too."""
-        if self.examples is None or type(self.recipe).baseline is Recipe.baseline:
+        if type(self.recipe).baseline is Recipe.baseline:
             return None
-        training = self.recipe.training
-        self.recipe.eval()
-        try:
-            view = self._prepared(self.examples[0], seeds.PICTURE)
-            mine, trivial = self.recipe.compute(view), self.recipe.baseline(view)
-        finally:
-            self.recipe.train(training)
+        with self._showing() as recipe:
+            if recipe is None:
+                return None
+            view = self._prepared(self.examples[0], seeds.PICTURE, recipe)
+            mine, trivial = recipe.compute(view), recipe.baseline(view)
         same = {name: mine.terms[name] for name in trivial.terms}  # of the terms that it has
         what = "loss" if same.keys() == mine.terms.keys() else " + ".join(same)
         found, words = (replace(mine, terms=same).loss.item(), trivial.loss.item()), self.recipe.spec.baseline

@@ -64,6 +64,7 @@ HELP = {
         "device": "auto takes the GPU if there is one.",
         "graph": "A step as one CUDA graph, so that Python does not slow it down. auto: where it can be (one process, "
         "a CUDA device, no fp16); on: or stop, saying why not.",
+        "fsdp": "Shard parameters, gradients and optimizer state over the processes of torchrun (FSDP2).",
         "seed": "Fixes weights, order, crops and masks.",
     },
     "Output and resuming": {
@@ -101,6 +102,7 @@ _FLAGS = {
     "output_dir": ("--output-dir", "-o"),
     "skip_bad": ("--skip-bad",),
     "recompute": ("--recompute",),
+    "fsdp": ("--fsdp",),
     "demo": ("--demo",),
     "init_ema": ("--init-ema",),
     "init_exact": ("--init-exact",),
