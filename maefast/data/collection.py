@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from maefast import seeds
-from maefast.data.records import Names, Paths, Records, inside, no_column, open_records
+from maefast.data.records import Names, Paths, Records, inside, is_url, no_column, open_records
 from maefast.data.source import failure
 from maefast.errors import BadFile, ConfigError, TrainError, Unreachable
 from maefast.recipe import Batch
@@ -63,6 +63,7 @@ class Read:
     def __init__(self, records: Records, read: Callable[[Any], Any]) -> None:
         self.records, self._read = records, read
         self.name, self.notes = records.source, tuple(records.notes)
+        self.root = Path(records.root) if records.root and not is_url(records.root) else None  # that labels are of
 
     def __len__(self) -> int:
         return len(self.records)

@@ -22,10 +22,12 @@ class Records(Protocol):
     """Things to be read in a fixed order.
 
     Attributes:
-        source: as a person knows them. notes: lines for the user, such as what was left out.
+        source: as a person knows them. root: folder that their names are relative to; "": none. notes: lines for the
+            user, such as what was left out.
     """
 
     source: str
+    root: str
     notes: Sequence[str]
 
     def __len__(self) -> int: ...

@@ -37,6 +37,7 @@ class Table:
     stored: Sequence[str]
     firsts: np.ndarray
     notes: Sequence[str] = ()
+    root: str = ""
     _mapped: dict[int, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:

@@ -35,6 +35,7 @@ class Tars:
     offsets: np.ndarray
     sizes: np.ndarray
     notes: Sequence[str] = ()
+    root: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_files", OrderedDict())
@@ -93,19 +94,22 @@ def open_tars(
             says so); no such members; several of a sample, without `column`.
     """
     notes: list[str] = []
-    names: list[str] = []
     firsts, offsets, sizes = [0], [], []
     stored: list[str] = []
-    for tar, index in zip(tars, _indices(tars, skip_bad, notes)):
-        kept = [place for place, name in enumerate(index.names) if _is_wanted(name, endings, column)]
-        names += [index.names[place] for place in kept]
-        offsets.append(index.offsets[kept])
-        sizes.append(index.sizes[kept])
-        firsts.append(firsts[-1] + len(kept))
-        if index.stored is not None:
-            stored.append(str(index.stored))
-        if not kept and len(index):
-            notes.append(f"--data {tar}: none of its {len(index)} members is wanted, such as {index.names[0]}")
+
+    def wanted_names() -> Iterator[str]:
+        for tar, index in zip(tars, _indices(tars, skip_bad, notes)):
+            kept = [place for place, name in enumerate(index.names) if _is_wanted(name, endings, column)]
+            yield from (index.names[place] for place in kept)
+            offsets.append(index.offsets[kept])
+            sizes.append(index.sizes[kept])
+            firsts.append(firsts[-1] + len(kept))
+            if index.stored is not None:
+                stored.append(str(index.stored))
+            if not kept and len(index):
+                notes.append(f"--data {tar}: none of its {len(index)} members is wanted, such as {index.names[0]}")
+
+    names = Names(wanted_names())  # never all of them as objects
     if stored:
         more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
         notes.append(f"--data {source}: indices of tars were made and stored ({stored[0]}{more})")
@@ -115,7 +119,7 @@ def open_tars(
         raise ConfigError("; ".join([f"--data {source}: no member {wanted} in {len(tars)} tar(s)", *notes[:3]]))
     if column is None:
         _one_a_sample(source, names)
-    return Tars(source, list(tars), np.array(firsts), Names(names), *map(np.concatenate, (offsets, sizes)), notes)
+    return Tars(source, list(tars), np.array(firsts), names, *map(np.concatenate, (offsets, sizes)), notes)
 
 
 def _indices(tars: Sequence[str], skip_bad: bool, notes: list[str]) -> Iterator[TarIndex]:

@@ -6,6 +6,7 @@ import gzip
 import os
 import pickle
 import shutil
+import sys
 import time
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from maefast.errors import BadFile, BadImage, ConfigError, TrainError, Unreachab
 from maefast.train import checkpoint, pretrain
 from tests.data.sources import encoded, write_images, write_shards, write_tar
 from tests.train import victims
-from tests.train.common import in_two_parts, losses, rows, run_process, tiny_config
+from tests.train.common import in_two_parts, losses, rows, run_process, run_together, tiny_config
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -352,3 +353,38 @@ def test_tars_beside_images(shards):
 def test_endings_are_those_of_images():
     assert ".png" in EXTENSIONS
     assert ".tar" not in EXTENSIONS
+
+
+def test_two_processes_share_the_stream(shards, tmp_path):
+    """Both make, or find, the index; together they see what one process sees."""
+    (tmp_path / "one").mkdir()
+    pretrain(tiny_config(shards, tmp_path / "one" / "out", batch_size=4))
+    for path in shards.glob("*.npz"):
+        path.unlink()
+    (tmp_path / "two").mkdir()
+    assert run_together(victims.train_as, 2, tiny_config(shards, tmp_path / "two" / "out", batch_size=2)) == [0, 0]
+    one, two = (np.array([float(row["loss"]) for row in rows(tmp_path / name / "out")]) for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    assert len(list(shards.iterdir())) == 4
+
+
+def test_packages_that_are_not_there(shards, tmp_path, monkeypatch):
+    """Named with the extra that they come in; tars on a disk need none."""
+    from maefast.data.channel_files import read_channels
+    from maefast.data.points import read_cloud
+    from maefast.data.video_files import CodedVideo
+
+    for name in ("fsspec", "pyarrow", "tifffile", "trimesh", "av"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for ending in ("parquet", "tif", "off", "mp4"):
+        (tmp_path / f"x.{ending}").write_bytes(b"")
+    assert len(find_images(shards)) == 10
+    for name, call in (
+        ("fsspec", lambda: find_images("s3://bucket/x.tar")),
+        ("pyarrow", lambda: find_images(tmp_path / "x.parquet")),
+        ("tifffile", lambda: read_channels(tmp_path / "x.tif", 2)),
+        ("trimesh", lambda: read_cloud(tmp_path / "x.off")),
+        ("av", lambda: CodedVideo(tmp_path / "x.mp4")),
+    ):
+        with pytest.raises(TrainError, match=rf"'{name}': pip install \"maefast\[data\]\""):
+            call()
