@@ -101,7 +101,7 @@ class Files(Read):
     def _folder(self, data: str | Path, endings: Sequence[str], what: str, options: Any) -> Records:
         root = Path(data).expanduser()
         if not root.is_dir():
-            raise ConfigError(f"--data {data}: no such folder (give a folder, a list or tars of {what}, or '{DEMO}')")
+            raise ConfigError(f"--data {data}: no such folder (give a folder of {what}, or '{DEMO}'; a list or tars)")
         found = (path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in endings)
         seen = (path for path in found if not any(part.startswith(".") for part in path.parts))
         files = sorted({self._entry(path).as_posix() for path in seen})
