@@ -1,4 +1,4 @@
-"""The command line: `maefast pretrain | data-speed | recipes | reconstruct | export | doctor | bench`.
+"""The command line: `maefast pretrain | data-speed | recipes | reconstruct | probe | export | doctor | bench`.
 
 Only what a command needs is imported, when it runs, so that `maefast --help` and `maefast doctor` work without the
 training extra.
@@ -46,6 +46,12 @@ class Graph(str, Enum):
 class Picture(str, Enum):
     restored = "restored"
     raw = "raw"
+
+
+class Pool(str, Enum):
+    mean = "mean"
+    cls = "cls"
+    both = "both"
 
 
 class Format(str, Enum):
@@ -142,6 +148,9 @@ def pretrain(
     picture: Annotated[Picture, option("picture")] = Picture.restored,
     log_every: Annotated[int, option("log_every")] = 10,
     tensorboard: Annotated[bool, option("tensorboard")] = True,
+    probe_every: Annotated[int, option("probe_every")] = 0,
+    probe_data: Annotated[str | None, option("probe_data")] = None,
+    probe_labels: Annotated[str, option("probe_labels")] = "folders",
 ) -> None:
     """Pre-train a masked autoencoder.
 
@@ -317,6 +326,86 @@ def reconstruct(
             max_pixels=max_pixels,
         )
         typer.echo(f"wrote {output}")
+
+    _run(run)
+
+
+@app.command()
+def probe(
+    checkpoint: Source,
+    data: Annotated[str, typer.Option(help="Samples with classes, as pretrain's --data.", show_default=False)],
+    labels: Annotated[
+        str,
+        typer.Option(help="folders: the first folder of each file is its class; or a CSV file of names and classes."),
+    ] = "folders",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for probe.json, pictures, and features that were computed.")
+    ] = Path("probe"),
+    test: Annotated[
+        str | None, typer.Option(help="Samples to hold back, instead of a share.", show_default=False)
+    ] = None,
+    test_labels: Annotated[str | None, typer.Option(help="Classes of --test.", show_default="as --labels")] = None,
+    test_share: Annotated[float, typer.Option(help="Share of each class that is held back, without --test.")] = 0.2,
+    k: Annotated[int, typer.Option("--k", help="Neighbours that vote.")] = 20,
+    pool: Annotated[Pool, typer.Option(help="Features: mean of all patches, class token, or both.")] = Pool.mean,
+    baselines: Annotated[
+        bool,
+        typer.Option("--baselines", help="The same with random weights, and with pixels (up to 32x32) for features."),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Fixes what is held back, and random weights.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Samples that are encoded together.")] = 64,
+    workers: Annotated[int | None, typer.Option(help=HELP["Data"]["workers"], show_default="up to 8")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out unreadable samples instead of stopping.")
+    ] = False,
+    model: Name = None,
+    img_size: ImgSize = None,
+    heads: Heads = None,
+    ema: Ema = False,
+    value_range: Annotated[
+        str | None, typer.Option(help=HELP["Data"]["value_range"], show_default="the run's, or auto")
+    ] = None,
+    max_pixels: Annotated[int | None, typer.Option(help=HELP["Data"]["max_pixels"], show_default="179 million")] = None,
+) -> None:
+    """Tell what was learned: k-NN and linear accuracy of frozen features.
+
+    The encoder sees whole inputs, nothing masked, in centre crops; it is not trained. Accuracies have a 95 % interval
+    (Wilson). Features are kept, so that another --k, --pool or share costs nothing.
+
+    Example: maefast probe out/ --data photos/ --labels folders --baselines
+    """
+
+    def run() -> None:
+        from .train.config import default_workers, parse_heads, parse_size
+        from .train.probe import Options
+        from .train.probe import probe as probe_weights
+
+        options = Options(
+            labels=labels,
+            test=test,
+            test_labels=test_labels,
+            test_share=test_share,
+            k=k,
+            pool=pool.value,
+            baselines=baselines,
+            seed=seed,
+            batch_size=batch_size,
+            workers=default_workers() if workers is None else workers,
+            skip_bad=skip_bad,
+            value_range=value_range,
+            max_pixels=max_pixels,
+        )
+        probe_weights(
+            checkpoint,
+            data,
+            output,
+            options,
+            name=model,
+            img_size=parse_size(img_size) if img_size else None,
+            heads=parse_heads(heads) if heads else None,
+            ema=ema,
+            say=typer.echo,
+        )
 
     _run(run)
 

@@ -158,6 +158,8 @@ class Recipe(nn.Module):
         wants: which batches it takes.
         settled: options of the run that were left to the recipe, as what they came to.
         config: plain dict, can be written as JSON; `maefast.recipes.create` sets and takes it.
+        lead: how many tokens stand before the others in what `encode` gives, the class token first; None: as many as
+            the encoder has.
     """
 
     spec: Spec | None = None
@@ -165,6 +167,7 @@ class Recipe(nn.Module):
     wants: Wants
     settled: Mapping[str, Any] = {}
     config: Mapping[str, Any] = {}
+    lead: int | None = None
 
     @property
     def network(self) -> nn.Module:

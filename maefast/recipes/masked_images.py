@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from maefast import models
 from maefast.data.channels import shown
@@ -47,6 +47,13 @@ class MaskedImages(ImageRecipe):
     def compute(self, view: View) -> Output:
         loss, pred, _ = self.model(view.parts, mask=view.plan, pred="masked")
         return Output({"pixels": loss}, pred, view)
+
+    def encode(self, batch: ImageBatch) -> Tensor:
+        """Of a ViT [B, 1 + N, D], class token first; of a convnet its last map, [B, C, H, W]."""
+        if not hasattr(self.model, "encode"):
+            raise NotImplementedError(f"{type(self.model).__name__} gives no features: it has no `encode`")
+        found = self.model.encode(self.images(batch))
+        return found[-1] if isinstance(found, (list, tuple)) else found  # SparK's maps, fine to coarse
 
     def picture(self, view: View, names: Sequence[str]) -> Picture:
         from maefast.data.images import pictures

@@ -51,6 +51,7 @@ class PointCMAE(GroupedPoints):
         demo=DEMO,
         baseline="the mean group",
     )
+    lead = 1
     names = Names(
         ("MAE_encoder.encoder.", "encoder.patch_embed."),
         ("MAE_encoder.pos_embed.", "encoder.pos_embed."),

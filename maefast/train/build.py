@@ -30,7 +30,7 @@ def recipe_options(name: str, *, demo: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError: no such recipe.
     """
-    spec = _kind(name).spec
+    spec = kind_of(name).spec
     options = {"recipe": name, **spec.training}
     return {**options, "epochs": PretrainConfig.epochs, "data": "demo", **spec.demo} if demo else options
 
@@ -38,9 +38,9 @@ def recipe_options(name: str, *, demo: bool = False) -> dict[str, Any]:
 def build_recipe(config: PretrainConfig, create: Callable[..., nn.Module] | None = None) -> Recipe:
     """Freshly initialised from torch's global generator. `create` may return a recipe, or a model of images."""
     if config.recipe is not None and create is None:
-        cls = _kind(config.recipe)
+        cls = kind_of(config.recipe)
         if not issubclass(cls, MaskedImages):
-            return _checked(config, _build(config))
+            return _checked(config, build_unchecked(config))
         sizes = _said(lambda: recipes.arguments_of(cls.spec, config.size))
         config = replace(config, model=sizes["model"])
     made = build_model(config, create)
@@ -50,11 +50,13 @@ def build_recipe(config: PretrainConfig, create: Callable[..., nn.Module] | None
     return MaskedImages(made, mask_ratio_of(made, config.mask_ratio), raw=config.picture == "raw", measured=measured)
 
 
-def _kind(name: str) -> type[Recipe]:
+def kind_of(name: str) -> type[Recipe]:
+    """The class of a recipe. ConfigError: there is none of this name."""
     return _said(lambda: recipes.kind(name))
 
 
-def _build(config: PretrainConfig) -> Recipe:
+def build_unchecked(config: PretrainConfig) -> Recipe:
+    """A recipe that wraps no model of `maefast.models`, though it may lack what it is trained with."""
     name, arguments = config.recipe, dict(config.model_args)
     known = recipes.argument_names(name)
     for option in _ARGUMENTS:

@@ -76,9 +76,15 @@ class PretrainConfig:
     picture: str = "restored"
     log_every: int = 10
     tensorboard: bool = True
+    # What is learned: k-NN accuracy on the way.
+    probe_every: int = 0
+    probe_data: str | None = None
+    probe_labels: str = "folders"
 
     def __post_init__(self) -> None:
-        for name in ("data", "output_dir", "resume"):
+        if isinstance(self.probe_data, os.PathLike):
+            self.probe_data = str(self.probe_data)
+        for name in ("data", "output_dir", "resume", "probe_labels"):
             value = getattr(self, name)
             if not isinstance(value, (str, os.PathLike)):
                 raise ConfigError(f"{_flag(name)} must be a name, not {value!r}")
@@ -123,9 +129,15 @@ class PretrainConfig:
         )
         for name in ("batch_size", "accum", "save_every", "keep", "log_every"):
             must(getattr(self, name) >= 1, f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("workers", "cache_mb", "picture_every", "picture_rows", "weight_decay", "min_lr"):
+        for name in ("workers", "cache_mb", "picture_every", "picture_rows", "probe_every", "weight_decay", "min_lr"):
             value = getattr(self, name)
             must(value >= 0 and math.isfinite(value), f"{_flag(name)} must not be negative, and is {value}")
+        must(
+            bool(self.probe_every) == (self.probe_data is not None),
+            f"--probe-every {self.probe_every} needs --probe-data: samples with classes"
+            if self.probe_every
+            else f"--probe-data {self.probe_data}: --probe-every N says when it is looked at",
+        )
         must(0 <= self.seed < 2**63, f"--seed must lie in 0 … 2**63-1, not {self.seed}")
         must(
             self.mask_ratio is None or 0 < self.mask_ratio < 1,
@@ -303,7 +315,7 @@ def _flag(name: str) -> str:
 HARMLESS = {
     "output_dir", "resume", "save_every", "keep", "picture_every", "picture_rows", "picture", "log_every",
     "tensorboard", "max_pixels", "workers", "cache_mb", "init_from", "init_ema", "init_exact", "recompute", "skip_bad",
-    "graph", "fsdp", "data", "column", "epochs", "steps",
+    "graph", "fsdp", "data", "column", "epochs", "steps", "probe_every", "probe_data", "probe_labels",
 }  # fmt: skip
 
 

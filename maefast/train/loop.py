@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +33,9 @@ from .metrics import MetricsFile, Row, open_tensorboard, read_rows, save_loss_cu
 from .resume import choose_checkpoint, compare
 from .sharding import whole
 from .signals import StopSignal
+
+if TYPE_CHECKING:
+    from maefast.probe.watch import Watch
 
 
 @dataclass
@@ -63,7 +67,7 @@ class Pending:
 def pretrain(config: PretrainConfig, *, create_model: Callable[..., nn.Module] | None = None) -> Result:
     """Train a masked model as `config` says. Everything it leaves is under `config.output_dir`:
 
-        config.yaml, metrics.csv, tensorboard/, pictures/step-*.png, checkpoints/step-*/,
+        config.yaml, metrics.csv, probe.csv (with probe_every), tensorboard/, pictures/step-*.png, checkpoints/step-*/,
         and at the end reconstruction.png and loss_curve.png
 
     `create_model(name, **arguments)` replaces `maefast.models.create`, for a model of your own with its interface, or a
@@ -101,6 +105,7 @@ class Run:
         self.done = self.position = self._saved = 0
         self.loss: float | None = None
         self.metrics = self.tensorboard = self.progress = self.loader = self.examples = self.shown = None
+        self.watch: Watch | None = None
         self._pending: list[Pending] = []
         self._batches: list[Batch] = []
         self._failed: Exception | None = None
@@ -166,6 +171,13 @@ class Run:
             f"peak lr {peak:.3g}; {self.world} x {self.device.type}, amp {config.amp}"
             f"{', as a CUDA graph' if self.graph.step else ''}; into {self.out}"
         )
+        if config.probe_every:
+            if self.main:
+                from .probe import open_watch
+
+                self.watch = open_watch(self.recipe, config, self.source, self.done, self._say)
+            if self._others.any(self.watch is not None and not self.watch.rows):
+                self._probe(first=True)  # where the run begins, or from where on it is watched
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
@@ -201,15 +213,18 @@ class Run:
                 end = self.done == self.total
                 save = end or self.done % config.save_every == 0
                 picture = not end and config.picture_every and self.done % config.picture_every == 0
-                if save or picture or self.done % every == 0:
+                probe = config.probe_every and (end or self.done % config.probe_every == 0)
+                if save or picture or probe or self.done % every == 0:
                     self._flush()
                 else:
                     self.progress.update(1, None)
+                if probe:  # before it is saved: a checkpoint has the rows of all its steps
+                    self._probe()
                 if save:
                     self._save()
                 if picture:
                     self._picture(self.out / "pictures" / f"step-{self.done:08d}.png")
-                if save or picture:
+                if save or picture or probe:
                     self._restart_clock()
             if self._pending:
                 self._flush()
@@ -410,6 +425,27 @@ class Run:
             else:
                 self._say(f"finished {self.total} steps; checkpoint {self.last}; pictures and metrics in {self.out}")
         return Result(self.done, self.total, self.loss, self.last, stopped, bad, baseline)
+
+    def _probe(self, first: bool = False) -> None:
+        """k-NN accuracy of this step, on the main process; all must ask. Only of the `first` one an error ends the run:
+        later on a file that is gone is no reason."""
+        recipe = self.recipe if self.shown is None else self.shown.fill(self.model, self.main)
+        if self.watch is None:
+            return
+        try:
+            found = self.watch(recipe, self.done, self.device)
+        except (TrainError, OSError) as error:
+            if first:
+                raise
+            self._say(f"no probe of step {self.done}: {error}")
+            return
+        finally:
+            if self.shown is not None:
+                self.shown.rest()
+        if self.tensorboard is not None:
+            self.tensorboard.add_scalar("probe/knn", found.value, self.done)
+        text = f"{str(found).strip()} on {found.count} {self.source.unit}s held back"
+        self._say(f"step {self.done}: k-NN accuracy {text}")
 
     def _baseline(self) -> tuple[float, float] | None:
         """(loss, loss of a trivial predictor), of the terms that both have, on the examples; said too."""

@@ -80,6 +80,12 @@ HELP = {
         "log_every": "On a GPU, read the losses every so many steps (each one is logged).",
         "tensorboard": "Write TensorBoard events.",
     },
+    "What is learned": {
+        "probe_every": "Steps between k-NN accuracies of the encoder's features, from step 0 on, in probe.csv and "
+        "TensorBoard (docs/probe.md); the training stays the same to the bit. 0: none.",
+        "probe_data": "Samples with classes for it, of which a fifth is held back.",
+        "probe_labels": "Their classes: folders, or a CSV file of names and classes.",
+    },
 }
 
 # What stands for a default that is no value.
@@ -96,7 +102,7 @@ _SHOWN = {
     "channels": "the model's, photographs",
     "mean": "estimated",
     "std": "estimated",
-    **dict.fromkeys(("data", "recipe", "model_arg", "init_from", "steps", "lr", "config"), False),
+    **dict.fromkeys(("data", "recipe", "model_arg", "init_from", "steps", "lr", "config", "probe_data"), False),
 }
 _FLAGS = {
     "output_dir": ("--output-dir", "-o"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -29,7 +30,10 @@ def test_a_few_steps_leave_everything(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", arguments)
     for _ in range(2):  # the second time there is nothing left to train
         assert demo.main() == 0
-        assert "after 2 steps" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert "after 2 steps" in text
+        assert "which of 10 photographs is a crop of? 320 crops" in text
+        assert all(re.search(rf"^  {name} +\d+\.\d%", text, re.MULTILINE) for name in ("pre-trained", "random weights"))
     assert len(rows(tmp_path / "demo")) == 2
     for name in ("reconstruction.png", "loss_curve.png", "metrics.csv", "checkpoints/step-00000002/model.safetensors"):
         assert (tmp_path / "demo" / name).is_file()

@@ -1,0 +1,103 @@
+"""Pictures of features: the samples in two dimensions by class, and features of patches as colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maefast.data.figure import FigurePicture, new_figure
+from maefast.recipe import Batch, Recipe
+
+from .features import lead_tokens, undisturbed
+
+_SHOWN = 20  # classes with a colour of their own
+_POINTS = 4000  # at most, evenly spread
+
+
+@dataclass
+class Scatter(FigurePicture):
+    """The first two principal components of features [n, D], a dot for each sample in the colour of its class.
+
+    labels: int [n]. classes: their names.
+    """
+
+    features: Tensor
+    labels: np.ndarray
+    classes: Sequence[str]
+    caption: str = "the first two principal components of the features"
+
+    def _figure(self, title: str) -> Any:
+        figure = new_figure(title, figsize=(8, 6), dpi=110, layout="constrained")
+        axes = figure.subplots()
+        flat, share = _components(self.features.double())
+        chosen = np.linspace(0, len(flat), min(len(flat), _POINTS), endpoint=False).astype(int)
+        flat, labels = flat[chosen], self.labels[chosen]
+        common = np.argsort(-np.bincount(self.labels, minlength=len(self.classes)), kind="stable")[:_SHOWN]
+        rest = ~np.isin(labels, common)
+        if rest.any():
+            axes.scatter(*flat[rest].T, s=6, color="#cccccc", label=f"{len(self.classes) - len(common)} other classes")
+        from matplotlib import colormaps
+
+        for place, label in enumerate(sorted(common)):
+            axes.scatter(*flat[labels == label].T, s=9, color=colormaps["tab20"](place), label=self.classes[label])
+        for axis, part, name in zip((axes.xaxis, axes.yaxis), share, ("first", "second")):
+            axis.set_label_text(f"{name} component, {part:.0%} of the variance")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False)
+        return figure
+
+
+def _components(features: Tensor) -> tuple[np.ndarray, list[float]]:
+    """[n, 2] and the shares of the variance."""
+    centred = features - features.mean(0)
+    values, axes = torch.linalg.eigh(centred.T @ centred)
+    axes = axes[:, -2:].flip(1)
+    axes = axes * torch.where(axes.gather(0, axes.abs().argmax(0, keepdim=True)) < 0, -1, 1)  # one sign everywhere
+    flat, whole = centred @ axes, max(float(values.sum()), 1e-300)
+    if flat.shape[1] < 2:
+        flat = torch.cat([flat, torch.zeros_like(flat)], 1)
+    parts = [float(value) / whole for value in values.flip(0)[:2]]
+    return flat.numpy(), [*parts, 0.0][:2]
+
+
+@torch.no_grad()
+def patch_sheet(recipe: Recipe, batch: Batch, names: Sequence[str], device: torch.device | str) -> Any | None:
+    """A `maefast.recipe.Picture` of images beside their features of patches, whose first three principal components
+    over all of these images are red, green and blue. None: the recipe gives no map of images, or too coarse a one."""
+    images = getattr(batch, "images", None)
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
+        return None
+    with undisturbed(recipe):
+        found = recipe.encode(batch.to(device)).float().cpu()
+    if found.ndim == 4:
+        grid, found = tuple(found.shape[2:]), found.flatten(2).transpose(1, 2)
+    else:
+        found = found[:, lead_tokens(recipe) :]
+        grid = grid_of(found.shape[1], tuple(images.shape[2:]))
+    if grid is None or min(grid) < 4 or found.shape[2] < 3:
+        return None
+    from maefast.data.images.pictures import Sheet
+    from maefast.recipes._images import feature_sheet
+
+    if images.is_floating_point():  # of any range
+        shades = (images.float() - images.min()) / (images.max() - images.min()).clamp_min(1e-12)
+    else:
+        shades = images.float() / torch.iinfo(images.dtype).max
+    shown = torch.ones(found.shape[:2], dtype=torch.bool)
+    original, _, colours = feature_sheet(shades, shown, [found], grid)
+    caption = f"features of {grid[0]} x {grid[1]} patches, their first three principal components as colours"
+    return Sheet([original, colours], names, caption, ("image", "features"))
+
+
+def grid_of(count: int, size: tuple[int, int]) -> tuple[int, int] | None:
+    """(rows, columns) of `count` square patches of an image of `size` = (height, width); None: they are not."""
+    for rows in range(1, count + 1):
+        if count % rows == 0 and rows * size[1] == count // rows * size[0]:
+            return rows, count // rows
+    return None
