@@ -23,7 +23,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from bench import environment
-from maefast.data.images.files import ImageSet, Names, find_images
+from maefast.data.images.files import find_images
+from maefast.data.records import Names, Paths
 
 WAYS = ("tuple", "buffer")
 
@@ -51,7 +52,7 @@ def measure(way: str, count: int) -> dict:
     record = {"way": way, "count": count, "build_s": time.perf_counter() - began}
     record["main_bytes"] = memory("Rss") - before
     record["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    images = ImageSet("synthetic", "/synthetic", files)
+    images = Paths("synthetic", "/synthetic", files)
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     worker = context.Process(target=_touch, args=(images, theirs))
@@ -71,7 +72,7 @@ def _fingerprint(files: tuple[str, ...]) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def _touch(images: ImageSet, pipe) -> None:
+def _touch(images: Paths, pipe) -> None:
     before, began = memory("Private_Dirty"), time.perf_counter()
     total = 0
     for index in range(len(images)):

@@ -14,14 +14,21 @@ class ConfigError(TrainError, ValueError):
 
 
 class BadFile(TrainError):
-    """A file cannot be read, or not be used. `path` names it, `reason` says why; `advice` is what to do where it was
-    met."""
+    """A file cannot be read, or not be used. `path` names it (a Path, or a URL as text), `reason` says why; `advice` is
+    what to do where it was met."""
 
     what = ""
 
     def __init__(self, path: str | Path, reason: str, advice: str = ""):
         super().__init__(f"cannot read {self.what}{path}: {reason}" + (f" ({advice})" if advice else ""))
-        self.path, self.reason = Path(path), reason
+        self.reason = reason
+        self.path = str(path) if "://" in str(path) else Path(str(path))  # a URL is not a path
+
+
+class Unreachable(BadFile):
+    """Remote data that gave no answer, asked several times: the run stops, also with --skip-bad."""
+
+    START = "no answer"  # of every reason
 
 
 class BadImage(BadFile):

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
-
-def load_array(path: Path) -> np.ndarray:
-    """What is in a .npy, mapped into memory, or the only array of an .npz. ValueError: it holds none, or several."""
-    if path.suffix.lower() == ".npy":
-        return np.load(path, mmap_mode="r")
-    with np.load(path) as file:
-        if len(file.files) != 1:
-            raise ValueError(f"one array is wanted, the file holds {', '.join(file.files) or 'none'}")
-        return file[file.files[0]]
+from maefast.data.blob import Blob, Where, ending, opened
 
 
-def load_rows(path: Path, width: int, what: str, count: str) -> np.ndarray:
+def load_array(where: Where) -> np.ndarray:
+    """What is in a .npy (a file is mapped into memory), or the only array of an .npz. ValueError: it holds none, or
+    several."""
+    if ending(where) == ".npy" and not isinstance(where, Blob):
+        return np.load(where, mmap_mode="r")
+    with opened(where) as stream:
+        loaded = np.load(stream)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        if len(loaded.files) != 1:
+            raise ValueError(f"one array is wanted, the file holds {', '.join(loaded.files) or 'none'}")
+        return loaded[loaded.files[0]]
+
+
+def load_rows(where: Where, width: int, what: str, count: str) -> np.ndarray:
     """float32 [count, width], finite, at least one row, from a .npy. ValueError: `what` is something else."""
-    array = np.load(path)
+    with opened(where) as stream:
+        array = np.load(stream)
     if array.dtype.kind != "f" or array.ndim != 2 or array.shape[1] != width or not len(array):
         raise ValueError(f"a {what} is floating [{count}, {width}], not {array.dtype} {list(array.shape)}")
     array = array.astype(np.float32)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from maefast.data.arrays import load_array
+from maefast.data.blob import Where, ending
 from maefast.data.collection import DEMO, Collection, Files, Made
 from maefast.data.cropped import Cropped
+from maefast.data.video_files import CODED, CodedVideo
 from maefast.nn.patches import Reconstruction
 from maefast.ops import _checks
 from maefast.recipe import Batch, Picture
@@ -34,9 +36,9 @@ class ClipBatch(Batch):
 class Clips:
     """A recipe wants `ClipBatch`es: `frames` T of `size` (H, W), every `stride`-th of the video, in colour.
 
-    `--data` names a folder: each .npy or .npz below it is a video, uint8 [frames, height, width, 3], and each folder of
-    images is one, its frames in the order of their names. Crops are those of images (--crop-scale, --crop-ratio,
-    --flip), the same for all frames of a clip.
+    `--data` names a folder: each .npy or .npz below it is a video, uint8 [frames, height, width, 3], so is each file of
+    a codec (.mp4, .webm, ..., see `video_files`), and each folder of images, its frames in the order of their names.
+    Crops are those of images (--crop-scale, --crop-ratio, --flip), the same for all frames of a clip.
     """
 
     frames: int = 16
@@ -48,7 +50,7 @@ class Clips:
     def open(self, options: Any) -> Collection:
         if options.data == DEMO:
             return Collection(_Cropped(self, options), self._demo(), options)
-        return Collection(_Cropped(self, options), Videos(options.data), options)
+        return Collection(_Cropped(self, options), Videos(options.data, options), options)
 
     def check(self, batch: Any) -> None:
         """Raise unless it is a batch of such clips."""
@@ -118,16 +120,18 @@ def resized(clip: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, i
 class Videos(Files):
     """Arrays, and folders of frames."""
 
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__(folder, (".npy", ".npz", *FRAMES), read_video, "videos")
+    def __init__(self, data: str | Path, options: Any = None) -> None:
+        super().__init__(data, (".npy", ".npz", *CODED, *FRAMES), read_video, "videos", options)
 
     def _entry(self, path: Path) -> Path:
         return path.parent if path.suffix.lower() in FRAMES else path
 
 
-def read_video(path: Path) -> np.ndarray:
-    """uint8 [frames, height, width, 3]. ValueError: it is something else."""
-    if path.is_dir():
+def read_video(path: Where) -> np.ndarray | CodedVideo:
+    """uint8 [frames, height, width, 3], or what gives slices of it. ValueError: it is something else."""
+    if ending(path) in CODED:
+        return CodedVideo(path)
+    if isinstance(path, Path) and path.is_dir():
         from PIL import Image
 
         names = sorted(name for name in path.iterdir() if name.suffix.lower() in FRAMES)

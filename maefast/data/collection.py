@@ -12,7 +12,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from maefast import seeds
-from maefast.errors import SKIP_BAD, BadFile, ConfigError, TrainError
+from maefast.data.records import Names, Paths, Records, inside, is_url, no_column, open_records
+from maefast.data.source import failure
+from maefast.errors import BadFile, ConfigError, TrainError, Unreachable
 from maefast.recipe import Batch
 
 DEMO = "demo"  # --data demo: what ships with a dependency, or is made
@@ -51,44 +53,68 @@ class Entries(Protocol):
     def label(self, index: int) -> str: ...
 
 
-class Files:
-    """The files below `folder` with one of these endings, in the order of their relative paths.
+class Read:
+    """Records and how they are read.
 
     Args:
-        read: a path -> what is in it; a ValueError or OSError says why it cannot be read.
-
-    Raises:
-        ConfigError: no folder, or no such files in it.
+        read: a path or a `Blob` -> what is in it; a ValueError or OSError says why it cannot be read.
     """
 
-    notes = ()
+    def __init__(self, records: Records, read: Callable[[Any], Any]) -> None:
+        self.records, self._read = records, read
+        self.name, self.notes = records.source, tuple(records.notes)
+        self.root = Path(records.root) if records.root and not is_url(records.root) else None  # that labels are of
 
-    def __init__(self, folder: str | Path, endings: Sequence[str], read: Callable[[Path], Any], what: str) -> None:
-        self.root, self._read, self.name = Path(folder).expanduser(), read, str(folder)
-        if not self.root.is_dir():
-            raise ConfigError(f"--data {folder}: no such folder (give a folder of {what}, or '{DEMO}')")
-        found = (path.relative_to(self.root) for path in self.root.rglob("*") if path.suffix.lower() in endings)
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Any:
+        where = self.records.path(index)
+        try:
+            return self._read(where)
+        except (ValueError, OSError, EOFError) as error:
+            raise BadFile(where, str(error)) from error
+
+    def label(self, index: int) -> str:
+        return self.records.name(index)
+
+    def fingerprint(self) -> str:
+        return self.records.fingerprint()
+
+
+class Files(Read):
+    """The files below a folder with one of these endings, in the order of their relative paths, or what else `data`
+    names, see `maefast.data.records.open_records`: lists of files, members of tars with these endings, tables.
+
+    Args:
+        read: see `Read`. options: of the run: `column`, `skip_bad`.
+
+    Raises:
+        ConfigError: nothing there, or nothing that fits in it.
+    """
+
+    def __init__(
+        self, data: str | Path, endings: Sequence[str], read: Callable[[Any], Any], what: str, options: Any = None
+    ) -> None:
+        super().__init__(open_records(data, endings, options) or self._folder(data, endings, what, options), read)
+
+    def _folder(self, data: str | Path, endings: Sequence[str], what: str, options: Any) -> Records:
+        root = Path(data).expanduser()
+        if not root.is_dir():
+            raise ConfigError(f"--data {data}: no such folder (give a folder of {what}, or '{DEMO}'; a list or tars)")
+        found = (path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in endings)
         seen = (path for path in found if not any(part.startswith(".") for part in path.parts))
-        self._files = sorted({self._entry(path).as_posix() for path in seen})
-        if not self._files:
-            raise ConfigError(f"--data {folder}: no {what} in it (looked at any depth for {' '.join(endings)})")
+        files = sorted({self._entry(path).as_posix() for path in seen})
+        if files:
+            no_column(data, options)
+            return Paths(str(data), str(root), Names(files))
+        if (records := inside(root, endings, options)) is not None:
+            return records
+        raise ConfigError(f"--data {data}: no {what} in it (looked at any depth for {' '.join(endings)})")
 
     def _entry(self, path: Path) -> Path:
         """What a file belongs to: itself."""
         return path
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> Any:
-        path = self.root / self._files[index]
-        try:
-            return self._read(path)
-        except (ValueError, OSError, EOFError) as error:
-            raise BadFile(path, str(error)) from error
-
-    def label(self, index: int) -> str:
-        return self._files[index]
 
 
 class Made:
@@ -128,6 +154,8 @@ class Collection(Dataset):
 
     @cached_property
     def _fingerprint(self) -> str:
+        if isinstance(self.entries, Read):
+            return self.entries.fingerprint()
         labels = "\n".join(self.entries.label(index) for index in range(len(self)))
         return hashlib.sha256(labels.encode()).hexdigest()[:16]
 
@@ -168,6 +196,8 @@ class Collection(Dataset):
                     return make(self.entries[at]), at, bad
                 except ValueError as error:
                     raise BadFile(self.entries.label(at), str(error)) from error
+            except Unreachable as error:
+                return None, index, [*bad, (str(error.path), error.reason)]
             except BadFile as error:
                 bad.append((str(error.path), error.reason))
         return None, index, bad
@@ -180,7 +210,4 @@ class Collection(Dataset):
         return self.kind.collate(made, np.array(positions, dtype=np.int64)), bad
 
     def failure(self, bad: list[tuple[str, str]]) -> TrainError:
-        path, reason = bad[0]
-        if self.skip_bad:
-            return TrainError(f"none of the {len(self)} {self.unit}s can be read; the first: {path}: {reason}")
-        return BadFile(path, reason, SKIP_BAD)
+        return failure(bad, self, self.skip_bad)

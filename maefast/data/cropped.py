@@ -16,6 +16,9 @@ class Cropped:
         self.wants, self.unit = wants, wants.unit
         self.augment = Augment(wants.size, options.crop_scale, options.crop_ratio, options.flip)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.wants!r}, {self.augment!r})"
+
     def centre(self, width: int, height: int) -> Box:
         """The largest centred box of the shape of `size`."""
         from maefast.data.images.pixels import centre_box

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from maefast.data.arrays import load_rows
+from maefast.data.blob import Where
 from maefast.data.collection import DEMO, Collection, Files, Made
 from maefast.errors import ConfigError
 from maefast.ops import TokenMask, _checks
@@ -56,7 +57,9 @@ class Embeddings:
         if options.data == DEMO:
             return Collection(self, self._demo(), options)
         return Collection(
-            self, Files(options.data, (".npy",), partial(read_sequence, dim=self.dim), "sequences (.npy)"), options
+            self,
+            Files(options.data, (".npy",), partial(read_sequence, dim=self.dim), "sequences (.npy)", options),
+            options,
         )
 
     def check(self, batch: Any) -> None:
@@ -105,7 +108,7 @@ class Embeddings:
         return Made("thumbnails along ways over photographs", len(paths) * _WAYS, make, label)
 
 
-def read_sequence(path: Path, dim: int) -> np.ndarray:
+def read_sequence(path: Where, dim: int) -> np.ndarray:
     """float32 [n, dim]. ValueError: it is something else."""
     return load_rows(path, dim, "sequence", "n")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
+from maefast.data.blob import Where, opened
 from maefast.errors import need
 
 WINDOWS = ("hanning", "povey", "hamming", "rectangular")
@@ -107,7 +107,7 @@ def _tables(bank: Fbank) -> tuple[np.ndarray, np.ndarray]:
     return window, np.maximum(0.0, np.minimum(rise, fall))
 
 
-def read_wave(path: Path, rate: int) -> np.ndarray:
+def read_wave(where: Where, rate: int) -> np.ndarray:
     """A .wav file as float32 [S] in [-1, 1] at `rate` samples a second: the mean of its channels, resampled by a
     polyphase filter. ValueError: it is no such file, or empty."""
     try:
@@ -115,7 +115,8 @@ def read_wave(path: Path, rate: int) -> np.ndarray:
         from scipy.signal import resample_poly
     except ImportError as error:
         raise need("scipy", "reading recordings") from error
-    found, wave = wavfile.read(path)
+    with opened(where) as file:
+        found, wave = wavfile.read(file)
     if wave.size == 0:
         raise ValueError("the recording is empty")
     if wave.dtype.kind == "u":  # 8 bits without a sign

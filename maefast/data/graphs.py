@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from maefast.data.blob import Where, opened
 from maefast.data.collection import DEMO, Collection, Files, Made
 from maefast.ops import _checks
 from maefast.recipe import Batch
@@ -100,7 +100,7 @@ class Graphs:
             seed = options.seed
             made = Made("stochastic block models", _GRAPHS, lambda index: self.made(index, seed), "graph {}".format)
             return Collection(self, made, options)
-        return Collection(self, Files(options.data, (".npz",), read_graph, "graphs"), options)
+        return Collection(self, Files(options.data, (".npz",), read_graph, "graphs", options), options)
 
     def made(self, index: int, seed: int = 0) -> Graph:
         return block_model(index, self.features, seed)[0]
@@ -142,9 +142,9 @@ class Graphs:
 
 
 @lru_cache(maxsize=4)  # a large graph alone is every step's sample
-def read_graph(path: Path) -> Graph:
+def read_graph(where: Where) -> Graph:
     """ValueError: it is something else."""
-    with np.load(path) as file:
+    with opened(where) as stream, np.load(stream) as file:
         if missing := {"x", "edge_index"} - set(file.files):
             raise ValueError(
                 f"the arrays x and edge_index are wanted, and it has no {' and no '.join(sorted(missing))}"

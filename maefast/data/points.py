@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from maefast.data.arrays import load_array
+from maefast.data.blob import Where, ending, opened
 from maefast.data.collection import DEMO, Collection, Files, Made
 from maefast.data.figure import FigurePicture, new_figure
+from maefast.errors import need
 from maefast.ops import _checks
 from maefast.recipe import Batch
 
 SCALE, SHIFT = (2 / 3, 3 / 2), 0.2  # of the augmentation, each axis by itself
-ENDINGS = (".npy", ".npz", ".xyz", ".pts", ".txt")
+ENDINGS = (".npy", ".npz", ".xyz", ".pts", ".txt", ".ply", ".off")
+MESHES = (".ply", ".off")  # clouds or meshes
 _CLOUDS = 100  # of the demo
 
 
@@ -33,9 +36,10 @@ class PointBatch(Batch):
 class Points:
     """A recipe wants `PointBatch`es of `count` points N.
 
-    `--data` names a folder of clouds: .npy or .npz arrays [points, 3 or more], or .xyz, .pts and .txt tables; columns
-    behind the third are left out. Each sample is `count` points drawn without replacement, centred, scaled into the
-    unit ball, then stretched by 2/3 to 3/2 and shifted by up to 0.2 along each axis, as Point-MAE does.
+    `--data` names a folder of clouds: .npy or .npz arrays [points, 3 or more], or .xyz, .pts and .txt tables (columns
+    behind the third are left out), or .ply and .off files. Each sample is `count` points drawn without replacement or,
+    of a mesh, uniformly from its faces; centred, scaled into the unit ball, then stretched by 2/3 to 3/2 and shifted by
+    up to 0.2 along each axis, as Point-MAE does.
     """
 
     count: int = 1024
@@ -45,7 +49,7 @@ class Points:
         if options.data == DEMO:
             made = Made("analytic shapes", _CLOUDS, lambda index: shape(index, 4 * self.count), shape_name)
             return Collection(self, made, options)
-        return Collection(self, Files(options.data, ENDINGS, read_cloud, "clouds"), options)
+        return Collection(self, Files(options.data, ENDINGS, read_cloud, "clouds", options), options)
 
     def check(self, batch: Any) -> None:
         """Raise unless it is a batch of such clouds."""
@@ -63,7 +67,9 @@ class Points:
     def example(self, raw: np.ndarray) -> np.ndarray:
         return normalised(self._some(raw, np.random.default_rng(0))).astype(np.float32)
 
-    def _some(self, raw: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _some(self, raw: np.ndarray | Mesh, rng: np.random.Generator) -> np.ndarray:
+        if isinstance(raw, Mesh):
+            return raw.points(self.count, rng)
         if len(raw) < self.count:
             raise ValueError(f"{len(raw)} points, fewer than the {self.count} that are wanted")
         return raw[rng.choice(len(raw), self.count, replace=False)]
@@ -78,18 +84,71 @@ def normalised(cloud: np.ndarray) -> np.ndarray:
     return cloud / max(np.sqrt((cloud**2).sum(1).max()), 1e-12)
 
 
-def read_cloud(path: Path) -> np.ndarray:
-    """float64 [points, 3]. ValueError: it is something else."""
-    if path.suffix in (".npy", ".npz"):
-        array = load_array(path)
+class Mesh(NamedTuple):
+    """vertices: float64 [V, 3]. faces: int64 [F, 3]."""
+
+    vertices: np.ndarray
+    faces: np.ndarray
+
+    def points(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """[count, 3], uniformly from its surface."""
+        first, second, third = self.vertices[self.faces].transpose(1, 0, 2)
+        areas = np.linalg.norm(np.cross(second - first, third - first), axis=1)
+        chosen = np.searchsorted(np.cumsum(areas), rng.random(count) * areas.sum(), side="right")
+        chosen = chosen.clip(0, len(areas) - 1)
+        root, v = np.sqrt(rng.random((count, 1))), rng.random((count, 1))  # Osada et al., 2002
+        return (1 - root) * first[chosen] + root * (1 - v) * second[chosen] + root * v * third[chosen]
+
+
+def read_cloud(where: Where) -> np.ndarray | Mesh:
+    """float64 [points, 3], or of a file with faces a mesh. ValueError: it is something else."""
+    if ending(where) in MESHES:
+        return _mesh(where)
+    if ending(where) in (".npy", ".npz"):
+        array = load_array(where)
     else:
-        array = np.loadtxt(path, ndmin=2, delimiter="," if "," in path.read_text()[:200] else None)
+        with opened(where) as file:
+            lines = io.TextIOWrapper(file).read()
+        array = np.loadtxt(io.StringIO(lines), ndmin=2, delimiter="," if "," in lines[:200] else None)
     if array.ndim != 2 or array.shape[1] < 3 or array.dtype.kind not in "fiu":
         raise ValueError(f"a cloud is numbers [points, 3 or more], not {array.dtype} {list(array.shape)}")
     cloud = array[:, :3].astype(np.float64)
     if not np.isfinite(cloud).all():
         raise ValueError("some of its coordinates are not finite")
     return cloud
+
+
+def _mesh(where: Where) -> np.ndarray | Mesh:
+    try:
+        import trimesh
+    except ImportError as error:
+        raise need("trimesh", "Reading .ply and .off", "data") from error
+    with opened(where) as file:
+        data = file.read()
+    if data[:3] == b"OFF" and data[3:4] not in (
+        b"\n",
+        b"\r",
+        b" ",
+    ):  # as in some of ModelNet40: the counts follow at once
+        data = b"OFF\n" + data[3:]
+    try:
+        found = trimesh.load(io.BytesIO(data), file_type=ending(where)[1:], process=False)
+    except Exception as error:  # of its parsers
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    vertices = np.asarray(getattr(found, "vertices", ()), np.float64).reshape(-1, 3)
+    if not len(vertices):
+        raise ValueError("no points in it")
+    if not np.isfinite(vertices).all():
+        raise ValueError("some of its coordinates are not finite")
+    faces = np.asarray(getattr(found, "faces", ()), np.int64).reshape(-1, 3)
+    if not len(faces):
+        return vertices
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        raise ValueError(f"a face names the vertex {faces.max()} of {len(vertices)}")
+    corners = vertices[faces]
+    if not np.any(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])):
+        raise ValueError("its faces have no area")
+    return Mesh(vertices, faces)
 
 
 # --- shapes -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from maefast.errors import SKIP_BAD, BadFile, TrainError, Unreachable
 from maefast.recipe import Batch
 
 
@@ -54,3 +55,15 @@ class Source(Protocol):
 
     def examples(self, count: int) -> tuple[Batch, list[str]]:
         """Up to `count` fixed samples to be shown, the i-th with the key i, and their names."""
+
+
+def failure(bad: list[tuple[str, str]], samples: Samples, skip_bad: bool, error: type[BadFile] = BadFile) -> TrainError:
+    """`Samples.failure`: the first of `bad`, as `error`; with `skip_bad`, that none is good; or what gave no answer."""
+    path, reason = bad[-1]
+    if reason.startswith(Unreachable.START):
+        return Unreachable(path, reason, "the same command goes on from here")
+    path, reason = bad[0]
+    if skip_bad:
+        unit = samples.unit
+        return TrainError(f"none of the {len(samples)} {unit}s can be read; the first: {path}: {reason}")
+    return error(path, reason, SKIP_BAD)

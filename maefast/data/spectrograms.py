@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from maefast.data import songs
 from maefast.data.arrays import load_rows
+from maefast.data.blob import Where, ending
 from maefast.data.collection import DEMO, Collection, Files, Made
 from maefast.data.fbank import Fbank, read_wave
 from maefast.nn.patches import Reconstruction
@@ -69,7 +69,7 @@ class Spectrograms:
         if options.data == DEMO:
             return Collection(self, self._demo(), options)
         read = partial(read_recording, rate=self.bank.rate, mels=self.bank.mels)
-        return Collection(self, Files(options.data, (".wav", ".npy"), read, "recordings"), options)
+        return Collection(self, Files(options.data, (".wav", ".npy"), read, "recordings", options), options)
 
     def check(self, batch: Any) -> None:
         """Raise unless it is a batch of such spectrograms."""
@@ -117,9 +117,9 @@ class Spectrograms:
         return Made("synthesised song", _SONGS, make, lambda index: f"{songs.kind(index)} {index}")
 
 
-def read_recording(path: Path, rate: int, mels: int) -> np.ndarray:
+def read_recording(path: Where, rate: int, mels: int) -> np.ndarray:
     """A .wav as a wave [samples], see `read_wave`, or a .npy as a spectrogram [frames, mels]. ValueError: neither."""
-    if path.suffix.lower() == ".wav":
+    if ending(path) == ".wav":
         return read_wave(path, rate)
     return load_rows(path, mels, "spectrogram", "frames")
 

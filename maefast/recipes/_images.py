@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maefast import masking, models
+from maefast.data.channels import ChannelBatch, Channels, shown_range
 from maefast.data.images import Images
 from maefast.data.images.batch import ImageBatch, normalise, normaliser
 from maefast.ops import TokenMask
@@ -19,18 +20,25 @@ from maefast.recipe import Draw, Recipe
 
 
 class ImageRecipe(Recipe):
-    """Images of `channels` (1 or 3) and `size` (height, width)."""
+    """Images of `channels` and `size` (height, width): photographs, grey or in colour, or with `measured` numbers of
+    any kind, whose scale is found from the data (`maefast.data.channels`)."""
 
-    def __init__(self, channels: int, size: Sequence[int]) -> None:
+    def __init__(self, channels: int, size: Sequence[int], measured: bool = False) -> None:
         super().__init__()
-        self.wants = Images(channels, tuple(size))
-        mean, std = normaliser(channels)
+        if measured:
+            self.wants = Channels(channels, tuple(size), own_scale=False)
+            mean, std = shown_range(channels)
+        else:
+            self.wants = Images(channels, tuple(size))
+            mean, std = normaliser(channels)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
-    def images(self, batch: ImageBatch) -> Tensor:
-        """[B, C, H, W], normalised as ImageNet's."""
+    def images(self, batch: ImageBatch | ChannelBatch) -> Tensor:
+        """[B, C, H, W], normalised as ImageNet's, or as the data set is."""
         self.wants.check(batch)
+        if isinstance(batch, ChannelBatch):
+            return batch.images.to(self.mean.dtype)
         return normalise(batch.images, self.mean, self.std)
 
     def plan(self, images: Tensor, draw: Draw, patches: int, mask_ratio: float) -> TokenMask:

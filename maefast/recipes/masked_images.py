@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from maefast import models
+from maefast.data.channels import shown
 from maefast.data.images.batch import ImageBatch
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
 from maefast.recipes._images import ImageRecipe
@@ -22,11 +23,12 @@ class MaskedImages(ImageRecipe):
     Args:
         mask_ratio: share of the patches that is removed.
         raw: draw normalised predictions as they are, see `MaskedAutoencoder.reconstruct`.
+        measured: learns from numbers of any number of channels, not from photographs, see `ImageRecipe`.
     """
 
-    def __init__(self, model: nn.Module, mask_ratio: float, raw: bool = False) -> None:
+    def __init__(self, model: nn.Module, mask_ratio: float, raw: bool = False, measured: bool = False) -> None:
         channels, *size = image_shape(model)
-        super().__init__(channels, size)
+        super().__init__(channels, size, measured)
         self.model, self.mask_ratio, self.raw = model, mask_ratio, raw
         self.settled = {"mask_ratio": mask_ratio}
         if hasattr(model, "norm_pix_loss"):
@@ -57,6 +59,7 @@ class MaskedImages(ImageRecipe):
         from maefast.data.images import pictures
 
         columns = pictures.columns_of(self.model, view.parts, self.mean, self.std, self.raw, mask=view.plan)
+        columns = [shown(column) for column in columns]
         caption = f"{self.mask_ratio:.0%} masked"
         if how := pictures.note(self.model, self.raw):
             caption += f"\n{how}"

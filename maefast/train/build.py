@@ -18,9 +18,9 @@ from .image_models import build_model, mask_ratio_of
 from .weights import load_pretrained
 
 # Options of the run that are arguments of a recipe, where it has them.
-_ARGUMENTS = ("img_size", "patch_size", "mask_ratio", "norm_pix")
+_ARGUMENTS = ("img_size", "patch_size", "mask_ratio", "norm_pix", "channels")
 # Options that only some data read.
-_OF_DATA = ("crop_scale", "crop_ratio", "flip", "value_range", "pixel_bits", "max_pixels")
+_OF_DATA = ("crop_scale", "crop_ratio", "flip", "value_range", "mean", "std", "pixel_bits", "max_pixels")
 
 
 def recipe_options(name: str, *, demo: bool = False) -> dict[str, Any]:
@@ -46,7 +46,8 @@ def build_recipe(config: PretrainConfig, create: Callable[..., nn.Module] | None
     made = build_model(config, create)
     if isinstance(made, Recipe):
         return made
-    return MaskedImages(made, mask_ratio_of(made, config.mask_ratio), raw=config.picture == "raw")
+    measured = config.channels is not None
+    return MaskedImages(made, mask_ratio_of(made, config.mask_ratio), raw=config.picture == "raw", measured=measured)
 
 
 def kind_of(name: str) -> type[Recipe]:

@@ -19,6 +19,7 @@ class PretrainConfig:
     """Options of `maefast pretrain`, with its defaults. Counts of steps are optimizer steps."""
 
     data: str = ""
+    column: str | None = None
     output_dir: str = "out"
     # What is trained: a recipe of `maefast.recipes` in one of its sizes, or a masked model of images. None leaves a
     # choice to the recipe's, or the model's, own definition.
@@ -51,6 +52,9 @@ class PretrainConfig:
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     flip: float = 0.5
     # Files to pixels.
+    channels: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     value_range: list[float] | str = "auto"
     pixel_bits: int = 8
     max_pixels: int | None = None
@@ -92,6 +96,10 @@ class PretrainConfig:
             setattr(self, name, tuple(value))
         if not isinstance(self.model_args, dict):
             raise ConfigError(f"model_args wants names and values, not {self.model_args!r}")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, parse_numbers(_flag(name), value))
         if isinstance(self.value_range, tuple):
             self.value_range = list(self.value_range)
         if isinstance(self.img_size, (tuple, list)):
@@ -111,7 +119,7 @@ class PretrainConfig:
                 must(type(value) in kinds, f"{_flag(entry.name)} must be {wanted}, not {value!r}")
         must(
             bool(self.data),
-            "--data is missing: give a folder of images, or 'skimage' for the shipped photographs"
+            "--data is missing: give a folder, a list or tars of images, or 'skimage' for the shipped photographs"
             if self.recipe is None
             else f"--data is missing: give a folder, or 'demo' for what ships with the recipe {self.recipe}",
         )
@@ -157,6 +165,16 @@ class PretrainConfig:
         must(self.pixel_bits in (8, 16), f"--pixel-bits must be 8 or 16, not {self.pixel_bits}")
         must(self.max_pixels is None or self.max_pixels >= 0, f"--max-pixels must not be negative: {self.max_pixels}")
         parse_value_range(self.value_range)
+        must(self.channels is None or self.channels >= 1, f"--channels must be at least 1, not {self.channels}")
+        must(
+            self.channels is not None or (self.mean is None and self.std is None),
+            "--mean and --std go with --channels; photographs are normalised as ImageNet's are",
+        )
+        must(self.std is None or min(self.std) > 0, f"--std must be positive, not {self.std}")
+        must(
+            self.channels is None or self.pixel_bits == 8,
+            "--pixel-bits is for photographs: with --channels values are taken as they are",
+        )
         must(self.picture in PICTURES, f"--picture must be {' or '.join(PICTURES)}, not {self.picture!r}")
         must(self.device in ("auto", "cpu"), f"--device must be auto or cpu, not {self.device!r}")
         must(self.graph in ("auto", "on", "off"), f"--graph must be auto, on or off, not {self.graph!r}")
@@ -259,6 +277,18 @@ def parse_size(text: str) -> int | list[int]:
     return sizes[0] if len(sizes) == 1 else sizes
 
 
+def parse_numbers(option: str, given: Any) -> list[float]:
+    """Numbers, or text such as "0.5,1e3". ConfigError: something else."""
+    try:
+        parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, (int, float)) else given
+        numbers = [float(part) for part in parts]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{option} wants numbers, such as 0.5 or 0.5,0.4,0.3, not {given!r}") from error
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"{option} wants finite numbers, not {given!r}")
+    return numbers
+
+
 def parse_heads(text: str) -> list[int]:
     """Read "6" as [6] and "6,8" as [6, 8] (encoder, decoder)."""
     numbers = [number.strip() for number in text.split(",")]
@@ -285,7 +315,7 @@ def _flag(name: str) -> str:
 HARMLESS = {
     "output_dir", "resume", "save_every", "keep", "picture_every", "picture_rows", "picture", "log_every",
     "tensorboard", "max_pixels", "workers", "cache_mb", "init_from", "init_ema", "init_exact", "recompute", "skip_bad",
-    "graph", "fsdp", "data", "epochs", "steps", "probe_every", "probe_data", "probe_labels",
+    "graph", "fsdp", "data", "column", "epochs", "steps", "probe_every", "probe_data", "probe_labels",
 }  # fmt: skip
 
 

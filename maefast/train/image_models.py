@@ -19,6 +19,8 @@ def build_model(config: PretrainConfig, create: Callable[..., nn.Module] | None 
     arguments = dict(config.model_args)
     if config.img_size is not None:
         arguments["img_size"] = config.img_size
+    if config.channels is not None and arguments.setdefault("in_chans", config.channels) != config.channels:
+        raise ConfigError(f"--channels {config.channels}, and in_chans is {arguments['in_chans']}: leave one out")
     known = _argument_names(config.model) if create is None else None
     if known is None:  # a model of the user's own: its default, unless asked
         if config.norm_pix is not None:

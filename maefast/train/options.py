@@ -8,12 +8,19 @@ import typer
 
 HELP = {
     "Data": {
-        "data": "Folder of images (any nesting), or 'skimage': the photographs inside scikit-image and scikit-learn.",
+        "data": "A folder (any nesting); a list of files (.txt, .csv); tars ('shards/{0000..0127}.tar', also URLs); "
+        "tables (.parquet, .arrow, folders of Hugging Face's datasets); 'skimage': the photographs inside scikit-image "
+        "and scikit-learn.",
+        "column": "Column of the table that holds images or paths; in tars with several images a sample, the ending of "
+        "those that are meant (jpg, seg.png).",
         "crop_scale": "Area of the random crop as a share of the image: low high.",
         "crop_ratio": "Width / height of the crop, relative to that of the images the model takes: low high.",
         "flip": "Probability of a horizontal flip.",
         "value_range": "Pixel values that become black and white: LOW,HIGH for every file, or percentiles of a sample "
         "of the set (1%,99%). auto: by the bits of the files; floats and 32-bit integers by a sample.",
+        "channels": "Images of numbers with so many channels, .npy, .npz, TIFF or pictures, taken as they are stored.",
+        "mean": "With --channels: mean of each channel, N,N,… or one for all; else estimated once from a sample.",
+        "std": "The same of the standard deviation.",
         "pixel_bits": "16 keeps sixteen bits of grey images up to the model (colour is read with 8).",
         "max_pixels": "Refuse larger images (0: none).",
         "skip_bad": "Count and skip unreadable images instead of stopping.",
@@ -91,6 +98,10 @@ _SHOWN = {
     "max_pixels": "179 million, Pillow's limit",
     "clip": "no clipping",
     "size": "the recipe's first",
+    "column": "the only one that fits",
+    "channels": "the model's, photographs",
+    "mean": "estimated",
+    "std": "estimated",
     **dict.fromkeys(("data", "recipe", "model_arg", "init_from", "steps", "lr", "config", "probe_data"), False),
 }
 _FLAGS = {

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from maefast.data.images.augment import Augment
-from maefast.data.images.files import Names, find_images
+from maefast.data.images.files import find_images
 from maefast.data.images.pixels import Decoder, centre_crop
 from maefast.data.images.value_range import settle
+from maefast.data.records import Names
 from maefast.train import BadImage
 from tests.train.common import pick_examples, write_photos
 

@@ -43,6 +43,25 @@ def test_torchrun_equals_one_process(alone, photos, tmp_path):
     assert_same_sequence(losses(tmp_path / "out"), alone)
 
 
+def test_four_processes(alone, photos, tmp_path):
+    config = replace(pair(photos, tmp_path / "out"), batch_size=2)
+    assert run_together(victims.train_as, 4, config) == [0] * 4
+    assert_same_sequence(losses(tmp_path / "out"), alone)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_process_that_dies_is_started_again_and_the_run_goes_on(alone, photos, tmp_path, fsdp):
+    pair(photos, tmp_path / "out", save_every=2, fsdp=fsdp).dump(tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "tests.train.elastic", str(tmp_path / "config.yaml"), "5"]
+    # Else torch 2.13 lets processes that were started again look for the dead ones' addresses.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    assert_same_sequence(losses(tmp_path / "out"), alone)
+
+
 def test_accumulation_in_two_processes(alone, photos, tmp_path):
     config = replace(pair(photos, tmp_path / "out"), batch_size=2, accum=2)
     assert run_together(victims.train_as, 2, config) == [0, 0]

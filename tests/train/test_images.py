@@ -15,8 +15,9 @@ import torch
 from PIL import Image, ImageCms
 
 from maefast.data.images import pictures
-from maefast.data.images.files import SHIPPED, ImageSet, Names, find_images
+from maefast.data.images.files import SHIPPED, find_images
 from maefast.data.images.pixels import Decoder, centre_crop, to_array
+from maefast.data.records import Names, Paths
 from maefast.train import BadImage, ConfigError, pretrain
 from tests.train.common import tiny_config, write_photos
 
@@ -180,10 +181,10 @@ def test_names_take_no_objects(tmp_path):
     assert pickle.loads(pickle.dumps(names)) == names
     with pytest.raises(IndexError):
         names[8]
-    images = ImageSet("s", "/root", names)
+    images = Paths("s", "/root", names)
     want = hashlib.sha256("\n".join(texts).encode(errors="surrogateescape")).hexdigest()[:16]
     assert images.fingerprint() == want
-    many = ImageSet("s", "/root", Names(str(i) for i in range(25_000)))
+    many = Paths("s", "/root", Names(str(i) for i in range(25_000)))
     want = hashlib.sha256("\n".join(map(str, range(25_000))).encode()).hexdigest()[:16]
     assert many.fingerprint() == want
     assert len(gc.get_referents(many.files)) < 10

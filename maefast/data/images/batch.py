@@ -23,7 +23,7 @@ class ImageBatch(Batch):
 def normaliser(channels: int, device: torch.device | str = "cpu"):
     """(mean, std) as float32 [C, 1, 1] on the 0..1 scale, for colour or grey images."""
     if channels not in (1, 3):
-        raise TrainError(f"image files give 1 or 3 channels; the model wants {channels}")
+        raise TrainError(f"photographs give 1 or 3 channels; the model wants {channels}: --channels {channels}")
     mean, std = (MEAN, STD) if channels == 3 else (GREY_MEAN, GREY_STD)
     return tuple(torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from maefast.data import runs
+from maefast.data.records import TABLES, TARS, Names, Paths, Records, inside, no_column, open_records
 from maefast.errors import ConfigError, TrainError
 
 from .pixels import PLUGINS, drawn_by_us, open_header, register_plugin
@@ -47,93 +47,42 @@ SHIPPED = {
 }
 
 
-class Names(Sequence[str]):
-    """Strings in one buffer. A list of a million names is a million objects, each of whose reference counts is written
-    to when it is looked at: every worker process would soon hold a copy of all of them."""
+def find_images(
+    data: str | Path, output: str | Path | None = None, options: Any = None, endings: Sequence[str] = EXTENSIONS
+) -> Records:
+    """The images of `data`: "skimage" for the shipped photographs, what `open_records` knows (lists, tars, tables),
+    else a folder, searched at any depth; one without images for tars and tables.
 
-    def __init__(self, names: Iterable[str]) -> None:
-        # Each ends with a line feed, so that the buffer is what `ImageSet.fingerprint` hashes. No list of ends and no
-        # second copy of the buffer: with ten million names those would be gigabytes.
-        self._buffer, self._ends = bytearray(), array("Q", [0])
-        for name in names:
-            self._buffer += name.encode(errors="surrogateescape") + b"\n"
-            self._ends.append(len(self._buffer))
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def lines(self) -> memoryview:
-        """All names, with line feeds between them."""
-        return memoryview(self._buffer)[:-1]
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return tuple(self[i] for i in range(*index.indices(len(self))))
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        return self._buffer[self._ends[index] : self._ends[index + 1] - 1].decode(errors="surrogateescape")
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Names):
-            return self._buffer == other._buffer and self._ends == other._ends
-        return isinstance(other, Sequence) and tuple(self) == tuple(other)
-
-    __hash__ = None
-
-    def __repr__(self) -> str:
-        return f"Names({len(self)})"
-
-
-@dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Image files in a fixed order, relative to `root` or absolute. `notes`: what was left out, for the user."""
-
-    source: str
-    root: str
-    files: Names
-    notes: tuple[str, ...] = field(default=())
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def path(self, index: int) -> Path:
-        return Path(self.root, self.files[index])
-
-    def name(self, index: int) -> str:
-        """What messages and pictures show."""
-        name = self.files[index]
-        return os.path.basename(name) if os.path.isabs(name) else name
-
-    def fingerprint(self) -> str:
-        """A short hash of the names in order, so that a resumed run notices a changed folder."""
-        names = self.files
-        if not self.root:  # absolute ones, of which `name` is the last part
-            names = Names(self.name(index) for index in range(len(self)))
-        return hashlib.sha256(names.lines()).hexdigest()[:16]
-
-
-def find_images(data: str | Path, output: str | Path | None = None) -> ImageSet:
-    """The images of `data`: "skimage" for the shipped photographs, else a folder, searched at any depth.
-
-    Files are those with a common image extension, sorted by their path relative to the folder (hidden files
+    Files of a folder are those with a common image extension, sorted by their path relative to the folder (hidden files
     and folders are left out, links are followed), so the order is the same on every machine. What maefast writes is no
     data: the folder `output` (but not images that lie in it, if it is `data` itself) and the pictures that it draws.
     """
     if str(data) in ("skimage", "demo") and not Path(data).is_dir():
-        return ImageSet("skimage", "", Names(str(path) for path in shipped_photographs()))
+        return Paths("skimage", "", Names(str(path) for path in shipped_photographs()))
+    if (found := open_records(data, endings, options)) is not None:
+        return found
     root = Path(data).expanduser()
     if not root.exists():
-        raise ConfigError(f"--data {data}: no such folder (give a folder of images, or 'skimage')")
+        raise ConfigError(
+            f"--data {data}: no such folder or file (give a folder, a list or tars of images, or 'skimage')"
+        )
     if not root.is_dir():
-        raise ConfigError(f"--data {data}: is a file; give the folder that holds the images")
+        raise ConfigError(
+            f"--data {data}: is a file; give the folder that holds the images, a list of them (.txt, .csv, .parquet), "
+            "tars (.tar), or with --channels N an array of them (.npy)"
+        )
     left_out = _LeftOut()
-    files = sorted(_walk(root, _identity(output), left_out))
+    files = sorted(_walk(root, _identity(output), left_out, endings))
     notes = tuple(f"--data {data}: {line}" for line in left_out.lines())
+    if not files and (found := inside(root, endings, options)) is not None:
+        return found
     if not files:
         more = "; ".join(["", *notes])
-        raise ConfigError(f"--data {data}: no images in it (looked at any depth for {' '.join(EXTENSIONS)}){more}")
-    return ImageSet(str(root), str(root), Names(files), notes)
+        if left_out.arrays:
+            more += f"; {len(left_out.arrays)} array(s), such as {min(left_out.arrays)}, are read with --channels N"
+        raise ConfigError(f"--data {data}: no images in it (looked at any depth for {' '.join(endings)}){more}")
+    no_column(data, options)
+    return Paths(str(root), str(root), Names(files), notes)
 
 
 @dataclass
@@ -142,6 +91,8 @@ class _LeftOut:
     closed: list[str] = field(default_factory=list)
     drawn: list[str] = field(default_factory=list)
     unreadable: dict[str, int] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    arrays: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
         if self.output:
@@ -150,6 +101,11 @@ class _LeftOut:
             yield f"left out {', '.join(self.drawn[:3])}{', …' * (len(self.drawn) > 3)}: drawn by maefast"
         if self.closed:
             yield f"left out {', '.join(self.closed[:3])}{', …' * (len(self.closed) > 3)}: may not be read"
+        if self.others:
+            yield (
+                f"left out {len(self.others)} tar(s) or table(s) that lie beside images, such as {self.others[0]}: a "
+                "pattern such as '*.tar' names them"
+            )
         for extension, count in self.unreadable.items():
             package = PLUGINS[extension][0].replace("_", "-")
             yield f"left out {count} {extension} file(s), which Pillow reads with the package {package} (not installed)"
@@ -163,7 +119,7 @@ def _identity(path: str | Path | None) -> tuple[int, int] | None:
     return status and (status.st_dev, status.st_ino)
 
 
-def _walk(root: Path, output: tuple[int, int] | None, left_out: _LeftOut) -> Iterator[str]:
+def _walk(root: Path, output: tuple[int, int] | None, left_out: _LeftOut, endings: Sequence[str]) -> Iterator[str]:
     """Names of the images below `root`, relative to it."""
     seen: set[tuple[int, int]] = set()
 
@@ -185,7 +141,11 @@ def _walk(root: Path, output: tuple[int, int] | None, left_out: _LeftOut) -> Ite
         pictures = _is_run(*_above(folder)) if os.path.basename(folder) == "pictures" else False
         for name in names:
             extension = os.path.splitext(name)[1].lower()
-            if extension not in EXTENSIONS or name.startswith("."):
+            if extension in (*TARS, *TABLES) and not name.startswith("."):
+                left_out.others.append(prefix + name)
+            if extension not in endings or name.startswith("."):
+                if extension in (".npy", ".npz"):
+                    left_out.arrays.append(prefix + name)
                 continue
             if extension in PLUGINS and not register_plugin(extension):
                 left_out.unreadable[extension] = left_out.unreadable.get(extension, 0) + 1

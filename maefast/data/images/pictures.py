@@ -18,12 +18,13 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from maefast import seeds
+from maefast.data.blob import Where
+from maefast.data.records import Records
 from maefast.data.runs import SOFTWARE
 from maefast.errors import SKIP_BAD, BadImage, ConfigError
 from maefast.nn.patches import Reconstruction
 
 from .batch import normalise, normaliser
-from .files import ImageSet
 from .pixels import Decoder, centre_crop, to_array
 
 COLUMNS = ("original", "masked", "reconstruction", "pasted")
@@ -56,14 +57,14 @@ class Sheet:
         return torch.cat([torch.cat(list(column), 1) for column in self.columns], 2)
 
 
-def load_images(paths: Sequence[Path], size, decoder: Decoder) -> torch.Tensor:
+def load_images(paths: Sequence[Where], size, decoder: Decoder) -> torch.Tensor:
     """Centre crops of `paths` in the model's size = (height, width): uint8 or uint16 [B, C, H, W]."""
     images = [to_array(centre_crop(decoder(path), size), decoder.channels, decoder.bits) for path in paths]
     return torch.from_numpy(np.stack(images))
 
 
 def load_examples(
-    paths: Sequence[Path], names: Sequence[str], size, decoder: Decoder, patches: int, seed: int
+    paths: Sequence[Where], names: Sequence[str], size, decoder: Decoder, patches: int, seed: int
 ) -> Examples:
     """Centre crops of `paths`, the i-th with mask i of `seed`."""
     images = load_images(paths, size, decoder)
@@ -71,7 +72,7 @@ def load_examples(
     return Examples(images, noise, list(names))
 
 
-def pick(images: ImageSet, count: int, decoder: Decoder, *, skip_bad: bool = True) -> list[int]:
+def pick(images: Records, count: int, decoder: Decoder, *, skip_bad: bool = True) -> list[int]:
     """Up to `count` indices spread evenly over the images; one that cannot be read gives its place to the next.
 
     Raises:

@@ -7,19 +7,18 @@ range (`--value-range`) stands above all.
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from maefast.data.blob import Blob, Where, ending, opened
 from maefast.data.runs import SOFTWARE
-from maefast.errors import BadImage, need
+from maefast.errors import BadImage, Unreachable, need
 
 from . import jpeg
 
@@ -56,7 +55,7 @@ class Decoder:
     bits: int = 8
     max_pixels: int = MAX_PIXELS
 
-    def __call__(self, path: str | Path) -> Image.Image:
+    def __call__(self, path: Where) -> Image.Image:
         """Decode a file completely, turned upright by its EXIF tag: an image of mode "RGB", "L", or, for 16 bits, "F"
         with values from 0 to 65535. Transparent pixels are laid on white, only the first frame of an animation is read.
 
@@ -75,31 +74,43 @@ class Decoder:
                     raise ValueError("maefast drew this picture; it is no data")
                 image.load()
                 return self._levels(image, stored_units(image, path) if self.value_range is not None else 1.0)
-        except MemoryError:
+        except (MemoryError, Unreachable):
             raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
             raise BadImage(path, f"{type(error).__name__}: {error}") from error
 
-    def open(self, path: str | Path) -> jpeg.Jpeg | jpeg.Whole:
+    def open(self, path: Where) -> jpeg.Jpeg | jpeg.Whole:
         """The same with eight bits, decoded when it is known what of it is wanted, where that is faster: see `jpeg`.
 
         Raises:
             BadImage: it cannot be read. ``cut`` of what is returned may raise ValueError; decode it whole then.
         """
-        if str(path).lower().endswith(jpeg.ENDINGS) and self.value_range in (None, (0.0, 255.0)):
+        if isinstance(path, Blob):
+            path = self._fetched(path)
+        if (isinstance(path, Blob) or ending(path) in jpeg.ENDINGS) and self.value_range in (None, (0.0, 255.0)):
             found = self._jpeg(path)
             if found is not None and not 0 < self.max_pixels < found.width * found.height:
                 return found
         return self.whole(path)
 
-    def whole(self, path: str | Path) -> jpeg.Whole:
+    def whole(self, path: Where) -> jpeg.Whole:
         """The same, decoded as an array."""
         pixels = np.array(self(path))
         return jpeg.Whole(pixels if pixels.ndim == 3 else pixels[..., None])
 
-    def _jpeg(self, path: str | Path) -> jpeg.Jpeg | None:
+    def _fetched(self, blob: Blob) -> Blob:
+        """With its bytes at hand, which may be looked at twice."""
         try:
-            with open(path, "rb") as file:
+            data = blob.read()
+        except (MemoryError, Unreachable):
+            raise
+        except Exception as error:
+            raise BadImage(blob, f"{type(error).__name__}: {error}") from error
+        return Blob(blob.name, lambda: data)
+
+    def _jpeg(self, path: Where) -> jpeg.Jpeg | None:
+        try:
+            with opened(path) as file:
                 data = file.read()
         except OSError:  # told when Pillow reads it
             return None
@@ -188,21 +199,21 @@ def refuse_signed(image: Image.Image) -> None:
         raise ValueError("signed 8-bit values, which Pillow reads as if they had no sign")
 
 
-def stored_units(image: Image.Image, path: str | Path) -> float:
+def stored_units(image: Image.Image, path: Where) -> float:
     """How many units of the file one of Pillow's values is: it stretches PNM, and halves the bits of colour."""
     if image.format == "PPM":
-        with open(path, "rb") as file:
+        with opened(path) as file:
             header = re.sub(rb"#[^\n]*\n", b" ", file.read(1024)).split(maxsplit=4)
         most = int(header[3]) if header[0] in (b"P2", b"P3", b"P5", b"P6") else 255
         return most / (65535 if image.mode == "I" else 255)
     return 257.0 if _is_halved(image) else 1.0
 
 
-def open_header(path: str | Path) -> Image.Image:
+def open_header(path: Where) -> Image.Image:
     """Image.open without Pillow's limit of pixels, which `Decoder` has instead; with plug-ins where they are there."""
-    register_plugin(os.path.splitext(path)[1].lower())
+    register_plugin(ending(path))
     with _unlimited():
-        return Image.open(path)
+        return Image.open(opened(path) if isinstance(path, Blob) else path)
 
 
 def crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from maefast import seeds
-from maefast.errors import SKIP_BAD, BadImage, TrainError
+from maefast.data.records import Records
+from maefast.data.source import failure
+from maefast.errors import BadImage, TrainError, Unreachable
 
 from .augment import Augment
 from .batch import ImageBatch
-from .files import ImageSet
 from .jpeg import Jpeg, Whole, shrinkage
 from .pixels import Decoder, Image, to_array
 
@@ -31,7 +32,7 @@ class TrainImages(Dataset):
 
     def __init__(
         self,
-        images: ImageSet,
+        images: Records,
         augment: Augment,
         decoder: Decoder,
         *,
@@ -60,6 +61,8 @@ class TrainImages(Dataset):
                 return out, position, bad
             except BadImage as error:
                 bad.append((str(error.path), error.reason))
+            except Unreachable as error:
+                return None, position, [*bad, (str(error.path), error.reason)]
         return None, position, bad
 
     def __getitems__(self, places: list[tuple[int, int, int]]) -> list[Sample]:
@@ -123,7 +126,4 @@ class TrainImages(Dataset):
         return ImageBatch(base if whole else torch.stack(pixels), key=key), bad
 
     def failure(self, bad: list[tuple[str, str]]) -> TrainError:
-        path, reason = bad[0]
-        if self.skip_bad:
-            return TrainError(f"none of the {len(self)} images can be read; the first: {path}: {reason}")
-        return BadImage(path, reason, SKIP_BAD)
+        return failure(bad, self, self.skip_bad, BadImage)

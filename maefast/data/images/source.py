@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from maefast.data.blob import ending
+from maefast.data.records import Records
+
 from .augment import Augment
 from .batch import ImageBatch
 from .files import find_images
 from .options import parse_value_range
-from .pixels import Decoder
+from .pixels import Decoder, open_header
 from .samples import TrainImages
 from .value_range import settle
 
 if TYPE_CHECKING:
     from . import Images
+
+_LOOKED_AT = 16  # files, for pages
 
 
 class ImageSource:
@@ -27,13 +32,13 @@ class ImageSource:
 
     def __init__(self, wants: Images, options: Any) -> None:
         self.wants, self.options = wants, options
-        self.images = find_images(options.data, options.output_dir)
+        self.images = find_images(options.data, options.output_dir, options)
         self.name = self.images.source
         decoder = Decoder(wants.channels, bits=options.pixel_bits)
         if options.max_pixels is not None:
             decoder = replace(decoder, max_pixels=options.max_pixels)
         self.decoder, notes = settle(self.images, decoder, options.value_range)
-        self.notes = [*self.images.notes, *notes]
+        self.notes = [*self.images.notes, *notes, *_pages(self.images)]
         wanted = parse_value_range(options.value_range)
         self._percentiles = wanted if isinstance(wanted, str) else None
 
@@ -91,3 +96,20 @@ class ImageSource:
         picked = pick(self.images, count, self.decoder, skip_bad=self.options.skip_bad)
         images = load_images([self.images.path(i) for i in picked], self.wants.size, self.decoder)
         return ImageBatch(images, key=np.arange(len(picked))), [self.images.name(i) for i in picked]
+
+
+def _pages(images: Records) -> list[str]:
+    """A line if a TIFF has several pages, of which one is read; a few of them are looked at."""
+    for index in np.linspace(0, len(images) - 1, min(len(images), _LOOKED_AT)).astype(int).tolist():
+        where = images.path(index)
+        if ending(where) not in (".tif", ".tiff"):
+            continue
+        try:
+            with open_header(where) as image:
+                pages = getattr(image, "n_frames", 1)
+        except Exception:  # met again, and told, when it is read
+            continue
+        if pages > 1:
+            more = f"--channels {pages} would take them as channels"
+            return [f"warning: {images.name(index)} has {pages} pages, and only the first is read; {more}"]
+    return []

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from maefast import seeds
-from maefast.errors import ConfigError
+from maefast.data.blob import Where
+from maefast.data.records import Records
+from maefast.errors import ConfigError, Unreachable
 
-from .files import ImageSet
 from .options import parse_value_range
 from .pixels import (
     STRAYS,
@@ -45,14 +45,14 @@ class _Kind:
     name: str
     white: float | None
     deep: bool
-    paths: list[Path]
+    paths: list[Where]
     low: float = 0.0
     high: float = 0.0
     highs: list[float] = field(default_factory=list)  # of each file
     values: np.ndarray | None = None
 
 
-def settle(images: ImageSet, decoder: Decoder, value_range: Any) -> tuple[Decoder, list[str]]:
+def settle(images: Records, decoder: Decoder, value_range: Any) -> tuple[Decoder, list[str]]:
     """`decoder` with the range or the scale of this data set, and lines about what was found and what looks wrong.
 
     Deterministic: a function of the files. Reading a set of 8-bit files costs `HEADERS` headers.
@@ -86,7 +86,7 @@ def _draw(count: int, size: int, *purpose: int) -> np.ndarray:
     return np.sort(seeds.generator(0, seeds.SAMPLE, *purpose).choice(size, count, replace=False))
 
 
-def _sample(images: ImageSet, decoder: Decoder) -> list[_Kind]:
+def _sample(images: Records, decoder: Decoder) -> list[_Kind]:
     kinds: dict[tuple[str, float | None, bool], _Kind] = {}
     for index in _draw(HEADERS, len(images)):
         path = images.path(int(index))
@@ -97,6 +97,8 @@ def _sample(images: ImageSet, decoder: Decoder) -> list[_Kind]:
                 deep = is_deep(image)
                 white = own_white(image) if deep else 255.0 * max(1.0, stored_units(image, path))
                 key = kind(image), white, deep
+        except Unreachable:
+            raise
         except Exception:  # met again, and told, when it is read
             continue
         kinds.setdefault(key, _Kind(*key, [])).paths.append(path)
@@ -114,6 +116,8 @@ def _measure(entry: _Kind) -> _Kind:
                 image.load()
                 refuse_signed(image)
                 values = values_of(image) if is_deep(image) else np.asarray(flat(image).convert("RGB"))
+        except Unreachable:
+            raise
         except Exception:
             continue
         values = values.reshape(-1, *values.shape[2:])  # pixels
