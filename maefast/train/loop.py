@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from maefast import seeds
 from maefast.errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError
@@ -113,7 +114,9 @@ class Run:
         path, notes = choose_checkpoint(self.accelerator, config.resume, self.out)
         if path is None and config.init_from:
             load_start(self.recipe, config, self._say)
-        gathered = sharding.Gathered(self.recipe, self.device) if config.fsdp else None
+        gathered = None
+        if config.fsdp and (config.picture_rows or config.probe_every):
+            gathered = sharding.Gathered(self.recipe, self.device, self.main)
         self.recipe.to(self.device)
         if config.fsdp:
             self.objective = sharding.shard(self.recipe, config, self.world, self.device)
@@ -369,7 +372,7 @@ class Run:
         if self.main or self.config.fsdp:
             try:
                 self.last = save(self.folder, state, self.model, self.optimizer, self.config.keep)
-            except (OSError, SafetensorError) as error:  # disk full, no permission
+            except (OSError, SafetensorError, CheckpointException) as error:  # disk full, no permission
                 text = f"the checkpoint of step {self.done} cannot be written: {error}. The last good is {self.last}"
                 if self._failed is not None:
                     text += f". The run was to stop because of this: {self._failed}"

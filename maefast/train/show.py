@@ -50,7 +50,7 @@ class Show:
             yield self.recipe
             return
         try:
-            yield self.gathered.fill(self.recipe.network, self.main)
+            yield self.gathered.fill(self.recipe.network)
         finally:
             self.gathered.rest()
 
