@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,8 @@ class _Entries(Samples):
     def identity(self) -> list[str]:
         root = getattr(self._entries, "root", self._entries.name)
         files = [Path(root, name) for name in self.names]
-        return [repr(self._kind), str(vars(self._kind)), *map(_stamp, (root, *files))]
+        how = re.sub(r" at 0x[0-9a-f]+", "", f"{self._kind!r} {vars(self._kind)}")  # the same in the next process
+        return [how, *map(_stamp, (root, *files))]
 
 
 class _Examples(Samples):
@@ -99,8 +102,9 @@ class _Examples(Samples):
         return index
 
     def collate(self, loaded: list[int]) -> Batch:
-        whole = len(loaded) == len(self.names)
-        return self._batch if whole else self._batch._each(lambda tensor: tensor[loaded])
+        if len(loaded) == len(self.names):
+            return self._batch
+        return replace(self._batch._each(lambda tensor: tensor[loaded]), key=np.arange(len(loaded)))
 
     def identity(self) -> list[str]:
         return [str(sorted(self._source.record().items())), *self.names]

@@ -50,10 +50,11 @@ def test_at_toy_size(tmp_path, monkeypatch, capsys):
         "steps": 5,
     }
     monkeypatch.setattr(evidence, "RUNS", {"shapes/vit": tiny, "digits/vit": {**tiny, "grey": True}})
-    output = tmp_path / "results" / "cpu.json"
+    output = tmp_path / "results"
     monkeypatch.setattr(sys, "argv", ["evidence", "--seeds", "2", "--output", str(output), "--only", "shapes/vit"])
     assert evidence.main() == 0
-    document = json.loads(output.read_text())
+    assert [path.name for path in output.iterdir()] == ["shapes-vit-cpu.json"]
+    document = json.loads((output / "shapes-vit-cpu.json").read_text())
     assert document["environment"]["kind"] == "cpu"
     assert [(entry["run"], entry["seed"]) for entry in document["records"]] == [("shapes/vit", 0), ("shapes/vit", 1)]
     first, second = document["records"]

@@ -127,6 +127,11 @@ def test_a_run_of_a_recipe(tmp_path, name):
     assert document["learnt_from"] + document["held_back"] == len(names)
     assert "random weights" in document["baselines"]
     assert ("pixels" in document["baselines"]) == (name == "colormae")
+    before = set((tmp_path / "probe" / "features").iterdir())
+    lines = []
+    probe(tmp_path / "run", "demo", tmp_path / "probe", options, say=lines.append)
+    assert any("found in" in line for line in lines)
+    assert set((tmp_path / "probe" / "features").iterdir()) == before
 
 
 def test_a_recipe_whose_teacher_is_gone(tmp_path):
