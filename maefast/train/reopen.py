@@ -115,8 +115,7 @@ def open_recipe(
 def _wrapped(config: dict[str, Any], options: Mapping[str, Any]) -> MaskedImages:
     """The model of images that `config` describes, freshly initialised; `options`: of its run."""
     model = create_model(config["name"], {key: value for key, value in config.items() if key != "name"})
-    numbers = options.get("channels") is not None  # not photographs
-    recipe = MaskedImages(model, mask_ratio_of(model, None), **({"measured": True} if numbers else {}))
+    recipe = MaskedImages(model, mask_ratio_of(model, None), measured=options.get("channels") is not None)
     recipe.config = config
     return recipe
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -106,6 +108,38 @@ def test_a_masked_convnet(trained, tmp_path):
             "stages.0.0.norm.weight"
         ],
     )
+
+
+def test_images_in_a_tar(trained, tmp_path):
+    """With classes from a file, they give what they give in a folder."""
+    photos, out = trained
+    with tarfile.open(tmp_path / "0000.tar", "w") as tar, open(tmp_path / "labels.csv", "w") as table:
+        for path in sorted(photos.rglob("*.png")):
+            tar.add(path, arcname=path.name)
+            table.write(f"{path.name},{path.parent.name}\n")
+    options = Options(labels=str(tmp_path / "labels.csv"))
+    packed = probe(out, str(tmp_path / "0000.tar"), tmp_path / "packed", options, say=str)
+    loose = probe(out, str(photos), tmp_path / "loose", options, say=str)
+    assert packed["learnt_from"] == loose["learnt_from"] == 12
+    names = sorted(path.name for path in photos.rglob("*.png"))
+    if names == [path.name for path in sorted(photos.rglob("*.png"))]:  # the same order, the same split
+        assert packed["linear"] == loose["linear"]
+    with pytest.raises(ConfigError, match="a CSV file tells classes of such data"):
+        probe(out, str(tmp_path / "0000.tar"), tmp_path / "packed", say=str)
+
+
+def test_images_of_numbers(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = tmp_path / "data" / "ab"[i % 2] / f"{i}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, (rng.random((5, 20, 20)) + 3 * (i % 2)).astype(np.float32))
+    data = str(tmp_path / "data")
+    pretrain(tiny_config(tmp_path / "data", tmp_path / "run", steps=2, channels=5, probe_every=2, probe_data=data))
+    document = probe(tmp_path / "run", data, tmp_path / "probe", Options(baselines=True), say=str)
+    assert document["knn"]["accuracy"] == float(read_rows(tmp_path / "run" / "probe.csv")[-1]["knn"])
+    assert document["baselines"]["pixels"]["linear"]["accuracy"] == 1.0
+    assert sorted(path.name for path in (tmp_path / "probe").glob("*.png")) == ["classes.png"]  # no colours to show
 
 
 @pytest.mark.parametrize("name", ["point_mae", "colormae"])
