@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,21 +60,34 @@ def save(folder: Path, state: State, model: nn.Module, optimizer: torch.optim.Op
 def save_shards(
     folder: Path, state: State | None, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int = 3
 ) -> Path:
-    """The same by all processes together, each of which holds shards. `state`: on the main process, None on others."""
-    told = [str(_begin(folder, state, "shards")[1]) if state is not None else ""]
-    torch.distributed.broadcast_object_list(told)
-    temporary = Path(told[0])
+    """The same by all processes together, each of which holds shards. `state`: on the main process, None on others.
+    What goes wrong on one is raised on all."""
     weights = gathered(model, keep=state is not None)
-    if state is not None:
-        _write_weights(temporary, weights, state)
-    del weights
+
+    def begin() -> tuple[Path, Path]:
+        found = _begin(folder, state, "shards")
+        _write_weights(found[1], weights, state)
+        return found
+
+    final, temporary = _told(None if state is None else begin)
+    weights.clear()
     writer = torch.distributed.checkpoint.FileSystemWriter(temporary / SHARDS)
     torch.distributed.checkpoint.save(_optimizer_tensors(model, optimizer), storage_writer=writer)
-    final = folder / temporary.name.removeprefix(WRITING).removesuffix("-shards")
-    if state is not None:
-        _finish(final, temporary, state, keep)
-    torch.distributed.barrier()
-    return final
+    return _told(None if state is None else lambda: _finish(final, temporary, state, keep))
+
+
+def _told(work: Callable[[], Any] | None) -> Any:
+    """What `work` gives on the main process, on all of them. OSError: what it raised there."""
+    answer: list[Any] = [None, None]
+    if work is not None:
+        try:
+            answer[0] = work()
+        except (OSError, SafetensorError) as error:
+            answer[1] = str(error)
+    torch.distributed.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise OSError(answer[1])
+    return answer[0]
 
 
 def _begin(folder: Path, state: State, mark: str) -> tuple[Path, Path]:

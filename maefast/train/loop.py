@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from maefast import seeds
 from maefast.errors import CheckpointError, ConfigError, NonFiniteLoss, TrainError
@@ -32,10 +31,8 @@ from .graph import GraphSteps, Step, mean, parts
 from .metrics import MetricsFile, Row, open_tensorboard, read_rows, save_loss_curve
 from .resume import choose_checkpoint, compare
 from .sharding import whole
+from .show import Show
 from .signals import StopSignal
-
-if TYPE_CHECKING:
-    from maefast.probe.watch import Watch
 
 
 @dataclass
@@ -104,8 +101,7 @@ class Run:
         self.last: Path | None = None
         self.done = self.position = self._saved = 0
         self.loss: float | None = None
-        self.metrics = self.tensorboard = self.progress = self.loader = self.examples = self.shown = None
-        self.watch: Watch | None = None
+        self.metrics = self.tensorboard = self.progress = self.loader = None
         self._pending: list[Pending] = []
         self._batches: list[Batch] = []
         self._failed: Exception | None = None
@@ -118,8 +114,9 @@ class Run:
         path, notes = choose_checkpoint(self.accelerator, config.resume, self.out)
         if path is None and config.init_from:
             load_start(self.recipe, config, self._say)
-        if config.fsdp:
-            self.shown = sharding.Gathered(self.recipe, self.device)
+        gathered = None
+        if config.fsdp and (config.picture_rows or config.probe_every):
+            gathered = sharding.Gathered(self.recipe, self.device, self.main)
         self.recipe.to(self.device)
         if config.fsdp:
             self.objective = sharding.shard(self.recipe, config, self.world, self.device)
@@ -149,8 +146,7 @@ class Run:
         )
         samples, pin = self.source.samples(), self.device.type == "cuda"
         self.loader = Loader(samples, positions, workers=config.workers, pin=pin)
-        if self.main and config.picture_rows:
-            self.examples = self.source.examples(config.picture_rows)
+        examples = self.source.examples(config.picture_rows) if self.main and config.picture_rows else None
         self.graph.prepare(self.objective, self.optimizer)
         if self.main:
             checkpoint.clean(self.folder)
@@ -171,13 +167,25 @@ class Run:
             f"peak lr {peak:.3g}; {self.world} x {self.device.type}, amp {config.amp}"
             f"{', as a CUDA graph' if self.graph.step else ''}; into {self.out}"
         )
+        self.show = Show(
+            self.recipe,
+            config.title,
+            self.source.unit,
+            self.main,
+            config.picture_rows,
+            examples,
+            self._prepared,
+            self._say,
+            gathered,
+            self.tensorboard,
+        )
         if config.probe_every:
             if self.main:
                 from .probe import open_watch
 
-                self.watch = open_watch(self.recipe, config, self.source, self.done, self._say)
-            if self._others.any(self.watch is not None and not self.watch.rows):
-                self._probe(first=True)  # where the run begins, or from where on it is watched
+                self.show.watch = open_watch(self.recipe, config, self.source, self.done, self._say)
+            if self._others.any(self.show.watch is not None and not self.show.watch.rows):
+                self.show.probe(self.done, self.device, first=True)  # where the run, or the watch, begins
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
@@ -219,11 +227,11 @@ class Run:
                 else:
                     self.progress.update(1, None)
                 if probe:  # before it is saved: a checkpoint has the rows of all its steps
-                    self._probe()
+                    self.show.probe(self.done, self.device)
                 if save:
                     self._save()
                 if picture:
-                    self._picture(self.out / "pictures" / f"step-{self.done:08d}.png")
+                    self.show.picture(self.out / "pictures" / f"step-{self.done:08d}.png", self.done)
                 if save or picture or probe:
                     self._restart_clock()
             if self._pending:
@@ -364,7 +372,7 @@ class Run:
         if self.main or self.config.fsdp:
             try:
                 self.last = save(self.folder, state, self.model, self.optimizer, self.config.keep)
-            except (OSError, SafetensorError) as error:  # disk full, no permission
+            except (OSError, SafetensorError, CheckpointException) as error:  # disk full, no permission
                 text = f"the checkpoint of step {self.done} cannot be written: {error}. The last good is {self.last}"
                 if self._failed is not None:
                     text += f". The run was to stop because of this: {self._failed}"
@@ -372,45 +380,14 @@ class Run:
         self._saved = self.done
         self.accelerator.wait_for_everyone()
 
-    @contextmanager
-    def _showing(self) -> Iterator[Recipe | None]:
-        """The recipe in eval mode where there are examples to show, with all of its weights; all processes must ask."""
-        recipe = self.recipe
-        if self.shown is not None and self.config.picture_rows:
-            recipe = self.shown.fill(self.model, self.main)
-        if self.examples is None:
-            yield None
-            return
-        training = recipe.training
-        recipe.eval()
-        try:
-            with torch.no_grad():
-                yield recipe
-        finally:
-            recipe.train(training)
-            if self.shown is not None:
-                self.shown.rest()
-
-    def _picture(self, path: Path) -> None:
-        with self._showing() as recipe:
-            if recipe is None:
-                return
-            batch, names = self.examples
-            picture = recipe.picture(self._prepared(batch, seeds.PICTURE, recipe), names)
-        if picture is None:
-            return
-        picture.save(path, f"{self.config.title}, step {self.done}, {picture.caption}")
-        if self.tensorboard is not None:
-            self.tensorboard.add_image("reconstruction", picture.pixels(), self.done)
-
     def _finish(self, stopped: str | None) -> Result:
         bad = self._gather_bad()
         if self.main:
             self.metrics.sync()
             if self.loss is None:  # a finished run, called again
                 self.loss = next((float(row["loss"]) for row in reversed(read_rows(self.metrics.path))), None)
-        self._picture(self.out / "reconstruction.png")
-        baseline = self._baseline()
+        self.show.picture(self.out / "reconstruction.png", self.done)
+        baseline = self.show.baseline()
         if self.main:
             save_loss_curve(self.out / "metrics.csv", self.out / "loss_curve.png")
             for path, reason in list(bad.items())[:20]:
@@ -425,42 +402,6 @@ class Run:
             else:
                 self._say(f"finished {self.total} steps; checkpoint {self.last}; pictures and metrics in {self.out}")
         return Result(self.done, self.total, self.loss, self.last, stopped, bad, baseline)
-
-    def _probe(self, first: bool = False) -> None:
-        """k-NN accuracy of this step, on the main process; all must ask. Only of the `first` one an error ends the run:
-        later on a file that is gone is no reason."""
-        recipe = self.recipe if self.shown is None else self.shown.fill(self.model, self.main)
-        if self.watch is None:
-            return
-        try:
-            found = self.watch(recipe, self.done, self.device)
-        except (TrainError, OSError) as error:
-            if first:
-                raise
-            self._say(f"no probe of step {self.done}: {error}")
-            return
-        finally:
-            if self.shown is not None:
-                self.shown.rest()
-        if self.tensorboard is not None:
-            self.tensorboard.add_scalar("probe/knn", found.value, self.done)
-        text = f"{str(found).strip()} on {found.count} {self.source.unit}s held back"
-        self._say(f"step {self.done}: k-NN accuracy {text}")
-
-    def _baseline(self) -> tuple[float, float] | None:
-        """(loss, loss of a trivial predictor), of the terms that both have, on the examples; said too."""
-        if type(self.recipe).baseline is Recipe.baseline:
-            return None
-        with self._showing() as recipe:
-            if recipe is None:
-                return None
-            view = self._prepared(self.examples[0], seeds.PICTURE, recipe)
-            mine, trivial = recipe.compute(view), recipe.baseline(view)
-        same = {name: mine.terms[name] for name in trivial.terms}  # of the terms that it has
-        what = "loss" if same.keys() == mine.terms.keys() else " + ".join(same)
-        found, words = (replace(mine, terms=same).loss.item(), trivial.loss.item()), self.recipe.spec.baseline
-        self._say(f"on the {self.source.unit}s of the picture: {what} {found[0]:.4g}; {words}: {found[1]:.4g}")
-        return found
 
     def _gather_bad(self) -> dict[str, str]:
         if self.world == 1:

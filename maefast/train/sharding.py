@@ -95,23 +95,24 @@ class Gathered:
     """A copy of a recipe, on the host of the main process, that takes the weights of the one in shards to be looked at.
 
     Args:
-        recipe: not yet sharded. device: where it is looked at.
+        recipe: not yet sharded. device: where it is looked at. main: whether this is the main process.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.device = device
-        self.recipe = copy.deepcopy(recipe)
+    def __init__(self, recipe: Recipe, device: torch.device, main: bool) -> None:
+        self.device, self.main = device, main
+        self.recipe = copy.deepcopy(recipe) if main else recipe
 
-    def fill(self, model: nn.Module, main: bool) -> Recipe:
+    def fill(self, model: nn.Module) -> Recipe:
         """The recipe with the weights of `model`, on the main process. All processes must ask."""
-        weights = gathered(model, keep=main)
-        if main:
+        weights = gathered(model, keep=self.main)
+        if self.main:
             self.recipe.network.load_state_dict(weights)
             self.recipe.to(self.device)
         return self.recipe
 
     def rest(self) -> None:
-        self.recipe.to("cpu")
+        if self.main:
+            self.recipe.to("cpu")
 
 
 def gathered(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:

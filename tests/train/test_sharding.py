@@ -120,6 +120,13 @@ def test_convnets(photos, tmp_path):
     assert len(rows(tmp_path / "out")) == 2
 
 
+def test_a_checkpoint_that_cannot_be_written_ends_all_processes(photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoints").write_text("in the way")
+    assert all(run_together(victims.train_as, 2, pair(photos, tmp_path / "out", save_every=2)))
+    assert not rows(tmp_path / "out")[2:]  # not more than the steps before it
+
+
 def test_where_it_cannot_be(photos, tmp_path):
     with pytest.raises(ConfigError, match="--fsdp: there is one process: start several, as torchrun"):
         pretrain(one(photos, tmp_path / "out", fsdp=True))
