@@ -51,7 +51,6 @@ OPS = [
         view=lambda out: (out.double(),),
         devices=("cpu",),
         named=True,
-        waits=("eager", "tuned"),
     )
 ]
 

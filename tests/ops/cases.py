@@ -214,7 +214,7 @@ CASES: dict[str, Case] = {
 
 # No gradient.
 WITHOUT = {"BlockWeights", "CellMask", "TokenMask", "adamw", "backend", "farthest_points", "knn", "linear_library"}
-WITHOUT |= {"token_mask"}
+WITHOUT |= {"resize", "token_mask"}
 CONSTANT = {
     "running_mean",
     "running_var",
