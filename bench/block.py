@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from bench import environment
+from bench import environment, results
 from bench.peers.plain_mae import TransformerBlock
 from maefast.nn import Block, run_blocks
 
@@ -111,7 +110,7 @@ def main() -> None:
         print(f"{r['peer']:8} {what} {took}, keeps {r['kept_bytes'] / 2**20:.1f} MB")
     if args.json:
         doc = {"environment": environment.describe("cpu"), "records": records}
-        args.json.write_text(json.dumps(doc, indent=1) + "\n")
+        results.save(args.json, doc)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ All sides draw a crop for each image anew and give batches.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench import environment
+from bench import environment, results
 from maefast.data.images.augment import Augment
 from maefast.data.images.files import find_images, shipped_photographs
 from maefast.data.images.jpeg import GAP
@@ -151,9 +150,8 @@ def main() -> None:
         for workers, rate in loaders.items():
             print(f"loader, {workers} workers: {rate:.0f} images/s")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         record = {"environment": environment.describe("cpu"), "images_per_s": speed, "loader_images_per_s": loaders}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        results.save(args.json, record)
 
 
 if __name__ == "__main__":

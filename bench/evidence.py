@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import tempfile
 import time
@@ -26,7 +25,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from bench.environment import describe
-from bench.results import RESULTS
+from bench.results import RESULTS, save
 from maefast.probe.accuracy import majority
 from maefast.probe.watch import read_rows
 from maefast.train import PretrainConfig, pretrain
@@ -190,8 +189,7 @@ def main() -> int:
         for name in args.only or RUNS:
             records = [record(name, folder, folder / "runs" / name / str(seed), seed) for seed in range(args.seeds)]
             document = {"schema": 1, "kind": "evidence", "environment": environment, "settings": RUNS[name]}
-            path = args.output / f"{name.replace('/', '-')}-cpu.json"
-            path.write_text(json.dumps({**document, "records": records}, indent=1) + "\n")
+            save(args.output / f"{name.replace('/', '-')}-cpu.json", {**document, "records": records})
             lines += summary(records)
     print("\n".join(["| run, label | features | k-NN | linear |", "|---|---|---|---|", *lines]))
     return 0

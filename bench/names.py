@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import multiprocessing
 import os
 import resource
@@ -22,7 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench import environment
+from bench import environment, results
 from maefast.data.images.files import find_images
 from maefast.data.records import Names, Paths
 
@@ -123,9 +122,8 @@ def main() -> None:
     if found:
         print(f"{found['files']:,} real files found in {found['find_s']:.2f} s")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         document = {"environment": environment.describe("cpu"), "records": records, "search": found}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        results.save(options.json, document)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import multiprocessing
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ from types import ModuleType
 
 import torch
 
-from bench import environment
+from bench import environment, results
 from bench.peers import worker
 from bench.peers.plain import parameters
 from bench.peers.recipes.dmae import autoencoder
@@ -177,9 +176,8 @@ def main() -> None:
             flush=True,
         )
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         record = {"environment": environment.describe("cpu"), "results": found}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        results.save(args.json, record)
 
 
 if __name__ == "__main__":

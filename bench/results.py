@@ -69,8 +69,13 @@ def validate(doc: Any) -> None:
 
 
 def write(path: str | Path, doc: dict) -> Path:
-    """Validate and write, whole or not at all."""
+    """Validate and `save`."""
     validate(doc)
+    return save(path, doc)
+
+
+def save(path: str | Path, doc: dict) -> Path:
+    """Write any record, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

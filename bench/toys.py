@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import maefast
-from bench import environment
+from bench import environment, results
 from bench.peers import dropin_vits, toy_models
 from bench.worth import fastest, settle_memory
 
@@ -121,7 +120,7 @@ def main() -> None:
             print(f"{dtype:9} {name:36} {plain:7.2f} ms as it is {fast:7.2f} ms accelerated {found[-1]['ratio']:5.2f}x")
     if args.json:
         record = {"environment": environment.describe("cpu"), "results": found}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        results.save(args.json, record)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import maefast
-from bench import environment
+from bench import environment, results
 from maefast.integrations import _worth
 from tests.integrations.models.timm_vit import Block
 
@@ -140,7 +139,7 @@ def main() -> None:
         print(f"{name}: {'never' if limit is None else f'tokens x width^{limit[0]} >= {limit[1]:,}'}")
     if args.json:
         env = environment.describe(args.device)
-        args.json.write_text(json.dumps({"environment": env, "least": table, "pairs": found}, indent=1) + "\n")
+        results.save(args.json, {"environment": env, "least": table, "pairs": found})
 
 
 if __name__ == "__main__":

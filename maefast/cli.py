@@ -82,6 +82,8 @@ Heads = Annotated[
     str | None,
     typer.Option(help="Attention heads, ENCODER or ENCODER,DECODER, of a file that does not tell.", show_default=False),
 ]
+ValueRange = Annotated[str | None, typer.Option(help=HELP["Data"]["value_range"], show_default="the run's, or auto")]
+MaxPixels = Annotated[int | None, typer.Option(help=HELP["Data"]["max_pixels"], show_default="179 million")]
 Ema = Annotated[bool, typer.Option("--ema", help="Take the running average (EMA) that the file holds.")]
 
 
@@ -299,10 +301,8 @@ def reconstruct(
     img_size: ImgSize = None,
     heads: Heads = None,
     ema: Ema = False,
-    value_range: Annotated[
-        str | None, typer.Option(help=HELP["Data"]["value_range"], show_default="the run's, or auto")
-    ] = None,
-    max_pixels: Annotated[int | None, typer.Option(help=HELP["Data"]["max_pixels"], show_default="179 million")] = None,
+    value_range: ValueRange = None,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Draw original | masked | reconstruction | pasted for some images."""
 
@@ -362,10 +362,8 @@ def probe(
     img_size: ImgSize = None,
     heads: Heads = None,
     ema: Ema = False,
-    value_range: Annotated[
-        str | None, typer.Option(help=HELP["Data"]["value_range"], show_default="the run's, or auto")
-    ] = None,
-    max_pixels: Annotated[int | None, typer.Option(help=HELP["Data"]["max_pixels"], show_default="179 million")] = None,
+    value_range: ValueRange = None,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Tell what was learned: k-NN and linear accuracy of frozen features.
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 import re
 from pathlib import Path
@@ -44,6 +46,15 @@ def complaint(path: Path) -> str | None:
         if found != size:
             return f"{name} has {found} bytes instead of {size}"
     return None
+
+
+def complete_rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    """(names of the columns, rows as text) of a CSV whose first column counts steps. A row that a kill cut off, and all
+    after it, are left out."""
+    text = path.read_text()
+    header, *lines = csv.reader(text[: text.rfind("\n") + 1].splitlines() or [""])
+    whole = itertools.takewhile(lambda cells: len(cells) == len(header) and cells[0].isdigit(), lines)
+    return header, list(whole)
 
 
 def latest(folder: Path) -> tuple[Path | None, list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from maefast.data.cache import write_whole
 from maefast.errors import ConfigError
 from maefast.recipe import Batch, Recipe
 from maefast.recipes.masked_images import MaskedImages
@@ -164,8 +164,5 @@ def kept(folder: Path, identity: Sequence[str], compute: Callable[[], Features])
     tensors = {"mean": made.mean, "index": torch.tensor(made.index)}
     if made.first is not None:
         tensors["first"] = made.first.contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, {"bad": json.dumps(made.bad)})
-    os.replace(temporary, path)
+    write_whole(path, lambda place: save_file(tensors, place, {"bad": json.dumps(made.bad)}))
     return made, False

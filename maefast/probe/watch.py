@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from maefast.data.cache import write_whole
+from maefast.data.runs import complete_rows
 from maefast.errors import ConfigError
 from maefast.recipe import Recipe
 
@@ -62,12 +64,13 @@ class Watch:
             say(f"--probe-data: {line}")
         self.rows = [row for row in read_rows(path) if int(row["step"]) <= done] if path.exists() else []
         self.last: tuple[int, Accuracy] | None = None
-        temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "w", newline="") as file:
+        write_whole(path, self._write)
+
+    def _write(self, path: Path) -> None:
+        with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(temporary, path)
 
     def __call__(self, recipe: Recipe, step: int, device: torch.device | str) -> Accuracy:
         """The accuracy of the recipe after `step` steps, written down."""
@@ -110,10 +113,5 @@ def _size(batch: object) -> int:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The complete rows of a probe.csv as text; a row that a kill cut off, and all after it, are left out."""
-    text, rows = path.read_text(), []
-    for cells in csv.reader(text[: text.rfind("\n") + 1].splitlines()[1:]):
-        if len(cells) != len(COLUMNS) or not cells[0].isdigit():
-            break
-        rows.append(dict(zip(COLUMNS, cells)))
-    return rows
+    """`complete_rows` of a probe.csv."""
+    return [dict(zip(COLUMNS, cells)) for cells in complete_rows(path)[1]]

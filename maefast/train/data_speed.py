@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +15,7 @@ from maefast.recipe import START, Batch
 from maefast.seeds import Draw
 
 from . import schedule
+from .accelerator import make_accelerator
 from .build import build_recipe
 from .config import PretrainConfig
 from .data import Loader, Positions
@@ -105,16 +105,14 @@ def _loaded(source, config: PretrainConfig, workers: int, seconds: float) -> tup
 
 def _step(recipe, batch: Batch, config: PretrainConfig, seconds: float) -> float:
     """Seconds of a training step on a batch, the median."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device("cpu") if config.device == "cpu" or found is None else found
+    accelerator = make_accelerator(config)
+    device = accelerator.device
     recipe.to(device).train()
     optimizer = schedule.make_optimizer(recipe.network, config.weight_decay, config.betas)
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.amp)
-    cast = nullcontext() if low is None else torch.autocast(device.type, low)
     batch, taken = batch.to(device), []
     while len(taken) < 4 or (sum(taken) < seconds and len(taken) < 50):
         began = time.perf_counter()
-        with cast:
+        with accelerator.autocast():
             view = recipe.prepared(batch, Draw(config.seed, batch.key, seeds.MASK), START)
             loss = recipe(view).loss
         loss.backward()

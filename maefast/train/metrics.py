@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TextIO
 
-from maefast.data.runs import SOFTWARE
+from maefast.data.runs import SOFTWARE, complete_rows
 
 from .checkpoint import fsync
 
@@ -91,17 +91,10 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The complete rows of a metrics CSV as text, by the names of `header` for images, whatever the unit. A row cut off
-    by a kill, and all after it, are left out."""
-    rows = []
-    text = path.read_text()
-    lines = csv.reader(text[: text.rfind("\n") + 1].splitlines())
-    names = HEADER + next(lines, [])[len(HEADER) :]
-    for cells in lines:
-        if len(cells) != len(names) or not cells[0].isdigit():
-            break
-        rows.append(dict(zip(names, cells, strict=True)))
-    return rows
+    """`complete_rows` of a metrics CSV, by the names of `header` for images, whatever the unit."""
+    header, rows = complete_rows(path)
+    names = HEADER + header[len(HEADER) :]
+    return [dict(zip(names, cells, strict=True)) for cells in rows]
 
 
 def open_tensorboard(folder: Path, done: int):

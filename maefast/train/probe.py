@@ -261,8 +261,6 @@ def open_watch(
     Raises:
         TrainError: the recipe has no features, or the data or their classes cannot be used.
     """
-    if reason := no_features(recipe):
-        raise ConfigError(f"--probe-every: {reason}")
     opened = open_data(recipe, config.to_dict(), config.probe_data, "--probe-data", config.output_dir)
     if isinstance(opened, ImageSource) and isinstance(source, ImageSource):
         opened.decoder = source.decoder

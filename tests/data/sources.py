@@ -1,14 +1,19 @@
-"""The same pictures in every place that a run reads from."""
+"""The same pictures in every place that a run reads from, and a run that is killed."""
 
 from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from maefast.train import PretrainConfig, pretrain
+from tests.train import victims
+from tests.train.common import losses, run_process
 
 
 def encoded(index: int, kind: str = "PNG") -> bytes:
@@ -48,3 +53,14 @@ def write_images(folder: Path, count: int = 10) -> list[Path]:
     for index, path in enumerate(paths):
         path.write_bytes(encoded(index))
     return paths
+
+
+def goes_on_when_killed(config: PretrainConfig, out: Path, step: int, between: Callable[[], object] = int) -> None:
+    """A run of `config` (saved after every step), and one into `out` that dies in `step` and is started again, after
+    `between`: the same losses, bit for bit."""
+    pretrain(config)
+    again = replace(config, output_dir=str(out))
+    assert run_process(victims.train_and_die, again, "in a step", step) < 0
+    between()
+    pretrain(again)
+    assert losses(out) == losses(Path(config.output_dir))

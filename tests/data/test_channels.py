@@ -19,9 +19,8 @@ from maefast.recipes.masked_images import MaskedImages
 from maefast.train import PretrainConfig, checkpoint, pretrain
 from maefast.train.config import load_config
 from maefast.train.export import export_file, reconstruct_files
-from tests.data.sources import write_tar
-from tests.train import victims
-from tests.train.common import TINY, in_two_parts, losses, run_process, tiny_config
+from tests.data.sources import goes_on_when_killed, write_tar
+from tests.train.common import TINY, in_two_parts, losses, tiny_config
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -282,12 +281,7 @@ def test_another_scale_is_told(tmp_path, capsys):
 @pytest.mark.parametrize("step", [2, 8])
 def test_a_run_that_is_killed(tmp_path, step):
     data = write_arrays(tmp_path / "a")
-    chosen = config(data, tmp_path / "whole", save_every=1, workers=1)
-    pretrain(chosen)
-    chosen.output_dir = str(tmp_path / "out")
-    assert run_process(victims.train_and_die, chosen, "in a step", step) < 0
-    pretrain(chosen)
-    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    goes_on_when_killed(config(data, tmp_path / "whole", save_every=1, workers=1), tmp_path / "out", step)
 
 
 def test_every_place_gives_the_same_run(tmp_path):

@@ -12,9 +12,8 @@ from maefast.data.images.pixels import Decoder
 from maefast.data.records import expand_braces, open_records
 from maefast.errors import BadImage, ConfigError
 from maefast.train import pretrain
-from tests.data.sources import encoded, write_images
-from tests.train import victims
-from tests.train.common import in_two_parts, losses, run_process, tiny_config
+from tests.data.sources import encoded, goes_on_when_killed, write_images
+from tests.train.common import in_two_parts, losses, tiny_config
 
 
 def options(column=None, skip_bad=False):
@@ -59,11 +58,7 @@ def test_a_list_is_its_files(tmp_path, kind):
 
 def test_a_run_that_is_killed(tmp_path):
     config = tiny_config(write_list(tmp_path, "csv"), tmp_path / "whole", save_every=1, workers=1)
-    pretrain(config)
-    config.output_dir = str(tmp_path / "out")
-    assert run_process(victims.train_and_die, config, "in a step", 5) < 0
-    pretrain(config)
-    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    goes_on_when_killed(config, tmp_path / "out", 5)
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv"])

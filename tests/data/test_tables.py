@@ -13,9 +13,8 @@ from maefast.data.images.files import find_images
 from maefast.data.images.pixels import Decoder
 from maefast.errors import BadImage, ConfigError
 from maefast.train import pretrain
-from tests.data.sources import encoded, write_images
-from tests.train import victims
-from tests.train.common import in_two_parts, losses, run_process, tiny_config
+from tests.data.sources import encoded, goes_on_when_killed, write_images
+from tests.train.common import in_two_parts, losses, tiny_config
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -151,11 +150,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch, layout):
 @pytest.mark.parametrize("step", [2, 7])
 def test_a_run_that_is_killed(tmp_path, step):
     config = tiny_config(write_parquet(tmp_path / "set"), tmp_path / "whole", save_every=1, workers=1)
-    pretrain(config)
-    config.output_dir = str(tmp_path / "out")
-    assert run_process(victims.train_and_die, config, "in a step", step) < 0
-    pretrain(config)
-    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    goes_on_when_killed(config, tmp_path / "out", step)
 
 
 def test_paths_in_a_column(tmp_path):

@@ -19,9 +19,9 @@ from maefast.data.images.pixels import Decoder
 from maefast.data.records import open_records
 from maefast.errors import BadFile, BadImage, ConfigError, TrainError, Unreachable
 from maefast.train import checkpoint, pretrain
-from tests.data.sources import encoded, write_images, write_shards, write_tar
+from tests.data.sources import encoded, goes_on_when_killed, write_images, write_shards, write_tar
 from tests.train import victims
-from tests.train.common import in_two_parts, losses, rows, run_process, run_together, tiny_config
+from tests.train.common import in_two_parts, losses, rows, run_together, tiny_config
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -123,12 +123,8 @@ def test_a_run_goes_on_bit_for_bit(shards, tmp_path, monkeypatch, workers):
 @pytest.mark.parametrize("step", [1, 4, 8])
 def test_a_run_that_is_killed(shards, tmp_path, step):
     config = tiny_config(shards, tmp_path / "whole", save_every=1, workers=1)
-    pretrain(config)
-    config.output_dir = str(tmp_path / "out")
-    assert run_process(victims.train_and_die, config, "in a step", step) < 0
-    (shards / "0001.tar.index.npz").unlink()  # as if it had been lost too
-    pretrain(config)
-    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    lost = (shards / "0001.tar.index.npz").unlink  # as if it had been lost too
+    goes_on_when_killed(config, tmp_path / "out", step, lost)
 
 
 def test_several_images_of_a_sample(tmp_path):

@@ -118,7 +118,7 @@ class Decoder:
         if found is None or not jpeg.has_exif(data):
             return found
         try:
-            with open_header(path) as image:
+            with open_header(Blob(str(path), lambda: data)) as image:
                 if drawn_by_us(image):
                     return None
                 turned = image.getexif().get(ExifTags.Base.Orientation, 1)
