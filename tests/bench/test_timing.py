@@ -33,9 +33,10 @@ def without_data(value):
     return {name: without_data(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "cuda" in case.op.devices], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.op.name != "resize"], ids=str)
 def test_what_waits_for_the_device_is_flagged(case, monkeypatch):
-    """Every variant without values: exactly those with the flag read one back. On a GPU that is a wait."""
+    """Every variant without values: exactly those with the flag read one back. On a GPU that is a wait. (The peer of
+    `resize` is Pillow, which takes no tensors; it is of the host alone.)"""
     monkeypatch.setattr(_checks, "holds", lambda condition, message: None)  # no wait on a GPU
     sets = suite._input_sets(case)[:1]
     grads = [torch.randn_like(case.op.eager(sets[0])) if case.direction == suite.BOTH else None]
