@@ -10,7 +10,8 @@ from torch import Tensor
 from maefast import graphs
 from maefast.masking.counts import check_generator, keeps
 from maefast.ops import _checks
-from maefast.ops.mask import TokenMask, _check_size
+from maefast.ops._mask_arguments import check_size
+from maefast.ops.mask import TokenMask
 
 
 def grid(
@@ -26,7 +27,7 @@ def grid(
     are masked. Stride 2 masks three quarters.
     """
     height, width = _checks.grid("grid_size", grid_size)
-    _check_size(batch, height * width)
+    check_size(batch, height * width)
     down, across = _checks.pair("stride", stride, 1)
     if not isinstance(offset, (tuple, list)) or len(offset) != 2:
         raise TypeError(f"offset must be two ints, got {offset!r}")
@@ -73,7 +74,7 @@ def block(
         )
     height, width = _checks.grid("grid_size", grid_size)
     num_tokens = height * width
-    _check_size(batch, num_tokens)
+    check_size(batch, num_tokens)
     count = keeps(num_tokens, ratio, keep, rule)
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= num_tokens:
         raise ValueError(f"block masking keeps one count in [0, {num_tokens}] for the whole batch, got {count!r}")

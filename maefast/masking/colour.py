@@ -9,7 +9,8 @@ from torch import Tensor
 
 from maefast.masking.counts import drawn, keeps
 from maefast.ops import _checks
-from maefast.ops.mask import TokenMask, _check_size
+from maefast.ops._mask_arguments import check_size
+from maefast.ops.mask import TokenMask
 
 SIGMAS = {"red": 1.0, "blue": 1.0, "green": (0.5, 2.0), "purple": (0.5, 2.0)}
 
@@ -46,7 +47,7 @@ def coloured(
         TypeError, ValueError: unknown colour, sigmas not positive, finite and (two) ascending, noise of another shape.
     """
     height, width = _checks.grid("grid_size", grid_size)
-    _check_size(batch, height * width)
+    check_size(batch, height * width)
     _checks.one_of("colour", colour, tuple(SIGMAS))
     sigma = SIGMAS[colour] if sigma is None else sigma
     two = isinstance(SIGMAS[colour], tuple)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from maefast.masking.counts import drawn, keep_count
 from maefast.ops import _checks
-from maefast.ops.mask import TokenMask, _check_size
+from maefast.ops._mask_arguments import check_size
+from maefast.ops.mask import TokenMask
 
 
 def channels(
@@ -42,7 +43,7 @@ def channels(
     """
     _checks.integer("num_channels", num_channels, 1)
     _checks.integer("num_patches", num_patches, 1)
-    _check_size(batch, num_channels * num_patches)
+    check_size(batch, num_channels * num_patches)
     _checks.one_of("mode", mode, ("patch", "channel", "both"))
     shared = _checks.flag("shared", shared)
     if generator is not None and (noise is not None or channel_noise is not None):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from maefast.masking.counts import drawn, keeps
 from maefast.ops import _checks
-from maefast.ops.mask import TokenMask, _check_map
+from maefast.ops._mask_arguments import check_map
+from maefast.ops.mask import TokenMask
 
 
 def near(
@@ -32,7 +33,7 @@ def near(
     batch, groups, axes = centres.shape
     if axes != 3:
         raise ValueError(f"centres must have shape [B, G, 3], got {list(centres.shape)}")
-    _check_map("centres", centres[..., 0])
+    check_map("centres", centres[..., 0])
     count = keeps(groups, ratio, keep, rule)
     noise = drawn(noise, (batch,), generator, centres.device)
     _checks.same_device(centres=centres, noise=noise)

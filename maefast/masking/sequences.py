@@ -10,7 +10,8 @@ from torch import Tensor
 
 from maefast.masking.counts import drawn, fixed, keep_count
 from maefast.ops import _checks
-from maefast.ops.mask import TokenMask, _check_size, _counts, _integers
+from maefast.ops._mask_arguments import check_size, counts_of, integers
+from maefast.ops.mask import TokenMask
 
 
 def ragged(
@@ -32,7 +33,7 @@ def ragged(
         noise: [B, L], finite within the lengths. rule, order: as in `random`.
     """
     lengths = _lengths(lengths, num_tokens)
-    _check_size(len(lengths), num_tokens)
+    check_size(len(lengths), num_tokens)
     scores = drawn(noise, (len(lengths), num_tokens), generator, device).detach()
     return _within(scores, lengths, ratio, rule, order, backend)
 
@@ -59,7 +60,7 @@ def similar(
     _checks.one_of("order", order, ("paper", "release"))
     if min(x.shape) < 1:
         raise ValueError(f"x must have at least one sample, segment and feature, got shape {list(x.shape)}")
-    _check_size(*x.shape[:2])
+    check_size(*x.shape[:2])
     lengths = _lengths(lengths, x.shape[1])
     if len(lengths) != x.shape[0]:
         raise ValueError(f"lengths has {len(lengths)} numbers for a batch of {x.shape[0]}")
@@ -79,7 +80,7 @@ def _lengths(lengths: object, num_tokens: int) -> list[int]:
     if not len(lengths):
         raise ValueError("lengths must name at least one sample")
     count = len(lengths)
-    each = _counts(lengths, count, num_tokens, name="lengths")
+    each = counts_of(lengths, count, num_tokens, name="lengths")
     return each if isinstance(each, list) else [each] * count
 
 
@@ -88,6 +89,6 @@ def _within(scores: Tensor, lengths: list[int], ratio: float, rule: str, order: 
     hide = [length - count for length, count in zip(lengths, keep)]
     fixed("lengths", lengths)
     position = torch.arange(scores.shape[1], device=scores.device)
-    inside = position < _integers(lengths, scores.device)[:, None]
+    inside = position < integers(lengths, scores.device)[:, None]
     scores = torch.where(inside, scores, float("inf"))
     return TokenMask.from_scores(scores, keep, hide=hide, order=order, backend=backend)

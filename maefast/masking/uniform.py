@@ -9,8 +9,9 @@ from torch import Tensor
 
 from maefast.masking.counts import drawn, fixed, keeps
 from maefast.ops import _checks
+from maefast.ops._mask_arguments import check_size
 from maefast.ops.cells import CellMask
-from maefast.ops.mask import TokenMask, _check_size
+from maefast.ops.mask import TokenMask
 
 
 def random(
@@ -39,7 +40,7 @@ def random(
         noise: [B, N], used instead of drawing.
         rule: see `keep_count`. order: see `token_mask`.
     """
-    _check_size(batch, num_tokens)
+    check_size(batch, num_tokens)
     scores = drawn(noise, (batch, num_tokens), generator, device)
     if hide is not None:
         fixed("hide", hide)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from maefast.masking.counts import drawn, keeps
 from maefast.ops import _checks
-from maefast.ops.mask import TokenMask, _check_map, _check_size
+from maefast.ops._mask_arguments import check_map, check_size
+from maefast.ops.mask import TokenMask
 
 
 def weighted(
@@ -39,7 +40,7 @@ def weighted(
         ValueError: a weight that is negative or not finite (on a GPU as a device-side assertion, without a sync).
     """
     _checks.tensor("weights", weights, ndim=2)
-    _check_map("weights", weights)
+    check_map("weights", weights)
     count = keeps(weights.shape[1], ratio, keep, rule)
     noise = drawn(noise, tuple(weights.shape), generator, weights.device)
     _checks.same_device(weights=weights, noise=noise)
@@ -76,7 +77,7 @@ def disjoint(
     Raises:
         ValueError: views x keep exceeds num_tokens.
     """
-    _check_size(batch, num_tokens)
+    check_size(batch, num_tokens)
     _checks.integer("views", views, 1)
     count = keeps(num_tokens, ratio, keep, rule)
     _checks.integer("keep", count)

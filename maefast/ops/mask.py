@@ -12,6 +12,17 @@ import torch
 from torch import Tensor
 
 from maefast.ops import _checks, _dispatch, _registry
+from maefast.ops._mask_arguments import (
+    check_map,
+    check_size,
+    counted,
+    counts_of,
+    index_rows,
+    integers,
+    one_or_all,
+    starts,
+    sum_of,
+)
 
 _raw_op = _registry.family("mask")
 
@@ -155,7 +166,7 @@ class TokenMask:
     @staticmethod
     def all_visible(batch: int, num_tokens: int, device: torch.device | str = "cpu") -> TokenMask:
         """A plan that masks nothing, for encoding whole samples."""
-        _check_size(batch, num_tokens)
+        check_size(batch, num_tokens)
         device = _checks.device("device", device)
         flat = torch.arange(batch * num_tokens, dtype=torch.int32, device=device)
         cu = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_tokens
@@ -177,9 +188,9 @@ class TokenMask:
         _checks.tensor("masked", masked, ndim=2, floating=False)
         if masked.dtype is not torch.bool:
             raise TypeError(f"masked must be a bool tensor (True = masked), got {masked.dtype}")
-        _check_map("masked", masked)
+        check_map("masked", masked)
         if absent is None:
-            keep = _counted("keep", keep, ~masked, "False entries in the map")
+            keep = counted("keep", keep, ~masked, "False entries in the map")
             return token_mask(masked.float(), keep, order="position", **kwargs)
         _checks.tensor("absent", absent, ndim=2, floating=False)
         if absent.dtype is not torch.bool or absent.shape != masked.shape or absent.device != masked.device:
@@ -187,8 +198,8 @@ class TokenMask:
                 f"absent must be a bool tensor {list(masked.shape)} on {masked.device} like the map, got {absent.dtype}"
                 f" {list(absent.shape)} on {absent.device}"
             )
-        keep = _counted("keep", keep, ~(masked | absent), "visible tokens")
-        hide = _counted("hide", kwargs.pop("hide", None), masked & ~absent, "masked tokens")
+        keep = counted("keep", keep, ~(masked | absent), "visible tokens")
+        hide = counted("hide", kwargs.pop("hide", None), masked & ~absent, "masked tokens")
         # Equal scores go by index, so that score order is position order here, in one plan instead of two.
         return token_mask(torch.where(absent, 2.0, masked.float()), keep, hide=hide, order="score", **kwargs)
 
@@ -206,25 +217,25 @@ class TokenMask:
         those are the masked ones, in their order, and all others are absent. Raises for positions outside
         [0, num_tokens) and for repeated ones (on a GPU as a device-side assertion, without a sync).
         """
-        rows = _index_rows("indices", indices)
-        _check_size(len(rows), num_tokens)
+        rows = index_rows("indices", indices)
+        check_size(len(rows), num_tokens)
         counts = [row.shape[0] for row in rows]
         if masked is not None:
-            hidden = _index_rows("masked", masked)
+            hidden = index_rows("masked", masked)
             if len(hidden) != len(rows) or hidden[0].device != rows[0].device:
                 raise ValueError(
                     f"masked must have the {len(rows)} samples of indices on {rows[0].device}, got {len(hidden)} on"
                     f" {hidden[0].device}"
                 )
-            hide = _one_or_all([row.shape[0] for row in hidden])
+            hide = one_or_all([row.shape[0] for row in hidden])
             both = TokenMask.from_indices([torch.cat(pair) for pair in zip(rows, hidden)], num_tokens, **kwargs)
-            return _split(both, _one_or_all(counts), hide)
+            return _split(both, one_or_all(counts), hide)
         if max(counts) > num_tokens:
             raise ValueError(f"indices keep {max(counts)} of {num_tokens} tokens: keep must not exceed num_tokens")
         device = rows[0].device
         flat = torch.cat([row.long() for row in rows])
         sample = torch.repeat_interleave(
-            torch.arange(len(rows), device=device), _integers(counts, device), output_size=len(flat)
+            torch.arange(len(rows), device=device), integers(counts, device), output_size=len(flat)
         )
         inside = (flat >= 0) & (flat < num_tokens)
         _checks.holds(inside, f"indices: a position lies outside [0, {num_tokens})")
@@ -238,7 +249,7 @@ class TokenMask:
         rank = torch.cat([torch.arange(count, device=device, dtype=torch.float32) for count in counts])
         scores = torch.full((len(rows) * num_tokens,), float(num_tokens), device=device)
         scores = scores.index_copy(0, flat, rank).view(len(rows), num_tokens)
-        return token_mask(scores, _one_or_all(counts), order="score", **kwargs)
+        return token_mask(scores, one_or_all(counts), order="score", **kwargs)
 
     @staticmethod
     def from_ids_restore(ids_restore: Tensor, keep: int | Sequence[int], **kwargs) -> TokenMask:
@@ -246,7 +257,7 @@ class TokenMask:
         _checks.tensor("ids_restore", ids_restore, ndim=2, floating=False)
         if ids_restore.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids_restore must be int32 or int64, got {ids_restore.dtype}")
-        _check_map("ids_restore", ids_restore)
+        check_map("ids_restore", ids_restore)
         ranks = torch.arange(ids_restore.shape[1], device=ids_restore.device)
         ordered = ids_restore.sort(1).values
         _checks.holds(ordered == ranks, "ids_restore: a row is not a permutation of 0..N-1")
@@ -258,98 +269,6 @@ def _uniform(what: str, count: int | None) -> int:
         verb = "keep" if what == "ids_keep" else "mask"
         raise ValueError(f"{what} needs a uniform plan; here the samples {verb} different numbers of tokens")
     return count
-
-
-def _index_rows(name: str, indices: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """One vector of positions a sample."""
-    rows = list(indices.unbind(0)) if isinstance(indices, Tensor) and indices.ndim == 2 else indices
-    if not isinstance(rows, (list, tuple)) or not rows:
-        raise ValueError(f"{name} must be an int tensor [B, n] or a non-empty list of int vectors")
-    for row in rows:
-        _checks.tensor(name, row, ndim=1, floating=False)
-        if row.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name} must be int32 or int64, got {row.dtype}")
-        if row.device != rows[0].device:
-            raise ValueError(f"{name} lie on {rows[0].device} and on {row.device}: move them to one device")
-    return list(rows)
-
-
-def _counted(name: str, given: int | Sequence[int] | None, wanted: Tensor, what: str):
-    """The number of True entries of each row [B, N], or `given` if that is it."""
-    counts = wanted.sum(1)
-    if given is None:
-        if wanted.device.type == "meta":
-            raise ValueError(f"masked has no values to count (a meta tensor): give {name}")
-        return counts
-    given = _counts(given, *wanted.shape, name=name)
-    want = _integers(given, wanted.device) if isinstance(given, list) else given
-    _checks.holds(counts == want, f"from_bool: `{name}` does not match the number of {what}")
-    return given
-
-
-def _check_size(batch: int, num_tokens: int) -> None:
-    """Sizes of a plan, given by the caller."""
-    for name, value in (("batch", batch), ("num_tokens", num_tokens)):
-        if isinstance(value, bool) or not isinstance(value, _checks.INT):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if batch < 1 or num_tokens < 1:
-        raise ValueError(
-            f"a plan needs at least one sample and one token, got batch = {batch}, num_tokens = {num_tokens}"
-        )
-    if batch * num_tokens >= 2**31:
-        raise ValueError(
-            f"batch = {batch} x num_tokens = {num_tokens}: flat indices are int32, so B*N must stay below 2**31"
-        )
-
-
-def _check_map(name: str, value: Tensor) -> None:
-    """The size of a map [B, N] that a plan is made from."""
-    batch, num_tokens = value.shape
-    if batch < 1 or num_tokens < 1:
-        raise ValueError(f"{name} must have at least one sample and one token, got shape {tuple(value.shape)}")
-    if batch * num_tokens >= 2**31:
-        raise ValueError(f"{name} is {batch} x {num_tokens}: flat indices are int32, so B*N must stay below 2**31")
-
-
-def _counts(keep: int | Sequence[int] | Tensor, batch: int, num_tokens: int, name: str = "keep") -> int | list[int]:
-    """Host counts; a tensor on a GPU costs one sync here."""
-    if isinstance(keep, Tensor):
-        if keep.is_floating_point() or keep.dtype is torch.bool or keep.shape not in ((), (batch,)):
-            raise ValueError(f"{name} must be an int tensor of shape [{batch}], got {keep.dtype} {tuple(keep.shape)}")
-        if keep.device.type == "meta" or keep.layout is not torch.strided:
-            raise ValueError(f"{name} must hold values, got a tensor on {keep.device} of layout {keep.layout}")
-        keep = keep.tolist()
-    if isinstance(keep, (list, tuple)):
-        counts = list(keep)
-        if len(counts) != batch:
-            raise ValueError(f"{name} has {len(counts)} counts for a batch of {batch}")
-    else:
-        counts = [keep]
-    for count in counts:
-        if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
-            raise TypeError(f"{name} must be an int, or ints, one a sample; got {count!r} ({type(count).__name__})")
-        if not 0 <= count <= num_tokens:
-            raise ValueError(f"{name} must lie in [0, {num_tokens}] (the number of tokens), got {count}")
-    return _one_or_all(counts)
-
-
-def _one_or_all(counts: list[int]) -> int | list[int]:
-    return counts[0] if min(counts) == max(counts) else counts
-
-
-def _integers(values: Sequence[int], device: torch.device) -> Tensor:
-    """int32 [n] of numbers that the host knows; the host does not wait."""
-    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-        return _captured_integers(values, device)
-    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
-
-
-def _captured_integers(values: Sequence[int], device: torch.device) -> Tensor:
-    """The same inside a CUDA graph, which cannot hold a copy from pageable memory, and would read a pinned page again
-    at every replay, long after it was freed. Here the numbers are arguments of kernels, about a hundred to a launch."""
-    out = torch.zeros(len(values), dtype=torch.int32, device=device)
-    torch._foreach_add_(list(out.unbind()), list(values))
-    return out
 
 
 def token_mask(
@@ -382,15 +301,15 @@ def token_mask(
     """
     _checks.tensor("scores", scores, ndim=2)
     batch, num_tokens = scores.shape
-    _check_map("scores", scores)
+    check_map("scores", scores)
     _checks.one_of("order", order, ("score", "position"))
-    counts = _counts(keep, batch, num_tokens)
+    counts = counts_of(keep, batch, num_tokens)
     name = _dispatch.choose("token_mask", scores.device.type, scores.dtype, backend, num_tokens <= TRITON_TOKENS)
     scores = scores.detach().contiguous()
     if hide is None:
         return _plan(scores, counts, order == "position", name)
-    hide = _counts(hide, batch, num_tokens, "hide")
-    present = _sum(counts, hide, batch)
+    hide = counts_of(hide, batch, num_tokens, "hide")
+    present = sum_of(counts, hide, batch)
     most = max(present) if isinstance(present, list) else present
     if most > num_tokens:
         raise ValueError(f"keep + hide must not exceed the {num_tokens} tokens, got {most}")
@@ -402,27 +321,10 @@ def token_mask(
     return _split(_plan(state, present, False, name), counts, hide)
 
 
-def _sum(a: int | list[int], b: int | list[int], batch: int) -> int | list[int]:
-    if not isinstance(a, list) and not isinstance(b, list):
-        return a + b
-    a, b = (value if isinstance(value, list) else [value] * batch for value in (a, b))
-    return _one_or_all([x + y for x, y in zip(a, b)])
-
-
-def _starts(counts: int | list[int], batch: int, device: torch.device) -> tuple[Tensor, int]:
-    """(int32 [B+1], where each sample starts; how many in all)."""
-    if not isinstance(counts, list):
-        return torch.arange(batch + 1, dtype=torch.int32, device=device) * counts, batch * counts
-    cu = [0]
-    for count in counts:
-        cu.append(cu[-1] + count)
-    return _integers(cu, device), cu[-1]
-
-
 def _plan(scores: Tensor, counts: int | list[int], by_position: bool, name: str) -> TokenMask:
     """The plan in which all others are masked, made by backend `name`."""
     batch, num_tokens = scores.shape
-    cu_visible, total = _starts(counts, batch, scores.device)
+    cu_visible, total = starts(counts, batch, scores.device)
     cu_masked = torch.arange(batch + 1, dtype=torch.int32, device=scores.device) * num_tokens - cu_visible
     run = token_mask_reference if name == "reference" else _registry.raw("token_mask", name)
     visible, masked, slot = run(scores, cu_visible, total, by_position)
@@ -446,18 +348,18 @@ def _split(plan: TokenMask, keep: int | list[int], hide: int | list[int]) -> Tok
     it masked is absent."""
     batch, device = plan.batch, plan.device
     samples = torch.arange(batch, device=device)
-    lists, starts = [], []
+    lists, begins = [], []
     for counts, skip in ((keep, None), (hide, keep)):
-        cu, total = _starts(counts, batch, device)
+        cu, total = starts(counts, batch, device)
         sample = torch.repeat_interleave(samples, cu.diff(), output_size=total)
         shift = plan.cu_visible[:-1] - cu[:-1]  # from the own list to the plan's
         if skip is not None:
-            shift = shift + starts[0].diff()
+            shift = shift + begins[0].diff()
         lists.append(plan.visible[torch.arange(total, device=device) + shift[sample]])
-        starts.append(cu)
+        begins.append(cu)
     rank = plan.slot.view(batch, -1) - plan.cu_visible[:-1, None]  # among the visible ones of its sample
-    count = starts[0].diff()[:, None]
-    slot = torch.where(rank < count, rank + starts[0][:-1, None], ~(rank - count + starts[1][:-1, None]))
+    count = begins[0].diff()[:, None]
+    slot = torch.where(rank < count, rank + begins[0][:-1, None], ~(rank - count + begins[1][:-1, None]))
     slot = torch.where(plan.slot.view(batch, -1) >= 0, slot, ABSENT).view(-1)
     most = [max(counts) if isinstance(counts, list) else counts for counts in (keep, hide)]
     return TokenMask(
@@ -467,8 +369,8 @@ def _split(plan: TokenMask, keep: int | list[int], hide: int | list[int]) -> Tok
         visible=lists[0],
         masked=lists[1],
         slot=slot,
-        cu_visible=starts[0],
-        cu_masked=starts[1],
+        cu_visible=begins[0],
+        cu_masked=begins[1],
         max_visible=most[0],
         max_masked=most[1],
     )

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maefast import masking, ops
-from maefast.ops import TokenMask, _registry, mask, token_mask
+from maefast.ops import TokenMask, _mask_arguments, _registry, token_mask
 
 from .common import backends, check_invariants, plans, property_test
 
@@ -122,7 +122,8 @@ def test_all_visible():
 def test_integers_inside_a_graph():
     """What takes the place of a copy from the host while a CUDA graph is captured; it needs no graph to be right."""
     values = [0, 3, 3, 2**31 - 1, *range(300)]
-    assert torch.equal(mask._captured_integers(values, torch.device("cpu")), torch.tensor(values, dtype=torch.int32))
+    captured = _mask_arguments._captured_integers(values, torch.device("cpu"))
+    assert torch.equal(captured, torch.tensor(values, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("capturing", [False, True])
@@ -130,9 +131,9 @@ def test_no_copy_from_the_host_while_a_graph_is_captured(monkeypatch, capturing)
     """Of whatever a maker knows on the host, on the way to a GPU."""
     made = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(mask, "_captured_integers", lambda values, device: made.append(values))
+    monkeypatch.setattr(_mask_arguments, "_captured_integers", lambda values, device: made.append(values))
     host = torch.device("cuda") if capturing else torch.device("cpu")
-    copied = mask._integers([0, 2, 5], host)
+    copied = _mask_arguments.integers([0, 2, 5], host)
     assert made == ([[0, 2, 5]] if capturing else [])
     assert copied is None if capturing else copied.tolist() == [0, 2, 5]
 
