@@ -150,6 +150,7 @@ def pretrain(
     picture: Annotated[Picture, option("picture")] = Picture.restored,
     log_every: Annotated[int, option("log_every")] = 10,
     tensorboard: Annotated[bool, option("tensorboard")] = True,
+    wandb: Annotated[str | None, option("wandb")] = None,
     probe_every: Annotated[int, option("probe_every")] = 0,
     probe_data: Annotated[str | None, option("probe_data")] = None,
     probe_labels: Annotated[str, option("probe_labels")] = "folders",
