@@ -282,10 +282,15 @@ def recipes() -> None:
 @app.command()
 def reconstruct(
     checkpoint: Source,
-    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
+    images: Annotated[
+        list[str],
+        typer.Argument(help="Image files; or folders, lists, tars, tables, as of --data.", show_default=False),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write: .png, .jpg, .webp.")] = Path(
         "reconstruction.png"
     ),
+    count: Annotated[int, typer.Option(min=1, help="Images of each folder, list, tar or table.")] = 8,
+    column: Annotated[str | None, typer.Option(help=HELP["Data"]["column"], show_default=False)] = None,
     mask_ratio: Annotated[
         float | None,
         typer.Option(
@@ -309,12 +314,14 @@ def reconstruct(
 
     def run() -> None:
         from .train.config import parse_heads, parse_size
-        from .train.export import reconstruct_files
+        from .train.reconstruct import reconstruct_files
 
         reconstruct_files(
             checkpoint,
             images,
             output,
+            count=count,
+            column=column,
             mask_ratio=mask_ratio,
             seed=seed,
             raw=picture is Picture.raw,

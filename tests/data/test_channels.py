@@ -18,7 +18,8 @@ from maefast.errors import BadFile, ConfigError, TrainError
 from maefast.recipes.masked_images import MaskedImages
 from maefast.train import PretrainConfig, checkpoint, pretrain
 from maefast.train.config import load_config
-from maefast.train.export import export_file, reconstruct_files
+from maefast.train.export import export_file
+from maefast.train.reconstruct import reconstruct_files
 from tests.data.sources import goes_on_when_killed, write_tar
 from tests.train.common import TINY, in_two_parts, losses, tiny_config
 
