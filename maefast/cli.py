@@ -52,6 +52,7 @@ class Pool(str, Enum):
     mean = "mean"
     cls = "cls"
     both = "both"
+    attentive = "attentive"
 
 
 class Format(str, Enum):
@@ -355,7 +356,10 @@ def probe(
     test_labels: Annotated[str | None, typer.Option(help="Classes of --test.", show_default="as --labels")] = None,
     test_share: Annotated[float, typer.Option(help="Share of each class that is held back, without --test.")] = 0.2,
     k: Annotated[int, typer.Option("--k", help="Neighbours that vote.")] = 20,
-    pool: Annotated[Pool, typer.Option(help="Features: mean of all patches, class token, or both.")] = Pool.mean,
+    pool: Annotated[
+        Pool, typer.Option(help="Features: mean of all patches, class token, both; attentive: a third probe learns it.")
+    ] = Pool.mean,
+    tsne: Annotated[bool, typer.Option("--tsne", help="Draw the classes by t-SNE too.")] = False,
     baselines: Annotated[
         bool,
         typer.Option("--baselines", help="The same with random weights, and with pixels (up to 32x32) for features."),
@@ -393,6 +397,7 @@ def probe(
             test_share=test_share,
             k=k,
             pool=pool.value,
+            tsne=tsne,
             baselines=baselines,
             seed=seed,
             batch_size=batch_size,
