@@ -25,6 +25,7 @@ HELP = {
         "max_pixels": "Refuse larger images (0: none).",
         "skip_bad": "Count and skip unreadable images instead of stopping.",
         "workers": "Processes that load images; 0 loads in the main one.",
+        "gpu_decode": "Decode JPEG files, crop and resize on the GPU (nvImageCodec). UNTESTED on a device so far.",
         "cache_mb": "Memory for decoded images, all workers together.",
     },
     "Model": {
@@ -110,6 +111,7 @@ _SHOWN = {
 _FLAGS = {
     "output_dir": ("--output-dir", "-o"),
     "skip_bad": ("--skip-bad",),
+    "gpu_decode": ("--gpu-decode",),
     "recompute": ("--recompute",),
     "fsdp": ("--fsdp",),
     "demo": ("--demo",),
