@@ -80,6 +80,7 @@ HELP = {
         "hidden patch, so brightness is not guessed; raw uses nothing of the hidden pixels.",
         "log_every": "On a GPU, read the losses every so many steps (each one is logged).",
         "tensorboard": "Write TensorBoard events.",
+        "wandb": "Log to this project of Weights & Biases too, a run there for each output folder.",
     },
     "What is learned": {
         "probe_every": "Steps between k-NN accuracies of the encoder's features, from step 0 on, in probe.csv and "
@@ -103,7 +104,9 @@ _SHOWN = {
     "channels": "the model's, photographs",
     "mean": "estimated",
     "std": "estimated",
-    **dict.fromkeys(("data", "recipe", "model_arg", "init_from", "steps", "lr", "config", "probe_data"), False),
+    **dict.fromkeys(
+        ("data", "recipe", "model_arg", "init_from", "steps", "lr", "config", "probe_data", "wandb"), False
+    ),
 }
 _FLAGS = {
     "output_dir": ("--output-dir", "-o"),
