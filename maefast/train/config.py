@@ -177,14 +177,11 @@ class PretrainConfig:
             self.channels is None or self.pixel_bits == 8,
             "--pixel-bits is for photographs: with --channels values are taken as they are",
         )
-<<<<<<< HEAD
         must(self.wandb != "", "--wandb wants the name of a project")
-=======
         must(
             not self.gpu_decode or (self.channels is None and self.pixel_bits == 8 and self.value_range == "auto"),
             "--gpu-decode is for photographs of eight bits: without --channels, --pixel-bits 16 and --value-range",
         )
->>>>>>> fa45ea0af4bdf26e863876138f4f868185862045
         must(self.picture in PICTURES, f"--picture must be {' or '.join(PICTURES)}, not {self.picture!r}")
         must(self.device in ("auto", "cpu"), f"--device must be auto or cpu, not {self.device!r}")
         must(self.graph in ("auto", "on", "off"), f"--graph must be auto, on or off, not {self.graph!r}")

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from maefast.models import read_state_dict, shards
 from maefast.train import CheckpointError, ConfigError, PretrainConfig, checkpoint, pretrain
 from maefast.train.build import build_recipe
-from maefast.train.export import export_file, reconstruct_files
+from maefast.train.export import export_file
+from maefast.train.reconstruct import reconstruct_files
 from maefast.train.reopen import open_recipe
 from maefast.train.schedule import make_optimizer
 from maefast.train.weights import open_weights
