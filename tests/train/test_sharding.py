@@ -132,6 +132,27 @@ def test_a_run_in_shards_goes_on_bit_for_bit(sharded, photos, tmp_path):
     assert_equal(tensors(out, 8), tensors(sharded, 8))
 
 
+def test_moments_in_bfloat16(photos, tmp_path):
+    """An interrupted run goes on bit for bit, and one process reads its shards. There sums are rounded otherwise, so
+    other dice fall."""
+    config = pair(photos, tmp_path / "out", optim_state="bf16")
+    assert run_together(victims.train_as, 2, config) == [0, 0]
+    written = losses(tmp_path / "out"), tensors(tmp_path / "out", 8)
+    kinds = {(key.split(".")[0], tensor.dtype) for key, tensor in written[1][1].items()}
+    assert kinds == {("exp_avg", torch.bfloat16), ("exp_avg_sq", torch.bfloat16), ("step", torch.float32)}
+    path = tmp_path / "out" / "checkpoints" / "step-00000008"
+    path.rename(tmp_path / "step-00000008")
+    assert run_together(victims.train_as, 2, config) == [0, 0]
+    assert losses(tmp_path / "out") == written[0]
+    assert_equal(tensors(tmp_path / "out", 8), written[1])
+    path.rename(tmp_path / "set aside")
+    pretrain(one(photos, tmp_path / "out", optim_state="bf16"))  # from step 4
+    assert [float(loss) for _, loss, _ in losses(tmp_path / "out")] == pytest.approx(
+        [float(loss) for _, loss, _ in written[0]], rel=1e-2
+    )
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out", 8)[1].values()} == {torch.bfloat16, torch.float32}
+
+
 def test_whatever_reads_weights_reads_shards(sharded, gathered, photos, tmp_path):
     places = ["", "checkpoints/step-00000008", "checkpoints/step-00000008/model"]
     sources = [sharded / place for place in places] + [gathered / place for place in places[:2]]
