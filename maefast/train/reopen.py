@@ -60,9 +60,10 @@ def open_data(
     output: Path | str,
     scale: Mapping[str, float] | None = None,
 ) -> Source:
-    """The data `name`, which were given as `option`, read with the options of a run."""
+    """The data `name`, which were given as `option`, read with the options of a run, on the CPU."""
+    given = {"data": name, "output_dir": str(output), "gpu_decode": False}
     try:
-        source = recipe.wants.open(PretrainConfig(**{**options, "data": name, "output_dir": str(output)}))
+        source = recipe.wants.open(PretrainConfig(**{**options, **given}))
     except ConfigError as error:
         raise ConfigError(str(error).replace("--data ", f"{option} ")) from error
     if scale and isinstance(source, ImageSource):

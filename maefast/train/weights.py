@@ -120,3 +120,9 @@ def load_pretrained(
     say(f"weights from {weights.source}{below}{alone}")
     for line in lines:
         say(f"  {line}")
+
+
+def run_of(weights: Weights) -> checkpoint.State | None:
+    """The state of the run whose checkpoint the weights are of."""
+    folder = weights.source.parent
+    return checkpoint.read_state(folder) if (folder / checkpoint.STATE).is_file() else None
