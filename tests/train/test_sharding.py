@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from maefast.models import read_state_dict, shards
 from maefast.train import CheckpointError, ConfigError, PretrainConfig, checkpoint, pretrain
 from maefast.train.build import build_recipe
-from maefast.train.export import export_file, reconstruct_files
+from maefast.train.export import export_file
+from maefast.train.reconstruct import reconstruct_files
 from maefast.train.reopen import open_recipe
 from maefast.train.schedule import make_optimizer
 from maefast.train.weights import open_weights
 from tests.recipes import test_dmae, test_lut
 from tests.train import victims
-from tests.train.common import convnet_config, losses, rows, run_together, tiny_config
+from tests.train.common import assert_equal, convnet_config, losses, rows, run_together, tensors, tiny_config
 from tests.train.test_distributed import assert_same_sequence
 
 STEPS = {"lr": None, "blr": 0.3, "clip": 1.0, "steps": 8, "save_every": 4}
@@ -64,15 +65,6 @@ def gathered(sharded, tmp_path_factory):
     return out
 
 
-def tensors(out, step):
-    """The weights and the optimizer's tensors of a checkpoint, whatever it was written by."""
-    path = out / "checkpoints" / f"step-{step:08d}"
-    return tuple(
-        shards.read(path / folder) if (path / folder).is_dir() else checkpoint.load_weights(path / file)
-        for folder, file in (("model", checkpoint.MODEL), ("optimizer", checkpoint.OPTIMIZER))
-    )
-
-
 def close(one, other):
     for mine, theirs in zip(one, other):
         assert mine.keys() == theirs.keys()
@@ -83,14 +75,6 @@ def close(one, other):
             ):  # that of keys has no gradient but rounding, which Adam makes large
                 tensor, other = (torch.cat(t.chunk(3)[::2]) for t in (tensor, other))
             torch.testing.assert_close(tensor, other, rtol=2e-3, atol=2e-5, msg=key)
-
-
-def assert_equal(one, other):
-    for mine, theirs in zip(one, other, strict=True):
-        assert mine.keys() == theirs.keys()
-        for key, tensor in mine.items():
-            assert tensor.dtype is theirs[key].dtype
-            assert torch.equal(tensor, theirs[key]), key
 
 
 def test_shards_learn_what_one_process_learns(alone, sharded):
