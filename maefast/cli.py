@@ -32,6 +32,11 @@ class Amp(str, Enum):
     fp16 = "fp16"
 
 
+class OptimState(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
@@ -124,6 +129,7 @@ def pretrain(
     weight_decay: Annotated[float, option("weight_decay")] = 0.05,
     betas: Annotated[tuple[float, float], option("betas")] = (0.9, 0.95),
     clip: Annotated[float | None, option("clip")] = None,
+    optim_state: Annotated[OptimState, option("optim_state")] = OptimState.fp32,
     crop_scale: Annotated[tuple[float, float], option("crop_scale")] = (0.2, 1.0),
     crop_ratio: Annotated[tuple[float, float], option("crop_ratio")] = (0.75, 4 / 3),
     flip: Annotated[float, option("flip")] = 0.5,

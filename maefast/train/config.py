@@ -47,6 +47,7 @@ class PretrainConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float | None = None
+    optim_state: str = "fp32"
     # Augmentation.
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
@@ -164,6 +165,7 @@ class PretrainConfig:
         if problem := _unusable_folder(Path(self.output_dir)):
             raise ConfigError(f"--output-dir {self.output_dir}: {problem}")
         must(self.amp in ("no", "bf16", "fp16"), f"--amp must be no, bf16 or fp16, not {self.amp!r}")
+        must(self.optim_state in ("fp32", "bf16"), f"--optim-state must be fp32 or bf16, not {self.optim_state!r}")
         must(self.pixel_bits in (8, 16), f"--pixel-bits must be 8 or 16, not {self.pixel_bits}")
         must(self.max_pixels is None or self.max_pixels >= 0, f"--max-pixels must not be negative: {self.max_pixels}")
         parse_value_range(self.value_range)

@@ -122,7 +122,7 @@ class Run:
         self.recipe.to(self.device)
         if config.fsdp:
             self.objective = sharding.shard(self.recipe, config, self.world, self.device)
-        self.optimizer = schedule.make_optimizer(self.model, config.weight_decay, config.betas)
+        self.optimizer = schedule.make_optimizer(self.model, config.weight_decay, config.betas, config.optim_state)
         if config.fsdp:
             self.stepper = self.accelerator.prepare(self.optimizer)
         else:

@@ -59,6 +59,7 @@ HELP = {
         "betas": "AdamW's decay rates of its running averages.",
         "weight_decay": "AdamW's decay of matrices (biases and norms have none).",
         "clip": "Clip the global norm of the gradient to this.",
+        "optim_state": "fp32, or bf16: AdamW's moments in 4 bytes a parameter instead of 8 (docs/optimizer.md).",
     },
     "Machine": {
         "amp": "Mixed precision.",
