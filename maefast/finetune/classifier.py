@@ -67,7 +67,7 @@ def classifier_of(model: MaskedAutoencoder, classes: int, drop_path: float = 0.0
     elif isinstance(model, SparK) and model.config is not None:
         made = _with_head(model.config["encoder"], model.in_chans, drop_path, classes)
     else:
-        raise TypeError(f"no classifier is made of a {type(model).__name__}; of mae_*, spark_* and fcmae_* models it is")
+        raise TypeError(f"mae_*, spark_* and fcmae_* models become classifiers, not a {type(model).__name__}")
     encoder, own = encoder_state(model.state_dict()), made.state_dict()
     made.load_state_dict({**own, **encoder}, strict=True)
     init_head_(head_of(made))

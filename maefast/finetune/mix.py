@@ -17,7 +17,9 @@ def soft_targets(labels: Tensor, classes: int, smoothing: float, dtype: torch.dt
     return made.scatter_(1, labels[:, None], 1.0 - smoothing + off)
 
 
-def mix(images: Tensor, targets: Tensor, rng: np.random.Generator, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+def mix(
+    images: Tensor, targets: Tensor, rng: np.random.Generator, mixup: float, cutmix: float
+) -> tuple[Tensor, Tensor]:
     """images [B, C, H, W] and targets [B, K], mixed with themselves in reverse order.
 
     Args:

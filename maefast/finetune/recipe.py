@@ -65,7 +65,8 @@ class Classify(ImageRecipe):
         self.classes, self.wants = list(classes), Given(source, self.wants)
         self.layer_decay, self.smoothing = layer_decay, smoothing
         self.mixup, self.cutmix, self.ema_decay = mixup, cutmix, ema_decay
-        self.config = {"classifier of": dict(start.config or start.model.config), "classes": self.classes}
+        encoder = dict(start.config or start.model.config)
+        self.config = {"name": f"classifier of {encoder['name']}", "encoder": encoder, "classes": self.classes}
         self.model = classifier_of(start.model, len(self.classes), drop_path)
         self.average = Averaged(model=self.model) if ema_decay else None
 

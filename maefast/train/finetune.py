@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from maefast.data.cache import write_whole
-from maefast.data.images.source import ImageSource
 from maefast.data.source import Source
 from maefast.errors import ConfigError
 from maefast.finetune.classifier import timm_state
@@ -31,6 +31,12 @@ from .reopen import Opened, open_recipe
 BETAS = (0.9, 0.999)
 # Options of a run that say how its images are read.
 _OF_DATA = ("value_range", "pixel_bits", "max_pixels", "channels", "mean", "std")
+
+# Options of a run that are options here.
+_RUN = (
+    "epochs", "steps", "batch_size", "accum", "blr", "lr", "weight_decay", "warmup", "crop_scale", "flip", "skip_bad",
+    "workers", "amp", "device", "seed", "resume", "save_every",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,19 @@ class Options:
         ):
             if not good:
                 raise ConfigError(f"--{name.replace('_', '-')} cannot be {getattr(self, name)}")
+        known = {entry.name for entry in fields(PretrainConfig)}
+        if unknown := set(self.run or {}) - known:
+            raise ConfigError(f"run has no {', '.join(sorted(unknown))}")
+        for winner, loser in (("steps", "epochs"), ("lr", "blr")):
+            if {winner, loser} <= set(self.run or {}):
+                raise ConfigError(f"give --{winner} or --{loser}, not both")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """Of what was given on the command line, where other names are passed over."""
+        mine = {entry.name for entry in fields(cls)} - {"run"}
+        run = {key: value for key, value in given.items() if key in _RUN}
+        return cls(**{key: value for key, value in given.items() if key in mine}, run=run)
 
 
 class FineTuning(Run):
@@ -117,6 +136,8 @@ def finetune(
         TrainError: each says what to do.
     """
     options, output = options or Options(), Path(output)
+    if int(os.environ.get("RANK", "0")):
+        say = _quiet
     if problem := _unusable_folder(output):
         raise ConfigError(f"--output-dir {output}: {problem}")
     opened = open_recipe(path, name, img_size, heads, ema, say)
@@ -152,7 +173,7 @@ def finetune(
         run.close()
     document = {
         "checkpoint": str(path),
-        "classifier of": recipe[0].config["classifier of"],
+        "model": recipe[0].config["encoder"],
         "data": data,
         "labels": options.labels,
         "val_data": options.val_data,
@@ -165,7 +186,9 @@ def finetune(
         "loss": result.loss,
         "published": usual.source,
         **chosen,
-        **{key: getattr(run.config, key) for key in ("epochs", "blr", "lr", "weight_decay", "warmup", "betas")},
+        "epochs": None if run.config.steps else run.config.epochs,
+        "peak_lr": run.lr.peak,
+        **{key: getattr(run.config, key) for key in ("weight_decay", "warmup", "betas")},
         "samples_per_step": run.step_samples,
         "weights": list(judge.found)[-1],
         **list(judge.found.values())[-1].to_dict(),
@@ -184,7 +207,7 @@ _CHOSEN = ("layer_decay", "drop_path", "smoothing", "mixup", "cutmix", "ema_deca
 def _config(
     opened: Opened, data: str, output: Path, options: Options, usual: Published, told: dict[str, Any]
 ) -> PretrainConfig:
-    """The loop's configuration. What it has no field for stands in `model_args`, so that a resumed run names changes."""
+    """The loop's. What it has no field for stands in `model_args`, so that a resumed run names what changed."""
     given = {key: value for key, value in (options.run or {}).items() if value is not None}
     epochs = {} if "steps" in given else {"epochs": usual.epochs}
     return PretrainConfig(
@@ -212,9 +235,11 @@ def _config(
     )
 
 
-def _per_step(config: PretrainConfig) -> int:
-    import os
+def _quiet(text: str) -> None:
+    """Of processes beside the main one."""
 
+
+def _per_step(config: PretrainConfig) -> int:
     return config.batch_size * config.accum * int(os.environ.get("WORLD_SIZE", "1"))
 
 
