@@ -184,7 +184,7 @@ def test_bad_input(trained, tmp_path):
     photos, start, _ = trained
     with pytest.raises(ConfigError, match="--val-data /nowhere: no such"):
         finetune(start, str(photos), tmp_path / "a", options(val_data="/nowhere"), say=str)
-    with pytest.raises(ConfigError, match="--labels .*gone.csv: No such file"):
+    with pytest.raises(ConfigError, match=r"--labels .*gone\.csv: No such file"):
         finetune(start, str(photos), tmp_path / "a", options(labels=str(tmp_path / "gone.csv")), say=str)
     with pytest.raises(ConfigError, match="two classes or more"):
         finetune(start, str(photos / "group0" / ".."), tmp_path / "a", options(labels=_one_class(photos, tmp_path)),
@@ -194,7 +194,7 @@ def test_bad_input(trained, tmp_path):
         with pytest.raises(TrainError):
             again(tmp_path / "done", str(photos), tmp_path / "b", say=str)
     other = _renamed(photos, tmp_path / "more")
-    with pytest.raises(TrainError, match="the checkpoint holds another model .*classes"):
+    with pytest.raises(TrainError, match=r"the checkpoint holds another model .*classes"):
         finetune(start, str(other), tmp_path / "done", options(steps=2), say=str)
 
 
