@@ -2,10 +2,10 @@
 
     python -m bench.finetuning [--seeds 3]        # some minutes on one core
 
-For each seed a small ViT-MAE is pre-trained as in `bench.evidence`, in a quarter of the steps, and fine-tuned by `maefast
-finetune`; so are the random weights that it began with. docs/evidence.md has the figures. Settings are the published
-ones of ViT-B but for length, rate and crops, and digits are neither mixed nor flipped; nothing was chosen by looking at the held-back
-samples.
+For each seed a small ViT-MAE is pre-trained as in `bench.evidence`, in a quarter of the steps, and fine-tuned by
+`maefast finetune`; so are the random weights that it began with. docs/evidence.md has the figures. Settings are the
+published ones of ViT-B but for length, rate and crops, and digits are neither mixed nor flipped; nothing was chosen by
+looking at the held-back samples.
 """
 
 from __future__ import annotations
