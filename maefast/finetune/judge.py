@@ -14,6 +14,7 @@ from torch import nn
 
 from maefast.data.cache import write_whole
 from maefast.data.runs import complete_rows
+from maefast.errors import TrainError
 from maefast.probe.accuracy import Accuracy, accuracy
 from maefast.probe.data import Labelled
 from maefast.probe.features import undisturbed
@@ -59,22 +60,24 @@ class Judge:
     def _write(self, path: Path) -> None:
         with open(path, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *self.rows])
+            file.flush()
+            os.fsync(file.fileno())
 
     def __call__(self, recipe: Classify, step: int, device: torch.device | str) -> Accuracy:
         """The accuracy after `step` steps, that of the average where there is one, written down."""
         began = time.perf_counter()
         networks = recipe.networks()
         answers, places = answers_of(recipe, networks, self._batches(), device, self._autocast)
+        if not places:
+            raise TrainError(f"none of the {len(self.held.which)} samples that are held back can be read")
         true = self.held.only(places).labels
         self.found, self.at = {name: accuracy(given, true) for name, given in answers.items()}, step
         best = self.found[list(networks)[-1]]
         plain = repr(self.found["model"].value) if len(networks) > 1 else ""
         seconds = time.perf_counter() - began
+        self.rows = [row for row in self.rows if int(row[0]) < step]
         self.rows.append([*map(repr, (step, best.value, *best.interval, best.count, seconds)), plain])
-        with open(self._path, "a", newline="") as file:
-            csv.writer(file).writerow(self.rows[-1])
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(self._path, self._write)
         return best
 
     def _batches(self):
@@ -108,4 +111,4 @@ def answers_of(
                     with autocast():
                         logits = network(images)
                 found[name].append(logits.argmax(1).cpu().numpy())
-    return {name: np.concatenate(parts) for name, parts in found.items()}, places
+    return {name: np.concatenate([*parts, np.zeros(0, int)]) for name, parts in found.items()}, places

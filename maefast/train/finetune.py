@@ -24,7 +24,7 @@ from maefast.probe.samples import fixed
 from maefast.recipes.masked_images import MaskedImages
 
 from . import checkpoint
-from .config import PretrainConfig, _unusable_folder
+from .config import PretrainConfig
 from .loop import Run
 from .reopen import Opened, open_recipe
 
@@ -138,23 +138,21 @@ def finetune(
     options, output = options or Options(), Path(output)
     if int(os.environ.get("RANK", "0")):
         say = _quiet
-    if problem := _unusable_folder(output):
-        raise ConfigError(f"--output-dir {output}: {problem}")
     opened = open_recipe(path, name, img_size, heads, ema, say)
-    kind = getattr(opened.recipe, "model", None)
-    if not isinstance(opened.recipe, MaskedImages) or not isinstance(kind, (MaskedAutoencoderViT, FCMAE, SparK)):
+    model = getattr(opened.recipe, "model", None)
+    if not isinstance(opened.recipe, MaskedImages) or not isinstance(model, (MaskedAutoencoderViT, FCMAE, SparK)):
         raise ConfigError(
             f"{path} holds a {opened.recipe.config.get('name')}; fine-tuned are mae_*, spark_* and fcmae_* models: "
             "`maefast export` writes other encoders, where they have a layout, for timm's or the authors' script"
         )
-    usual = published(kind)
+    usual = published(model)
     chosen = {key: getattr(usual if getattr(options, key) is None else options, key) for key in _CHOSEN}
     config = _config(opened, data, output, options, usual, chosen | {"labels": options.labels})
+    config.check()
     source, held, classes, notes = _data(opened, config, options)
     for line in notes:
         say(line)
     config = replace(config, probe_every=options.eval_every or max(1, len(source) // _per_step(config)))
-    config.check()
     recipe: list[Classify] = []
 
     def make() -> Classify:

@@ -88,6 +88,7 @@ def test_a_run_goes_on_where_it_was_stopped(trained, tmp_path, monkeypatch, kind
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole"))
     assert all(torch.equal(one[name], two[name]) for name in one.keys() | two.keys())
     assert finetune(start, str(photos), tmp_path / "parts", how, say=str) == whole  # a finished run, called again
+    assert [row[0] for row in complete_rows(tmp_path / "parts" / "accuracy.csv")[1]] == ["0", "3", "6"]
 
 
 def test_the_weights_are_those_that_were_judged(trained, tmp_path):
@@ -182,6 +183,8 @@ def test_bad_options(changes, message):
 
 def test_bad_input(trained, tmp_path):
     photos, start, _ = trained
+    with pytest.raises(ConfigError, match="--batch-size must be at least 1, not 0"):
+        finetune(start, str(photos), tmp_path / "a", options(batch_size=0), say=str)
     with pytest.raises(ConfigError, match="--val-data /nowhere: no such"):
         finetune(start, str(photos), tmp_path / "a", options(val_data="/nowhere"), say=str)
     with pytest.raises(ConfigError, match=r"--labels .*gone\.csv: No such file"):
