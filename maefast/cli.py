@@ -52,6 +52,7 @@ class Pool(str, Enum):
     mean = "mean"
     cls = "cls"
     both = "both"
+    attentive = "attentive"
 
 
 class Format(str, Enum):
@@ -134,6 +135,7 @@ def pretrain(
     max_pixels: Annotated[int | None, option("max_pixels")] = None,
     skip_bad: Annotated[bool, option("skip_bad")] = False,
     workers: Annotated[int | None, option("workers")] = None,
+    gpu_decode: Annotated[bool, option("gpu_decode")] = False,
     cache_mb: Annotated[int, option("cache_mb")] = 512,
     amp: Annotated[Amp, option("amp")] = Amp.no,
     device: Annotated[Device, option("device")] = Device.auto,
@@ -150,6 +152,7 @@ def pretrain(
     picture: Annotated[Picture, option("picture")] = Picture.restored,
     log_every: Annotated[int, option("log_every")] = 10,
     tensorboard: Annotated[bool, option("tensorboard")] = True,
+    wandb: Annotated[str | None, option("wandb")] = None,
     probe_every: Annotated[int, option("probe_every")] = 0,
     probe_data: Annotated[str | None, option("probe_data")] = None,
     probe_labels: Annotated[str, option("probe_labels")] = "folders",
@@ -194,6 +197,7 @@ def data_speed(
     channels: Annotated[int | None, option("channels")] = None,
     batch_size: Annotated[int, option("batch_size")] = 64,
     workers: Annotated[int | None, option("workers")] = None,
+    gpu_decode: Annotated[bool, option("gpu_decode")] = False,
     skip_bad: Annotated[bool, option("skip_bad")] = False,
     amp: Annotated[Amp, option("amp")] = Amp.no,
     device: Annotated[Device, option("device")] = Device.auto,
@@ -281,10 +285,15 @@ def recipes() -> None:
 @app.command()
 def reconstruct(
     checkpoint: Source,
-    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
+    images: Annotated[
+        list[str],
+        typer.Argument(help="Image files; or folders, lists, tars, tables, as of --data.", show_default=False),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write: .png, .jpg, .webp.")] = Path(
         "reconstruction.png"
     ),
+    count: Annotated[int, typer.Option(min=1, help="Images of each folder, list, tar or table.")] = 8,
+    column: Annotated[str | None, typer.Option(help=HELP["Data"]["column"], show_default=False)] = None,
     mask_ratio: Annotated[
         float | None,
         typer.Option(
@@ -308,12 +317,14 @@ def reconstruct(
 
     def run() -> None:
         from .train.config import parse_heads, parse_size
-        from .train.export import reconstruct_files
+        from .train.reconstruct import reconstruct_files
 
         reconstruct_files(
             checkpoint,
             images,
             output,
+            count=count,
+            column=column,
             mask_ratio=mask_ratio,
             seed=seed,
             raw=picture is Picture.raw,
@@ -347,7 +358,10 @@ def probe(
     test_labels: Annotated[str | None, typer.Option(help="Classes of --test.", show_default="as --labels")] = None,
     test_share: Annotated[float, typer.Option(help="Share of each class that is held back, without --test.")] = 0.2,
     k: Annotated[int, typer.Option("--k", help="Neighbours that vote.")] = 20,
-    pool: Annotated[Pool, typer.Option(help="Features: mean of all patches, class token, or both.")] = Pool.mean,
+    pool: Annotated[
+        Pool, typer.Option(help="Features: mean of all patches, class token, both; attentive: a third probe learns it.")
+    ] = Pool.mean,
+    tsne: Annotated[bool, typer.Option("--tsne", help="Draw the classes by t-SNE too.")] = False,
     baselines: Annotated[
         bool,
         typer.Option("--baselines", help="The same with random weights, and with pixels (up to 32x32) for features."),
@@ -385,6 +399,7 @@ def probe(
             test_share=test_share,
             k=k,
             pool=pool.value,
+            tsne=tsne,
             baselines=baselines,
             seed=seed,
             batch_size=batch_size,

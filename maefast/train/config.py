@@ -58,6 +58,7 @@ class PretrainConfig:
     value_range: list[float] | str = "auto"
     pixel_bits: int = 8
     max_pixels: int | None = None
+    gpu_decode: bool = False
     # Machine.
     amp: str = "no"
     device: str = "auto"
@@ -76,6 +77,7 @@ class PretrainConfig:
     picture: str = "restored"
     log_every: int = 10
     tensorboard: bool = True
+    wandb: str | None = None
     # What is learned: k-NN accuracy on the way.
     probe_every: int = 0
     probe_data: str | None = None
@@ -174,6 +176,11 @@ class PretrainConfig:
         must(
             self.channels is None or self.pixel_bits == 8,
             "--pixel-bits is for photographs: with --channels values are taken as they are",
+        )
+        must(self.wandb != "", "--wandb wants the name of a project")
+        must(
+            not self.gpu_decode or (self.channels is None and self.pixel_bits == 8 and self.value_range == "auto"),
+            "--gpu-decode is for photographs of eight bits: without --channels, --pixel-bits 16 and --value-range",
         )
         must(self.picture in PICTURES, f"--picture must be {' or '.join(PICTURES)}, not {self.picture!r}")
         must(self.device in ("auto", "cpu"), f"--device must be auto or cpu, not {self.device!r}")
@@ -314,8 +321,8 @@ def _flag(name: str) -> str:
 # Fields whose change leaves the loss sequence of a resumed run as it was.
 HARMLESS = {
     "output_dir", "resume", "save_every", "keep", "picture_every", "picture_rows", "picture", "log_every",
-    "tensorboard", "max_pixels", "workers", "cache_mb", "init_from", "init_ema", "init_exact", "recompute", "skip_bad",
-    "graph", "fsdp", "data", "column", "epochs", "steps", "probe_every", "probe_data", "probe_labels",
+    "tensorboard", "wandb", "max_pixels", "workers", "cache_mb", "init_from", "init_ema", "init_exact", "recompute",
+    "skip_bad", "graph", "fsdp", "data", "column", "epochs", "steps", "probe_every", "probe_data", "probe_labels",
 }  # fmt: skip
 
 

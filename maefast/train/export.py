@@ -1,35 +1,25 @@
-"""`maefast export` and `maefast reconstruct`: what a trained model is good for afterwards."""
+"""`maefast export`: the weights in the layouts of other libraries."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from maefast import seeds
-from maefast.data.channels import Channels, read_channels, shown, shown_range
 from maefast.data.images.batch import MEAN, STD
-from maefast.data.images.pixels import Decoder
-from maefast.data.images.value_range import settle
-from maefast.data.records import Names, Paths
-from maefast.errors import BadImage, ConfigError
+from maefast.errors import ConfigError
 from maefast.models.convert import encoder_state, mae_to_hf
 from maefast.models.convnames import FCMAE, convnext_to_timm, fcmae_to_sparse
 from maefast.models.hf_config import config_of
-from maefast.recipes.masked_images import image_shape
 
 from . import checkpoint
-from .image_models import check_mask, mask_ratio_of
-from .infer import check_vit, infer_arguments, make_model, sides_of, unusual_heads
-from .weights import Weights, open_weights
+from .infer import check_vit, infer_arguments, sides_of, unusual_heads
+from .weights import Weights, open_weights, run_of
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 _HF_LAYOUTS = {"hf": "5", "hf4": "4", "hf-mae": "4"}  # major versions of transformers; 5 reads the names of 4 too
@@ -74,7 +64,7 @@ def export_file(
             raise ConfigError(
                 "--format hf-mae: transformers' ViTMAE takes square images only; use hf (the encoder) or mae"
             )
-    run = _run_of(weights)
+    run = run_of(weights)
     measured = run is not None and run.config.get("channels") is not None
     if measured:
         numbers = ", ".join(f"{name} {run.config[name]}" for name in ("mean", "std", "value_range"))
@@ -137,109 +127,6 @@ def _write_weights(
     else:
         document = {inside: tensors, **described} if inside else tensors
         _replace(target, lambda temporary: torch.save(document, temporary))
-
-
-def reconstruct_files(
-    path: str | Path,
-    images: Sequence[Path],
-    output: Path,
-    *,
-    mask_ratio: float | None = None,
-    seed: int = 0,
-    raw: bool = False,
-    norm_pix: bool | None = None,
-    name: str | None = None,
-    img_size: int | Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    ema: bool = False,
-    value_range: Any = None,
-    max_pixels: int | None = None,
-) -> None:
-    """Draw the reconstructions of image files (centre crops in the model's size; image i gets mask i of `seed`).
-
-    `value_range`, `max_pixels`: see PretrainConfig; by default as in the run, if `path` is one.
-    """
-    from maefast.data.images import pictures
-
-    pictures.picture_format(output)  # before anything is computed
-    weights = open_weights(path, ema)
-    model = make_model(weights, name, norm_pix, img_size, heads)
-    mask_ratio = mask_ratio_of(model, mask_ratio)
-    check_mask(model, mask_ratio)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model.to(device).eval()
-    channels, *size = image_shape(model)
-    names = [Path(image).name for image in images]
-    normalised = _normalised(weights, channels, size, images, value_range, max_pixels)
-    if normalised is None:
-        decoder = _decoder(weights, channels, images, value_range, max_pixels)
-        try:
-            examples = pictures.load_examples(images, names, size, decoder, model.num_patches, seed)
-        except BadImage as error:
-            raise BadImage(error.path, error.reason, "leave it out") from error
-    else:
-        noise = seeds.Draw(seed, range(len(names)), seeds.PICTURE).uniform("mask", model.num_patches)
-        scale = [part.to(device) for part in shown_range(channels)]
-    batches = []
-    for start in range(0, len(names), 16):  # bounds memory for long lists
-        part = slice(start, start + 16)
-        if normalised is None:
-            chunk = pictures.Examples(examples.images[part], examples.noise[part], names[part])
-            batches.append(pictures.reconstruct(model, chunk, mask_ratio, device, raw))
-        else:
-            given = normalised[part].to(device), *scale, raw
-            mask = {"mask_ratio": mask_ratio, "noise": noise[part].to(device)}
-            batches.append([shown(column) for column in pictures.columns_of(model, *given, **mask)])
-    columns = [torch.cat(column) for column in zip(*batches, strict=True)]
-    pictures.save_picture(columns, names, output, pictures.note(model, raw))
-
-
-def _run_of(weights: Weights) -> checkpoint.State | None:
-    """The state of the run whose checkpoint the weights are of."""
-    folder = weights.source.parent
-    return checkpoint.read_state(folder) if (folder / checkpoint.STATE).is_file() else None
-
-
-def _normalised(
-    weights: Weights,
-    channels: int,
-    size: Sequence[int],
-    images: Sequence[Path],
-    value_range: Any,
-    max_pixels: int | None,
-) -> torch.Tensor | None:
-    """float32 [B, C, H, W], normalised as the run did it, if it learned from numbers (`--channels`); else None."""
-    run = _run_of(weights)
-    if run is None or run.config.get("channels") is None:
-        return None
-    options = SimpleNamespace(**run.config)
-    options.value_range = run.config["value_range"] if value_range is None else value_range
-    kind = Channels(channels, tuple(size), own_scale=False).kind(options)
-    made = []
-    for path in images:
-        try:
-            made.append(kind.example(read_channels(path, channels, max_pixels)))
-        except (ValueError, OSError) as error:
-            raise BadImage(path, str(error), "leave it out") from error
-    return kind.collate(made, np.arange(len(made))).images
-
-
-def _decoder(
-    weights: Weights, channels: int, images: Sequence[Path], value_range: Any, max_pixels: int | None
-) -> Decoder:
-    """As the run decoded its images, if the weights are of one, unless told otherwise."""
-    decoder, quiet = Decoder(channels), False
-    if (run := _run_of(weights)) is not None:
-        quiet = value_range is None  # what looks odd was said by the run
-        decoder = replace(decoder, bits=run.config.get("pixel_bits", 8), scale=run.extra.get("scale"))
-        value_range = run.config.get("value_range") if value_range is None else value_range
-        max_pixels = run.config.get("max_pixels") if max_pixels is None else max_pixels
-    if max_pixels is not None:
-        decoder = replace(decoder, max_pixels=max_pixels)
-    decoder, lines = settle(Paths("", "", Names(str(path) for path in images)), decoder, value_range)
-    for line in () if quiet else lines:
-        print(line)
-    return decoder
 
 
 def _hf_preprocessor(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -68,8 +68,8 @@ class Pending:
 def pretrain(config: PretrainConfig, *, create_model: Callable[..., nn.Module] | None = None) -> Result:
     """Train a masked model as `config` says. Everything it leaves is under `config.output_dir`:
 
-        config.yaml, metrics.csv, probe.csv (with probe_every), tensorboard/, pictures/step-*.png, checkpoints/step-*/,
-        and at the end reconstruction.png and loss_curve.png
+        config.yaml, metrics.csv, probe.csv (with probe_every), tensorboard/, wandb/ (with wandb), pictures/step-*.png,
+        checkpoints/step-*/, and at the end reconstruction.png and loss_curve.png
 
     `create_model(name, **arguments)` replaces `maefast.models.create`, for a model of your own with its interface, or a
     `maefast.recipe.Recipe`.
@@ -105,7 +105,8 @@ class Run:
         self.last: Path | None = None
         self.done = self.position = self._saved = 0
         self.loss: float | None = None
-        self.metrics = self.tensorboard = self.progress = self.loader = None
+        self.metrics = self.progress = self.loader = None
+        self.writers: list[Any] = []  # with the methods of TensorBoard's
         self._pending: list[Pending] = []
         self._batches: list[Batch] = []
         self._failed: Exception | None = None
@@ -159,11 +160,8 @@ class Run:
             facts = {"peak_lr": peak, units: len(self.source), f"{units}_per_step": self.step_samples}
             config.dump(self.out / "config.yaml", steps=self.total, warmup_steps=warmup, **facts)
             self.metrics = MetricsFile(self.out / "metrics.csv", self.done, self.source.unit)
-            if config.tensorboard:
-                self.tensorboard = open_tensorboard(self.out / "tensorboard", self.done)
+            self._open_writers()
         self.progress = metrics.Progress(self.total, self.done, self.main, unit=self.source.unit)
-        if self.main and config.tensorboard and self.tensorboard is None:
-            self._say('tensorboard is not installed (pip install "maefast[train]"); metrics.csv has the same numbers')
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._say(
             f"{config.title}: {trained / 1e6:.2f} M parameters; {len(self.source)} {self.source.unit}s of "
@@ -181,7 +179,7 @@ class Run:
             self._prepared,
             self._say,
             gathered,
-            self.tensorboard,
+            self.writers,
         )
         if config.probe_every:
             if self.main:
@@ -194,6 +192,20 @@ class Run:
         from .probe import open_watch
 
         return open_watch(self.recipe, self.config, self.source, self.done, self._say)
+
+    def _open_writers(self) -> None:
+        config = self.config
+        if config.tensorboard:
+            board = open_tensorboard(self.out / "tensorboard", self.done)
+            if board is not None:
+                self.writers.append(board)
+            else:
+                missing = 'tensorboard is not installed (pip install "maefast[train]")'
+                self._say(f"{missing}; metrics.csv has the same numbers")
+        if config.wandb is not None:
+            from .weights_and_biases import WandbWriter
+
+            self.writers.append(WandbWriter(config.wandb, self.out, self.done, config.to_dict(), self._say))
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
@@ -345,11 +357,11 @@ class Run:
 
     def _write(self, rows: list[Row]) -> None:
         self.metrics.write(rows)
-        if self.tensorboard is not None:
-            for row in rows:
-                for name, value in zip(metrics.header(self.source.unit, tuple(row.terms)), row.values()):
-                    if name not in ("step", "epoch") and value is not None:
-                        self.tensorboard.add_scalar(f"train/{name}", value, row.step)
+        for row in rows if self.writers else ():
+            for name, value in zip(metrics.header(self.source.unit, tuple(row.terms)), row.values()):
+                if name not in ("step", "epoch") and value is not None:
+                    for writer in self.writers:
+                        writer.add_scalar(f"train/{name}", value, row.step)
 
     # ---- what is left behind
 
@@ -425,7 +437,7 @@ class Run:
             print(text, flush=True)
 
     def close(self) -> None:
-        for part in (self.progress, self.metrics, self.tensorboard, self.loader):
+        for part in (self.progress, self.metrics, *self.writers, self.loader):
             if part is not None:
                 part.close()
         self._others.close()

@@ -25,6 +25,7 @@ HELP = {
         "max_pixels": "Refuse larger images (0: none).",
         "skip_bad": "Count and skip unreadable images instead of stopping.",
         "workers": "Processes that load images; 0 loads in the main one.",
+        "gpu_decode": "Decode JPEG files, crop and resize on the GPU (nvImageCodec). UNTESTED on a device so far.",
         "cache_mb": "Memory for decoded images, all workers together.",
     },
     "Model": {
@@ -79,6 +80,7 @@ HELP = {
         "hidden patch, so brightness is not guessed; raw uses nothing of the hidden pixels.",
         "log_every": "On a GPU, read the losses every so many steps (each one is logged).",
         "tensorboard": "Write TensorBoard events.",
+        "wandb": "Log to this project of Weights & Biases too, a run there for each output folder.",
     },
     "What is learned": {
         "probe_every": "Steps between k-NN accuracies of the encoder's features, from step 0 on, in probe.csv and "
@@ -102,11 +104,14 @@ _SHOWN = {
     "channels": "the model's, photographs",
     "mean": "estimated",
     "std": "estimated",
-    **dict.fromkeys(("data", "recipe", "model_arg", "init_from", "steps", "lr", "config", "probe_data"), False),
+    **dict.fromkeys(
+        ("data", "recipe", "model_arg", "init_from", "steps", "lr", "config", "probe_data", "wandb"), False
+    ),
 }
 _FLAGS = {
     "output_dir": ("--output-dir", "-o"),
     "skip_bad": ("--skip-bad",),
+    "gpu_decode": ("--gpu-decode",),
     "recompute": ("--recompute",),
     "fsdp": ("--fsdp",),
     "demo": ("--demo",),

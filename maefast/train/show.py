@@ -3,7 +3,7 @@ and probes. All processes call these methods; the main one alone shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ class Show:
     title, unit: for captions and lines. main: whether this is the main process.
     examples: (batch, names), on the main process. rows: how many there are, on all of them.
     prepared: (batch, purpose of `maefast.seeds`, recipe) -> view. say: tells a line.
-    tensorboard: a SummaryWriter, or None. watch: of `--probe-every`, on the main process.
+    writers: TensorBoard's and others with its methods. watch: of `--probe-every`, on the main process.
     """
 
     recipe: Recipe
@@ -40,7 +40,7 @@ class Show:
     prepared: Callable[[Batch, int, Recipe], View]
     say: Callable[[str], object]
     gathered: Gathered | None = None
-    tensorboard: Any = None
+    writers: Sequence[Any] = ()
     watch: Watch | None = None
 
     @contextmanager
@@ -82,8 +82,8 @@ class Show:
         if picture is None:
             return
         picture.save(path, f"{self.title}, step {step}, {picture.caption}")
-        if self.tensorboard is not None:
-            self.tensorboard.add_image("reconstruction", picture.pixels(), step)
+        for writer in self.writers:
+            writer.add_image("reconstruction", picture.pixels(), step)
 
     def baseline(self) -> tuple[float, float] | None:
         """(loss, loss of a trivial predictor), of the terms that both have, on the examples; said too."""
@@ -113,7 +113,7 @@ class Show:
                     raise
                 self.say(f"no probe of step {step}: {error}")
                 return
-        if self.tensorboard is not None:
-            self.tensorboard.add_scalar(self.watch.tag, found.value, step)
+        for writer in self.writers:
+            writer.add_scalar(self.watch.tag, found.value, step)
         text = f"{str(found).strip()} on {found.count} {self.unit}s held back"
         self.say(f"step {step}: {self.watch.what} {text}")

@@ -17,9 +17,10 @@ from maefast.models.convnames import fcmae_to_sparse
 from maefast.models.resnet import ResNet
 from maefast.train import CheckpointError, ConfigError, checkpoint, pretrain
 from maefast.train.config import load_config
-from maefast.train.export import export_file, reconstruct_files
+from maefast.train.export import export_file
 from maefast.train.image_models import check_mask
 from maefast.train.infer import infer_arguments, make_model
+from maefast.train.reconstruct import reconstruct_files
 from maefast.train.schedule import parameter_groups
 from maefast.train.weights import Weights, load_pretrained, open_weights
 from tests.train import common, victims

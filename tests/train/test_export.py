@@ -6,17 +6,23 @@ import argparse
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from maefast.data.images import pictures
+from maefast.errors import BadImage
 from maefast.models import create
 from maefast.models.hf_config import config_of
 from maefast.train import CheckpointError, ConfigError, pretrain
-from maefast.train.export import export_file, reconstruct_files
+from maefast.train.export import export_file
 from maefast.train.infer import infer_arguments, make_model
+from maefast.train.reconstruct import reconstruct_files
 from maefast.train.weights import load_pretrained, open_weights
+from tests.data.sources import write_images, write_shards
 from tests.train.common import tiny_config
 
 SMALL = {
@@ -270,6 +276,26 @@ def test_reconstruct_files_is_repeatable_and_follows_the_seed(run, photos, tmp_p
     assert not np.array_equal(one, other)
     with pytest.raises(ConfigError, match="leaves 0 of 16"):
         reconstruct_files(run, files, tmp_path / "d.png", mask_ratio=0.999)
+
+
+def test_reconstruct_takes_what_data_may_be(run, tmp_path, monkeypatch):
+    """Of each folder, list, tar or table some images, the same ones wherever they lie."""
+    monkeypatch.setenv("MAEFAST_CACHE", str(tmp_path / "cache"))
+    files = write_images(tmp_path / "images")
+    write_shards(tmp_path / "shards")
+    (tmp_path / "list.txt").write_text("".join(f"{file}\n" for file in files))
+    pq.write_table(pa.table({"image": [file.read_bytes() for file in files]}), tmp_path / "table.parquet")
+    drawn = []
+    monkeypatch.setattr(pictures, "save_picture", lambda columns, names, *rest: drawn.append((columns, names)))
+    reconstruct_files(run, [files[0], files[3], files[6]], tmp_path / "a.png")
+    for given in ("images", "list.txt", "shards", "shards/{0000..0001}.tar", "table.parquet"):
+        reconstruct_files(run, [str(tmp_path / given)], tmp_path / "a.png", count=3)
+        assert all(map(torch.equal, drawn[-1][0], drawn[0][0])), given
+    assert drawn[-1][1] == ["table.parquet[0]", "table.parquet[3]", "table.parquet[6]"]
+    with pytest.raises(ConfigError, match=r"^[^-].*none\.tar"):
+        reconstruct_files(run, [str(tmp_path / "none.tar")], tmp_path / "b.png")
+    with pytest.raises(BadImage, match=r"none\.png"):
+        reconstruct_files(run, [tmp_path / "none.png"], tmp_path / "b.png")
 
 
 def test_output_names_are_checked(run, tmp_path):

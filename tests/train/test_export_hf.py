@@ -13,8 +13,9 @@ from maefast.models import create, load_checkpoint
 from maefast.models.convert import encoder_state, mae_to_hf
 from maefast.models.hf_config import arguments_of, config_of
 from maefast.train import CheckpointError, ConfigError
-from maefast.train.export import export_file, reconstruct_files
+from maefast.train.export import export_file
 from maefast.train.infer import infer_arguments, make_model
+from maefast.train.reconstruct import reconstruct_files
 from maefast.train.weights import load_pretrained, open_weights
 
 transformers = pytest.importorskip("transformers")

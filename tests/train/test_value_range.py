@@ -15,7 +15,7 @@ from maefast.data.images.pixels import Decoder, to_array
 from maefast.data.images.value_range import settle
 from maefast.train import BadImage, ConfigError, pretrain
 from maefast.train.config import load_config, parse_value_range
-from maefast.train.export import reconstruct_files
+from maefast.train.reconstruct import reconstruct_files
 from tests.train.common import losses, tiny_config
 
 
