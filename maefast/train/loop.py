@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,9 @@ from .resume import choose_checkpoint, compare
 from .sharding import whole
 from .show import Show
 from .signals import StopSignal
+
+if TYPE_CHECKING:
+    from maefast.probe.watch import Watch
 
 
 @dataclass
@@ -180,11 +183,15 @@ class Run:
         )
         if config.probe_every:
             if self.main:
-                from .probe import open_watch
-
-                self.show.watch = open_watch(self.recipe, config, self.source, self.done, self._say)
+                self.show.watch = self._watch()
             if self._others.any(self.show.watch is not None and not self.show.watch.rows):
                 self.show.probe(self.done, self.device, first=True)  # where the run, or the watch, begins
+
+    def _watch(self) -> Watch:
+        """What looks at the recipe every `probe_every` steps; on the main process."""
+        from .probe import open_watch
+
+        return open_watch(self.recipe, self.config, self.source, self.done, self._say)
 
     def _open_writers(self) -> None:
         config = self.config
@@ -280,7 +287,7 @@ class Run:
         config, step = self.config, self.done
         rate = self.lr(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         torch.manual_seed(seeds.torch_seed(config.seed, step, self.accelerator.process_index))
         loss, norm, terms = self.graph(self._views(), self._say) or self._plain_step()
         self.done += 1
