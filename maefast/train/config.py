@@ -20,6 +20,8 @@ class PretrainConfig:
 
     data: str = ""
     column: str | None = None
+    stream: bool = False
+    shuffle: int = 1000
     output_dir: str = "out"
     # What is trained: a recipe of `maefast.recipes` in one of its sizes, or a masked model of images. None leaves a
     # choice to the recipe's, or the model's, own definition.
@@ -128,7 +130,11 @@ class PretrainConfig:
             self.size is None or self.recipe is not None,
             "--size goes with --recipe; a --model has its size in its name",
         )
-        for name in ("batch_size", "accum", "save_every", "keep", "log_every"):
+        must(
+            not self.stream or self.steps is not None,
+            "--stream does not know how many samples there are: --steps, in place of --epochs, says how long a run is",
+        )
+        for name in ("batch_size", "accum", "shuffle", "save_every", "keep", "log_every"):
             must(getattr(self, name) >= 1, f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in ("workers", "cache_mb", "picture_every", "picture_rows", "probe_every", "weight_decay", "min_lr"):
             value = getattr(self, name)

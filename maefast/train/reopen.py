@@ -61,7 +61,8 @@ def open_data(
 ) -> Source:
     """The data `name`, which were given as `option`, read with the options of a run."""
     try:
-        source = recipe.wants.open(PretrainConfig(**{**options, "data": name, "output_dir": str(output)}))
+        given = {"data": name, "output_dir": str(output), "stream": False}
+        source = recipe.wants.open(PretrainConfig(**{**options, **given}))
     except ConfigError as error:
         raise ConfigError(str(error).replace("--data ", f"{option} ")) from error
     if scale and isinstance(source, ImageSource):

@@ -86,8 +86,9 @@ class ImageSource:
             Augment(self.wants.size, options.crop_scale, options.crop_ratio, options.flip),
             self.decoder,
             seed=options.seed,
-            skip_bad=options.skip_bad,
-            cache=options.cache_mb * 2**20 // max(1, options.workers),
+            # Of a stream none comes again, and what stands in for a bad one is its next.
+            skip_bad=options.skip_bad and not options.stream,
+            cache=0 if options.stream else options.cache_mb * 2**20 // max(1, options.workers),
         )
 
     def examples(self, count: int) -> tuple[ImageBatch, list[str]]:
