@@ -172,8 +172,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).splitlines()[0] if str(error) else repr(error)
-    if isinstance(error, tarfile.ReadError) and text == "empty file":
-        return "it is empty"
+    known = {"empty file": "it is empty", "unexpected end of data": "it is cut off"}
+    if isinstance(error, tarfile.ReadError) and text in known:
+        return known[text]
     return (
         text
         if isinstance(error, EOFError) and text.startswith(("it is", "no header"))

@@ -186,7 +186,7 @@ def packed(broken):
 
 def test_nothing_can_be_read(tmp_path):
     write_tar(tmp_path / "x.tar", [(f"{i}.png", b"broken") for i in range(4)])
-    with pytest.raises(TrainError, match="none of the images of a whole pass can be read|nor can any"):
+    with pytest.raises(TrainError, match=r"none of the images of a whole pass can be read|nor can any"):
         pretrain(config(tmp_path / "x.tar", tmp_path / "out", skip_bad=True))
 
 
@@ -211,9 +211,9 @@ def test_a_store_that_goes_away(shards, tmp_path, monkeypatch):
 
 
 def test_what_is_refused(shards, tmp_path, photos):
-    with pytest.raises(ConfigError, match="--stream does not know how many .* --steps"):
+    with pytest.raises(ConfigError, match=r"--stream does not know how many .* --steps"):
         pretrain(config(shards, tmp_path / "out", steps=None))
-    with pytest.raises(ConfigError, match="is neither tars .* nor Parquet"):
+    with pytest.raises(ConfigError, match=r"is neither tars .* nor Parquet"):
         pretrain(config(photos, tmp_path / "out"))
     pretrain(tiny_config(photos, tmp_path / "out", steps=2))
     with pytest.raises(ConfigError, match="of a run without --stream"):
@@ -234,7 +234,8 @@ def test_other_data_than_photographs(tmp_path, monkeypatch):
     write_tar(tmp_path / "numbers.tar", [(f"{i}.npy", array((4, 20 + i, 24), i)) for i in range(8)])
     write_tar(tmp_path / "clouds.tar", [(f"{i}.npy", array((64, 3), i)) for i in range(8)])
     recipe = {"recipe": "point_mae", "model": "mae_base", "img_size": None, "patch_size": None, "steps": 3}
-    small = {"model_args": {"points": 64, "groups": 8, "group_size": 8, "dim": 24, "depth": 1, "heads": 2}}
+    sizes = {"points": 64, "groups": 8, "group_size": 8, "embed_dim": 24, "num_heads": 2, "decoder_num_heads": 2}
+    small = {"model_args": {**sizes, "depth": 1, "decoder_depth": 1}}
     for name, more in (("numbers", {"channels": 4, "steps": 6}), ("clouds", {**recipe, **small})):
         whole = config(tmp_path / f"{name}.tar", tmp_path / name, save_every=1, **more)
         pretrain(whole)
