@@ -53,12 +53,12 @@ def read_tar(shard: str, start: int, wanted: Callable[[str], bool]) -> Opened:
                 front.seek(member.offset_data)
                 data = front.read(member.size)
                 if len(data) < member.size:
-                    raise EOFError(f"it is cut off within the member {member.name}")
+                    raise _Cut(f"it is cut off within the member {member.name}")
                 yield Blob(f"{shard}/{member.name}", partial(bytes, data))
             if len(front.last) < _BLOCK:
-                raise EOFError("it is cut off: its end mark is missing")
+                raise _Cut("it is cut off: its end mark is missing")
             if front.last != bytes(_BLOCK):
-                raise EOFError(f"no header of a member at byte {front.tell() - _BLOCK}")
+                raise _Cut(f"no header of a member at byte {front.tell() - _BLOCK}")
         except TrainError:
             raise
         except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
@@ -166,6 +166,10 @@ class _Front(io.RawIOBase):
         return self._at
 
 
+class _Cut(EOFError):
+    """Said in our own words."""
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
@@ -175,8 +179,4 @@ def _reason(error: Exception) -> str:
     known = {"empty file": "it is empty", "unexpected end of data": "it is cut off"}
     if isinstance(error, tarfile.ReadError) and text in known:
         return known[text]
-    return (
-        text
-        if isinstance(error, EOFError) and text.startswith(("it is", "no header"))
-        else (f"{type(error).__name__}: {text}")
-    )
+    return text if isinstance(error, _Cut) else f"{type(error).__name__}: {text}"

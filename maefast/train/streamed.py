@@ -37,9 +37,8 @@ class Streams:
 
     @property
     def epoch(self) -> float:
-        """Passes over the data that are behind all streams of this process."""
-        places = self.mine or self._found
-        return float(min((place.epoch for place in places.values()), default=0))
+        """Whole passes over the data, the mean of the streams of this process."""
+        return sum(place.epoch for place in self.mine.values()) / max(1, len(self.mine))
 
     def __str__(self) -> str:
         return f"{self.count} stream(s) of {len(self.records.shards)} shard(s)"
@@ -86,6 +85,11 @@ class Streams:
         return StreamSamples(samples, self)
 
     def positions(self, start: int, micro_batches: int) -> StreamPositions:
+        for turn in range(self.count * self.unit // (self.world * self.config.batch_size)):
+            first = start + (turn * self.world + self.rank) * self.config.batch_size
+            for position in range(first, first + self.config.batch_size, self.unit):
+                number = self.number(position)
+                self.mine[number] = self._found.get(number, Place())
         return StreamPositions(start, micro_batches, self.config.batch_size, self.rank, self.world)
 
     def number(self, position: int) -> int:
