@@ -13,6 +13,9 @@ HELP = {
         "and scikit-learn.",
         "column": "Column of the table that holds images or paths; in tars with several images a sample, the ending of "
         "those that are meant (jpg, seg.png).",
+        "stream": "Read tars (also .tar.gz, .tar.zst, ...) or Parquet front to back, shard by shard in a random order, "
+        "without an index; needs --steps.",
+        "shuffle": "With --stream: records that are held, and given out in random order, by each worker.",
         "crop_scale": "Area of the random crop as a share of the image: low high.",
         "crop_ratio": "Width / height of the crop, relative to that of the images the model takes: low high.",
         "flip": "Probability of a horizontal flip.",
@@ -113,6 +116,7 @@ _FLAGS = {
     "output_dir": ("--output-dir", "-o"),
     "skip_bad": ("--skip-bad",),
     "gpu_decode": ("--gpu-decode",),
+    "stream": ("--stream",),
     "recompute": ("--recompute",),
     "fsdp": ("--fsdp",),
     "demo": ("--demo",),
