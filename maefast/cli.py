@@ -32,6 +32,11 @@ class Amp(str, Enum):
     fp16 = "fp16"
 
 
+class OptimState(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
@@ -100,6 +105,8 @@ def pretrain(
     ctx: typer.Context,
     data: Annotated[str, option("data")] = "",
     column: Annotated[str | None, option("column")] = None,
+    stream: Annotated[bool, option("stream")] = False,
+    shuffle: Annotated[int, option("shuffle")] = 1000,
     recipe: Annotated[str | None, option("recipe")] = None,
     size: Annotated[str | None, option("size")] = None,
     demo: Annotated[bool, option("demo")] = False,
@@ -124,6 +131,7 @@ def pretrain(
     weight_decay: Annotated[float, option("weight_decay")] = 0.05,
     betas: Annotated[tuple[float, float], option("betas")] = (0.9, 0.95),
     clip: Annotated[float | None, option("clip")] = None,
+    optim_state: Annotated[OptimState, option("optim_state")] = OptimState.fp32,
     crop_scale: Annotated[tuple[float, float], option("crop_scale")] = (0.2, 1.0),
     crop_ratio: Annotated[tuple[float, float], option("crop_ratio")] = (0.75, 4 / 3),
     flip: Annotated[float, option("flip")] = 0.5,
@@ -194,6 +202,8 @@ def data_speed(
     img_size: Annotated[str | None, option("img_size")] = None,
     patch_size: Annotated[int | None, option("patch_size")] = None,
     column: Annotated[str | None, option("column")] = None,
+    stream: Annotated[bool, option("stream")] = False,
+    shuffle: Annotated[int, option("shuffle")] = 1000,
     channels: Annotated[int | None, option("channels")] = None,
     batch_size: Annotated[int, option("batch_size")] = 64,
     workers: Annotated[int | None, option("workers")] = None,

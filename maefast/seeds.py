@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Purposes. The numbers are part of the format: changing one changes every run.
-SHUFFLE, AUGMENT, MASK, PICTURE, MODEL, SAMPLE, PROBE = 1, 2, 3, 4, 5, 6, 7
+SHUFFLE, AUGMENT, MASK, PICTURE, MODEL, SAMPLE, PROBE, STREAM = 1, 2, 3, 4, 5, 6, 7, 8
 
 
 def generator(seed: int, purpose: int, a: int = 0, b: int = 0) -> np.random.Generator:

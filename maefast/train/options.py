@@ -13,6 +13,9 @@ HELP = {
         "and scikit-learn.",
         "column": "Column of the table that holds images or paths; in tars with several images a sample, the ending of "
         "those that are meant (jpg, seg.png).",
+        "stream": "Read tars (also .tar.gz, .tar.zst, ...) or Parquet front to back, shard by shard in a random order, "
+        "without an index; needs --steps.",
+        "shuffle": "With --stream: records that are held, and given out in random order, by each worker.",
         "crop_scale": "Area of the random crop as a share of the image: low high.",
         "crop_ratio": "Width / height of the crop, relative to that of the images the model takes: low high.",
         "flip": "Probability of a horizontal flip.",
@@ -59,6 +62,7 @@ HELP = {
         "betas": "AdamW's decay rates of its running averages.",
         "weight_decay": "AdamW's decay of matrices (biases and norms have none).",
         "clip": "Clip the global norm of the gradient to this.",
+        "optim_state": "fp32, or bf16: AdamW's moments in 4 bytes a parameter instead of 8 (docs/optimizer.md).",
     },
     "Machine": {
         "amp": "Mixed precision.",
@@ -112,6 +116,7 @@ _FLAGS = {
     "output_dir": ("--output-dir", "-o"),
     "skip_bad": ("--skip-bad",),
     "gpu_decode": ("--gpu-decode",),
+    "stream": ("--stream",),
     "recompute": ("--recompute",),
     "fsdp": ("--fsdp",),
     "demo": ("--demo",),

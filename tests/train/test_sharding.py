@@ -21,7 +21,7 @@ from maefast.train.schedule import make_optimizer
 from maefast.train.weights import open_weights
 from tests.recipes import test_dmae, test_lut
 from tests.train import victims
-from tests.train.common import convnet_config, losses, rows, run_together, tiny_config
+from tests.train.common import assert_equal, convnet_config, losses, rows, run_together, tensors, tiny_config
 from tests.train.test_distributed import assert_same_sequence
 
 STEPS = {"lr": None, "blr": 0.3, "clip": 1.0, "steps": 8, "save_every": 4}
@@ -65,15 +65,6 @@ def gathered(sharded, tmp_path_factory):
     return out
 
 
-def tensors(out, step):
-    """The weights and the optimizer's tensors of a checkpoint, whatever it was written by."""
-    path = out / "checkpoints" / f"step-{step:08d}"
-    return tuple(
-        shards.read(path / folder) if (path / folder).is_dir() else checkpoint.load_weights(path / file)
-        for folder, file in (("model", checkpoint.MODEL), ("optimizer", checkpoint.OPTIMIZER))
-    )
-
-
 def close(one, other):
     for mine, theirs in zip(one, other):
         assert mine.keys() == theirs.keys()
@@ -84,14 +75,6 @@ def close(one, other):
             ):  # that of keys has no gradient but rounding, which Adam makes large
                 tensor, other = (torch.cat(t.chunk(3)[::2]) for t in (tensor, other))
             torch.testing.assert_close(tensor, other, rtol=2e-3, atol=2e-5, msg=key)
-
-
-def assert_equal(one, other):
-    for mine, theirs in zip(one, other, strict=True):
-        assert mine.keys() == theirs.keys()
-        for key, tensor in mine.items():
-            assert tensor.dtype is theirs[key].dtype
-            assert torch.equal(tensor, theirs[key]), key
 
 
 def test_shards_learn_what_one_process_learns(alone, sharded):
@@ -131,6 +114,27 @@ def test_a_run_in_shards_goes_on_bit_for_bit(sharded, photos, tmp_path):
     assert run_together(victims.train_as, 2, pair(photos, out, picture_rows=2)) == [0, 0]
     assert losses(out) == losses(sharded)
     assert_equal(tensors(out, 8), tensors(sharded, 8))
+
+
+def test_moments_in_bfloat16(photos, tmp_path):
+    """An interrupted run goes on bit for bit, and one process reads its shards. There sums are rounded otherwise, so
+    other dice fall."""
+    config = pair(photos, tmp_path / "out", optim_state="bf16")
+    assert run_together(victims.train_as, 2, config) == [0, 0]
+    written = losses(tmp_path / "out"), tensors(tmp_path / "out", 8)
+    kinds = {(key.split(".")[0], tensor.dtype) for key, tensor in written[1][1].items()}
+    assert kinds == {("exp_avg", torch.bfloat16), ("exp_avg_sq", torch.bfloat16), ("step", torch.float32)}
+    path = tmp_path / "out" / "checkpoints" / "step-00000008"
+    path.rename(tmp_path / "step-00000008")
+    assert run_together(victims.train_as, 2, config) == [0, 0]
+    assert losses(tmp_path / "out") == written[0]
+    assert_equal(tensors(tmp_path / "out", 8), written[1])
+    path.rename(tmp_path / "set aside")
+    pretrain(one(photos, tmp_path / "out", optim_state="bf16"))  # from step 4
+    assert [float(loss) for _, loss, _ in losses(tmp_path / "out")] == pytest.approx(
+        [float(loss) for _, loss, _ in written[0]], rel=1e-2
+    )
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out", 8)[1].values()} == {torch.bfloat16, torch.float32}
 
 
 def test_whatever_reads_weights_reads_shards(sharded, gathered, photos, tmp_path):
