@@ -32,6 +32,7 @@ from maefast.train.reopen import open_recipe
 
 BEFORE, AFTER = 300, 80  # steps of 64 and of 32
 FINE = {"batch_size": 32, "lr": 2e-3, "flip": 0.0, "crop_scale": (0.6, 1.0), "tensorboard": False, "workers": 0}
+_PATHS = ("checkpoint", "data", "labels", "val_data", "val_share")  # of this machine, or nothing
 
 
 def write_tenth(folder: Path) -> None:
@@ -67,7 +68,8 @@ def record(folder: Path, seed: int, before: int = BEFORE, after: int = AFTER, **
             )
             document = finetune(start, str(data / "train"), out / f"{known} {name}", options, say=str)
             seconds = time.perf_counter() - began
-            found[f"{known}, {name}"] = {**document, "checkpoint": name, "seconds": seconds}
+            kept = {key: value for key, value in document.items() if key not in _PATHS}
+            found[f"{known}, {name}"] = {**kept, "seconds": seconds}
     return {"seed": seed, "found": found}
 
 
