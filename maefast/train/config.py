@@ -20,6 +20,8 @@ class PretrainConfig:
 
     data: str = ""
     column: str | None = None
+    stream: bool = False
+    shuffle: int = 1000
     output_dir: str = "out"
     # What is trained: a recipe of `maefast.recipes` in one of its sizes, or a masked model of images. None leaves a
     # choice to the recipe's, or the model's, own definition.
@@ -130,7 +132,11 @@ class PretrainConfig:
             self.size is None or self.recipe is not None,
             "--size goes with --recipe; a --model has its size in its name",
         )
-        for name in ("batch_size", "accum", "save_every", "keep", "log_every"):
+        must(
+            not self.stream or self.steps is not None,
+            "--stream does not know how many samples there are: --steps, in place of --epochs, says how long a run is",
+        )
+        for name in ("batch_size", "accum", "shuffle", "save_every", "keep", "log_every"):
             must(getattr(self, name) >= 1, f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
         for name in ("workers", "cache_mb", "picture_every", "picture_rows", "probe_every", "weight_decay", "min_lr"):
             value = getattr(self, name)
@@ -183,6 +189,10 @@ class PretrainConfig:
         must(
             not self.gpu_decode or (self.channels is None and self.pixel_bits == 8 and self.value_range == "auto"),
             "--gpu-decode is for photographs of eight bits: without --channels, --pixel-bits 16 and --value-range",
+        )
+        must(
+            not (self.gpu_decode and self.stream),
+            "--gpu-decode is for data with an index: without --stream",
         )
         must(self.picture in PICTURES, f"--picture must be {' or '.join(PICTURES)}, not {self.picture!r}")
         must(self.device in ("auto", "cpu"), f"--device must be auto or cpu, not {self.device!r}")

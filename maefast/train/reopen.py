@@ -61,7 +61,7 @@ def open_data(
     scale: Mapping[str, float] | None = None,
 ) -> Source:
     """The data `name`, which were given as `option`, read with the options of a run, on the CPU."""
-    given = {"data": name, "output_dir": str(output), "gpu_decode": False}
+    given = {"data": name, "output_dir": str(output), "gpu_decode": False, "stream": False}
     try:
         source = recipe.wants.open(PretrainConfig(**{**options, **given}))
     except ConfigError as error:

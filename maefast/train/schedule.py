@@ -21,8 +21,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     A parameter decays when it has two or more dimensions, its name does not end in "bias", and the model does not
     except it (`no_decay`). This is the rule of the papers' code; `cls_token` and `mask_token` ([1, 1, D]) decay there
-    in MAE and FCMAE, and do here; SparK excepts its mask tokens.
+    in MAE and FCMAE, and do here; SparK excepts its mask tokens. A model may have groups of its own, by a method
+    `parameter_groups(weight_decay)`; a group's "lr_scale" multiplies its learning rate.
     """
+    if (own := getattr(model, "parameter_groups", None)) is not None:
+        return own(weight_decay)
     decay, no_decay = [], []
     exempt = tuple(getattr(model, "no_decay", ()))
     for name, parameter in model.named_parameters():

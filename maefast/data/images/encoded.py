@@ -8,7 +8,7 @@ large photographs are not decoded smaller.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +57,10 @@ class EncodedBatch(Batch):
 
     def __len__(self) -> int:
         return len(self.rows) + len(self.crops)
+
+    def pin_memory(self) -> EncodedBatch:
+        """Not of the files: the decoder is done with them when it returns only if it had to copy them."""
+        return replace(self, pixels=self.pixels.pin_memory())
 
 
 class EncodedImages(TrainImages):

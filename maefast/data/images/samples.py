@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -57,7 +60,7 @@ class TrainImages(Dataset):
         for offset in range(len(self.images) if self.skip_bad else 1):
             try:
                 rng = seeds.generator(self.seed, seeds.AUGMENT, epoch, index)
-                self._fill(out, (index + offset) % len(self.images), rng)
+                self._fill(out, (index + offset) % len(self.images) if offset else index, rng)
                 return out, position, bad
             except BadImage as error:
                 bad.append((str(error.path), error.reason))
@@ -66,10 +69,15 @@ class TrainImages(Dataset):
         return None, position, bad
 
     def __getitems__(self, places: list[tuple[int, int, int]]) -> list[Sample]:
-        """Samples whose pixels lie one after another in one tensor."""
-        self._rows = list(self._empty(len(places)))
-        try:
+        with self.batch_of(len(places)):
             return [self[where] for where in places]
+
+    @contextmanager
+    def batch_of(self, count: int) -> Iterator[None]:
+        """The pixels of the next `count` samples lie one after another in one tensor."""
+        self._rows = list(self._empty(count))
+        try:
+            yield
         finally:
             self._rows = []
 

@@ -88,8 +88,9 @@ class ImageSource:
         augment = Augment(self.wants.size, options.crop_scale, options.crop_ratio, options.flip)
         rules = {
             "seed": options.seed,
-            "skip_bad": options.skip_bad,
-            "cache": options.cache_mb * 2**20 // max(1, options.workers),
+            # Of a stream none comes again, and what stands in for a bad one is its next.
+            "skip_bad": options.skip_bad and not options.stream,
+            "cache": 0 if options.stream else options.cache_mb * 2**20 // max(1, options.workers),
         }
         if self._decode is None:
             return TrainImages(self.images, augment, self.decoder, **rules)
