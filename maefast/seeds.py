@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Purposes. The numbers are part of the format: changing one changes every run.
-SHUFFLE, AUGMENT, MASK, PICTURE, MODEL, SAMPLE, PROBE = 1, 2, 3, 4, 5, 6, 7
+SHUFFLE, AUGMENT, MASK, PICTURE, MODEL, SAMPLE, PROBE, STREAM = 1, 2, 3, 4, 5, 6, 7, 8
 
 
 def generator(seed: int, purpose: int, a: int = 0, b: int = 0) -> np.random.Generator:
@@ -63,6 +63,10 @@ class Draw:
         if torch.device(device).type == "cuda":  # from pageable memory the copy could wait
             numbers = numbers.pin_memory()
         return numbers.to(device, non_blocking=True)
+
+    def shared(self, what: str) -> np.random.Generator:
+        """For what all samples of a batch have in common: a function of the first one's place in the run."""
+        return generator(self.seed, self.purpose, int(self.key[0]), _stream(what))
 
 
 def _stream(what: str) -> int:

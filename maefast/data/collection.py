@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -139,6 +140,7 @@ class Collection(Dataset):
 
     def __init__(self, kind: Kind, entries: Entries, options: Any) -> None:
         self.kind, self.entries, self.seed, self.skip_bad = kind, entries, options.seed, options.skip_bad
+        self._streamed = getattr(options, "stream", False)
         self.name, self.unit, self.notes = entries.name, kind.unit, tuple(entries.notes)
 
     def __len__(self) -> int:
@@ -166,7 +168,11 @@ class Collection(Dataset):
         return [f"{count}: {record.get(count)} -> {len(self)} (the list of them is another)"]
 
     def samples(self) -> Collection:
-        return self
+        if not self._streamed:
+            return self
+        alone = copy.copy(self)
+        alone.skip_bad = False  # what stands in for a bad one is the next of its stream
+        return alone
 
     def examples(self, count: int) -> tuple[Batch, list[str]]:
         samples, names = [], []
@@ -190,7 +196,7 @@ class Collection(Dataset):
         """With `skip_bad` the next readable entry stands in for a bad one."""
         bad = []
         for offset in range(len(self) if self.skip_bad else 1):
-            at = (index + offset) % len(self)
+            at = (index + offset) % len(self) if offset else index
             try:
                 try:
                     return make(self.entries[at]), at, bad

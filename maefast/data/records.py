@@ -11,6 +11,7 @@ import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,7 +115,7 @@ class Paths:
 
 
 TARS, LISTS, TABLES = (".tar",), (".txt", ".csv", ".tsv"), (".parquet", ".arrow")
-_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def open_records(data: str | Path, endings: Sequence[str], options: Any = None) -> Records | None:
@@ -129,13 +130,16 @@ def open_records(data: str | Path, endings: Sequence[str], options: Any = None) 
     Raises:
         ConfigError: a pattern without a match; what is there cannot be read.
     """
-    text = str(data)
+    text = on_the_hub(str(data))
     if not is_url(text) and Path(text).expanduser().is_dir():
         return None
-    if text.lower().endswith(_PACKED):
-        raise ConfigError(f"--data {text}: a compressed tar has no places to go to; unpack it to a plain .tar")
+    if text.lower().endswith(PACKED) and not _streams(options):
+        raise ConfigError(
+            f"--data {text}: a compressed tar has no places to go to; --stream reads it front to back, or unpack it to "
+            "a plain .tar"
+        )
     names = _matches(text)
-    kinds = {os.path.splitext(name)[1].lower() for name in names}
+    kinds = {_kind(name) for name in names}
     if is_url(text) and not kinds & {*TARS, *LISTS, *TABLES}:
         return inside(text, endings, options)
     if len(kinds) > 1 and kinds & {*TARS, *TABLES}:
@@ -151,10 +155,12 @@ def no_column(data: str | Path, options: Any) -> None:
 
 def inside(folder: str | Path, endings: Sequence[str], options: Any = None) -> Records | None:
     """The records of the tars or, if there are none, of the tables in a folder, at any depth; None: it has neither."""
-    text = str(folder)
+    text = on_the_hub(str(folder))
     found = _listing(text)
     for kind in (*TARS, *TABLES):
         names = [name for name in found if name.lower().endswith(kind)]
+        if kind in TARS and _streams(options):
+            names = [name for name in found if _kind(name) == kind]
         left_out = None
         if kind in TABLES:
             names, left_out = _of_datasets(names)
@@ -169,6 +175,8 @@ def inside(folder: str | Path, endings: Sequence[str], options: Any = None) -> R
 
 def _open(text: str, names: list[str], kind: str, endings: Sequence[str], options: Any) -> Records | None:
     column, skip_bad = getattr(options, "column", None), getattr(options, "skip_bad", False)
+    if _streams(options) and kind in (*TARS, *TABLES):
+        return _open_streamed(text, names, kind, endings, options)
     if kind in TARS:
         from maefast.data.tars import open_tars
 
@@ -182,6 +190,38 @@ def _open(text: str, names: list[str], kind: str, endings: Sequence[str], option
 
         return open_list(names[0], column=column)
     return None
+
+
+def _open_streamed(text: str, names: list[str], kind: str, endings: Sequence[str], options: Any) -> Records:
+    from maefast.data import shards, streams, tars
+
+    if kind not in TARS:
+        if arrow := [name for name in names if not name.lower().endswith(".parquet")]:
+            raise ConfigError(f"--data {arrow[0]}: --stream reads Parquet; rows of Arrow files are read without it")
+        read = partial(shards.read_parquet, column=options.column)
+        return streams.open_streamed(text, names, read, options, "rows")
+    wanted = partial(tars.is_wanted, endings=endings, column=options.column)
+    what = f"member with an ending of {' '.join(endings)}" if options.column is None else f"member {options.column}"
+    found = streams.open_streamed(text, names, partial(shards.read_tar, wanted=wanted), options, what)
+    if options.column is None:
+        tars.one_a_sample(text, [str(where) for where in found.head])
+    return found
+
+
+def _streams(options: Any) -> bool:
+    return getattr(options, "stream", False)
+
+
+def _kind(name: str) -> str:
+    """The ending that says what a file is, that of compressed tars ".tar"."""
+    return ".tar" if name.lower().endswith(PACKED) else os.path.splitext(name)[1].lower()
+
+
+def on_the_hub(text: str) -> str:
+    """hf://USER/NAME as fsspec's hf://datasets/USER/NAME."""
+    if not text.startswith("hf://") or text.startswith(("hf://datasets/", "hf://spaces/", "hf://buckets/")):
+        return text
+    return "hf://datasets/" + text.removeprefix("hf://")
 
 
 def is_url(text: str) -> bool:

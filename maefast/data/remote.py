@@ -34,13 +34,13 @@ def identity(url: str) -> dict[str, Any]:
     info = _ask(url, lambda: system.info(path))
     if info.get("type") == "directory":
         raise IsADirectoryError(url)
-    told = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created", "updated", "md5Hash")
+    told = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created", "updated", "md5Hash", "blob_id")
     return {"size": info.get("size"), **{name: str(info[name]) for name in told if info.get(name) is not None}}
 
 
-def open_file(url: str) -> BinaryIO:
+def open_file(url: str, block: int | None = None) -> BinaryIO:
     """To be gone through: it is read in blocks, each asked for as `read` does."""
-    return io.BufferedReader(_Ranges(url), BLOCK)
+    return io.BufferedReader(_Ranges(url), block or BLOCK)
 
 
 def matching(pattern: str) -> list[str]:

@@ -99,7 +99,7 @@ def open_tars(
 
     def wanted_names() -> Iterator[str]:
         for tar, index in zip(tars, _indices(tars, skip_bad, notes)):
-            kept = [place for place, name in enumerate(index.names) if _is_wanted(name, endings, column)]
+            kept = [place for place, name in enumerate(index.names) if is_wanted(name, endings, column)]
             yield from (index.names[place] for place in kept)
             offsets.append(index.offsets[kept])
             sizes.append(index.sizes[kept])
@@ -118,7 +118,7 @@ def open_tars(
         wanted = f"that ends in {ending}" if ending else f"with an ending of {' '.join(endings)}"
         raise ConfigError("; ".join([f"--data {source}: no member {wanted} in {len(tars)} tar(s)", *notes[:3]]))
     if column is None:
-        _one_a_sample(source, names)
+        one_a_sample(source, names)
     return Tars(source, list(tars), np.array(firsts), names, *map(np.concatenate, (offsets, sizes)), notes)
 
 
@@ -160,7 +160,8 @@ def _reason(error: OSError) -> str:
     return "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error) or repr(error)
 
 
-def _is_wanted(name: str, endings: Sequence[str], column: str | None) -> bool:
+def is_wanted(name: str, endings: Sequence[str], column: str | None) -> bool:
+    """Whether a member is, see `open_tars`."""
     base = name.rpartition("/")[2]
     if base.startswith("."):  # what some systems add
         return False
@@ -176,7 +177,8 @@ def _key(name: str) -> tuple[str, str]:
     return folder + slash + stem, ending
 
 
-def _one_a_sample(source: str, names: Sequence[str]) -> None:
+def one_a_sample(source: str, names: Sequence[str]) -> None:
+    """ConfigError: several of the members are of one sample."""
     last, kinds, several = "", set(), None
     for name in names:
         key, ending = _key(name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 
-from maefast.errors import ConfigError, need
+from maefast.errors import ConfigError, TrainError, need
 
 from .config import PretrainConfig
 
@@ -16,6 +18,11 @@ try:
     from accelerate.utils import GradientAccumulationPlugin
 except ImportError as error:
     raise need("accelerate", "maefast pretrain") from error
+
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(hours=6)  # of a process with another one that may be indexing large tars
 
 
 def make_accelerator(config: PretrainConfig) -> Accelerator:
@@ -56,6 +63,29 @@ class Processes:
         values = [None] * self.world
         torch.distributed.all_gather_object(values, value, group=self._group)
         return values
+
+    def in_turn(self, make: Callable[[], T], accelerator: Accelerator) -> T:
+        """What `make` gives, on the first process before those of its machine's others begin: what it leaves on a disk,
+        such as indices of tars, is then made once. TrainError: it failed on an earlier one."""
+        if self.world == 1:
+            return make()
+        turn = 0 if accelerator.is_main_process else 1 if accelerator.is_local_main_process else 2
+        made, failed, reasons = None, None, [None] * self.world
+        group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        try:
+            for now in range(3):
+                if now == turn:
+                    try:
+                        made = make()
+                    except Exception as error:
+                        failed = error
+                mine = None if failed is None else f"{type(failed).__name__}: {failed}"
+                torch.distributed.all_gather_object(reasons, mine, group=group)
+                if reason := next(filter(None, reasons), None):
+                    raise failed or TrainError(f"stopped by another process: {reason}")
+        finally:
+            torch.distributed.destroy_process_group(group)
+        return made
 
     def close(self) -> None:
         if self._group is not None and torch.distributed.is_initialized():

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -64,9 +65,10 @@ class Loader:
     A batch that has a hole for that raises what the samples say, see `Samples.failure`.
     """
 
-    def __init__(self, dataset: Samples, positions: Positions, *, workers: int, pin: bool):
+    def __init__(self, dataset: Samples, positions: Sampler, *, workers: int, pin: bool):
         self.dataset = dataset
         self.bad: dict[str, str] = {}
+        self.places: dict[int, Any] = {}  # of streams, behind the last batch, see `streamed`
         self.waited = 0.0
         loader = DataLoader(
             dataset,
@@ -102,7 +104,7 @@ class Loader:
     def next(self) -> Batch:
         began = time.perf_counter()
         try:
-            batch, bad = next(self._iterator)
+            batch, bad, *places = next(self._iterator)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -110,8 +112,13 @@ class Loader:
                 f"a process that loads {self.dataset.unit}s was lost, killed for its memory perhaps (fewer --workers, "
                 f"a smaller --cache-mb): {error}"
             ) from error
+        if batch is not None and hasattr(self.dataset, "finish"):
+            batch, more = self.dataset.finish(batch)
+            bad = [*bad, *more]
         self.waited += time.perf_counter() - began
         self.bad.update(bad)
+        for found in places:
+            self.places.update(found)
         if batch is None:
             raise self.dataset.failure(bad)
         return batch

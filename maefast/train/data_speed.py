@@ -19,6 +19,7 @@ from .accelerator import make_accelerator
 from .build import build_recipe
 from .config import PretrainConfig
 from .data import Loader, Positions
+from .streamed import Streams
 
 _BATCHES = 2**20  # more than anybody waits for
 
@@ -62,14 +63,15 @@ def data_speed(config: PretrainConfig, seconds: float = 5.0, say: Callable[[str]
     """
     if seconds <= 0:
         raise ConfigError(f"--seconds must be above 0, got {seconds}")
-    config = replace(config, cache_mb=0)
+    config = replace(config, cache_mb=0, steps=config.steps or 1)
     config.check()
     torch.manual_seed(config.seed)
     recipe = build_recipe(config)
     source = recipe.wants.open(config)
     for note in source.notes:
         say(note)
-    say(f"{len(source)} {source.unit}s of {source.name}, batches of {config.batch_size}")
+    count = "streams" if config.stream else f"{len(source)} {source.unit}s"
+    say(f"{count} of {source.name}, batches of {config.batch_size}")
     given, batch = {}, None
     for workers in sorted({0, config.workers}):
         given[workers], batch = _loaded(source, config, workers, seconds)
@@ -82,10 +84,15 @@ def data_speed(config: PretrainConfig, seconds: float = 5.0, say: Callable[[str]
 
 def _loaded(source, config: PretrainConfig, workers: int, seconds: float) -> tuple[float, Batch]:
     """Samples a second, after the batches that were fetched ahead; and a batch."""
-    positions = Positions(
-        len(source), config.seed, batch=config.batch_size, rank=0, world=1, start=0, micro_batches=_BATCHES
-    )
-    loader = Loader(source.samples(), positions, workers=workers, pin=False)
+    samples = source.samples()
+    if config.stream:
+        streams = Streams(source, replace(config, workers=workers), rank=0, world=1)
+        samples, positions = streams.samples(samples), streams.positions(0, _BATCHES)
+    else:
+        positions = Positions(
+            len(source), config.seed, batch=config.batch_size, rank=0, world=1, start=0, micro_batches=_BATCHES
+        )
+    loader = Loader(samples, positions, workers=workers, pin=False)
     threads = torch.get_num_threads()
     try:
         if workers == 0:
@@ -108,7 +115,7 @@ def _step(recipe, batch: Batch, config: PretrainConfig, seconds: float) -> float
     accelerator = make_accelerator(config)
     device = accelerator.device
     recipe.to(device).train()
-    optimizer = schedule.make_optimizer(recipe.network, config.weight_decay, config.betas)
+    optimizer = schedule.make_optimizer(recipe.network, config.weight_decay, config.betas, config.optim_state)
     batch, taken = batch.to(device), []
     while len(taken) < 4 or (sum(taken) < seconds and len(taken) < 50):
         began = time.perf_counter()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,10 @@ from .resume import choose_checkpoint, compare
 from .sharding import whole
 from .show import Show
 from .signals import StopSignal
+from .streamed import Streams
+
+if TYPE_CHECKING:
+    from maefast.probe.watch import Watch
 
 
 @dataclass
@@ -93,7 +97,10 @@ class Run:
         self.recipe = build_recipe(config, create_model)
         self.model = self.recipe.network
         self.model_config = getattr(self.model, "config", None) or {}  # a SparK around your own net has none
-        self.source = self.recipe.wants.open(config)
+        self._others = Processes(self.world)
+        self.source = self._others.in_turn(lambda: self.recipe.wants.open(config), self.accelerator)
+        rank = self.accelerator.process_index
+        self.streams = Streams(self.source, config, rank, self.world) if config.stream else None
         # What was left to the recipe and the data is written down as what it came to.
         self.config = replace(config, **self.recipe.settled, **self.source.settled)
         self.step_samples = config.batch_size * config.accum * self.world
@@ -107,7 +114,6 @@ class Run:
         self._pending: list[Pending] = []
         self._batches: list[Batch] = []
         self._failed: Exception | None = None
-        self._others = Processes(self.world)
 
     # ---- setting up
 
@@ -122,7 +128,7 @@ class Run:
         self.recipe.to(self.device)
         if config.fsdp:
             self.objective = sharding.shard(self.recipe, config, self.world, self.device)
-        self.optimizer = schedule.make_optimizer(self.model, config.weight_decay, config.betas)
+        self.optimizer = schedule.make_optimizer(self.model, config.weight_decay, config.betas, config.optim_state)
         if config.fsdp:
             self.stepper = self.accelerator.prepare(self.optimizer)
         else:
@@ -137,32 +143,24 @@ class Run:
         if config.min_lr > peak:
             raise ConfigError(f"--min-lr {config.min_lr} is above the peak learning rate {peak:.3g}")
         self.lr = schedule.Schedule(peak, self.total, warmup, config.min_lr)
-        positions = Positions(
-            len(self.source),
-            config.seed,
-            batch=config.batch_size,
-            rank=self.accelerator.process_index,
-            world=self.world,
-            start=self.position,
-            micro_batches=(self.total - self.done) * config.accum,
-        )
-        samples, pin = self.source.samples(), self.device.type == "cuda"
-        self.loader = Loader(samples, positions, workers=config.workers, pin=pin)
+        self.loader = self._open_loader()
         examples = self.source.examples(config.picture_rows) if self.main and config.picture_rows else None
         self.graph.prepare(self.objective, self.optimizer)
         if self.main:
             checkpoint.clean(self.folder)
             self.out.mkdir(parents=True, exist_ok=True)
             units = f"{self.source.unit}s"
-            facts = {"peak_lr": peak, units: len(self.source), f"{units}_per_step": self.step_samples}
+            known = {"streams": self.streams.count} if self.streams else {units: len(self.source)}
+            facts = {"peak_lr": peak, **known, f"{units}_per_step": self.step_samples}
             config.dump(self.out / "config.yaml", steps=self.total, warmup_steps=warmup, **facts)
             self.metrics = MetricsFile(self.out / "metrics.csv", self.done, self.source.unit)
             self._open_writers()
         self.progress = metrics.Progress(self.total, self.done, self.main, unit=self.source.unit)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._say(
-            f"{config.title}: {trained / 1e6:.2f} M parameters; {len(self.source)} {self.source.unit}s of "
-            f"{self.source.name}; steps {self.done} to {self.total} of {self.step_samples} {self.source.unit}s; "
+            f"{config.title}: {trained / 1e6:.2f} M parameters; "
+            f"{self.streams or f'{len(self.source)} {self.source.unit}s'} of {self.source.name}; "
+            f"steps {self.done} to {self.total} of {self.step_samples} {self.source.unit}s; "
             f"peak lr {peak:.3g}; {self.world} x {self.device.type}, amp {config.amp}"
             f"{', as a CUDA graph' if self.graph.step else ''}; into {self.out}"
         )
@@ -180,11 +178,32 @@ class Run:
         )
         if config.probe_every:
             if self.main:
-                from .probe import open_watch
-
-                self.show.watch = open_watch(self.recipe, config, self.source, self.done, self._say)
+                self.show.watch = self._watch()
             if self._others.any(self.show.watch is not None and not self.show.watch.rows):
                 self.show.probe(self.done, self.device, first=True)  # where the run, or the watch, begins
+
+    def _watch(self) -> Watch:
+        """What looks at the recipe every `probe_every` steps; on the main process."""
+        from .probe import open_watch
+
+        return open_watch(self.recipe, self.config, self.source, self.done, self._say)
+
+    def _open_loader(self) -> Loader:
+        config, samples, pin = self.config, self.source.samples(), self.device.type == "cuda"
+        micro_batches = (self.total - self.done) * config.accum
+        if self.streams is not None:
+            positions = self.streams.positions(self.position, micro_batches)
+            return Loader(self.streams.samples(samples), positions, workers=config.workers, pin=pin)
+        positions = Positions(
+            len(self.source),
+            config.seed,
+            batch=config.batch_size,
+            rank=self.accelerator.process_index,
+            world=self.world,
+            start=self.position,
+            micro_batches=micro_batches,
+        )
+        return Loader(samples, positions, workers=config.workers, pin=pin)
 
     def _open_writers(self) -> None:
         config = self.config
@@ -203,6 +222,8 @@ class Run:
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
         self.source.resume(state.config, state.extra)
+        if self.streams is not None:
+            self.streams.resume(state.extra)
         self.config = replace(self.config, **self.source.settled)
         for line in compare(state, self.config, self.model_config, self.source, self.total, self.world):
             self._say(line)
@@ -280,18 +301,21 @@ class Run:
         config, step = self.config, self.done
         rate = self.lr(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         torch.manual_seed(seeds.torch_seed(config.seed, step, self.accelerator.process_index))
         loss, norm, terms = self.graph(self._views(), self._say) or self._plain_step()
         self.done += 1
         self.position += self.step_samples
+        if self.streams is not None:
+            self.streams.mine.update(self.loader.places)
         progress = self._progress()
         with torch.no_grad():
             self.recipe.after_step(progress)
         self._pending.append(Pending(self.done, progress.epoch, rate, loss, norm, terms))
 
     def _progress(self) -> Progress:
-        return Progress(self.done, self.total, self.position / len(self.source))
+        epoch = self.streams.epoch if self.streams is not None else self.position / len(self.source)
+        return Progress(self.done, self.total, epoch)
 
     def _views(self) -> Iterator[View]:
         """The micro-batches of the step, each prepared when its turn comes."""
@@ -364,7 +388,7 @@ class Run:
         norm = sharding.total_norm([*self.model.parameters(), *buffers])
         if not bool(norm.isfinite()):
             raise NonFiniteLoss(self.done, float(norm), self.last, what="norm of the weights")
-        state = None
+        state, streams = None, self.streams.record(self._others) if self.streams is not None else {}
         if self.main:
             self.metrics.sync()
             scaler = self.accelerator.scaler
@@ -378,6 +402,7 @@ class Run:
                     "total": self.total,
                     "processes": self.world,
                     **self.source.record(),
+                    **streams,
                     "torch": torch.__version__,
                 },
             )
