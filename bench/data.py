@@ -7,6 +7,9 @@ Beside ours, in turn, the least time of each:
 - decode: libjpeg-turbo alone, every pixel of every file (simplejpeg), and Pillow alone;
 - torchvision: what published MAE code does (`RandomResizedCrop`, flip, `ToTensor`, `Normalize` on Pillow's images),
   written out, for the registry's torchvision does not import beside every torch;
+- datasets: those transforms on rows of a table of Hugging Face's `datasets` with an `Image` column, as its fine-tuning
+  scripts do, by torch's DataLoader; left out, saying so, where `datasets` is not installed (it is in no extra, for it
+  brings pandas);
 - timm: the same up to the crop, bytes to the batch (its `fast_collate`), normalised on the device;
 - before: this loader before it had `ops.resize` and simplejpeg.
 
@@ -20,9 +23,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from bench import environment, results
 from maefast.data.images.augment import Augment
@@ -31,6 +36,9 @@ from maefast.data.images.jpeg import GAP
 from maefast.data.images.pixels import Decoder, crop, to_array
 from maefast.data.images.samples import TrainImages
 from maefast.train.data import Loader, Positions
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SIZE, BATCH = (224, 224), 50
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -67,15 +75,19 @@ def sides(folder: Path, paths: list[Path]) -> dict[str, Callable[[], object]]:
             data.collate(data.__getitems__([(i, now, i) for i in range(start, min(len(paths), start + BATCH))]))
 
     def cut(path: Path) -> Image.Image:
-        image = Image.open(path).convert("RGB")
+        return drawn(Image.open(path))
+
+    def drawn(image: Image.Image) -> Image.Image:
+        image = image.convert("RGB")
         image = crop(image, augment.box(image.width, image.height, rng)).resize(SIZE, Image.Resampling.BICUBIC)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
+    def normalised(image: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return (pixels.float().div_(255) - MEAN) / STD
+
     def torchvision() -> None:
-        made = []
-        for path in paths:
-            pixels = torch.from_numpy(np.array(cut(path))).permute(2, 0, 1).contiguous()
-            made.append((pixels.float().div_(255) - MEAN) / STD)
+        made = [normalised(cut(path)) for path in paths]
         for start in range(0, len(made), BATCH):
             torch.stack(made[start : start + BATCH])
 
@@ -102,10 +114,25 @@ def sides(folder: Path, paths: list[Path]) -> dict[str, Callable[[], object]]:
         "decode, simplejpeg": lambda: [simplejpeg.decode_jpeg(path.read_bytes(), "RGB") for path in paths],
         "decode, Pillow": lambda: [np.asarray(Image.open(path).convert("RGB")) for path in paths],
         "torchvision": torchvision,
+        **_datasets(paths, lambda image: normalised(drawn(image))),
         "timm": timm,
         "before": before,
         "maefast": ours,
     }
+
+
+def _datasets(paths: list[Path], transform: Callable[[Image.Image], torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """The side of `datasets`, if it is there: a transform from Pillow's images, called when rows are read."""
+    try:
+        import datasets
+    except ImportError:
+        print("datasets: not installed (pip install datasets), left out")
+        return {}
+    table = datasets.Dataset.from_dict({"image": [str(path) for path in paths]})
+    table = table.cast_column("image", datasets.Image())
+    table.set_transform(lambda rows: {"pixel_values": [transform(image) for image in rows["image"]]})
+    loader = DataLoader(table, batch_size=BATCH)  # whose own collate stacks the rows
+    return {"datasets": lambda: [batch["pixel_values"] for batch in loader]}
 
 
 def loader_speed(folder: Path, workers: int, seconds: float = 5.0) -> float:

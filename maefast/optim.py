@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from maefast.ops._narrow import update_narrow
 from maefast.ops._shadow import SHADOW_DTYPES, Shadow, shadow_of, shadows_in_graph
 from maefast.ops.adamw import update
 
 __all__ = ["AdamW", "shadow_of", "shadows_in_graph"]
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -27,7 +29,8 @@ class AdamW(Optimizer):
     is read by the host on CUDA, so a step can be captured in a CUDA graph, with `lr` as a tensor on the device where it
     is to change. Takes `grad_scale` and `found_inf` from `torch.amp.GradScaler` as torch's fused form does, leaving
     gradients unscaled. A gradient may have another floating dtype than its parameter (`Tensor.grad_dtype`). The moments
-    of 16-bit parameters are 16-bit, as in torch.
+    of 16-bit parameters are 16-bit, as in torch. Of parameters in shards (FSDP2's DTensor) each process updates its
+    own part.
 
     Args:
         params: tensors, or groups as dictionaries; floating, dense, in no group twice.
@@ -36,11 +39,15 @@ class AdamW(Optimizer):
         shadow: torch.bfloat16 or torch.float16: each step also writes a copy of every float32 or float64 `nn.Parameter`
             in this dtype, 2 bytes more of memory each, that layers read in the place of a cast under autocast
             (`shadow_of`). `nn.Parameter.data` and other optimizers are watched from then on, in the whole process, so
-            that a weight that is changed by them loses its copy until the next step.
+            that a weight that is changed by them loses its copy until the next step. Parameters in shards have none.
+        state_dtype: torch.bfloat16: the moments of float32 parameters are stored in it, 4 bytes a parameter instead of
+            8. They are computed in float32 and rounded at random without a bias, see
+            `maefast.ops._narrow.round_at_random`; a step is the same each time it is taken. Moments of another dtype in
+            a state dict are rounded once.
 
     Raises:
         ValueError: a number out of range, an option that is not served, a parameter twice.
-        TypeError: a parameter that is complex or no plain tensor (such as FSDP2's DTensor).
+        TypeError: a parameter that is complex or a tensor subclass other than DTensor.
         RuntimeError: in `step`, where a gradient is sparse.
     """
 
@@ -62,6 +69,7 @@ class AdamW(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         shadow: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         if foreach:
             raise ValueError("foreach=True is torch.optim.AdamW's: here one kernel takes all tensors")
@@ -71,8 +79,10 @@ class AdamW(Optimizer):
             raise ValueError("differentiable=True is not served: use torch.optim.AdamW")
         if shadow is not None and shadow not in SHADOW_DTYPES:
             raise ValueError(f"shadow must be torch.bfloat16, torch.float16 or None, got {shadow!r}")
+        if state_dtype not in (torch.bfloat16, None):
+            raise ValueError(f"state_dtype must be torch.bfloat16 or None, got {state_dtype!r}")
         _check_betas(betas)
-        self.shadow = shadow
+        self.shadow, self.state_dtype = shadow, state_dtype
         self._shadows: dict[Tensor, Shadow] = {}
         defaults = {
             "lr": lr,
@@ -99,11 +109,12 @@ class AdamW(Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "shadow": self.shadow}
+        return {**super().__getstate__(), "shadow": self.shadow, "state_dtype": self.state_dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("shadow", None)
+        for name in ("shadow", "state_dtype"):
+            self.__dict__.setdefault(name, None)
         if "_shadows" not in self.__dict__:  # a copy of an optimizer, or one from a file: its parameters are others
             self._shadows = {}
         for group in self.param_groups:
@@ -116,6 +127,8 @@ class AdamW(Optimizer):
                 if slots:
                     step = torch.as_tensor(slots["step"], dtype=torch.float32)
                     slots["step"] = step.detach().reshape(()).to(param.device)
+                    if self._is_narrow(param):  # torch gives moments the parameter's dtype when it loads them
+                        slots.update({name: slots[name].to(self.state_dtype) for name in MOMENTS if name in slots})
 
     @torch._disable_dynamo  # as torch.optim marks what it does not trace; torch.compiler.disable imports dynamo with us
     @torch.no_grad()
@@ -128,19 +141,14 @@ class AdamW(Optimizer):
                 loss = closure()
         scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
         for group in self.param_groups:
-            for lists in self._gather(group):
+            options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")} | scaling
+            for narrow, lists in self._gather(group):
                 params, shadows = lists[0], lists[6]
-                update(
-                    *lists[:5],
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    maximize=group["maximize"],
-                    max_exp_avg_sqs=lists[5],
-                    shadows=[shadow.copy for shadow in shadows],
-                    **scaling,
-                )
+                copies = [shadow.copy for shadow in shadows]
+                if narrow:
+                    update_narrow((*lists[:6], copies), options)
+                else:
+                    update(*lists[:5], max_exp_avg_sqs=lists[5], shadows=copies, **options)
                 for param, shadow in zip(params, shadows):
                     shadow.record(param)
         return loss
@@ -155,9 +163,13 @@ class AdamW(Optimizer):
                 shadow.copy.copy_(param)
                 shadow.record(param)
 
-    def _gather(self, group: dict[str, Any]) -> list[tuple[list, ...]]:
-        """Lists of params, grads, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs and shadows, for each device;
-        parameters with and without a shadow apart."""
+    def _is_narrow(self, param: Tensor) -> bool:
+        """Whether its moments are stored in `state_dtype`."""
+        return self.state_dtype is not None and param.dtype is torch.float32
+
+    def _gather(self, group: dict[str, Any]) -> list[tuple[bool, tuple[list, ...]]]:
+        """Whether moments are narrow, and lists of params, grads, exp_avgs, exp_avg_sqs, steps, max_exp_avg_sqs and
+        shadows, for each device; parameters with and without a shadow apart."""
         found: dict[tuple, tuple[list, ...]] = {}
         for param in group["params"]:
             grad = param.grad
@@ -165,28 +177,32 @@ class AdamW(Optimizer):
                 continue
             if grad.layout is not torch.strided:
                 raise RuntimeError("AdamW does not support sparse gradients; torch.optim.SparseAdam does")
-            slots = self.state[param]
+            slots, narrow = self.state[param], self._is_narrow(param)
+            dtype = self.state_dtype if narrow else param.dtype
             if not slots:
-                _start(param, slots, group["amsgrad"])
+                _start(param, slots, group["amsgrad"], dtype)
             average = slots["exp_avg"]
-            if average.device != param.device or average.dtype is not param.dtype or average.shape != param.shape:
+            if average.device != param.device or average.dtype is not dtype or average.shape != param.shape:
                 raise ValueError(
                     f"a parameter is {param.dtype} {tuple(param.shape)} on {param.device}, but its state was made for"
                     f" {average.dtype} {tuple(average.shape)} on {average.device}: move or cast the model before the"
                     " optimizer's first step"
                 )
             shadow = self._shadow(param)
-            lists = found.setdefault((param.device, shadow is None), tuple([] for _ in range(7)))
-            for tensors, entry in zip(lists, (param, grad, average, slots["exp_avg_sq"], slots["step"])):
+            lists = found.setdefault((param.device, narrow, shadow is None), tuple([] for _ in range(7)))
+            mine = (param, grad, average, slots["exp_avg_sq"], slots["step"])
+            for tensors, entry in zip(lists, _local(mine) if _is_sharded(param) else mine):
                 tensors.append(entry)
             if group["amsgrad"]:
-                lists[5].append(slots["max_exp_avg_sq"])
+                lists[5].append(_local([slots["max_exp_avg_sq"]])[0])
             if shadow is not None:
                 lists[6].append(shadow)
-        return list(found.values())
+        return [(narrow, lists) for (_, narrow, _), lists in found.items()]
 
     def _shadow(self, param: Tensor) -> Shadow | None:
         if self.shadow is None or param.dtype in SHADOW_DTYPES or not isinstance(param, nn.Parameter):
+            return None
+        if _is_sharded(param):
             return None
         shadow = self._shadows.get(param)
         if shadow is not None and shadow.fits(param):
@@ -195,12 +211,24 @@ class AdamW(Optimizer):
         return shadow
 
 
-def _start(param: Tensor, slots: dict[str, Tensor], amsgrad: bool) -> None:
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")  # a DTensor, whose module takes long to import
+
+
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this process holds of them."""
+    placements = {tensor.placements for tensor in tensors if _is_sharded(tensor)}
+    if len(placements) > 1:
+        raise ValueError(f"a parameter, its gradient and its state lie in different shards: {placements}")
+    return [tensor.to_local() if _is_sharded(tensor) else tensor for tensor in tensors]
+
+
+def _start(param: Tensor, slots: dict[str, Tensor], amsgrad: bool, dtype: torch.dtype) -> None:
     if param.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a parameter's first step cannot be captured, each replay would begin anew: take one before")
     slots["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
     for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])):
-        slots[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        slots[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
 
 def _number(name: str, value: Any) -> float:
@@ -230,5 +258,6 @@ def _check_group(group: dict[str, Any]) -> None:
     for param in params:
         if param.dtype not in FLOATING:
             raise TypeError(f"AdamW takes float32, float64, float16 and bfloat16 parameters, not {param.dtype}")
-        if param.layout is not torch.strided or torch.utils._python_dispatch.is_traceable_wrapper_subclass(param):
+        plain = _is_sharded(param) or not torch.utils._python_dispatch.is_traceable_wrapper_subclass(param)
+        if param.layout is not torch.strided or not plain:
             raise TypeError(f"AdamW takes plain dense tensors, not {type(param).__name__}: use torch.optim.AdamW")

@@ -64,6 +64,10 @@ class Draw:
             numbers = numbers.pin_memory()
         return numbers.to(device, non_blocking=True)
 
+    def shared(self, what: str) -> np.random.Generator:
+        """For what all samples of a batch have in common: a function of the first one's place in the run."""
+        return generator(self.seed, self.purpose, int(self.key[0]), _stream(what))
+
 
 def _stream(what: str) -> int:
     """A number below 2**56 for a name; 0 for "mask". Part of the format, as the purposes are."""

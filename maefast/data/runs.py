@@ -14,7 +14,7 @@ from pathlib import Path
 SOFTWARE = "maefast"  # in the pictures that we draw, which are no data
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-SHARDS = "optimizer"  # a folder, in place of OPTIMIZER, of runs in shards
+MODEL_SHARDS, OPTIMIZER_SHARDS = "model", "optimizer"  # folders in place of the files, of runs in shards
 _STEP = re.compile(r"step-(\d{8,})$")
 WRITING, REMOVING = ".writing-", ".removing-"
 
@@ -25,6 +25,12 @@ def listing(folder: Path) -> list[tuple[int, Path]]:
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.match(path.name)) and path.is_dir()]
     return sorted(found)
+
+
+def weights_of(path: Path) -> Path:
+    """The weights of the checkpoint at `path`: a file, or a folder of shards."""
+    shards = path / MODEL_SHARDS
+    return shards if shards.is_dir() else path / MODEL
 
 
 def complaint(path: Path) -> str | None:

@@ -10,7 +10,11 @@ from maefast.recipe import Batch
 
 
 class Samples(Protocol):
-    """What loader processes read samples from. Errors travel as data: raised in a worker they would lose their type."""
+    """What loader processes read samples from. Errors travel as data: raised in a worker they would lose their type.
+
+    One whose batches get ready on the device has a method ``finish`` too, which takes a batch of `collate` in the main
+    process and gives what `collate` would.
+    """
 
     unit: str
 

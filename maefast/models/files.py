@@ -22,6 +22,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from maefast.data.runs import STATE, weights_of
+from maefast.models import shards
+
 # What a folder may hold its weights in, in the order in which transformers looks for them.
 IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 CONFIG = "config.json"
@@ -50,7 +53,8 @@ def _safe() -> list:
 
 
 def find_file(path: Path) -> Path:
-    """The file of weights in a folder as Hugging Face writes it, or `path` itself.
+    """The file of weights in a folder as Hugging Face writes it, the folder of shards in a checkpoint of a run, or
+    `path` itself.
 
     Raises:
         FileNotFoundError: no such file, or a folder without one.
@@ -61,6 +65,9 @@ def find_file(path: Path) -> Path:
         return path
     found = next((path / name for name in IN_FOLDER if (path / name).is_file()), None)
     if found is None:
+        for folder in (weights_of(path), path):
+            if shards.is_sharded(folder) and (folder.parent / STATE).is_file():
+                return folder
         more = ""
         if (path / ".metadata").is_file():
             more = (
@@ -74,13 +81,17 @@ def open_file(path: Path) -> tuple[Any, dict[str, str], Path]:
     """What a file holds: (its content on the CPU, safetensors' metadata, the file itself).
 
     Args:
-        path: a file or a folder, see `find_file`. An index of several files is followed.
+        path: a file or a folder, see `find_file`. An index of several files is followed. Of shards the description of
+            the model, which is metadata in a file, is that beside them.
 
     Raises:
         ValueError: not a file of weights; says what it looks like. pickle.UnpicklingError: one that holds an object of
         a class that is not known to be plain data; the message names the class. And what torch and safetensors raise.
     """
     path = find_file(path.expanduser())
+    if path.is_dir():
+        document = json.loads((path.parent / STATE).read_text())
+        return shards.read(path), {"maefast": json.dumps(document["model_config"])}, path
     if path.name.endswith(".index.json"):
         content: dict[str, Any] = {}
         for name in sorted(set(json.loads(path.read_text())["weight_map"].values())):

@@ -16,7 +16,7 @@ from maefast.recipe import Batch, Recipe
 from .features import lead_tokens, undisturbed
 
 _SHOWN = 20  # classes with a colour of their own
-_POINTS = 4000  # at most, evenly spread
+_POINTS, _NEIGHBOURS = 4000, 2000  # at most, evenly spread
 
 
 @dataclass
@@ -34,9 +34,8 @@ class Scatter(FigurePicture):
     def _figure(self, title: str) -> Any:
         figure = new_figure(title, figsize=(8, 6), dpi=110, layout="constrained")
         axes = figure.subplots()
-        flat, share = _components(self.features.double())
-        chosen = np.linspace(0, len(flat), min(len(flat), _POINTS), endpoint=False).astype(int)
-        flat, labels = flat[chosen], self.labels[chosen]
+        chosen, flat, names = self._flat()
+        labels = self.labels[chosen]
         common = np.argsort(-np.bincount(self.labels, minlength=len(self.classes)), kind="stable")[:_SHOWN]
         rest = ~np.isin(labels, common)
         if rest.any():
@@ -45,12 +44,45 @@ class Scatter(FigurePicture):
 
         for place, label in enumerate(sorted(common)):
             axes.scatter(*flat[labels == label].T, s=9, color=colormaps["tab20"](place), label=self.classes[label])
-        for axis, part, name in zip((axes.xaxis, axes.yaxis), share, ("first", "second")):
-            axis.set_label_text(f"{name} component, {part:.0%} of the variance")
+        for axis, name in zip((axes.xaxis, axes.yaxis), names):
+            axis.set_label_text(name)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False)
         return figure
+
+    def _flat(self) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
+        """(the samples that are drawn, int [m]; their places, [m, 2]; names of the axes)."""
+        flat, share = _components(self.features.double())
+        chosen = _spread(len(flat), _POINTS)
+        names = [f"{name} component, {part:.0%} of the variance" for part, name in zip(share, ("first", "second"))]
+        return chosen, flat[chosen], names
+
+
+@dataclass
+class Neighbours(Scatter):
+    """The same by t-SNE (van der Maaten and Hinton, 2008) of scikit-learn: near ones stay near, distances between
+    groups mean nothing. Of at most 2000 samples, of up to 50 principal components; a function of these and `seed`."""
+
+    caption: str = "the features by t-SNE: near ones are near, and distances between groups mean nothing"
+    seed: int = 0
+
+    def _flat(self) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
+        from sklearn.decomposition import PCA
+        from sklearn.manifold import TSNE
+
+        chosen = _spread(len(self.features), _NEIGHBOURS)
+        rows = self.features[chosen].double().numpy()
+        if min(rows.shape) > 50:
+            rows = PCA(50, svd_solver="full").fit_transform(rows)
+        perplexity = min(30.0, max(1.0, (len(rows) - 1) / 3))
+        start = "pca" if rows.shape[1] > 1 else "random"
+        made = TSNE(perplexity=perplexity, init=start, random_state=self.seed % 2**32).fit_transform(rows)
+        return chosen, made, ("", "")
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    return np.linspace(0, count, min(count, most), endpoint=False).astype(int)
 
 
 def _components(features: Tensor) -> tuple[np.ndarray, list[float]]:

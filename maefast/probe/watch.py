@@ -40,6 +40,8 @@ class Watch:
         ConfigError: the recipe has no features, or the samples no classes to be probed.
     """
 
+    what, tag = "k-NN accuracy", "probe/knn"  # for people, and in TensorBoard
+
     def __init__(
         self,
         recipe: Recipe,

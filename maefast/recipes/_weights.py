@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from maefast.data.runs import MODEL, STATE, latest
+from maefast.data.runs import STATE, latest, weights_of
 from maefast.models.checkpoint import read_content
 from maefast.recipe import Recipe
 
@@ -26,7 +26,7 @@ def load_weights(recipe: Recipe, path: str | os.PathLike, *, ema: bool = False) 
     if path.is_dir() and not (path / STATE).is_file():
         path = latest(path / "checkpoints")[0] or path
     if (path / STATE).is_file():
-        path = path / MODEL
+        path = weights_of(path)
     public = recipe.names.to_public(own)
     tensors = read_content(path, ema, names=own.keys()).tensors
     if tensors.keys() != own.keys():

@@ -20,7 +20,9 @@ from .weights import load_pretrained
 # Options of the run that are arguments of a recipe, where it has them.
 _ARGUMENTS = ("img_size", "patch_size", "mask_ratio", "norm_pix", "channels")
 # Options that only some data read.
-_OF_DATA = ("crop_scale", "crop_ratio", "flip", "value_range", "mean", "std", "pixel_bits", "max_pixels")
+_OF_DATA = (
+    "crop_scale", "crop_ratio", "flip", "value_range", "mean", "std", "pixel_bits", "max_pixels", "gpu_decode",
+)  # fmt: skip
 
 
 def recipe_options(name: str, *, demo: bool = False) -> dict[str, Any]:

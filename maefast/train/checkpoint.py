@@ -6,8 +6,9 @@ A checkpoint is a folder `step-00000500` with
     optimizer.safetensors   AdamW's tensors, "<kind>.<parameter name>"
     state.json              everything else: step, position in the data, configuration, scaler, sizes of the other files
 
-Of a run in shards (`--fsdp`) the optimizer's tensors lie in a folder `optimizer`, which each process writes its part of
-(torch.distributed.checkpoint); any number of processes, or one without shards, reads it.
+Of a run in shards (`--fsdp`) folders `model` and `optimizer` are in their place, which each process writes its part of
+(torch.distributed.checkpoint); any number of processes, or one without shards, reads them. Older ones of such runs hold
+the weights in `model.safetensors` and are read too.
 
 It is written under a temporary name, flushed to the disk file by file, and renamed as a whole, so a folder with a
 final name is complete. Reading still checks the sizes, because disks fill up and copies get interrupted.
@@ -28,12 +29,25 @@ import torch.distributed.checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 
-from maefast.data.runs import FORMAT, MODEL, OPTIMIZER, REMOVING, SHARDS, STATE, WRITING, complaint, listing
+from maefast.data.runs import (
+    FORMAT,
+    MODEL,
+    MODEL_SHARDS,
+    OPTIMIZER,
+    OPTIMIZER_SHARDS,
+    REMOVING,
+    STATE,
+    WRITING,
+    complaint,
+    listing,
+)
 from maefast.data.runs import latest as latest  # with the writing of them, for who resumes
 from maefast.errors import CheckpointError
+from maefast.models import shards
 
-from .sharding import gathered, like
+from .sharding import like
 
 
 @dataclass
@@ -52,7 +66,7 @@ def save(folder: Path, state: State, model: nn.Module, optimizer: torch.optim.Op
     """Write `folder/step-…` atomically, then remove all but the newest `keep` complete ones. Returns its path."""
     final, temporary = _begin(folder, state, str(os.getpid()))
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    _write_weights(temporary, weights, state)
+    save_file(weights, temporary / MODEL, metadata={"format": "pt", "maefast": json.dumps(state.model_config)})
     save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER, metadata={"format": "pt"})
     return _finish(final, temporary, state, keep)
 
@@ -60,19 +74,16 @@ def save(folder: Path, state: State, model: nn.Module, optimizer: torch.optim.Op
 def save_shards(
     folder: Path, state: State | None, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int = 3
 ) -> Path:
-    """The same by all processes together, each of which holds shards. `state`: on the main process, None on others.
-    What goes wrong on one is raised on all."""
-    weights = gathered(model, keep=state is not None)
-
-    def begin() -> tuple[Path, Path]:
-        found = _begin(folder, state, "shards")
-        _write_weights(found[1], weights, state)
-        return found
-
-    final, temporary = _told(None if state is None else begin)
-    weights.clear()
-    writer = torch.distributed.checkpoint.FileSystemWriter(temporary / SHARDS)
-    torch.distributed.checkpoint.save(_optimizer_tensors(model, optimizer), storage_writer=writer)
+    """The same by all processes together, each of which writes the shards that it holds. `state`: on the main process,
+    None on others. What goes wrong on one is raised on all."""
+    final, temporary = _told(None if state is None else lambda: _begin(folder, state, "shards"))
+    for name, tensors in (
+        (MODEL_SHARDS, {name: tensor.detach() for name, tensor in model.state_dict().items()}),
+        (OPTIMIZER_SHARDS, _optimizer_tensors(model, optimizer)),
+    ):
+        # What all hold is the main process's: running statistics, say, that processes may see differently.
+        planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        torch.distributed.checkpoint.save(tensors, storage_writer=FileSystemWriter(temporary / name), planner=planner)
     return _told(None if state is None else lambda: _finish(final, temporary, state, keep))
 
 
@@ -97,10 +108,6 @@ def _begin(folder: Path, state: State, mark: str) -> tuple[Path, Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     return final, temporary
-
-
-def _write_weights(folder: Path, weights: dict[str, torch.Tensor], state: State) -> None:
-    save_file(weights, folder / MODEL, metadata={"format": "pt", "maefast": json.dumps(state.model_config)})
 
 
 def _finish(final: Path, temporary: Path, state: State, keep: int) -> Path:
@@ -188,21 +195,13 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Copy a checkpoint's tensors into `model` and `optimizer` (both unwrapped, on their final device), in shards or
     not, whichever way it was written."""
-    weights, mine = load_weights(path / MODEL), model.state_dict()
+    mine, owners = model.state_dict(), dict(model.named_parameters())
+    weights = _read(path, MODEL_SHARDS, MODEL, mine)
     try:
-        weights = {name: like(tensor, mine[name]) if name in mine else tensor for name, tensor in weights.items()}
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the model: {error}") from error
-    if (path / SHARDS).is_dir():
-        tensors = _read_shards(path / SHARDS, model, optimizer)
-    else:
-        owners = dict(model.named_parameters())
-        tensors = load_weights(path / OPTIMIZER)
-        for key, tensor in tensors.items():
-            owner = owners.get(key.split(".", 1)[1])
-            if owner is not None and tensor.shape == owner.shape:
-                tensors[key] = like(tensor, owner)
+    tensors = _read(path, OPTIMIZER_SHARDS, OPTIMIZER, owners, lambda key: key.split(".", 1)[1])
     slots: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         kind, name = key.split(".", 1)
@@ -215,18 +214,32 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _read_shards(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What `save_shards` wrote, as the parameters lie now."""
-    owners, found = dict(model.named_parameters()), {}
-    reader = torch.distributed.checkpoint.FileSystemReader(path)
-    for key, about in reader.read_metadata().state_dict_metadata.items():
-        owner = owners.get(key.split(".", 1)[1])
-        if owner is None:
-            raise CheckpointError(f"{path}: the model has no parameter {key.split('.', 1)[1]}")
-        made = tuple(about.size) == tuple(owner.shape)
-        found[key] = torch.zeros_like(owner.detach()) if made else torch.zeros(about.size)
-    torch.distributed.checkpoint.load(found, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
-    return found
+def _read(
+    path: Path,
+    folder: str,
+    file: str,
+    owners: dict[str, torch.Tensor],
+    owner_of: Callable[[str], str] = lambda name: name,
+) -> dict[str, torch.Tensor]:
+    """The tensors in `folder`, or else `file`, each in the shards that its owner, if it is of that shape, lies in."""
+
+    def empty(name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        owner = owners.get(owner_of(name))
+        if owner is None or owner.shape != shape:
+            return torch.empty(shape, dtype=dtype)
+        return torch.empty_like(owner.detach(), dtype=dtype)
+
+    if (path / folder).is_dir():
+        try:
+            return shards.read(path / folder, empty)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+    tensors = load_weights(path / file)
+    for name, tensor in tensors.items():
+        owner = owners.get(owner_of(name))
+        if owner is not None and owner.shape == tensor.shape:
+            tensors[name] = like(tensor, owner)
+    return tensors
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -49,6 +49,7 @@ class PretrainConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float | None = None
+    optim_state: str = "fp32"
     # Augmentation.
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
@@ -60,6 +61,7 @@ class PretrainConfig:
     value_range: list[float] | str = "auto"
     pixel_bits: int = 8
     max_pixels: int | None = None
+    gpu_decode: bool = False
     # Machine.
     amp: str = "no"
     device: str = "auto"
@@ -169,6 +171,7 @@ class PretrainConfig:
         if problem := _unusable_folder(Path(self.output_dir)):
             raise ConfigError(f"--output-dir {self.output_dir}: {problem}")
         must(self.amp in ("no", "bf16", "fp16"), f"--amp must be no, bf16 or fp16, not {self.amp!r}")
+        must(self.optim_state in ("fp32", "bf16"), f"--optim-state must be fp32 or bf16, not {self.optim_state!r}")
         must(self.pixel_bits in (8, 16), f"--pixel-bits must be 8 or 16, not {self.pixel_bits}")
         must(self.max_pixels is None or self.max_pixels >= 0, f"--max-pixels must not be negative: {self.max_pixels}")
         parse_value_range(self.value_range)
@@ -183,6 +186,14 @@ class PretrainConfig:
             "--pixel-bits is for photographs: with --channels values are taken as they are",
         )
         must(self.wandb != "", "--wandb wants the name of a project")
+        must(
+            not self.gpu_decode or (self.channels is None and self.pixel_bits == 8 and self.value_range == "auto"),
+            "--gpu-decode is for photographs of eight bits: without --channels, --pixel-bits 16 and --value-range",
+        )
+        must(
+            not (self.gpu_decode and self.stream),
+            "--gpu-decode is for data with an index: without --stream",
+        )
         must(self.picture in PICTURES, f"--picture must be {' or '.join(PICTURES)}, not {self.picture!r}")
         must(self.device in ("auto", "cpu"), f"--device must be auto or cpu, not {self.device!r}")
         must(self.graph in ("auto", "on", "off"), f"--graph must be auto, on or off, not {self.graph!r}")

@@ -112,6 +112,9 @@ class Loader:
                 f"a process that loads {self.dataset.unit}s was lost, killed for its memory perhaps (fewer --workers, "
                 f"a smaller --cache-mb): {error}"
             ) from error
+        if batch is not None and hasattr(self.dataset, "finish"):
+            batch, more = self.dataset.finish(batch)
+            bad = [*bad, *more]
         self.waited += time.perf_counter() - began
         self.bad.update(bad)
         for found in places:

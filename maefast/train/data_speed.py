@@ -115,7 +115,7 @@ def _step(recipe, batch: Batch, config: PretrainConfig, seconds: float) -> float
     accelerator = make_accelerator(config)
     device = accelerator.device
     recipe.to(device).train()
-    optimizer = schedule.make_optimizer(recipe.network, config.weight_decay, config.betas)
+    optimizer = schedule.make_optimizer(recipe.network, config.weight_decay, config.betas, config.optim_state)
     batch, taken = batch.to(device), []
     while len(taken) < 4 or (sum(taken) < seconds and len(taken) < 50):
         began = time.perf_counter()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -35,6 +35,9 @@ from .sharding import whole
 from .show import Show
 from .signals import StopSignal
 from .streamed import Streams
+
+if TYPE_CHECKING:
+    from maefast.probe.watch import Watch
 
 
 @dataclass
@@ -125,7 +128,7 @@ class Run:
         self.recipe.to(self.device)
         if config.fsdp:
             self.objective = sharding.shard(self.recipe, config, self.world, self.device)
-        self.optimizer = schedule.make_optimizer(self.model, config.weight_decay, config.betas)
+        self.optimizer = schedule.make_optimizer(self.model, config.weight_decay, config.betas, config.optim_state)
         if config.fsdp:
             self.stepper = self.accelerator.prepare(self.optimizer)
         else:
@@ -175,11 +178,15 @@ class Run:
         )
         if config.probe_every:
             if self.main:
-                from .probe import open_watch
-
-                self.show.watch = open_watch(self.recipe, config, self.source, self.done, self._say)
+                self.show.watch = self._watch()
             if self._others.any(self.show.watch is not None and not self.show.watch.rows):
                 self.show.probe(self.done, self.device, first=True)  # where the run, or the watch, begins
+
+    def _watch(self) -> Watch:
+        """What looks at the recipe every `probe_every` steps; on the main process."""
+        from .probe import open_watch
+
+        return open_watch(self.recipe, self.config, self.source, self.done, self._say)
 
     def _open_loader(self) -> Loader:
         config, samples, pin = self.config, self.source.samples(), self.device.type == "cuda"
@@ -294,7 +301,7 @@ class Run:
         config, step = self.config, self.done
         rate = self.lr(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         torch.manual_seed(seeds.torch_seed(config.seed, step, self.accelerator.process_index))
         loss, norm, terms = self.graph(self._views(), self._say) or self._plain_step()
         self.done += 1

@@ -28,6 +28,7 @@ HELP = {
         "max_pixels": "Refuse larger images (0: none).",
         "skip_bad": "Count and skip unreadable images instead of stopping.",
         "workers": "Processes that load images; 0 loads in the main one.",
+        "gpu_decode": "Decode JPEG files, crop and resize on the GPU (nvImageCodec). UNTESTED on a device so far.",
         "cache_mb": "Memory for decoded images, all workers together.",
     },
     "Model": {
@@ -61,6 +62,7 @@ HELP = {
         "betas": "AdamW's decay rates of its running averages.",
         "weight_decay": "AdamW's decay of matrices (biases and norms have none).",
         "clip": "Clip the global norm of the gradient to this.",
+        "optim_state": "fp32, or bf16: AdamW's moments in 4 bytes a parameter instead of 8 (docs/optimizer.md).",
     },
     "Machine": {
         "amp": "Mixed precision.",
@@ -113,6 +115,7 @@ _SHOWN = {
 _FLAGS = {
     "output_dir": ("--output-dir", "-o"),
     "skip_bad": ("--skip-bad",),
+    "gpu_decode": ("--gpu-decode",),
     "stream": ("--stream",),
     "recompute": ("--recompute",),
     "fsdp": ("--fsdp",),
@@ -120,6 +123,46 @@ _FLAGS = {
     "init_ema": ("--init-ema",),
     "init_exact": ("--init-exact",),
 }
+
+# The same of `maefast finetune`, where it has other words; None as a default: as the paper has it.
+FINE = {
+    "Data": {
+        "data": "Samples with classes, as pretrain's --data.",
+        "labels": "folders: the first folder of each file is its class; or a CSV file of names and classes.",
+        "val_data": "Samples to hold back, instead of a share.",
+        "val_labels": "Classes of --val-data.",
+        "val_share": "Share of each class that is held back, without --val-data.",
+    },
+    "Length and optimiser": {
+        "epochs": "Passes over the data.",
+        "blr": "Base learning rate; the peak is blr x batch-size x accum x processes / 256.",
+        "layer_decay": "Factor of the learning rate from each layer to the one before it.",
+        "weight_decay": "AdamW's decay of matrices.",
+        "warmup": "Linear warm-up: below 1 a share of the run, else a number of steps.",
+        "drop_path": "Stochastic depth of the last block, rising linearly.",
+        "smoothing": "Of labels.",
+        "mixup": "Alpha of mixup; 0: none.",
+        "cutmix": "Alpha of CutMix; 0: none.",
+        "ema_decay": "Decay of a running average of the weights, which then is what counts; 0: none.",
+    },
+    "Machine": {"seed": "Fixes what is held back, the head, order, crops, mixtures."},
+    "Output and resuming": {
+        "output": "Folder for finetune.json, model.safetensors, metrics.csv, accuracy.csv, checkpoints.",
+        "eval_every": "Steps between accuracies, from step 0 on.",
+    },
+}
+_FINE_SHOWN = {
+    **dict.fromkeys(FINE["Length and optimiser"], "published"),
+    **{"data": False, "val_data": False, "val_labels": "as --labels", "eval_every": "an epoch"},
+}
+
+
+def fine(name: str) -> Any:
+    """The typer.Option of one of `FINE`."""
+    panel = next(panel for panel, entries in FINE.items() if name in entries)
+    flags = ("--output", "-o") if name == "output" else ()
+    shown = _FINE_SHOWN.get(name, True)
+    return typer.Option(*flags, help=FINE[panel][name], rich_help_panel=panel, show_default=shown)
 
 
 def option(name: str) -> Any:

@@ -17,17 +17,20 @@ from maefast.data.source import Source
 from maefast.errors import ConfigError
 from maefast.probe import pictures
 from maefast.probe.accuracy import Accuracy, accuracy, majority
+from maefast.probe.attentive import attentive_probe
 from maefast.probe.data import Labelled, held_back, labelled
 from maefast.probe.features import POOLS, Features, extract, kept, no_features, raw_pixels
 from maefast.probe.knn import TEMPERATURE, K, knn
 from maefast.probe.linear import linear_probe
 from maefast.probe.samples import batches, fixed
+from maefast.probe.tokens import kept_tokens
 from maefast.probe.watch import Watch
 from maefast.recipe import Recipe
 
 from .config import PretrainConfig
 from .reopen import Opened, open_data, open_recipe
 
+ATTENTIVE = "attentive"
 _PATCHES = 8  # images whose features are drawn
 
 
@@ -38,7 +41,8 @@ class Options:
     Attributes:
         labels, test_labels: see `maefast.probe.labels.read_labels`; test_labels None: as `labels`.
         test: samples that are held back; None: `test_share` of each class, drawn with `seed`.
-        k: neighbours. pool: "mean" of the tokens, "cls", or "both" side by side.
+        k: neighbours. pool: "mean" of the tokens, "cls", "both" side by side, or "attentive": the mean, and a third
+            probe that learns to pool them. tsne: another picture of the classes.
         baselines: the same of random weights, drawn with `seed`, and of raw pixels.
         value_range, max_pixels: of images; None: as the run read its own.
     """
@@ -49,6 +53,7 @@ class Options:
     test_share: float = 0.2
     k: int = K
     pool: str = "mean"
+    tsne: bool = False
     baselines: bool = False
     seed: int = 0
     batch_size: int = 64
@@ -59,7 +64,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, good in (
-            ("pool", self.pool in POOLS),
+            ("pool", self.pool in (*POOLS, ATTENTIVE)),
             ("k", self.k >= 1),
             ("batch_size", self.batch_size >= 1),
             ("workers", self.workers >= 0),
@@ -95,7 +100,7 @@ class Probe:
         found = [self._kept(part) for part in self.parts]
         self.unreadable = sum(len(entry.bad) for entry in found)
         self.parts = [part.only(entry.index) for part, entry in zip(self.parts, found)]
-        self.features = torch.cat([entry.pooled(options.pool) for entry in found])
+        self.features = self._pooled(found)
         self.labels = np.concatenate([part.labels for part in self.parts])
         if options.test is None:
             self.learn, self.held = held_back(self.parts[0], options.test_share, options.seed, "--labels")
@@ -117,6 +122,16 @@ class Probe:
         how = {"workers": options.workers, "skip_bad": options.skip_bad}
         return batches(part.samples, part.which, options.batch_size, **how)
 
+    def _pooled(self, found: Sequence[Features]) -> Tensor:
+        how = "mean" if self.options.pool == ATTENTIVE else self.options.pool
+        return torch.cat([entry.pooled(how) for entry in found])
+
+    def _identity(self, part: Labelled) -> list[str]:
+        """All that features are a function of."""
+        status, about = self.opened.file.stat(), (str(self.opened.recipe.config), str(self.opened.ema))
+        weights = [str(self.opened.file.resolve()), str(status.st_size), str(status.st_mtime_ns), *about]
+        return [*weights, str(part.which.tolist()), *part.samples.identity()]
+
     def _kept(self, part: Labelled) -> Features:
         unit, folder, recipe = f"{part.samples.unit}s", self.output / "features", self.opened.recipe
 
@@ -124,19 +139,41 @@ class Probe:
             self.say(f"features of {len(part.which)} {unit} ...")
             return extract(recipe, self._batches(part), self.device)
 
-        status, about = self.opened.file.stat(), (str(recipe.config), str(self.opened.ema))
-        weights = [str(self.opened.file.resolve()), str(status.st_size), str(status.st_mtime_ns), *about]
-        found, cached = kept(folder, [*weights, str(part.which.tolist()), *part.samples.identity()], compute)
+        found, cached = kept(folder, self._identity(part), compute)
         if cached:
             self.say(f"features of {len(found.index)} {unit}: found in {folder}")
         for name, reason in found.bad[:20]:
             self.say(f"skipped unreadable {part.samples.unit} {name}: {reason}")
         return found
 
-    def of_random_weights(self) -> Tensor:
-        fresh = self.opened.with_random_weights(self.options.seed).to(self.device)
-        found = [extract(fresh, self._batches(part), self.device) for part in self.parts]
-        return torch.cat([entry.pooled(self.options.pool) for entry in found])
+    def random_weights(self) -> Recipe:
+        return self.opened.with_random_weights(self.options.seed).to(self.device)
+
+    def of(self, recipe: Recipe) -> Tensor:
+        return self._pooled([extract(recipe, self._batches(part), self.device) for part in self.parts])
+
+    def attentive(self, recipe: Recipe | None = None) -> dict[str, dict[str, Any]]:
+        """What attentive probing makes of the tokens of the weights or of another recipe, if it is asked for."""
+        if self.options.pool != ATTENTIVE:
+            return {}
+        more = [] if recipe is None else [f"random weights, seed {self.options.seed}"]
+        folder, tokens = self.output / "features", []
+        for part in self.parts:
+            how = recipe or self.opened.recipe, self._batches(part), len(part.which), self.device
+            tokens.append(kept_tokens(folder, [*self._identity(part), *more], *how))
+        starts = np.cumsum([0, *map(len, tokens)])
+
+        def read(rows: np.ndarray) -> Tensor:
+            places = np.searchsorted(starts, rows, "right") - 1
+            found = [tokens[place][row - starts[place]] for place, row in zip(places, rows)]
+            return torch.from_numpy(np.stack(found))
+
+        self.say(f"attentive probe of {' x '.join(map(str, tokens[0].shape[1:]))} numbers a {self.unit} ...")
+        found = attentive_probe(
+            read, self.learn, self.labels[self.learn], self.held, self.options.seed, device=self.device
+        )
+        how = {"weight_decay": found.weight_decay, "grid": [list(entry) for entry in found.grid]}
+        return {"attentive": {**accuracy(found.found, self.labels[self.held]).to_dict(), **how}}
 
     def of_pixels(self) -> Tensor | None:
         rows = [raw_pixels(batch) for part in self.parts for batch, _, _ in self._batches(part) if batch is not None]
@@ -162,15 +199,20 @@ class Probe:
         """Write the pictures; their names."""
         scatter = pictures.Scatter(self.features, self.labels, self.classes)
         scatter.save(self.output / "classes.png", f"{title}: {scatter.caption}")
+        written = ["classes.png"]
+        if self.options.tsne:
+            spread = pictures.Neighbours(self.features, self.labels, self.classes, seed=self.options.seed)
+            spread.save(self.output / "tsne.png", f"{title}: {spread.caption}")
+            written.append("tsne.png")
         part = self.parts[-1]
         chosen = np.linspace(0, len(part.which), min(_PATCHES, len(part.which)), endpoint=False).astype(int)
         batch, index, _ = next(batches(part.samples, part.which[chosen], _PATCHES))
         names = [part.samples.names[i] for i in index]
         sheet = pictures.patch_sheet(self.opened.recipe, batch, names, self.device)
         if sheet is None:
-            return ["classes.png"]
+            return written
         sheet.save(self.output / "patches.png", f"{title}, {sheet.caption}")
-        return ["classes.png", "patches.png"]
+        return [*written, "patches.png"]
 
 
 def probe(
@@ -216,10 +258,12 @@ def probe(
         "pool": options.pool,
         "features": asked.features.shape[1],
         **asked.judged(asked.features),
+        **asked.attentive(),
         "most_frequent_class": majority(asked.labels[asked.learn], true).to_dict(),
     }
     if options.baselines:
-        document["baselines"] = {"random weights": asked.judged(asked.of_random_weights())}
+        fresh = asked.random_weights()
+        document["baselines"] = {"random weights": {**asked.judged(asked.of(fresh)), **asked.attentive(fresh)}}
         if (pixels := asked.of_pixels()) is not None:
             document["baselines"]["pixels"] = asked.judged(pixels)
     output.mkdir(parents=True, exist_ok=True)
@@ -239,12 +283,14 @@ def table(document: dict[str, Any]) -> list[str]:
     lines = [
         f"{count} classes; {document['learnt_from']} {unit}s to learn from, {document['held_back']} held back ({held})"
         f"; {document['features']} features ({document['pool']})",
-        f"{'accuracy, 95 % interval':26}{near:26}linear",
+        f"{'accuracy, 95 % interval':26}{near:26}{'linear':26}{ATTENTIVE if ATTENTIVE in document else ''}".rstrip(),
     ]
     for name, row in {"these weights": document, **document.get("baselines", {})}.items():
         near, linear = (str(_accuracy(row[kind])) for kind in ("knn", "linear"))
         how = f"weight decay {row['linear']['weight_decay']:g}{'' if row['linear']['converged'] else ', not converged'}"
-        lines.append(f"  {name:24}{near:26}{linear:26}{how}")
+        more = f"{_accuracy(row[ATTENTIVE])!s:26}" if ATTENTIVE in row else ""
+        more = f"{more or '':26}" if ATTENTIVE in document else ""
+        lines.append(f"  {name:24}{near:26}{linear:26}{more}{how}")
     lines.append(f"  {'most frequent class':24}{_accuracy(document['most_frequent_class'])}")
     return lines
 

@@ -11,6 +11,7 @@ import torch
 
 from maefast import recipes
 from maefast.data.images.source import ImageSource
+from maefast.data.runs import MODEL, MODEL_SHARDS, weights_of
 from maefast.data.source import Source
 from maefast.errors import CheckpointError, ConfigError
 from maefast.models.fit import fit_state
@@ -59,9 +60,9 @@ def open_data(
     output: Path | str,
     scale: Mapping[str, float] | None = None,
 ) -> Source:
-    """The data `name`, which were given as `option`, read with the options of a run."""
+    """The data `name`, which were given as `option`, read with the options of a run, on the CPU."""
+    given = {"data": name, "output_dir": str(output), "gpu_decode": False, "stream": False}
     try:
-        given = {"data": name, "output_dir": str(output), "stream": False}
         source = recipe.wants.open(PretrainConfig(**{**options, **given}))
     except ConfigError as error:
         raise ConfigError(str(error).replace("--data ", f"{option} ")) from error
@@ -101,7 +102,7 @@ def open_recipe(
                 recipes.load_weights(recipe, folder, ema=ema)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{folder} does not fit the recipe {chosen!r}: {error}") from error
-            return Opened(recipe.eval(), folder / checkpoint.MODEL, **about)
+            return Opened(recipe.eval(), weights_of(folder), **about)
     weights = open_weights(path, ema)
     preset = weights.config["name"] if weights.config else weights.family
     config = {"name": preset, **infer_arguments(weights, name, img_size, heads, say)}
@@ -124,7 +125,7 @@ def _wrapped(config: dict[str, Any], options: Mapping[str, Any]) -> MaskedImages
 def _run_folder(path: str | Path) -> Path | None:
     """The checkpoint of a run, where `path` is one or holds some."""
     path = Path(path).expanduser()
-    if path.name == checkpoint.MODEL and (path.parent / checkpoint.STATE).is_file():
+    if path.name in (MODEL, MODEL_SHARDS) and (path.parent / checkpoint.STATE).is_file():
         path = path.parent
     ours = (path / checkpoint.STATE).is_file() or checkpoint.listing(path / "checkpoints")
     return resolve(path)[0] if path.is_dir() and ours else None

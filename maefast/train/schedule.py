@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from maefast.optim import AdamW
+
 BETAS = (0.9, 0.95)
 
 
@@ -19,8 +21,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     A parameter decays when it has two or more dimensions, its name does not end in "bias", and the model does not
     except it (`no_decay`). This is the rule of the papers' code; `cls_token` and `mask_token` ([1, 1, D]) decay there
-    in MAE and FCMAE, and do here; SparK excepts its mask tokens.
+    in MAE and FCMAE, and do here; SparK excepts its mask tokens. A model may have groups of its own, by a method
+    `parameter_groups(weight_decay)`; a group's "lr_scale" multiplies its learning rate.
     """
+    if (own := getattr(model, "parameter_groups", None)) is not None:
+        return own(weight_decay)
     decay, no_decay = [], []
     exempt = tuple(getattr(model, "no_decay", ()))
     for name, parameter in model.named_parameters():
@@ -31,14 +36,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, weight_decay: float, betas: tuple[float, float] = BETAS) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, weight_decay: float, betas: tuple[float, float] = BETAS, state: str = "fp32"
+) -> torch.optim.Optimizer:
     """AdamW on `parameter_groups`; the learning rate is set before every step.
 
-    The fused update is used on devices that have it: one kernel instead of several passes per parameter.
+    The fused update is used on devices that have it: one kernel instead of several passes per parameter. `state`:
+    "fp32", or "bf16" for moments in bfloat16 (`maefast.optim.AdamW`).
     """
     groups = parameter_groups(model, weight_decay)
     if not groups:
         raise ValueError("the model has no trainable parameters")
+    if state == "bf16":
+        return AdamW(groups, lr=0.0, betas=betas, state_dtype=torch.bfloat16)
     device = groups[0]["params"][0].device.type
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=device in ("cpu", "cuda"))
 

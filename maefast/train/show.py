@@ -114,6 +114,6 @@ class Show:
                 self.say(f"no probe of step {step}: {error}")
                 return
         for writer in self.writers:
-            writer.add_scalar("probe/knn", found.value, step)
+            writer.add_scalar(self.watch.tag, found.value, step)
         text = f"{str(found).strip()} on {found.count} {self.unit}s held back"
-        self.say(f"step {step}: k-NN accuracy {text}")
+        self.say(f"step {step}: {self.watch.what} {text}")

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from maefast.data.runs import weights_of
 from maefast.errors import CheckpointError
+from maefast.models import shards
 from maefast.models.checkpoint import TRIED, read_content
 from maefast.models.convnames import family
 from maefast.models.files import IN_FOLDER, describe
@@ -53,10 +55,11 @@ def open_weights(path: str | Path, ema: bool = False) -> Weights:
     """
     path = Path(path).expanduser()
     ours = (path / checkpoint.STATE).is_file() or checkpoint.listing(path / "checkpoints")
-    if path.is_dir() and (ours or not any((path / name).is_file() for name in IN_FOLDER)):
+    known = any((path / name).is_file() for name in IN_FOLDER) or shards.is_sharded(path)
+    if path.is_dir() and (ours or not known):
         from .resume import resolve
 
-        path = resolve(path)[0] / checkpoint.MODEL
+        path = weights_of(resolve(path)[0])
     try:
         content = read_content(path, ema)
     except FileNotFoundError as error:

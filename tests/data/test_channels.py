@@ -19,6 +19,7 @@ from maefast.recipes.masked_images import MaskedImages
 from maefast.train import PretrainConfig, checkpoint, pretrain
 from maefast.train.config import load_config
 from maefast.train.export import export_file
+from maefast.train.probe import Options, probe
 from maefast.train.reconstruct import reconstruct_files
 from tests.data.sources import goes_on_when_killed, write_tar
 from tests.train.common import TINY, in_two_parts, losses, tiny_config
@@ -362,6 +363,16 @@ def test_reconstruct_and_export(tmp_path):
         reconstruct_files(tmp_path / "out", [tmp_path / "x.npy"], target)
     lines = export_file(tmp_path / "out", tmp_path / "a.safetensors", "timm")
     assert any("normalised by the run's own scale: mean [" in line for line in lines)
+
+
+def test_probe(tmp_path):
+    """Features of images of numbers, read and normalised as the run did it."""
+    for name in "ab":
+        write_arrays(tmp_path / "data" / name, count=4)
+    pretrain(config(tmp_path / "data", tmp_path / "out", steps=1))
+    found = probe(tmp_path / "out", str(tmp_path / "data"), tmp_path / "probe", Options(baselines=True), say=str)
+    assert (found["classes"], found["learnt_from"] + found["held_back"]) == (["a", "b"], 8)
+    assert found["baselines"].keys() == {"random weights", "pixels"}
 
 
 def test_tiffs_for_cha_maevit(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from maefast import recipes
 from maefast.data.images.pixels import drawn_by_us, open_header
-from maefast.probe.pictures import Scatter, _components, grid_of, patch_sheet
+from maefast.probe.pictures import Neighbours, Scatter, _components, grid_of, patch_sheet
 from tests.probe.test_features import images
 from tests.train.common import FCMAE, TINY
 
@@ -53,3 +53,19 @@ def test_grids():
     assert grid_of(32, (16, 32)) == (4, 8)
     assert grid_of(196, (224, 224)) == (14, 14)
     assert grid_of(30, (224, 224)) is None
+
+
+def test_neighbours_are_a_function_of_features_and_seed(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    features = torch.from_numpy(rng.normal(size=(90, 60)) + 8 * np.eye(3)[labels] @ rng.normal(size=(3, 60)))
+    drawn = Neighbours(features, labels, ["a", "b", "c"], seed=2**40)
+    chosen, flat, _ = drawn._flat()
+    assert np.array_equal(flat, drawn._flat()[1])
+    assert list(chosen) == list(range(90))
+    centres = np.stack([flat[labels == label].mean(0) for label in range(3)])
+    nearest = np.linalg.norm(flat[:, None] - centres, axis=2).argmin(1)
+    assert (nearest == labels).all()
+    drawn.save(tmp_path / "tsne.png", "a title")
+    with Image.open(tmp_path / "tsne.png") as image:
+        assert image.width > 500

@@ -7,16 +7,19 @@ import multiprocessing
 import os
 import signal
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from maefast.data.images import pictures
+from maefast.models import shards
 from maefast.models.resnet import ResNet
 from maefast.models.spark import SparK
-from maefast.train import PretrainConfig, loop, pretrain
+from maefast.train import PretrainConfig, checkpoint, loop, pretrain
 from tests.train.curves import curves
 
 TINY = {
@@ -97,6 +100,24 @@ def rows(out: Path) -> list[dict[str, str]]:
 def losses(out: Path) -> list[tuple[str, str, str]]:
     """(step, loss, lr) of every row, as written: repr of floats, so equality is bit for bit."""
     return [(row["step"], row["loss"], row["lr"]) for row in rows(out)]
+
+
+def tensors(out: Path, step: int) -> tuple[dict[str, torch.Tensor], ...]:
+    """The weights and the optimizer's tensors of a checkpoint, whatever it was written by."""
+    path = out / "checkpoints" / f"step-{step:08d}"
+    return tuple(
+        shards.read(path / folder) if (path / folder).is_dir() else checkpoint.load_weights(path / file)
+        for folder, file in (("model", checkpoint.MODEL), ("optimizer", checkpoint.OPTIMIZER))
+    )
+
+
+def assert_equal(one: Iterable[dict[str, torch.Tensor]], other: Iterable[dict[str, torch.Tensor]]) -> None:
+    """Names, dtypes and bits."""
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, tensor in mine.items():
+            assert tensor.dtype is theirs[key].dtype
+            assert torch.equal(tensor, theirs[key]), key
 
 
 _context = multiprocessing.get_context("forkserver")

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from maefast.models import create
-from maefast.train import pretrain
+from maefast.train import ConfigError, checkpoint, pretrain
 from maefast.train.schedule import BETAS, Schedule, make_optimizer, parameter_groups, peak_lr, warmup_steps
-from tests.train.common import TINY, rows, tiny_config
+from tests.train.common import TINY, in_two_parts, losses, rows, tiny_config
 
 
 def test_table_worked_out_by_hand():
@@ -93,3 +94,25 @@ def test_weight_decay_and_learning_rate_reach_the_optimizer(photos, tmp_path, mo
     for name, (before, after) in seen.items():
         factor = 1 - 0.1 * 0.5 if before.ndim > 1 and not name.endswith("pos_embed") else 1
         torch.testing.assert_close(after, before * factor, rtol=1e-6, atol=0)
+
+
+def test_moments_in_bfloat16_go_on_bit_for_bit_and_take_half(photos, tmp_path, monkeypatch):
+    sizes = {}
+    for state in ("fp32", "bf16"):
+        pretrain(tiny_config(photos, tmp_path / state, optim_state=state))
+        file = tmp_path / state / "checkpoints" / "step-00000012" / checkpoint.OPTIMIZER
+        moments = [tensor for name, tensor in load_file(file).items() if not name.startswith("step.")]
+        sizes[state] = sum(tensor.nbytes for tensor in moments)
+    assert sizes["fp32"] == 2 * sizes["bf16"]
+    in_two_parts(tiny_config(photos, tmp_path / "parts", optim_state="bf16"), monkeypatch, stop=7)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "bf16")
+    assert losses(tmp_path / "parts")[:2] == losses(tmp_path / "fp32")[:2]  # the first has a learning rate of 0
+    assert losses(tmp_path / "parts") != losses(tmp_path / "fp32")
+
+
+def test_another_precision_of_the_moments_is_told_when_a_run_goes_on(photos, tmp_path, capsys):
+    pretrain(tiny_config(photos, tmp_path, steps=3))
+    pretrain(tiny_config(photos, tmp_path, steps=4, optim_state="bf16"))
+    assert "optim_state: fp32 -> bf16" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--optim-state must be fp32 or bf16, not 'fp16'"):
+        tiny_config(photos, tmp_path, optim_state="fp16").check()

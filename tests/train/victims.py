@@ -15,7 +15,10 @@ import torch._dynamo  # this and matplotlib: imported late by a run, so here onc
 
 import maefast.models  # noqa: F401
 from maefast.train import PretrainConfig, checkpoint
+from maefast.train.build import build_recipe
 from maefast.train.loop import Run, pretrain
+from maefast.train.schedule import make_optimizer
+from maefast.train.sharding import shard
 from tests.train.common import CREATORS
 
 
@@ -109,11 +112,30 @@ def train_and_be_told_as_a_group(config: PretrainConfig, step: int, number: int,
     train(config)
 
 
-def train_as(rank: int, world: int, port: int, config: PretrainConfig, told_at: int | None = None) -> None:
-    """One of `world` gloo processes, with the environment that torchrun would give it. `told_at`: SIGTERM then."""
+def be(rank: int, world: int, port: int) -> None:
+    """One of `world` processes, with the environment that torchrun would give it."""
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "127.0.0.1"})
     torch.set_num_threads(1)
+
+
+def save_again(rank: int, world: int, port: int, path: Path, folder: Path) -> None:
+    """Read a checkpoint into shards for `world` processes, and write these to `folder`."""
+    be(rank, world, port)
+    torch.distributed.init_process_group("gloo")
+    state = checkpoint.read_state(path)
+    config = PretrainConfig(**state.config)
+    recipe = build_recipe(config, None)
+    shard(recipe, config, world, torch.device("cpu"))
+    optimizer = make_optimizer(recipe.network, config.weight_decay, config.betas)
+    checkpoint.restore(path, recipe.network, optimizer)
+    checkpoint.save_shards(folder, None if rank else state, recipe.network, optimizer)
+    torch.distributed.destroy_process_group()
+
+
+def train_as(rank: int, world: int, port: int, config: PretrainConfig, told_at: int | None = None) -> None:
+    """One of `world` gloo processes. `told_at`: SIGTERM then."""
+    be(rank, world, port)
     log = Path(config.output_dir).parent / f"rank{rank}.txt"
     with open(log, "w", buffering=1) as file, contextlib.redirect_stdout(file):
         if told_at is None:

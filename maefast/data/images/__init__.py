@@ -16,7 +16,7 @@ class Images:
     channels: int
     size: tuple[int, int]
 
-    options = ("crop_scale", "crop_ratio", "flip", "value_range", "pixel_bits", "max_pixels")
+    options = ("crop_scale", "crop_ratio", "flip", "value_range", "pixel_bits", "max_pixels", "gpu_decode")
 
     def check(self, batch: Any) -> None:
         """Raise unless it is a batch of such images."""

@@ -44,17 +44,22 @@ class Augment:
         left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h
 
+    def draw(self, width: int, height: int, rng: np.random.Generator) -> tuple[tuple[int, int, int, int], bool]:
+        """The box of a crop, and whether it is flipped."""
+        return self.box(width, height, rng), bool(rng.random() < self.flip)
+
     def into(self, out: torch.Tensor, image: Jpeg | Whole, rng: np.random.Generator) -> None:
         """A crop of the image into uint8 [C, height, width]. ValueError: it cannot be decoded."""
-        pixels, box = image.cut(self.box(image.width, image.height, rng), self.size)
+        box, flip = self.draw(image.width, image.height, rng)
+        pixels, box = image.cut(box, self.size)
         if min(pixels.strides) < 0:  # turned upright
             pixels = np.ascontiguousarray(pixels)
-        ops.resize(torch.from_numpy(pixels), self.size, box=box, flip=rng.random() < self.flip, out=out)
+        ops.resize(torch.from_numpy(pixels), self.size, box=box, flip=flip, out=out)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """The same of an image of Pillow's, which may have floats."""
-        box = self.box(image.width, image.height, rng)
+        box, flip = self.draw(image.width, image.height, rng)
         size = (self.size[1], self.size[0])
         # Cut first: with resize(box=...) the filter would also see pixels outside of the box.
         image = crop(image, box).resize(size, Image.Resampling.BICUBIC, reducing_gap=GAP)
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.flip else image
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image

@@ -3,6 +3,7 @@ smaller at once. What it does not do alike is left to Pillow."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif")
 # it the filter decides alone how the result looks.
 GAP = 3.0
 
-_LEFT, _UP = (2, 3, 6, 7), (3, 4, 7, 8)  # EXIF's numbers of pictures that are turned round, left to right and so on
+LEFT, UP = (2, 3, 6, 7), (3, 4, 7, 8)  # EXIF's numbers of pictures that are turned round, left to right and so on
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -35,15 +36,25 @@ class Jpeg:
     """A JPEG file that is decoded when it is known what of it is wanted.
 
     Attributes:
-        width, height: upright. channels: 3 or 1. orientation: EXIF's, 1 to 8.
+        width, height: upright. channels: 3 or 1. space: of its colours, "Gray", "YCbCr" or "RGB". orientation:
+            EXIF's, 1 to 8.
     """
 
     data: bytes
     width: int
     height: int
     channels: int
-    grey: bool
+    space: str
     orientation: int = 1
+
+    @property
+    def grey(self) -> bool:
+        return self.space == "Gray"
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """(height, width) as it lies in the file."""
+        return (self.height, self.width) if self.orientation < 5 else (self.width, self.height)
 
     @property
     def nbytes(self) -> int:
@@ -56,8 +67,8 @@ class Jpeg:
         shrunk = shrinkage(right - left, bottom - top, size)
         pixels = self.decode(shrunk)
         # The last pixel of a smaller image may stand for less than the others; turned round it is the first.
-        x = pixels.shape[1] * shrunk - self.width if self.orientation in _LEFT else 0
-        y = pixels.shape[0] * shrunk - self.height if self.orientation in _UP else 0
+        x = pixels.shape[1] * shrunk - self.width if self.orientation in LEFT else 0
+        y = pixels.shape[0] * shrunk - self.height if self.orientation in UP else 0
         return Cut(*_inside(pixels, (left + x, top + y, right + x, bottom + y), shrunk))
 
     def decode(self, shrunk: int = 1) -> np.ndarray:
@@ -65,7 +76,7 @@ class Jpeg:
         space = "GRAY" if self.grey and self.channels == 1 else "RGB"
         least = {"min_factor": shrunk} if shrunk > 1 else {}
         if shrunk > 1:  # sides as they lie in the file, the least that such a factor gives
-            sides = (self.height, self.width) if self.orientation < 5 else (self.width, self.height)
+            sides = self.stored
             least |= {"min_height": -(-sides[0] // shrunk), "min_width": -(-sides[1] // shrunk)}
         pixels = simplejpeg.decode_jpeg(self.data, space, **least)
         if self.channels == 1 and not self.grey:
@@ -115,29 +126,39 @@ def opened(data: bytes, channels: int) -> Jpeg | None:
         return None
     if space not in ("Gray", "YCbCr", "RGB"):
         return None
-    return Jpeg(data, width, height, channels, space == "Gray")
+    return Jpeg(data, width, height, channels, space)
 
 
 def has_exif(data: bytes) -> bool:
     """Whether a segment of EXIF tags stands before the picture."""
+    return any(marker == 0xE1 and data[at : at + 4] == b"Exif" for marker, at in _segments(data))
+
+
+def is_baseline(data: bytes) -> bool:
+    """Whether it is the usual kind of file, sequential with Huffman codes and eight bits, and not cut off."""
+    eight = any(marker == 0xC0 and data[at : at + 1] == b"\x08" for marker, at in _segments(data))
+    return eight and data.endswith(b"\xff\xd9")
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """(marker, where its content begins) of the segments before the picture."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == 0xDA:  # the picture
-            break
-        if marker == 0xE1 and data[at + 4 : at + 8] == b"Exif":
-            return True
+            return
+        if marker != 0xFF:
+            yield marker, at + 4
         at += 1 if marker == 0xFF else 2 + length  # a marker may be padded
-    return False
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """[H, W, C] turned by EXIF's number."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
-    if orientation in _LEFT:
+    if orientation in LEFT:
         pixels = pixels[:, ::-1]
-    if orientation in _UP:
+    if orientation in UP:
         pixels = pixels[::-1]
     return pixels
 

@@ -98,10 +98,13 @@ class TrainImages(Dataset):
             return
         state = rng.bit_generator.state
         try:
-            self.augment.into(out, self._kept(index), rng)
+            self._place(out, self._kept(index), rng)
         except ValueError:  # of libjpeg: Pillow has the last word, and the words for it
             rng.bit_generator.state = state
             self.augment.into(out, self.decoder.whole(self.images.path(index)), rng)
+
+    def _place(self, out: Tensor, image: Jpeg | Whole, rng: np.random.Generator) -> None:
+        self.augment.into(out, image, rng)
 
     def _kept(self, index: int) -> Jpeg | Whole | Image.Image:
         """The image, from the cache if it is there. Decoded, where the cache has room for it; but of one so large that
@@ -111,14 +114,17 @@ class TrainImages(Dataset):
             path = self.images.path(index)
             image = self.decoder(path) if self.decoder.bits == 16 else self.decoder.open(path)
             if isinstance(image, Jpeg) and self._room(image.width * image.height * image.channels):
-                exact = shrinkage(image.width, image.height, self.augment.size) == 1
-                image = Whole(image.decode()) if exact else image
+                image = self._as_kept(image)
             size = image.nbytes if isinstance(image, (Jpeg, Whole)) else 4 * image.width * image.height
             # Fill up, never evict: with a fresh permutation each epoch any evicting cache would only churn.
             if self._room(size):
                 self._cache[index] = image
                 self._cached += size
         return image
+
+    def _as_kept(self, image: Jpeg) -> Jpeg | Whole:
+        exact = shrinkage(image.width, image.height, self.augment.size) == 1
+        return Whole(image.decode()) if exact else image
 
     def _room(self, size: int) -> bool:
         return self._cached + size <= self.cache_bytes

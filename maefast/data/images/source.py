@@ -11,8 +11,10 @@ import numpy as np
 from maefast.data.blob import ending
 from maefast.data.records import Records
 
+from . import nvimagecodec
 from .augment import Augment
 from .batch import ImageBatch
+from .encoded import EncodedImages
 from .files import find_images
 from .options import parse_value_range
 from .pixels import Decoder, open_header
@@ -32,6 +34,8 @@ class ImageSource:
 
     def __init__(self, wants: Images, options: Any) -> None:
         self.wants, self.options = wants, options
+        # Above all, since finding images may take a while.
+        self._decode = nvimagecodec.opened(options) if options.gpu_decode else None
         self.images = find_images(options.data, options.output_dir, options)
         self.name = self.images.source
         decoder = Decoder(wants.channels, bits=options.pixel_bits)
@@ -81,15 +85,17 @@ class ImageSource:
 
     def samples(self) -> TrainImages:
         options = self.options
-        return TrainImages(
-            self.images,
-            Augment(self.wants.size, options.crop_scale, options.crop_ratio, options.flip),
-            self.decoder,
-            seed=options.seed,
+        augment = Augment(self.wants.size, options.crop_scale, options.crop_ratio, options.flip)
+        rules = {
+            "seed": options.seed,
             # Of a stream none comes again, and what stands in for a bad one is its next.
-            skip_bad=options.skip_bad and not options.stream,
-            cache=0 if options.stream else options.cache_mb * 2**20 // max(1, options.workers),
-        )
+            "skip_bad": options.skip_bad and not options.stream,
+            "cache": 0 if options.stream else options.cache_mb * 2**20 // max(1, options.workers),
+        }
+        if self._decode is None:
+            return TrainImages(self.images, augment, self.decoder, **rules)
+        decode = self._decode
+        return EncodedImages(self.images, augment, self.decoder, decode=decode, device=decode.device, **rules)
 
     def examples(self, count: int) -> tuple[ImageBatch, list[str]]:
         from .pictures import load_images, pick
