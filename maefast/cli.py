@@ -467,6 +467,7 @@ def finetune(
     resume: Annotated[str, option("resume")] = "auto",
     save_every: Annotated[int, option("save_every")] = 500,
     eval_every: Annotated[int | None, fine("eval_every")] = None,
+    wandb: Annotated[str | None, option("wandb")] = None,
     model: Name = None,
     img_size: ImgSize = None,
     heads: Heads = None,

@@ -35,7 +35,7 @@ _OF_DATA = ("value_range", "pixel_bits", "max_pixels", "channels", "mean", "std"
 # Options of a run that are options here.
 _RUN = (
     "epochs", "steps", "batch_size", "accum", "blr", "lr", "weight_decay", "warmup", "crop_scale", "flip", "skip_bad",
-    "workers", "amp", "device", "seed", "resume", "save_every",
+    "workers", "amp", "device", "seed", "resume", "save_every", "wandb",
 )  # fmt: skip
 
 

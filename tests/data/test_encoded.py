@@ -193,6 +193,7 @@ def test_data_speed_takes_it(mixed, tmp_path, on_cpu):
         ({}, "--gpu-decode needs a CUDA device, and --device cpu has none"),
         ({"pixel_bits": 16}, "--gpu-decode is for photographs of eight bits"),
         ({"value_range": "0,200"}, "--gpu-decode is for photographs of eight bits"),
+        ({"stream": True, "steps": 1}, "--gpu-decode is for data with an index"),
         ({"channels": 3}, "--gpu-decode is for photographs of eight bits"),
         ({"recipe": "graphmae", "model_args": {}, "img_size": None, "patch_size": None}, "--gpu-decode means nothing"),
     ],
