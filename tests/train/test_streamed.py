@@ -11,6 +11,7 @@ import pytest
 from maefast.data import remote
 from maefast.errors import BadFile, BadImage, ConfigError, TrainError, Unreachable
 from maefast.train import checkpoint, pretrain
+from maefast.train.data_speed import data_speed
 from tests.data.sources import encoded, goes_on_when_killed, write_shards, write_tar
 from tests.train import victims
 from tests.train.common import in_two_parts, losses, rows, run_together, tiny_config
@@ -218,6 +219,20 @@ def test_what_is_refused(shards, tmp_path, photos):
     pretrain(tiny_config(photos, tmp_path / "out", steps=2))
     with pytest.raises(ConfigError, match="of a run without --stream"):
         pretrain(config(shards, tmp_path / "out"))
+
+
+def test_how_fast_it_is(shards, tmp_path):
+    lines = []
+    data_speed(config(shards, tmp_path / "out", workers=1, steps=None), 0.1, lines.append)
+    assert lines[0].startswith("streams of ")
+    assert lines[1].startswith("no worker: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_on_the_way(shards, photos, tmp_path):
+    """What is probed has an index."""
+    pretrain(config(shards, tmp_path / "out", steps=2, probe_every=1, probe_data=str(photos)))
+    assert len((tmp_path / "out" / "probe.csv").read_text().splitlines()) == 4
 
 
 def test_other_data_than_photographs(tmp_path, monkeypatch):
