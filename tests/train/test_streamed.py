@@ -19,6 +19,15 @@ from tests.train.common import in_two_parts, losses, rows, run_together, tiny_co
 fsspec = pytest.importorskip("fsspec")
 
 
+CLOUDS = {
+    "recipe": "point_mae", "model": "mae_base", "img_size": None, "patch_size": None, "steps": 3,
+    "model_args": {
+        "points": 64, "groups": 8, "group_size": 8, "embed_dim": 24, "num_heads": 2, "decoder_num_heads": 2,
+        "depth": 1, "decoder_depth": 1,
+    },
+}  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("MAEFAST_CACHE", str(tmp_path / "cache"))
@@ -186,9 +195,10 @@ def packed(broken):
 
 
 def test_nothing_can_be_read(tmp_path):
-    write_tar(tmp_path / "x.tar", [(f"{i}.png", b"broken") for i in range(4)])
-    with pytest.raises(TrainError, match=r"none of the images of a whole pass can be read|nor can any"):
-        pretrain(config(tmp_path / "x.tar", tmp_path / "out", skip_bad=True))
+    write_tar(tmp_path / "x.tar", [(f"{i}.npy", b"broken") for i in range(4)])
+    clouds = config(tmp_path / "x.tar", tmp_path / "out", skip_bad=True, **CLOUDS)
+    with pytest.raises(TrainError, match=r"none of the clouds of a whole pass can be read; the last: .*x\.tar/\d\.npy"):
+        pretrain(clouds)
 
 
 def test_a_store_that_goes_away(shards, tmp_path, monkeypatch):
@@ -248,10 +258,7 @@ def test_other_data_than_photographs(tmp_path, monkeypatch):
 
     write_tar(tmp_path / "numbers.tar", [(f"{i}.npy", array((4, 20 + i, 24), i)) for i in range(8)])
     write_tar(tmp_path / "clouds.tar", [(f"{i}.npy", array((64, 3), i)) for i in range(8)])
-    recipe = {"recipe": "point_mae", "model": "mae_base", "img_size": None, "patch_size": None, "steps": 3}
-    sizes = {"points": 64, "groups": 8, "group_size": 8, "embed_dim": 24, "num_heads": 2, "decoder_num_heads": 2}
-    small = {"model_args": {**sizes, "depth": 1, "decoder_depth": 1}}
-    for name, more in (("numbers", {"channels": 4, "steps": 6}), ("clouds", {**recipe, **small})):
+    for name, more in (("numbers", {"channels": 4, "steps": 6}), ("clouds", CLOUDS)):
         whole = config(tmp_path / f"{name}.tar", tmp_path / name, save_every=1, **more)
         pretrain(whole)
         in_two_parts(replace(whole, output_dir=str(tmp_path / f"{name}2")), monkeypatch, stop=2)
