@@ -14,6 +14,22 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .cli_arguments import (
+    Amp,
+    Device,
+    Ema,
+    Format,
+    Graph,
+    Heads,
+    ImgSize,
+    MaxPixels,
+    Name,
+    OptimState,
+    Picture,
+    Pool,
+    Source,
+    ValueRange,
+)
 from .train.options import HELP, fine, option
 
 app = typer.Typer(
@@ -24,73 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-
-
-class Amp(str, Enum):
-    no = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class OptimState(str, Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Device(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-
-
-class Graph(str, Enum):
-    auto = "auto"
-    on = "on"
-    off = "off"
-
-
-class Picture(str, Enum):
-    restored = "restored"
-    raw = "raw"
-
-
-class Pool(str, Enum):
-    mean = "mean"
-    cls = "cls"
-    both = "both"
-    attentive = "attentive"
-
-
-class Format(str, Enum):
-    timm = "timm"
-    hf = "hf"
-    hf4 = "hf4"
-    hf_mae = "hf-mae"
-    mae = "mae"
-    official = "official"
-
-
-# Arguments that several commands share.
-Source = Annotated[
-    Path,
-    typer.Argument(
-        help="A run, a checkpoint, .safetensors, .pth, .ckpt, or a folder of Hugging Face.", show_default=False
-    ),
-]
-Name = Annotated[
-    str | None,
-    typer.Option(help="Model of a file whose shapes do not tell (mae_base, ...).", show_default=False),
-]
-ImgSize = Annotated[
-    str | None,
-    typer.Option(help="Image size, N or HEIGHTxWIDTH, of a file that does not tell.", show_default=False),
-]
-Heads = Annotated[
-    str | None,
-    typer.Option(help="Attention heads, ENCODER or ENCODER,DECODER, of a file that does not tell.", show_default=False),
-]
-ValueRange = Annotated[str | None, typer.Option(help=HELP["Data"]["value_range"], show_default="the run's, or auto")]
-MaxPixels = Annotated[int | None, typer.Option(help=HELP["Data"]["max_pixels"], show_default="179 million")]
-Ema = Annotated[bool, typer.Option("--ema", help="Take the running average (EMA) that the file holds.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -231,7 +180,8 @@ def data_speed(
 def _configured(given: dict[str, Any]) -> Any:
     """The PretrainConfig of options that were given, upon those of a file and of a recipe."""
     from .errors import ConfigError
-    from .train.config import PretrainConfig, load_config, parse_model_args, parse_size
+    from .train.config import PretrainConfig, load_config
+    from .train.parse import parse_model_args, parse_size
 
     path = given.pop("config", None)
     options = with_recipe(load_config(path) if path else {}, given)
@@ -326,7 +276,7 @@ def reconstruct(
     """Draw original | masked | reconstruction | pasted for some images."""
 
     def run() -> None:
-        from .train.config import parse_heads, parse_size
+        from .train.parse import parse_heads, parse_size
         from .train.reconstruct import reconstruct_files
 
         reconstruct_files(
@@ -398,7 +348,8 @@ def probe(
     """
 
     def run() -> None:
-        from .train.config import default_workers, parse_heads, parse_size
+        from .train.config import default_workers
+        from .train.parse import parse_heads, parse_size
         from .train.probe import Options
         from .train.probe import probe as probe_weights
 
@@ -483,9 +434,9 @@ def finetune(
     given = {name: value for name, value in ctx.params.items() if _was_given(ctx, name)}
 
     def run() -> None:
-        from .train.config import parse_heads, parse_size
         from .train.finetune import Options
         from .train.finetune import finetune as train
+        from .train.parse import parse_heads, parse_size
 
         options = Options.of({name: value.value if isinstance(value, Enum) else value for name, value in given.items()})
         train(
@@ -529,8 +480,8 @@ def export(
     """
 
     def run() -> None:
-        from .train.config import parse_heads, parse_size
         from .train.export import export_file
+        from .train.parse import parse_heads, parse_size
 
         told = {
             "img_size": parse_size(img_size) if img_size else None,

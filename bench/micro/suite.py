@@ -34,6 +34,7 @@ FAMILIES = (
     "cell_norm",
     "depthwise",
     "sparse_conv",
+    "conv_transpose",
 )
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # The peers. `eager` is what published code does; `tuned` the best eager PyTorch we could write for the same result.

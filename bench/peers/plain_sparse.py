@@ -48,6 +48,12 @@ class MaskedConv2d(nn.Conv2d):
         return y * self.active.map(y)
 
 
+class MaskedConvTranspose2d(nn.ConvTranspose2d):
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        y = super().forward(x, output_size)
+        return y * self.active.map(y)
+
+
 class MaskedMaxPool2d(nn.MaxPool2d):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -82,6 +88,7 @@ class MaskedGlobalPool(nn.AdaptiveAvgPool2d):
 
 MASKED = {
     nn.Conv2d: MaskedConv2d,
+    nn.ConvTranspose2d: MaskedConvTranspose2d,
     nn.BatchNorm2d: MaskedBatchNorm2d,
     nn.MaxPool2d: MaskedMaxPool2d,
     nn.AvgPool2d: MaskedAvgPool2d,

@@ -41,6 +41,14 @@ def conv2d(x: Cells, weight, bias=None, stride=1, padding=0, dilation=1, groups=
     return Cells(rows, x.plan)
 
 
+@handles(torch.conv_transpose2d, F.conv_transpose2d)
+def conv_transpose2d(x: Cells, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1) -> Cells:
+    _channels_first(x, "conv_transpose2d")
+    rows, weight, bias = _autocast(x.rows, weight, bias)
+    args = (stride, padding, output_padding, groups, dilation)
+    return Cells(ops.conv_transpose_cells(rows, x.plan, weight, bias, *args), x.plan)
+
+
 def _finer(x: Cells, stride) -> bool:
     """Whether the sites of a cell divide into whole steps of `stride`."""
     steps = stride if isinstance(stride, (tuple, list)) else (stride, stride)

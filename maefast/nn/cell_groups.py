@@ -123,7 +123,7 @@ def _sizes(shape, count: int) -> tuple[int, ...]:
 
 
 @handles(Tensor.view, Tensor.reshape)
-def view(x: Cells, *shape) -> Cells | GroupedCells:
+def view(x: Cells, *shape) -> Cells | GroupedCells | Tensor:
     shape = shape[0] if len(shape) == 1 else shape
     if isinstance(shape, int) or not isinstance(shape, (tuple, list)):
         raise UnknownSparseArgument(f"{where()}packed cells have no Tensor.view as {shape}")
@@ -131,6 +131,8 @@ def view(x: Cells, *shape) -> Cells | GroupedCells:
     wanted = _sizes(shape, x.numel())
     if wanted == tuple(x.shape):
         return x
+    if not x.channels_last and sites == [1, 1] and wanted == tuple(x.shape[:2]):
+        return x.dense().flatten(1)  # a pooled map is no map any more
     if not x.channels_last and len(wanted) == 5 and wanted[0] == batch and list(wanted[3:]) == sites:
         return GroupedCells(x.part(), wanted[1:3])
     raise UnknownSparseArgument(

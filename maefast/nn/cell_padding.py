@@ -53,6 +53,8 @@ def merged(x: Cells, weight: Tensor, padding, dilation) -> tuple[Cells, Tensor, 
     """
     if not isinstance(x, PaddedCells):
         return x, weight, padding
+    if padding == "valid":
+        padding = 0
     if x.value != 0.0 or isinstance(padding, str):
         raise UnknownSparseArgument(
             f"{where()}a convolution of padded cells takes a border of zeros, padding in numbers"

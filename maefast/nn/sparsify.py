@@ -15,6 +15,7 @@ from maefast.nn.cells import ELEMENTWISE, HANDLERS, Cells, UnknownSparseOp, comp
 # Modules of torch.nn whose meaning on packed cells is known, beside every elementwise activation (`activations`).
 KNOWN = (
     nn.Conv2d,
+    nn.ConvTranspose2d,
     nn.Linear,
     nn.BatchNorm2d,
     nn.SyncBatchNorm,

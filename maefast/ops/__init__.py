@@ -8,6 +8,7 @@ from maefast.ops.attention import attention
 from maefast.ops.cell_norm import batch_norm_act, grn, group_norm_cells, instance_norm_cells, segment_sum
 from maefast.ops.cells import CellMask, pack_cells, unpack_cells
 from maefast.ops.chamfer import chamfer
+from maefast.ops.conv_transpose import conv_transpose_cells
 from maefast.ops.depthwise import depthwise_cells
 from maefast.ops.embed import gather_tokens, patch_embed
 from maefast.ops.feature_loss import feature_loss
@@ -38,6 +39,7 @@ __all__ = [
     "bias_gelu",
     "chamfer",
     "conv_cells",
+    "conv_transpose_cells",
     "depthwise_cells",
     "farthest_points",
     "feature_loss",

@@ -24,7 +24,8 @@ def tensor(name: str, value: object, *, ndim: int | tuple[int, ...] | None = Non
         if value.ndim not in allowed:
             want = " or ".join(str(n) for n in allowed)
             raise ValueError(f"{name} must have {want} dimensions, got shape {tuple(value.shape)}")
-    if value.layout is not STRIDED:
+    # Dynamo refuses to read a layout in a backward, and has no tensors of another one.
+    if not torch.compiler.is_compiling() and value.layout is not STRIDED:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
     if floating and value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}")

@@ -190,6 +190,75 @@ def test_networks_of_transformers(name):
     assert torch.equal(first.rows, second.rows)
 
 
+class HiddenState(nn.Module):
+    """The feature map of a network of transformers."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x).last_hidden_state
+
+
+PADS = {  # those that pad as TensorFlow does, more on the right and at the bottom
+    "MobileNetV1": {"depth_multiplier": 0.25},
+    "MobileNetV2": {"depth_multiplier": 0.25},
+    "EfficientNet": {
+        "width_coefficient": 0.25,
+        "depth_coefficient": 0.1,
+        "hidden_dim": 320,
+        "depth_divisor": 4,
+        "drop_connect_rate": 0.0,
+        "dropout_rate": 0.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PADS)
+def test_networks_of_transformers_that_pad(name):
+    """In training, where batch norms keep values at a scale that a difference shows in."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    network = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**PADS[name]))
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.1)
+    dense = HiddenState(network).double().train()
+    sparse = maefast.sparsify(copy.deepcopy(dense))
+    images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    everything, half = CellMask.all_visible(4, (2, 2)), masking.cells(4, (2, 2), 0.5)
+    keep = half.upsampled_mask((64, 64))
+    first, second = (copy.deepcopy(sparse)(Cells.pack(x, half)) for x in (images, images * keep + 7.0 * ~keep))
+    assert torch.equal(first.rows, second.rows)
+    if (
+        name != "EfficientNet"
+    ):  # whose gates are 1x1 convolutions of pooled values, which the plain reference would mask
+        assert_equals_masked(copy.deepcopy(dense), copy.deepcopy(sparse), images, half, gradients=1e-7)
+    all_cells = Cells.pack(images, everything)
+    want, got = dense(images), sparse(all_cells).dense()
+    pooled = (copy.deepcopy(net)(x).pooler_output for net, x in ((dense.network, images), (sparse.network, all_cells)))
+    torch.testing.assert_close(*pooled, rtol=1e-8, atol=1e-8)
+    assert want.abs().max() > 0.1
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+    weight = torch.randn_like(want)
+    (want * weight).sum().backward()
+    (got * weight).sum().backward()
+    largest = max(p.grad.abs().max().item() for p in dense.parameters() if p.grad is not None)
+    for (key, p), q in zip(sparse.named_parameters(), dense.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-8 * largest, msg=key)
+
+
+def test_a_pooled_map_becomes_a_row_of_features():
+    images, plan = inputs()
+    pooled = F.avg_pool2d(Cells.pack(images, plan), (48, 32))
+    want = F.avg_pool2d(images * plan.upsampled_mask((48, 32)), (48, 32)).flatten(1)
+    for got in (pooled.view(3, 3), pooled.reshape(pooled.shape[:2]), torch.reshape(pooled, (3, -1))):
+        torch.testing.assert_close(got, want)
+
+
 def test_drop_path_drops_whole_samples():
     torch.manual_seed(0)
     images, plan = inputs(ragged=True)
@@ -207,7 +276,7 @@ def test_drop_path_drops_whole_samples():
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.ConvTranspose2d(8, 8, 2, 2), r"1.up \(ConvTranspose2d\): not known"),
+        (nn.Fold((4, 4), 2), r"1.up \(Fold\): not known"),
         (nn.Conv2d(8, 8, 3, 1, 1, padding_mode="reflect"), "padding_mode 'reflect'"),
         (nn.Upsample(scale_factor=2), r"1.up \(Upsample\)"),
         (nn.BatchNorm1d(8), r"\(BatchNorm1d\)"),
@@ -235,6 +304,7 @@ def test_unknown_modules_are_named(module, message):
         (lambda x: F.conv2d(x.permute(0, 2, 3, 1), torch.zeros(8, 8, 1, 1)), "takes"),
         (lambda x: F.adaptive_avg_pool2d(x, 3), "only to 1"),
         (lambda x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True), "leaves the grid of the mask"),
+        (lambda x: F.conv_transpose2d(x, torch.zeros(8, 8, 3, 3, dtype=x.dtype), stride=2), "lies on no cells"),
         (lambda x: torch.linalg.vector_norm(x, 1, dim=(2, 3)), "is the 2-norm"),
     ],
 )

@@ -184,7 +184,27 @@ class SamePadding(nn.Module):
         return F.relu(self.bn(self.conv(F.pad(x, sides))))
 
 
+class UNet(nn.Module):
+    """Two levels down and up; skip connections by concatenation, the second one by addition."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = ConvNormAct(width, width), ConvNormAct(width, 2 * width)
+        self.pool, self.low = nn.MaxPool2d(2), ConvNormAct(2 * width, 2 * width, 3, 2)
+        self.up2 = nn.ConvTranspose2d(2 * width, 2 * width, 4, 2, 1, groups=2)
+        self.up1 = nn.ConvTranspose2d(2 * width, width, 2, 2)
+        self.up0 = nn.ConvTranspose2d(2 * width, width, 3, 2, 1, output_padding=1, bias=False)
+        self.join = ConvNormAct(2 * width, 2 * width)
+
+    def forward(self, x):
+        first = self.first(x)
+        second = self.second(self.pool(first))
+        up = self.up2(self.low(second), output_size=second.shape) + second
+        return self.up0(F.relu(self.join(torch.cat([self.up1(up), first], 1))))
+
+
 STYLES = {
+    "unet": lambda: [UNet(8)],
     "resnet": lambda: [nn.MaxPool2d(3, 2, 1), Bottleneck(8, 1), Bottleneck(8, 2)],
     "regnet": lambda: [Bottleneck(8, 2, 4), Bottleneck(8, 1, 2)],
     "mobilenet v2": lambda: [InvertedResidual(8, 1, nn.ReLU6), InvertedResidual(8, 2, nn.ReLU6)],

@@ -117,7 +117,7 @@ REFUSED = {
     "sam2_hiera_tiny": "MultiScaleBlock",
     "iformer_t": "SHMA",
     "levit_128s": "BatchNorm1d",
-    "lowformer_b0": "ConvTranspose2d",
+    "lowformer_b0": "ConvAttention",
     "test_coatnet": "Attention2d",
     "gmlp_ti16_224": "PatchEmbed",
     "mobilenetv5_base": "MultiQueryAttention2d",

@@ -90,6 +90,15 @@ def _conv(route: str, shape: tuple[int, ...], stride: int = 1, groups: int = 1) 
     return Case({**CELLS, "weight": shape, "bias": shape[:1]}, call, raw.get(route), ("bias",))
 
 
+def _conv_transpose(shape: tuple[int, ...], groups: int) -> Case:
+    def call(backend, device, x, weight, bias=None):
+        asked = None if backend in (None, "reference") else "halo"
+        args = (2, 1, 0, groups)
+        return ops.conv_transpose_cells(x, cells(device), weight, bias, *args, route=asked, backend=backend)
+
+    return Case({**CELLS, "weight": shape, "bias": (shape[1] * groups,)}, call, "halo_cells", ("bias",))
+
+
 def _on_cells(op: Callable, *args, **kwargs) -> Callable:
     return lambda backend, device, x, **inputs: op(x, cells(device), *args, **kwargs, **inputs, backend=backend)
 
@@ -210,6 +219,7 @@ CASES: dict[str, Case] = {
     "conv_cells of taps, strided": _conv("taps", (8, 16, 3, 3), 2),
     "conv_cells of taps, grouped": _conv("taps", (8, 8, 3, 3), 1, 2),
     "conv_cells, implicit": _conv("implicit", (8, 16, 3, 3)),
+    "conv_transpose_cells": _conv_transpose((16, 4, 4, 4), 2),
 }
 
 # No gradient.

@@ -191,6 +191,19 @@ VALID: dict[str, list[Callable[[], dict]]] = {
     "ops.avg_pool_cells": [lambda: {**packed(), "kernel": (3, 3), "stride": 2, "padding": 1}],
     "ops.global_pool_cells": [packed],
     "ops.segment_sum": [packed],
+    "ops.conv_transpose_cells": [
+        lambda: {
+            **packed(),
+            "weight": floats(4, 3, 3, 3),
+            "bias": floats(6),
+            "stride": 2,
+            "padding": 1,
+            "output_padding": 1,
+            "groups": 2,
+            "dilation": 1,
+        },
+        lambda: {**packed(), "weight": floats(4, 6, 2, 2), "stride": 2, "route": "rows"},
+    ],
     "ops.conv_cells": [
         lambda: {
             **packed(),

@@ -28,6 +28,7 @@ SERVED_BY = {  # the op whose Function serves
     "batch_norm_act": "batch_norm_act/group_norm_cells",
     "batch_norm_act in eval": "batch_norm_act/group_norm_cells",
     "global_pool_cells": "segment_sum",
+    "conv_transpose_cells": "conv_cells",
 }
 
 

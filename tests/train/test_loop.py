@@ -9,7 +9,8 @@ from PIL import Image
 
 from maefast.models import create
 from maefast.train import BadImage, ConfigError, NonFiniteLoss, TrainError, checkpoint, loop, pretrain
-from maefast.train.config import PretrainConfig, load_config, parse_model_args, parse_size
+from maefast.train.config import PretrainConfig, load_config
+from maefast.train.parse import parse_model_args, parse_size
 from tests.train.common import TINY, losses, rows, tiny_config, write_photos
 
 

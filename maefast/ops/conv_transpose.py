@@ -1,0 +1,148 @@
+"""Transposed convolutions over the active cells of a masked convnet, as U-Net decoders have them.
+
+Every one of the stride x stride sites that an input site becomes is an ordinary convolution of the input with some of
+the taps (Shi et al., 2016, "sub-pixel convolution"). So it is one convolution at stride 1 with stride x stride as many
+channels, whose kernel is the same weight in another order, and then a rearrangement inside the cell. At kernel = stride
+that convolution is 1x1 and nothing is computed twice; at a kernel of 3 or 4 and stride 2 it is 3x3, of which a part of
+the taps is zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maefast.ops import _checks, _dispatch
+from maefast.ops._conv_table import Pair
+from maefast.ops.cells import CellMask, check_cells, pack_cells_reference, unpack_cells_reference
+from maefast.ops.sparse_conv import conv_cells
+
+
+def conv_transpose_cells(
+    x: Tensor,
+    plan: CellMask,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    output_padding: int | Pair = 0,
+    groups: int = 1,
+    dilation: int | Pair = 1,
+    *,
+    route: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``pack(conv_transpose2d(unpack(x), weight, bias, ...))``: of the masked map, at its active cells alone.
+
+    Args:
+        x: packed cells [T, h, w, Ci]. weight: [Ci, Co / groups, kh, kw]. bias: [Co] or None.
+        stride, padding, output_padding, groups, dilation: as in `torch.nn.functional.conv_transpose2d`. They must be
+            such that a map of H sites becomes one of H * stride: dilation * (kernel - 1) + output_padding + 1
+            - 2 * padding = stride.
+        route: of the convolution at stride 1 that this is, as in `conv_cells`.
+
+    Returns:
+        [T, h * stride, w * stride, Co] in x's dtype (the autocast dtype where autocast is on). Gradients are computed
+        without atomics.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit, the output would not lie on the same cells, or the
+            route does not serve this convolution.
+    """
+    check_cells(plan, x)
+    stride, padding, output_padding, dilation = _check(
+        x, weight, bias, stride, padding, output_padding, groups, dilation
+    )
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype is not dtype:
+            raise TypeError(f"x is {dtype} but {what} is {tensor.dtype}")
+    forced = _dispatch.check_name(backend, "backend") or _dispatch.forced()
+    if forced == "reference" and route is None:
+        args = (stride, padding, output_padding, groups, dilation)
+        return conv_transpose_cells_reference(x, plan, weight, bias, *args)
+    kernel, reach = _subpixel(weight, stride, padding, dilation, groups)
+    steps = stride[0] * stride[1]
+    if bias is not None:
+        bias = bias.reshape(groups, 1, -1).expand(groups, steps, -1).flatten()
+    out = conv_cells(x, plan, kernel, bias, 1, reach, 1, groups, route=route, backend=backend)
+    cells, h, w, _ = out.shape
+    out = out.view(cells, h, w, groups, *stride, weight.shape[1]).permute(0, 1, 4, 2, 5, 3, 6)
+    return out.reshape(cells, h * stride[0], w * stride[1], groups * weight.shape[1])
+
+
+def conv_transpose_cells_reference(
+    x: Tensor,
+    plan: CellMask,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    output_padding: Pair,
+    groups: int,
+    dilation: Pair,
+) -> Tensor:
+    """The definition, differentiable."""
+    full = unpack_cells_reference(x, plan)
+    out = F.conv_transpose2d(full, weight, bias, stride, padding, output_padding, groups, dilation)
+    return pack_cells_reference(out * plan.upsampled_mask(out.shape[2:]), plan)
+
+
+def _check(x, weight, bias, stride, padding, output_padding, groups, dilation) -> tuple[Pair, Pair, Pair, Pair]:
+    _checks.tensor("weight", weight, ndim=4)
+    _checks.integer("groups", groups, 1)
+    if weight.shape[0] != x.shape[3] or weight.shape[0] % groups or 0 in weight.shape:
+        raise ValueError(
+            f"the weight of a transposed convolution of {x.shape[3]} channels in {groups} groups is [{x.shape[3]},"
+            f" Co / groups, kh, kw], got {list(weight.shape)} (packed cells are [T, h, w, C])"
+        )
+    if bias is not None:
+        _checks.tensor("bias", bias)
+        if tuple(bias.shape) != (weight.shape[1] * groups,):
+            raise ValueError(f"bias must be [{weight.shape[1] * groups}], got {list(bias.shape)}")
+    _checks.same_device(x=x, weight=weight, bias=bias)
+    stride, padding = _checks.pair("stride", stride, 1), _checks.pair("padding", padding, 0)
+    output_padding, dilation = _checks.pair("output_padding", output_padding), _checks.pair("dilation", dilation, 1)
+    for k, s, p, more, d in zip(weight.shape[2:], stride, padding, output_padding, dilation):
+        if more >= max(s, d):
+            raise ValueError(f"output_padding {more} must be smaller than the stride {s} or the dilation {d}")
+        if d * (k - 1) + more + 1 - 2 * p != s:
+            raise ValueError(
+                f"a transposed convolution of kernel {k}, stride {s}, padding {p}, output_padding {more}, dilation {d}"
+                " does not map H sites to H * stride, so its output lies on no cells: dilation * (kernel - 1)"
+                " + output_padding + 1 - 2 * padding must be the stride"
+            )
+    return stride, padding, output_padding, dilation
+
+
+def _subpixel(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> tuple[Tensor, Pair]:
+    """The weight [groups * sh * sw * Co / groups, Ci / groups, 2 rh + 1, 2 rw + 1] at stride 1, and (rh, rw).
+
+    Site r of the stride sites takes tap t from the input site (r + padding - dilation * t) / stride away, where that is
+    whole. With taps of zeros before and behind, tap t stands at stride * (reach - that distance) + r; a convolution
+    counts the distance the other way round.
+    """
+    reach = []
+    for dim, s, p, d in zip((2, 4), stride, padding, dilation):  # the second one after the first became two
+        last = d * (weight.shape[dim] - 1)
+        r = max(-(-p // s), (last - p) // s, 0)
+        weight = _dilated(weight, dim, d).movedim(dim, -1)
+        before = s * r - p
+        weight = F.pad(weight, (before, s * (2 * r + 1) - before - last - 1)).unflatten(-1, (2 * r + 1, s))
+        weight = weight.movedim((-2, -1), (dim, dim + 1))
+        reach.append(r)
+    # [Ci, Co / groups, kh, sh, kw, sw]
+    weight = weight.flip((2, 4)).unflatten(0, (groups, -1)).permute(0, 4, 6, 2, 1, 3, 5)
+    return weight.flatten(0, 3), tuple(reach)
+
+
+def _dilated(weight: Tensor, dim: int, dilation: int) -> Tensor:
+    """Zeros between the taps of one side."""
+    if dilation == 1 or weight.shape[dim] == 1:
+        return weight
+    taps = F.pad(weight.movedim(dim, -1).unsqueeze(-1), (0, dilation - 1)).flatten(-2)
+    return taps[..., : 1 - dilation].movedim(-1, dim)
