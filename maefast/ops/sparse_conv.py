@@ -175,15 +175,15 @@ def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, grou
         # oneDNN's weight gradient of a 1x1 convolution with a stride writes out of bounds (torch 2.13, channels last,
         # few channels), so the sites it skips are left out here.
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
-    if not _library_fails(x, window, groups):
+    if not library_fails(x, window.dilation, groups):
         return F.conv2d(x, weight, bias, stride, window.padding, window.dilation, groups)
     bias = None if bias is None else bias.float()
     return F.conv2d(x.float(), weight.float(), bias, stride, window.padding, window.dilation, groups).to(x.dtype)
 
 
-def _library_fails(x: Tensor, window: Window, groups: int) -> bool:
+def library_fails(x: Tensor, dilation: Pair, groups: int) -> bool:
     """Whether oneDNN's weight gradient is wrong for some sizes: 16 bits, groups and dilation together (torch 2.13)."""
-    return x.device.type == "cpu" and x.dtype.itemsize == 2 and groups > 1 and window.dilation != (1, 1)
+    return x.device.type == "cpu" and x.dtype.itemsize == 2 and groups > 1 and dilation != (1, 1)
 
 
 @_raw_op("halo_cells(Tensor x, Tensor neighbours, SymInt[] halo) -> Tensor")
@@ -227,7 +227,7 @@ class _Halo(torch.autograd.Function):
             grad_x = _framed_conv(grad, neighbours, _turned(weight, groups), None, window, groups, name)
         if fold or need_weight:
             frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo).permute(0, 3, 1, 2)
-            wide = torch.float32 if _library_fails(x, window, groups) else x.dtype
+            wide = torch.float32 if library_fails(x, window.dilation, groups) else x.dtype
             inputs = (t.to(wide) for t in (grad.permute(0, 3, 1, 2), frames, weight))
             args = None, window.stride, (0, 0), window.dilation, False, (0, 0), groups, (fold, need_weight, False)
             folded, grad_weight, _ = torch.ops.aten.convolution_backward(*inputs, *args)
