@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.ops import _checks, _dispatch
-from maefast.ops._conv_table import Pair
+from maefast.ops._conv_table import ROUTES, Pair
 from maefast.ops.cells import (
     CellMask,
     check_cells,
@@ -59,6 +59,8 @@ def conv_transpose_cells(
             route does not serve this convolution.
     """
     check_cells(plan, x)
+    if route is not None:
+        _checks.one_of("route", route, ROUTES)
     stride, padding, output_padding, dilation = _check(
         x, weight, bias, stride, padding, output_padding, groups, dilation
     )
