@@ -64,7 +64,7 @@ class DMJD(ImageRecipe):
         demo={
             "model_args": {"conv_dims": [32, 48], "conv_depths": [1, 1], "embed_dim": 96, "depth": 3, "num_heads": 3,
                            "decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2},
-            "img_size": 128, "steps": 100, "batch_size": 8, "lr": 1e-3, "warmup": 0.1,
+            "img_size": 128, "steps": 500, "batch_size": 8, "lr": 3e-3, "warmup": 0.1,
         },
         baseline="the mean histogram",
     )  # fmt: skip
