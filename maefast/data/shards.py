@@ -18,7 +18,9 @@ from typing import Any, BinaryIO
 
 from maefast.data import remote
 from maefast.data.blob import Blob
+from maefast.data.lists import pick_column
 from maefast.data.records import Names, Paths, is_url
+from maefast.data.table_values import bytes_of, field_of, fitting_columns, has_bytes, is_text, open_parquet, raising
 from maefast.errors import BadFile, ConfigError, TrainError, need
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -69,16 +71,14 @@ def read_tar(shard: str, start: int, wanted: Callable[[str], bool]) -> Opened:
 def read_parquet(shard: str, start: int, column: str | None) -> Opened:
     """The values of a column of Parquet, see `maefast.data.tables`, from row `start` on. Groups of rows before it are
     not read. Raises as `read_tar` does."""
-    from maefast.data.tables import _fitting, _parquet, pick_column
-
     try:
         import pyarrow
     except ImportError as error:
         raise need("pyarrow", "Reading tables", "data") from error
     try:
-        with _parquet(shard) as table:
+        with open_parquet(shard) as table:
             schema = table.schema_arrow
-            column = pick_column(shard, schema.names, *_fitting(schema, column))
+            column = pick_column(shard, schema.names, *fitting_columns(schema, column))
             first = 0
             for group in range(table.num_row_groups):
                 at, first = first, first + table.metadata.row_group(group).num_rows
@@ -99,19 +99,17 @@ def read_parquet(shard: str, start: int, column: str | None) -> Opened:
 
 def _value(shard: str, row: int, values: Any, place: int) -> Blob | Path:
     """What the row holds, without the table around it."""
-    from maefast.data.tables import _bytes, _field, _has_bytes, _is_text, _raise
-
-    path = values[place].as_py() if _is_text(values.type) else _field(values, place, "path")
-    if path and (_is_text(values.type) or not _has_bytes(values, place)):
+    path = values[place].as_py() if is_text(values.type) else field_of(values, place, "path")
+    if path and (is_text(values.type) or not has_bytes(values, place)):
         root = shard.rpartition("/")[0] if is_url(shard) else os.path.dirname(os.path.abspath(shard))
         return Paths(shard, root, Names([path])).path(0)
     name = f"{shard}[{row}]" + (f"/{os.path.basename(path)}" if path else "")
     try:
-        data = b"" if _is_text(values.type) else _bytes(values, place)
+        data = b"" if is_text(values.type) else bytes_of(values, place)
         if not data:
             raise ValueError("there is nothing in its row")
     except ValueError as error:
-        return Blob(name, partial(_raise, error))
+        return Blob(name, partial(raising, error))
     return Blob(name, partial(bytes, data))
 
 

@@ -12,11 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from maefast.data import remote
 from maefast.data.blob import Blob
 from maefast.data.cache import cache_path, write_whole
 from maefast.data.lists import named_by, pick_column
 from maefast.data.records import Paths, is_url
+from maefast.data.table_values import (
+    bytes_of,
+    field_of,
+    fitting_columns,
+    has_bytes,
+    is_text,
+    open_parquet,
+    raising,
+    reason_of,
+)
 from maefast.data.tar_index import file_identity
 from maefast.errors import ConfigError, need
 
@@ -52,16 +61,16 @@ class Table:
             value, at = self._value(file, row)
         except (ValueError, OSError) as error:  # Arrow's are of these: gone, or another than it was
             gone = error
-            return Blob(f"{self.files[file]}[{row}]", lambda: _raise(gone))
-        path = _field(value, at, "path")
-        if path is not None and not _has_bytes(value, at):
+            return Blob(f"{self.files[file]}[{row}]", lambda: raising(gone))
+        path = field_of(value, at, "path")
+        if path is not None and not has_bytes(value, at):
             return Path(os.path.dirname(os.path.abspath(self.files[file])), path)
         inner = f"/{os.path.basename(path)}" if path else ""
-        return Blob(f"{self.files[file]}[{row}]{inner}", lambda: _bytes(value, at))
+        return Blob(f"{self.files[file]}[{row}]{inner}", lambda: bytes_of(value, at))
 
     def name(self, index: int) -> str:
         file, row = self._place(index)
-        path = _field(*self._value(file, row), "path")
+        path = field_of(*self._value(file, row), "path")
         return os.path.basename(path) if path else f"{os.path.basename(self.files[file])}[{row}]"
 
     def fingerprint(self) -> str:
@@ -106,8 +115,8 @@ def open_tables(
     for file in files:
         try:
             schema = _schema(file)
-            column = pick_column(file, schema.names, *_fitting(schema, column))
-            if _is_text(schema.field(column).type):
+            column = pick_column(file, schema.names, *fitting_columns(schema, column))
+            if is_text(schema.field(column).type):
                 texts += _texts(file, column)
                 continue
             place = file
@@ -116,7 +125,7 @@ def open_tables(
                 made += new
             arrays, complaint = _arrays(place, column)
         except (arrow.ArrowException, OSError) as error:
-            place, arrays, complaint = None, [], _reason(error)
+            place, arrays, complaint = None, [], reason_of(error)
         if complaint is not None:
             if not skip_bad:
                 raise ConfigError(f"cannot read the table {file}: {complaint} (--skip-bad takes what is whole)")
@@ -156,7 +165,7 @@ def _schema(file: str) -> Any:
             )
         with _reader(file) as reader:
             return reader.schema
-    with _parquet(file) as table:
+    with open_parquet(file) as table:
         return table.schema_arrow
 
 
@@ -173,12 +182,6 @@ def _reader(file: str) -> Any:
         return pa.ipc.open_file(mapped, options=options)
 
 
-def _parquet(file: str) -> Any:
-    import pyarrow.parquet as pq
-
-    return pq.ParquetFile(remote.open_file(file) if is_url(file) else file)
-
-
 def _arrays(file: str, column: str) -> tuple[list[Any], str | None]:
     """The column of every batch, and why there are no more where the file is cut off or broken."""
     import pyarrow as pa
@@ -193,7 +196,7 @@ def _arrays(file: str, column: str) -> tuple[list[Any], str | None]:
                 if not _has_end(file):
                     return arrays, "it is cut off: its end mark is missing"
     except (pa.ArrowException, OSError) as error:
-        return arrays, _reason(error)
+        return arrays, reason_of(error)
     except KeyError:
         return arrays, f"it has no column {column!r}"
     return arrays, None
@@ -217,7 +220,7 @@ def _by_rows(file: str, column: str) -> tuple[Path, int]:
         return place, 0
 
     def write(path: Path) -> None:
-        with _parquet(file) as table:
+        with open_parquet(file) as table:
             fields = pa.schema([table.schema_arrow.field(column)])
             with pa.ipc.new_stream(str(path), fields) as writer:
                 for batch in table.iter_batches(_ROWS, columns=[column], use_threads=False):
@@ -241,69 +244,9 @@ def _texts(file: str, column: str) -> list[str]:
         if complaint is not None:
             raise ConfigError(f"cannot read the table {file}: {complaint}")
     else:
-        with _parquet(file) as table:
+        with open_parquet(file) as table:
             values = table.read([column], use_threads=False).column(column).to_pylist()
     empty = next((row for row, value in enumerate(values) if not value), None)
     if empty is not None:
         raise ConfigError(f"--data {file}: row {empty} has nothing in the column {column!r}")
     return values
-
-
-# --- values -------------------------------------------------------------------------------------------------
-
-
-def _is_text(kind: Any) -> bool:
-    from pyarrow import types
-
-    return types.is_string(kind) or types.is_large_string(kind)
-
-
-def _is_binary(kind: Any) -> bool:
-    from pyarrow import types
-
-    return types.is_binary(kind) or types.is_large_binary(kind)
-
-
-def _fitting(schema: Any, column: str | None) -> tuple[list[str], str | None]:
-    """The columns of bytes or, without any, of texts, both where one is asked for; and that one."""
-    from pyarrow import types
-
-    kinds = {entry.name: entry.type for entry in schema}
-    texts = [name for name, kind in kinds.items() if _is_text(kind)]
-    held = [
-        name
-        for name, kind in kinds.items()
-        if _is_binary(kind) or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
-    ]
-    return (held + texts if column is not None else held or texts), column
-
-
-def _field(value: Any, at: int, name: str) -> Any:
-    from pyarrow import types
-
-    if not types.is_struct(value.type) or value.type.get_field_index(name) < 0 or not value[at].is_valid:
-        return None
-    return value[at][name].as_py()
-
-
-def _has_bytes(value: Any, at: int) -> bool:
-    from pyarrow import types
-
-    return not types.is_struct(value.type) or (value[at].is_valid and value[at]["bytes"].is_valid)
-
-
-def _bytes(value: Any, at: int) -> bytes:
-    found = value[at].as_py() if _is_binary(value.type) else _field(value, at, "bytes")
-    if found is None:
-        raise ValueError("there is nothing in its row")
-    return found
-
-
-def _raise(error: Exception) -> bytes:
-    raise error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}"

@@ -12,15 +12,20 @@ from maefast.nn.point_groups import CentrePositions, Groups, PointEmbed, group_p
 from maefast.nn.positions import sincos_1d, sincos_2d, sincos_interleaved
 from maefast.nn.regressor import Regressor
 from maefast.nn.sparsify import sparsify
+from maefast.nn.white_box import ISTA, MSSA, CompressBlock, ExpandBlock
 
 __all__ = [
+    "ISTA",
+    "MSSA",
     "Attention",
     "Block",
     "Cells",
     "CentrePositions",
+    "CompressBlock",
     "Decoder",
     "DropPath",
     "Encoder",
+    "ExpandBlock",
     "GivenTokens",
     "Groups",
     "LayerNorm",
