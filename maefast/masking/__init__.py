@@ -3,6 +3,7 @@
     random         uniform noise a token                                 MAE (He et al., 2021)
     tube           noise shared along time                               VideoMAE (Tong et al., 2022)
     block          rectangles masked until an exact count is reached     BEiT (Bao et al., 2021)
+    enlarge        tokens of a plan as blocks of a finer grid            SimMIM (Xie et al., 2022), DMJD
     grid           one token of each cell of a regular grid stays        MAE, ablation "grid-wise sampling"
     cells          random cells of a convnet's map, as a CellMask        SparK (Tian et al., 2023)
     dual           tube, of which a running pattern is decoded           VideoMAE V2 (Wang et al., 2023)
@@ -20,7 +21,7 @@ Your own sampler is `from_scores(scores, keep)`. With `noise` given, nothing is 
 replayed; with `generator`, only that generator is advanced.
 """
 
-from maefast.masking.blocks import block, grid
+from maefast.masking.blocks import block, enlarge, grid
 from maefast.masking.colour import coloured
 from maefast.masking.counts import keep_count
 from maefast.masking.graphs import NodeMask, nodes
@@ -45,6 +46,7 @@ __all__ = [
     "coloured",
     "disjoint",
     "dual",
+    "enlarge",
     "from_bool",
     "from_ids_restore",
     "from_indices",

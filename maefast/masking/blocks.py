@@ -101,6 +101,25 @@ def block(
     return TokenMask.from_scores(scores.to(device), count, order="position", backend=backend)
 
 
+def enlarge(plan: TokenMask, grid_size: tuple[int, int], factor: int | tuple[int, int] = 2) -> TokenMask:
+    """Every token of a plan as a block of `factor` = (rows, columns) tokens of a finer grid, all visible or all masked:
+    the block masks of SimMIM (Xie et al., 2022), ConvMAE and DMJD. Plan order goes corner by corner: first the upper
+    left tokens of all visible blocks, in the order of `plan`, last the lower right ones; then the masked ones so.
+
+    Args:
+        plan: of rows * columns tokens, none absent, as many visible in each sample. grid_size: (rows, columns).
+    """
+    rows, columns = _checks.grid("grid_size", grid_size)
+    down, across = _checks.pair("factor", factor, 1)
+    if rows * columns != plan.num_tokens or plan.keep is None:
+        raise ValueError(f"plan must keep as many of {rows} x {columns} tokens in each sample, got {plan}")
+    rank, masked = plan.ids_restore, plan.mask
+    corner = torch.arange(down * across, device=plan.device).view(1, 1, down, 1, across)
+    score = (rank + masked * (down * across * plan.num_tokens)).view(-1, rows, 1, columns, 1)
+    score = (score + corner * plan.num_tokens).flatten(1)
+    return TokenMask.from_scores(score.float(), plan.keep * down * across)
+
+
 def _rectangles(
     height: int,
     width: int,

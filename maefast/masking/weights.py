@@ -58,6 +58,7 @@ def disjoint(
     ratio: float | None = None,
     *,
     views: int = 2,
+    step: int | None = None,
     keep: int | None = None,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -72,20 +73,30 @@ def disjoint(
     Args:
         batch, num_tokens: B, N. ratio, keep, rule, order: as in `random`, one for all samples and views.
         views: how many plans.
+        step: how much further along the permutation each view begins. None: `keep`. With less, the next view sees
+            keep - step tokens again, as DMJD does where not every token is to be masked in one of two views.
         noise: [B, N]; its order is the permutation, so that view 0 is the plan of `random`.
 
     Raises:
-        ValueError: views x keep exceeds num_tokens.
+        ValueError: views x keep exceeds num_tokens (with a step, what the last view ends at); step beyond keep.
     """
     check_size(batch, num_tokens)
     _checks.integer("views", views, 1)
     count = keeps(num_tokens, ratio, keep, rule)
     _checks.integer("keep", count)
-    if views * count > num_tokens:
-        raise ValueError(f"views x keep must not exceed num_tokens, got {views} x {count} > {num_tokens}")
+    if step is None:
+        step = count
+        if views * count > num_tokens:
+            raise ValueError(f"views x keep must not exceed num_tokens, got {views} x {count} > {num_tokens}")
+    _checks.integer("step", step)
+    if step > count or (views - 1) * step + count > num_tokens:
+        raise ValueError(
+            f"step must not exceed keep, nor (views - 1) x step + keep num_tokens, got {step} with {views} views of"
+            f" {count} of {num_tokens}"
+        )
     noise = drawn(noise, (batch, num_tokens), generator, device)
     rank = TokenMask.from_scores(noise, num_tokens, backend=backend).ids_restore
     return [
-        TokenMask.from_scores(((rank - i * count) % num_tokens).float(), count, order=order, backend=backend)
+        TokenMask.from_scores(((rank - i * step) % num_tokens).float(), count, order=order, backend=backend)
         for i in range(views)
     ]
