@@ -164,7 +164,7 @@ def record(name: str, folder: Path, out: Path, seed: int) -> dict[str, Any]:
         files = {part: str(folder / data / f"{part}-{label}.csv") for part in ("train", "test")}
         options = Options(labels=files["train"], test=str(folder / data / "test"), test_labels=files["test"], seed=seed)
         asked = Probe(opened, str(folder / data / "train"), options, out / "probe", say=str)
-        rows = {"pre-trained": asked.features, "random weights": asked.of_random_weights()}
+        rows = {"pre-trained": asked.features, "random weights": asked.of(asked.random_weights())}
         if seed == 0:
             rows["pixels"] = asked.of_pixels()
         probes[label] = {row: asked.judged(features) for row, features in rows.items()}

@@ -48,6 +48,7 @@ def test_every_public_token_op_is_there():
         "avg_pool_cells",
         "global_pool_cells",
         "conv_cells",
+        "conv_transpose_cells",
         "depthwise_cells",
         "batch_norm_act",
         "grn",
