@@ -109,10 +109,14 @@ def enlarge(plan: TokenMask, grid_size: tuple[int, int], factor: int | tuple[int
     Args:
         plan: of rows * columns tokens, none absent, as many visible in each sample. grid_size: (rows, columns).
     """
+    if not isinstance(plan, TokenMask):
+        raise TypeError(f"plan must be a TokenMask, got {type(plan).__name__}")
     rows, columns = _checks.grid("grid_size", grid_size)
     down, across = _checks.pair("factor", factor, 1)
     if rows * columns != plan.num_tokens or plan.keep is None:
         raise ValueError(f"plan must keep as many of {rows} x {columns} tokens in each sample, got {plan}")
+    if 2 * down * across * plan.num_tokens >= 2**24 or down * across * plan.num_tokens * plan.batch >= 2**31:
+        raise ValueError(f"factor {factor} makes too many tokens of plan's {plan.batch} x {plan.num_tokens}")
     rank, masked = plan.ids_restore, plan.mask
     corner = torch.arange(down * across, device=plan.device).view(1, 1, down, 1, across)
     score = (rank + masked * (down * across * plan.num_tokens)).view(-1, rows, 1, columns, 1)
