@@ -22,14 +22,14 @@ def reference(recipe: nn.Module, view: View) -> dict[str, Tensor]:
     full = torch.cat([x, p["decoder.mask_token"].expand(len(x), plan.num_tokens - x.shape[1], -1)], 1)
     x = full.gather(1, plan.ids_restore[..., None].expand(-1, -1, x.shape[2])) + p["decoder.pos_embed"]
     x = blocks(x, p, "decoder.blocks.", recipe.decoder.blocks[0].attn.num_heads)[-1]
-    each = apart(linear(norm(x, p, "decoder.norm"), p, "decoder.pred"), target, recipe.losses[0]).mean(2)
+    each = distance(linear(norm(x, p, "decoder.norm"), p, "decoder.pred"), target, recipe.losses[0]).mean(2)
     masked = (each * plan.mask).sum() / plan.mask.sum()
     x = F.gelu(norm(linear(latents, p, "projector.0"), p, "projector.1"))
     x = F.gelu(norm(linear(x, p, "projector.3"), p, "projector.4"))
     x = F.layer_norm(linear(x, p, "projector.6"), x.shape[-1:], eps=1e-6)
     order = plan.ids_keep if recipe.paired else plan.ids_keep.sort(1)[0]
     own = target.gather(1, order[..., None].expand(-1, -1, target.shape[2]))
-    visible = apart(linear(x, p, "predictor.0"), own, recipe.losses[1]).mean()
+    visible = distance(linear(x, p, "predictor.0"), own, recipe.losses[1]).mean()
     return {"masked": masked, "visible": recipe.theta * visible}
 
 
@@ -48,7 +48,7 @@ def encode(p: Mapping[str, Tensor], x: Tensor, recipe: nn.Module, mask: Tensor, 
     return norm(x + skips[0] + skips[1], p, "norm")
 
 
-def apart(pred: Tensor, target: Tensor, loss: str) -> Tensor:
+def distance(pred: Tensor, target: Tensor, loss: str) -> Tensor:
     if loss == "mse":
         return (pred - target).square()
     return F.smooth_l1_loss(pred, target, reduction="none", beta=2.0)
