@@ -132,10 +132,7 @@ def pretrain(
         from .train.loop import pretrain as train
 
         train(config)
-        import torch.distributed
-
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _leave_group()
 
     _run(run)
 
@@ -276,7 +273,6 @@ def reconstruct(
     """Draw original | masked | reconstruction | pasted for some images."""
 
     def run() -> None:
-        from .train.parse import parse_heads, parse_size
         from .train.reconstruct import reconstruct_files
 
         reconstruct_files(
@@ -290,8 +286,7 @@ def reconstruct(
             raw=picture is Picture.raw,
             norm_pix=norm_pix,
             name=model,
-            img_size=parse_size(img_size) if img_size else None,
-            heads=parse_heads(heads) if heads else None,
+            **_shapes(img_size, heads),
             ema=ema,
             value_range=value_range,
             max_pixels=max_pixels,
@@ -349,7 +344,6 @@ def probe(
 
     def run() -> None:
         from .train.config import default_workers
-        from .train.parse import parse_heads, parse_size
         from .train.probe import Options
         from .train.probe import probe as probe_weights
 
@@ -375,8 +369,7 @@ def probe(
             output,
             options,
             name=model,
-            img_size=parse_size(img_size) if img_size else None,
-            heads=parse_heads(heads) if heads else None,
+            **_shapes(img_size, heads),
             ema=ema,
             say=typer.echo,
         )
@@ -436,7 +429,6 @@ def finetune(
     def run() -> None:
         from .train.finetune import Options
         from .train.finetune import finetune as train
-        from .train.parse import parse_heads, parse_size
 
         options = Options.of({name: value.value if isinstance(value, Enum) else value for name, value in given.items()})
         train(
@@ -445,15 +437,11 @@ def finetune(
             output,
             options,
             name=model,
-            img_size=parse_size(img_size) if img_size else None,
-            heads=parse_heads(heads) if heads else None,
+            **_shapes(img_size, heads),
             ema=ema,
             say=typer.echo,
         )
-        import torch.distributed
-
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _leave_group()
 
     _run(run)
 
@@ -481,12 +469,8 @@ def export(
 
     def run() -> None:
         from .train.export import export_file
-        from .train.parse import parse_heads, parse_size
 
-        told = {
-            "img_size": parse_size(img_size) if img_size else None,
-            "heads": parse_heads(heads) if heads else None,
-        }
+        told = _shapes(img_size, heads)
         for line in export_file(checkpoint, output, format.value, name=model, ema=ema, **told):
             typer.echo(line)
 
@@ -514,6 +498,24 @@ def bench(
         return run_benchmark(name, ctx.args, typer.echo)
 
     raise typer.Exit(_run(run) or 0)
+
+
+def _shapes(img_size: str | None, heads: str | None) -> dict[str, Any]:
+    """What a file may not tell, as it was given."""
+    from .train.parse import parse_heads, parse_size
+
+    return {
+        "img_size": parse_size(img_size) if img_size else None,
+        "heads": parse_heads(heads) if heads else None,
+    }
+
+
+def _leave_group() -> None:
+    """Of the processes that a run was one of."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _was_given(ctx: typer.Context, name: str) -> bool:

@@ -143,8 +143,9 @@ def _subpixel(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, group
     counts the distance the other way round.
     """
     reach = []
-    for dim, (last, s, p, d) in zip((2, 4), _sides(weight, stride, padding, dilation)):  # the second after the first
-        r = _reach(last, s, p, d)
+    sides = _sides(weight, stride, padding, dilation)
+    for dim, (last, s, p), d in zip((2, 4), sides, dilation):  # the second after the first
+        r = _reach(last, s, p)
         weight = _dilated(weight, dim, d).movedim(dim, -1)
         before = s * r - p
         weight = F.pad(weight, (before, s * (2 * r + 1) - before - last - 1)).unflatten(-1, (2 * r + 1, s))
@@ -155,13 +156,12 @@ def _subpixel(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, group
     return weight.flatten(0, 3), tuple(reach)
 
 
-def _sides(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> list[tuple[int, int, int, int]]:
-    """(distance of the last tap, stride, padding, dilation) of both."""
-    sizes = weight.shape[2:]
-    return [(d * (k - 1), s, p, d) for k, s, p, d in zip(sizes, stride, padding, dilation)]
+def _sides(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> list[tuple[int, int, int]]:
+    """(distance of the last tap, stride, padding) of both."""
+    return [(d * (k - 1), s, p) for k, s, p, d in zip(weight.shape[2:], stride, padding, dilation)]
 
 
-def _reach(last: int, stride: int, padding: int, dilation: int) -> int:
+def _reach(last: int, stride: int, padding: int) -> int:
     """How many input sites away the farthest tap reads."""
     return max(-(-padding // stride), (last - padding) // stride, 0)
 

@@ -147,11 +147,15 @@ def raw_pixels(batch: Batch) -> Tensor | None:
     return F.adaptive_avg_pool2d(images, size).flatten(1)
 
 
+def key_of(identity: Sequence[str]) -> str:
+    """A name for what is a function of `identity`."""
+    return hashlib.sha256("\n".join(["1", *identity]).encode(errors="surrogateescape")).hexdigest()[:20]
+
+
 def kept(folder: Path, identity: Sequence[str], compute: Callable[[], Features]) -> tuple[Features, bool]:
     """(features, whether they were found in `folder`); what is computed is written there, under a name made of
     `identity`, all that the features are a function of."""
-    key = hashlib.sha256("\n".join(["1", *identity]).encode(errors="surrogateescape")).hexdigest()[:20]
-    path = folder / f"features-{key}.safetensors"
+    path = folder / f"features-{key_of(identity)}.safetensors"
     if path.is_file():
         try:
             with safe_open(path, "pt") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from maefast.data.cache import write_whole
 from maefast.errors import ConfigError
 from maefast.recipe import Batch, Recipe
 
-from .features import lead_tokens, undisturbed
+from .features import key_of, lead_tokens, undisturbed
 
 
 def tokens_of(found: Tensor, lead: int) -> Tensor:
@@ -41,8 +40,7 @@ def kept_tokens(
 ) -> np.ndarray:
     """float32 [n, T, D], mapped from a file in `folder`, where the next call finds them: of the n = `count` samples
     that can be read, see `features.extract` and `features.kept`."""
-    key = hashlib.sha256("\n".join(["1", *identity]).encode(errors="surrogateescape")).hexdigest()[:20]
-    path, lead = folder / f"tokens-{key}.npy", lead_tokens(recipe)
+    path, lead = folder / f"tokens-{key_of(identity)}.npy", lead_tokens(recipe)
 
     def write(place: Path) -> None:
         rows, done = None, 0

@@ -288,8 +288,8 @@ def table(document: dict[str, Any]) -> list[str]:
     for name, row in {"these weights": document, **document.get("baselines", {})}.items():
         near, linear = (str(_accuracy(row[kind])) for kind in ("knn", "linear"))
         how = f"weight decay {row['linear']['weight_decay']:g}{'' if row['linear']['converged'] else ', not converged'}"
-        more = f"{_accuracy(row[ATTENTIVE])!s:26}" if ATTENTIVE in row else ""
-        more = f"{more or '':26}" if ATTENTIVE in document else ""
+        third = _accuracy(row[ATTENTIVE]) if ATTENTIVE in row else ""
+        more = f"{third!s:26}" if ATTENTIVE in document else ""
         lines.append(f"  {name:24}{near:26}{linear:26}{more}{how}")
     lines.append(f"  {'most frequent class':24}{_accuracy(document['most_frequent_class'])}")
     return lines

@@ -93,7 +93,7 @@ def reconstruct_files(
 
 
 class _Chosen:
-    """The images that arguments mean, as `maefast.data.records.Records`."""
+    """The images that arguments mean, as far as `settle` looks at `maefast.data.records.Records`."""
 
     source = root = ""
     notes = ()
@@ -121,9 +121,6 @@ class _Chosen:
 
     def name(self, index: int) -> str:
         return self.names[index]
-
-    def fingerprint(self) -> str:
-        return Names(self.names).lines().hex()
 
 
 def _is_set(entry: str | Path) -> bool:
