@@ -51,6 +51,17 @@ def test_a_recipe_imports_no_recipe():
                 assert module.rsplit(".", 1)[1].startswith("_"), f"{path.name} imports {module}"
 
 
+def test_no_two_recipes_share_a_run_of_more_than_ten_lines():
+    """What two recipes share is a part: nn, masking, data, or a module of recipes with an underscore."""
+    runs: dict[tuple[str, ...], str] = {}
+    for path in sorted(FOLDER.glob("*.py")):
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line for line in lines if line and not line.startswith(("import ", "from "))]
+        for start in range(len(lines) - 10):
+            first = runs.setdefault(tuple(lines[start : start + 11]), path.name)
+            assert first == path.name, f"{first} and {path.name} share eleven lines from {lines[start]!r}"
+
+
 def test_the_table_is_printed():
     result = CliRunner().invoke(app, ["recipes"])
     assert result.exit_code == 0
