@@ -202,7 +202,7 @@ def ellipsoids(
     return low + values.clip(0, 1) * np.float32(high - low)
 
 
-def sheet(shown: Reconstruction, names: Sequence[str], caption: str, slices: int = 3) -> Picture:
+def sheet(shown: Reconstruction, names: Sequence[str], caption: str, slices: int = 2) -> Picture:
     """Some slices along the first axis of each volume [B, C, D, H, W], a row each, of the first channel, from its
     darkest to its brightest half percent; what is masked is black there, and what is not, in its prediction."""
     from maefast.data.images.pictures import Sheet, to_pixels

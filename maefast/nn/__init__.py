@@ -6,10 +6,11 @@ from maefast.nn.decoder import Decoder, run_decoder
 from maefast.nn.drop_path import DropPath
 from maefast.nn.encoder import Encoder, encoder_states, position_table, run_blocks, run_encoder, run_norm
 from maefast.nn.given import GivenTokens
+from maefast.nn.hierarchical import HierarchicalBlock, HierarchicalDecoder
 from maefast.nn.layers import LayerNorm, Linear
 from maefast.nn.patch_embed import PatchEmbed
 from maefast.nn.point_groups import CentrePositions, Groups, PointEmbed, group_points
-from maefast.nn.positions import sincos_1d, sincos_2d, sincos_interleaved
+from maefast.nn.positions import sincos_1d, sincos_2d, sincos_3d, sincos_interleaved
 from maefast.nn.regressor import Regressor
 from maefast.nn.sparsify import sparsify
 from maefast.nn.white_box import ISTA, MSSA, CompressBlock, ExpandBlock
@@ -28,6 +29,8 @@ __all__ = [
     "ExpandBlock",
     "GivenTokens",
     "Groups",
+    "HierarchicalBlock",
+    "HierarchicalDecoder",
     "LayerNorm",
     "Linear",
     "Mlp",
@@ -45,6 +48,7 @@ __all__ = [
     "run_norm",
     "sincos_1d",
     "sincos_2d",
+    "sincos_3d",
     "sincos_interleaved",
     "sparsify",
 ]

@@ -23,10 +23,18 @@ def triple(name: str, value: tuple[int, int, int] | list[int]) -> tuple[int, int
     return tuple(value)
 
 
+def cube(name: str, value: int | tuple[int, int, int] | list[int]) -> tuple[int, int, int]:
+    """A positive size, or (depth, height, width), as (depth, height, width)."""
+    sizes = tuple(value) if isinstance(value, (tuple, list)) else (value, value, value)
+    if len(sizes) != 3 or not all(map(_positive, sizes)):
+        raise ValueError(f"{name} must be a positive int or (depth, height, width), got {value!r}")
+    return sizes
+
+
 def patch_grid(size: tuple[int, ...], patch_size: tuple[int, ...]) -> tuple[int, ...]:
     """How many patches there are each way: (rows, columns), or (tubelets, rows, columns)."""
     if any(side % patch for side, patch in zip(size, patch_size)):
-        what = "image" if len(size) == 2 else "clip"
+        what = "image" if len(size) == 2 else "clip or volume"
         raise ValueError(f"{what} size {size} is not a multiple of the patch size {patch_size}")
     return tuple(side // patch for side, patch in zip(size, patch_size))
 

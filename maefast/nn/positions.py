@@ -48,6 +48,27 @@ def sincos_2d(width: int, grid: tuple[int, int], prefix: int = 0) -> Tensor:
     return torch.cat([torch.zeros(prefix, width), table.float()])
 
 
+def sincos_3d(width: int, grid: tuple[int, int, int], prefix: int = 0) -> Tensor:
+    """The same of a grid in three dimensions: a third of the width encodes the first axis, one the second, one the third.
+
+    Args:
+        width: a multiple of 6. grid: (depth, rows, columns), tokens row-major. prefix: zero rows put in front.
+
+    Returns:
+        float32 [prefix + depth * rows * columns, width], computed in float64.
+
+    Raises:
+        ValueError: width not a positive multiple of 6, empty grid, negative prefix.
+    """
+    if width < 6 or width % 6:
+        raise ValueError(f"a 3-D sine-cosine table needs a width that is a multiple of 6, got {width}")
+    if min(grid) < 1 or prefix < 0:
+        raise ValueError(f"need a non-empty grid and prefix >= 0, got grid {grid} and prefix {prefix}")
+    places = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    table = torch.cat([sincos_1d(width // 3, place.flatten()) for place in places], 1)
+    return torch.cat([torch.zeros(prefix, width), table.float()])
+
+
 def sincos_interleaved(width: int, count: int) -> Tensor:
     """``[sin(p w_0), cos(p w_0), sin(p w_1), …]``, the table of Vaswani et al. (2017) with sines and cosines in turn,
     as VideoMAE and CAE have it: float32 [count, width], computed in float64; `width` is even."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from maefast.nn import sincos_1d, sincos_2d
+from maefast.nn import sincos_1d, sincos_2d, sincos_3d
 
 
 def formula(width, rows, columns, prefix):
@@ -33,6 +33,20 @@ def test_table(rows, columns, prefix):
     table = sincos_2d(16, (rows, columns), prefix)
     assert table.dtype is torch.float32
     np.testing.assert_allclose(table.numpy(), formula(16, rows, columns, prefix), atol=1e-7)
+
+
+def test_three_dimensions():
+    grid, third = (2, 3, 4), torch.arange(4) / 4
+    table = sincos_3d(24, grid, 1)
+    assert table.shape == (25, 24)
+    assert not table[0].any()
+    for place in np.ndindex(grid):
+        angles = [index / 10000**third for index in place]
+        want = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())])
+        torch.testing.assert_close(table[1 + np.ravel_multi_index(place, grid)], want, rtol=0, atol=1e-6)
+    for width, size in ((8, grid), (24, (2, 0, 2))):
+        with pytest.raises(ValueError, match="multiple of 6|non-empty grid"):
+            sincos_3d(width, size)
 
 
 def test_one_dimension():
