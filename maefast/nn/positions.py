@@ -49,7 +49,7 @@ def sincos_2d(width: int, grid: tuple[int, int], prefix: int = 0) -> Tensor:
 
 
 def sincos_3d(width: int, grid: tuple[int, int, int], prefix: int = 0) -> Tensor:
-    """The same of a grid in three dimensions: a third of the width encodes the first axis, one the second, one the third.
+    """The same of a grid in three dimensions: a third of the width for each axis, the first one first.
 
     Args:
         width: a multiple of 6. grid: (depth, rows, columns), tokens row-major. prefix: zero rows put in front.

@@ -1,5 +1,5 @@
-"""Hi-End-MAE: volumes, patches of which are hidden, and a decoder that looks at the encoder layer by layer (Tang et al.,
-Medical Image Analysis 2025, arXiv:2502.08347).
+"""Hi-End-MAE: volumes, patches of which are hidden, and a decoder that looks at the encoder layer by layer
+(Tang et al., Medical Image Analysis 2025, arXiv:2502.08347).
 
 Visible patches and a class token go through a ViT. Its latents and mask tokens pass two blocks of self-attention, then
 blocks that also look at the states of three of its blocks, the deepest first. With t a patch's voxels and var their

@@ -45,7 +45,7 @@ def test_three_dimensions():
         want = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())])
         torch.testing.assert_close(table[1 + np.ravel_multi_index(place, grid)], want, rtol=0, atol=1e-6)
     for width, size in ((8, grid), (24, (2, 0, 2))):
-        with pytest.raises(ValueError, match="multiple of 6|non-empty grid"):
+        with pytest.raises(ValueError, match=r"multiple of 6|non-empty grid"):
             sincos_3d(width, size)
 
 
