@@ -111,7 +111,7 @@ class ConvViT(nn.Module):
         features: bool = True,
     ) -> Tensor:
         """Images [B, C, H, W] -> latents of the visible tokens in plan order, [B, keep, D], or packed [T, D] for a
-        ragged plan; of all tokens without one. `taps`, of the transformer's blocks, and `features`: see `run_encoder`."""
+        ragged plan; of all tokens without one. `taps` (of the transformer) and `features`: see `run_encoder`."""
         size = tuple(side * PATCH for side in self.grid)
         if images.ndim != 4 or tuple(images.shape[2:]) != size:
             raise ValueError(f"images must be [B, C, {size[0]}, {size[1]}], got {tuple(images.shape)}")
