@@ -103,9 +103,15 @@ class ConvViT(nn.Module):
         init_weights_(self)
         nn.init.xavier_uniform_(self.patch_embed3.proj.weight.view(embed_dim, -1))
 
-    def forward(self, images: Tensor, plan: TokenMask | None = None, features: bool = True) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        plan: TokenMask | None = None,
+        taps: dict[int, Tensor | None] | None = None,
+        features: bool = True,
+    ) -> Tensor:
         """Images [B, C, H, W] -> latents of the visible tokens in plan order, [B, keep, D], or packed [T, D] for a
-        ragged plan; of all tokens without one. `features`: see `run_encoder`."""
+        ragged plan; of all tokens without one. `taps` (of the transformer) and `features`: see `run_encoder`."""
         size = tuple(side * PATCH for side in self.grid)
         if images.ndim != 4 or tuple(images.shape[2:]) != size:
             raise ValueError(f"images must be [B, C, {size[0]}, {size[1]}], got {tuple(images.shape)}")
@@ -117,7 +123,7 @@ class ConvViT(nn.Module):
         x = self.patch_embed4(_tokens(self.patch_embed3(x)))
         x = x + (self.pos_embed if plan is None else _of_visible(self.pos_embed, plan))
         packing = Packing.of(plan) if plan is not None and plan.keep is None else None
-        x, delta = run_blocks(self.blocks3, x, packing)
+        x, delta = run_blocks(self.blocks3, x, packing, taps=taps)
         return run_norm(self.norm, x if delta is None else x + delta, skip, x.dtype if features else None)
 
 

@@ -15,6 +15,7 @@ from maefast import masking, models
 from maefast.data.channels import ChannelBatch, Channels, shown_range
 from maefast.data.images import Images
 from maefast.data.images.batch import ImageBatch, normalise, normaliser
+from maefast.nn.teachers import ImageTeacher
 from maefast.ops import TokenMask
 from maefast.recipe import Draw, Recipe
 
@@ -96,6 +97,33 @@ def mae_teacher(
         return models.load_checkpoint(made, given, part=part)
     warn_of_random_weights()
     return made
+
+
+IMAGE_TEACHERS = (
+    "a teacher: teacher=NAME (--model-arg), a CLIP or DINO of transformers such as openai/clip-vit-base-patch16, a"
+    " module in Python, or teacher=random"
+)
+
+
+def image_teacher(given: nn.Module | str | None, **sizes: Any) -> ImageTeacher | None:
+    """What tells states and attention: of a module; of the name or folder of a CLIPVisionModel or, with "dino" in it, a
+    ViTModel, for transformers; with fresh weights, a mae_* model of `sizes`, for "random", with a warning; None for
+    None. TypeError: `given` is none of these."""
+    if given is None:
+        return None
+    if isinstance(given, nn.Module):
+        return ImageTeacher(given)
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"teacher must be a module, a name or folder, or 'random', got {type(given).__name__}")
+    if given == "random":
+        warn_of_random_weights()
+        return ImageTeacher(models.create("mae", **sizes))
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("a teacher by its name needs the package 'transformers'") from error
+    kind: Any = transformers.ViTModel if "dino" in str(given).lower() else transformers.CLIPVisionModel
+    return ImageTeacher(kind.from_pretrained(given))
 
 
 def warn_of_random_weights() -> None:

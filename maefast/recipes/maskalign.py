@@ -10,24 +10,22 @@ teacher's, for the five last layers i, class token and visible patches,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maefast import masking, models, ops
+from maefast import masking, ops
 from maefast.data.images.batch import ImageBatch
 from maefast.names import Names
 from maefast.nn import Encoder, Linear, PatchEmbed, position_table
 from maefast.nn.patch_embed import pair, patch_grid
-from maefast.nn.teachers import Frozen, ImageTeacher
+from maefast.nn.teachers import Frozen
 from maefast.ops import TokenMask
 from maefast.ops._checks import one_of
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
-from maefast.recipes._images import ImageRecipe, feature_sheet, warn_of_random_weights
+from maefast.recipes._images import IMAGE_TEACHERS, ImageRecipe, feature_sheet, image_teacher
 
 EPS = 1e-5  # of the targets' LayerNorm
 MASKS = ("attention", "random")
@@ -84,11 +82,9 @@ class MaskAlign(ImageRecipe):
         if not 1 <= layers <= depth:
             raise ValueError(f"layers must lie in 1 to {depth}, the depth, got {layers}")
         self.mask, self.mask_ratio, self.layers, self.grid = mask, mask_ratio, layers, patch_grid(size, patch)
-        if teacher == "random":
-            warn_of_random_weights()
-            arguments = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-            teacher = models.create("mae", img_size=img_size, patch_size=patch_size, **arguments)
-        self.teacher = None if teacher is None else Frozen(ImageTeacher(_opened(teacher)))
+        arguments = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+        made = image_teacher(teacher, img_size=img_size, patch_size=patch_size, **arguments)
+        self.teacher = None if made is None else Frozen(made)
         if self.teacher:
             teacher_dim = self.teacher.module.width
             if self.teacher.module.depth != depth:
@@ -111,10 +107,7 @@ class MaskAlign(ImageRecipe):
             unused.requires_grad_(False)
 
     def missing(self) -> str | None:
-        how = (
-            "a CLIP or DINO of transformers such as openai/clip-vit-base-patch16, a module in Python, or teacher=random"
-        )
-        return None if self.teacher else f"a teacher: teacher=NAME (--model-arg), {how}"
+        return None if self.teacher else IMAGE_TEACHERS
 
     def prepare(self, batch: ImageBatch, draw: Draw, progress: Progress) -> View:
         self.require()
@@ -171,16 +164,3 @@ def seen_rows(plan: TokenMask) -> Tensor:
     first = torch.zeros(plan.batch, 1, dtype=torch.long, device=plan.device)
     start = torch.arange(plan.batch, device=plan.device)[:, None] * (1 + plan.num_tokens)
     return torch.cat([first, 1 + plan.ids_keep], 1) + start
-
-
-def _opened(teacher: nn.Module | str) -> nn.Module:
-    if isinstance(teacher, nn.Module):
-        return teacher
-    if not isinstance(teacher, (str, os.PathLike)):
-        raise TypeError(f"teacher must be a module, a name or folder, or 'random', got {type(teacher).__name__}")
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("a teacher by its name needs the package 'transformers'") from error
-    kind: Any = transformers.ViTModel if "dino" in str(teacher).lower() else transformers.CLIPVisionModel
-    return kind.from_pretrained(teacher)

@@ -17,7 +17,7 @@ def reference(recipe: nn.Module, view: View) -> dict[str, Tensor]:
     """DMJD (Ma et al., 2023) with dense stages whose convolutions are multiplied by the mask, as the authors do."""
     p, plan = parameters(recipe), view.plan
     images, target = torch.cat([view.parts] * 2), torch.cat([view.target] * 2)
-    latents = encode(below(p, "encoder."), images, recipe, plan.mask, plan.ids_keep)
+    latents, _ = encode(below(p, "encoder."), images, recipe, plan.mask, plan.ids_keep)
     x = linear(latents, p, "decoder.embed")
     full = torch.cat([x, p["decoder.mask_token"].expand(len(x), plan.num_tokens - x.shape[1], -1)], 1)
     x = full.gather(1, plan.ids_restore[..., None].expand(-1, -1, x.shape[2])) + p["decoder.pos_embed"]
@@ -33,7 +33,10 @@ def reference(recipe: nn.Module, view: View) -> dict[str, Tensor]:
     return {"masked": masked, "visible": recipe.theta * visible}
 
 
-def encode(p: Mapping[str, Tensor], x: Tensor, recipe: nn.Module, mask: Tensor, keep: Tensor) -> Tensor:
+def encode(
+    p: Mapping[str, Tensor], x: Tensor, recipe: nn.Module, mask: Tensor, keep: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Latents of visible tokens, and the outputs of the transformer's blocks."""
     maps = (~mask).to(x.dtype).view(-1, 1, *recipe.grid)
     index, skips = keep[..., None], []
     for stage, ratio in ((1, 4), (2, 2)):
@@ -44,8 +47,8 @@ def encode(p: Mapping[str, Tensor], x: Tensor, recipe: nn.Module, mask: Tensor, 
         skips.append(conv(x, p, f"stage{stage}_output_decode", stride=ratio).flatten(2).transpose(1, 2))
     x = linear(embed(x, p, 3).flatten(2).transpose(1, 2), p, "patch_embed4") + p["pos_embed"]
     x, *skips = (t.gather(1, index.expand(-1, -1, t.shape[2])) for t in (x, *skips))
-    x = blocks(x, p, "blocks3.", recipe.encoder.blocks3[0].attn.num_heads)[-1]
-    return norm(x + skips[0] + skips[1], p, "norm")
+    states = blocks(x, p, "blocks3.", recipe.encoder.blocks3[0].attn.num_heads)
+    return norm(states[-1] + skips[0] + skips[1], p, "norm"), states
 
 
 def distance(pred: Tensor, target: Tensor, loss: str) -> Tensor:
