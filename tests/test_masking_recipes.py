@@ -200,3 +200,41 @@ def test_nodes_are_masked_in_each_graph(sizes, ratio, replace):
         masking.nodes([4], 0.5, 0.5, noise=torch.rand(1, 4))
     with pytest.raises(ValueError, match="at least one graph"):
         masking.nodes([], 0.5)
+
+
+@pytest.mark.parametrize(("mask", "sign"), [("highest", 1), ("lowest", -1)])
+def test_guided_masks_the_top_of_each_frame(mask, sign):
+    scores = torch.randn(3, 4, 10, generator=seeded())
+    scores[:, :, 5:] = scores[:, :, :5]  # every score twice
+    plan = masking.guided(scores, 0.56, mask=mask)
+    check_invariants(plan)
+    assert plan.keep == 4 * 5
+    for sample, row in zip(scores.tolist(), plan.mask.view(3, 4, 10).tolist()):
+        for frame, hidden in zip(sample, row):
+            order = sorted(range(10), key=lambda i: (sign * frame[i], i))  # of equal ones the first stays visible
+            assert [i for i in range(10) if hidden[i]] == sorted(order[5:])
+    assert torch.equal(plan.ids_keep, plan.ids_keep.sort(1).values)
+
+
+def test_guided_by_noise_is_random_in_each_frame():
+    noise = torch.rand(6, 3, 8, generator=seeded(1))
+    guided = masking.guided(noise, keep=3).mask.view(18, 8)
+    assert torch.equal(guided, masking.random(18, 8, keep=3, noise=noise.view(18, 8)).mask)
+    assert masking.guided(noise, 0.6).keep == 3 * (8 - int(0.6 * 8))
+
+
+def test_guided_refuses():
+    scores = torch.zeros(2, 3, 4)
+    scores[0, 1, 0] = float("nan")
+    assert masking.guided(scores, keep=3).mask.view(2, 3, 4)[0, 1].tolist() == [True, False, False, False]
+    for given, error, reason in (
+        ({"scores": scores[0], "ratio": 0.5}, ValueError, "scores must"),
+        ({"scores": scores.long(), "ratio": 0.5}, TypeError, "scores must"),
+        ({"scores": scores[:, :0], "ratio": 0.5}, ValueError, "at least one sample, frame and token"),
+        ({"scores": scores, "ratio": 0.5, "mask": "top"}, ValueError, "mask must be one of"),
+        ({"scores": scores, "keep": [1, 2]}, TypeError, "one ratio or keep"),
+        ({"scores": scores, "keep": 5}, ValueError, "keep"),
+        ({"scores": scores}, ValueError, "exactly one"),
+    ):
+        with pytest.raises(error, match=reason):
+            masking.guided(**given)

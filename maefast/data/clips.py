@@ -56,11 +56,7 @@ class Clips:
         """Raise unless it is a batch of such clips."""
         if not isinstance(batch, ClipBatch):
             raise TypeError(f"a ClipBatch is wanted, got {type(batch).__name__}")
-        _checks.tensor("clips", batch.clips, ndim=5, floating=False)
-        want, found = (3, self.frames, *self.size), batch.clips
-        if tuple(found.shape[1:]) != want or found.dtype is not torch.uint8:
-            sizes = ", ".join(map(str, want))
-            raise ValueError(f"clips must be uint8 [B, {sizes}], got {found.dtype} {tuple(found.shape)}")
+        check_clips(batch.clips, self.frames, self.size)
 
     def _demo(self) -> Made:
         from maefast.data.images.files import shipped_photographs
@@ -91,18 +87,31 @@ class _Cropped(Cropped):
         return resized(self._taken(raw, 0.5), self.centre(width, height), self.wants.size)
 
     def _taken(self, raw: np.ndarray, where: float) -> np.ndarray:
-        """T frames; of a short video with a smaller stride."""
-        frames, stride = self.wants.frames, self.wants.stride
-        if len(raw) < frames:
-            raise ValueError(f"{len(raw)} frames, fewer than the {frames} of a clip")
-        if frames > 1:
-            stride = min(stride, (len(raw) - 1) // (frames - 1))
-        start = int(where * (len(raw) - (frames - 1) * stride))
-        return raw[start : start + (frames - 1) * stride + 1 : stride]
+        return raw[taken(len(raw), self.wants.frames, self.wants.stride, where)]
 
     def collate(self, samples: Sequence[np.ndarray], key: np.ndarray) -> ClipBatch:
         clips = torch.from_numpy(np.stack(samples)).permute(0, 4, 1, 2, 3).contiguous()
         return ClipBatch(clips, key=key)
+
+
+def check_clips(found: Tensor, frames: int, size: tuple[int, int]) -> None:
+    """Raise unless they are uint8 [B, 3, frames, *size]."""
+    _checks.tensor("clips", found, ndim=5, floating=False)
+    want = (3, frames, *size)
+    if tuple(found.shape[1:]) != want or found.dtype is not torch.uint8:
+        sizes = ", ".join(map(str, want))
+        raise ValueError(f"clips must be uint8 [B, {sizes}], got {found.dtype} {tuple(found.shape)}")
+
+
+def taken(length: int, frames: int, stride: int, where: float) -> slice:
+    """Which `frames` of a video of `length` are a clip, `where` in [0, 1) it may begin; of a short one with a smaller
+    stride. ValueError: it has fewer."""
+    if length < frames:
+        raise ValueError(f"{length} frames, fewer than the {frames} of a clip")
+    if frames > 1:
+        stride = min(stride, (length - 1) // (frames - 1))
+    start = int(where * (length - (frames - 1) * stride))
+    return slice(start, start + (frames - 1) * stride + 1, stride)
 
 
 def resized(clip: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
@@ -171,11 +180,16 @@ def _photograph(path: Path, side: int) -> np.ndarray:
         return np.asarray(image.convert("RGB").resize(tuple(sizes), Image.Resampling.BICUBIC))
 
 
+def shown_frames(length: int, frames: int = 3) -> list[int]:
+    """Some of a clip's frames, the first and the last among them."""
+    return np.linspace(0, length - 1, frames).round().astype(int).tolist()
+
+
 def sheet(shown: Reconstruction, names: Sequence[str], caption: str, frames: int = 3) -> Picture:
     """Some frames of each clip [B, 3, T, H, W] in [0, 1], a row each."""
     from maefast.data.images.pictures import Sheet, to_pixels
 
-    picked = np.linspace(0, shown.original.shape[2] - 1, frames).round().astype(int).tolist()
+    picked = shown_frames(shown.original.shape[2], frames)
     hidden = shown.reconstruction.where(shown.mask, torch.full_like(shown.reconstruction, 0.0))
     columns = [
         to_pixels(column[:, :, picked].transpose(1, 2).flatten(0, 1))

@@ -15,6 +15,7 @@
     ragged         uniform among the tokens within each length           LV-MAE (arXiv 2504.03501)
     similar        by likeness to the segment before                     LV-MAE
     near           the groups nearest to a random one are masked         Point-MAE (Pang et al., 2022)
+    guided         the highest scores of each frame are masked  TGM (Fan et al., 2024)
     nodes          nodes of graphs, as a NodeMask                        GraphMAE (Hou et al., 2022)
 
 Your own sampler is `from_scores(scores, keep)`. With `noise` given, nothing is drawn, so that a run can be
@@ -25,6 +26,7 @@ from maefast.masking.blocks import block, enlarge, grid
 from maefast.masking.colour import coloured
 from maefast.masking.counts import keep_count
 from maefast.masking.graphs import NodeMask, nodes
+from maefast.masking.guided import guided
 from maefast.masking.multichannel import channels
 from maefast.masking.points import near
 from maefast.masking.running import dual, only, running_cells
@@ -52,6 +54,7 @@ __all__ = [
     "from_indices",
     "from_scores",
     "grid",
+    "guided",
     "keep_count",
     "near",
     "nodes",

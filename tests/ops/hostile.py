@@ -298,6 +298,10 @@ VALID: dict[str, list[Callable[[], dict]]] = {
     "masking.ragged": [lambda: {"lengths": [2, 6], "num_tokens": 6, "ratio": 0.5, "noise": floats(2, 6)}],
     "masking.similar": [lambda: {"x": floats(2, 4, 3), "lengths": [2, 4], "ratio": 0.5, "order": "release"}],
     "masking.near": [lambda: {"centres": floats(2, 5, 3), "ratio": 0.5, "noise": floats(2).abs() / 2}],
+    "masking.guided": [
+        lambda: {"scores": floats(2, 3, 4), "ratio": 0.5, "rule": "floor"},
+        lambda: {"scores": floats(2, 3, 4), "keep": 1, "mask": "lowest"},
+    ],
     "masking.nodes": [
         lambda: {"sizes": [2, 6], "ratio": 0.5, "noise": floats(2, 6)},
         lambda: {"sizes": (2, 6), "ratio": 0.5, "replace": 0.5, "noise": floats(2, 6), "donor_noise": floats(2, 6)},

@@ -32,21 +32,23 @@ def targets(recipe: nn.Module, video: Tensor) -> Tensor:
     return pixels.flatten(2)
 
 
-def predictions(p: Mapping[str, Tensor], recipe: nn.Module, x: Tensor, visible: Tensor, decoded: Tensor) -> Tensor:
-    """Of the decoded positions, from all tubelets x; bool [B, N] each."""
-    heads, decoder_heads = (part.blocks[0].attn.num_heads for part in (recipe.encoder, recipe.decoder))
-    batch = len(x)
-    x = x[visible].view(batch, -1, x.shape[-1])
-    x = linear(norm(blocks(x, p, "encoder.blocks.", heads)[-1], p, "encoder.norm"), p, "decoder.embed")
-    positions = p["decoder.pos_embed"].expand(batch, -1, -1)
-    hidden = p["decoder.mask_token"] + positions[decoded].view(batch, -1, x.shape[-1])
+def latents(p: Mapping[str, Tensor], recipe: nn.Module, x: Tensor, visible: Tensor) -> Tensor:
+    """Of the visible ones of all tubelets x, [B, visible, D]; bool [B, N]."""
+    x = x[visible].view(len(x), -1, x.shape[-1])
+    return norm(blocks(x, p, "encoder.blocks.", recipe.encoder.blocks[0].attn.num_heads)[-1], p, "encoder.norm")
+
+
+def predictions(p: Mapping[str, Tensor], recipe: nn.Module, latent: Tensor, visible: Tensor, decoded: Tensor) -> Tensor:
+    """Of the decoded positions, from latents of the visible ones; bool [B, N] each."""
+    x, positions = linear(latent, p, "decoder.embed"), p["decoder.pos_embed"].expand(len(latent), -1, -1)
+    hidden = p["decoder.mask_token"] + positions[decoded].view(len(x), -1, x.shape[-1])
     x = torch.cat([x + positions[visible].view(x.shape), hidden], 1)
-    x = blocks(x, p, "decoder.blocks.", decoder_heads)[-1][:, -hidden.shape[1] :]
+    x = blocks(x, p, "decoder.blocks.", recipe.decoder.blocks[0].attn.num_heads)[-1][:, -hidden.shape[1] :]
     return linear(norm(x, p, "decoder.norm"), p, "decoder.pred")
 
 
 def reference(recipe: nn.Module, view: View) -> dict[str, Tensor]:
     """VideoMAE (Tong et al., 2022)."""
     p, mask, video = parameters(recipe), view.plan.mask, view.target
-    pred = predictions(p, recipe, embedded(p, recipe, video), ~mask, mask)
+    pred = predictions(p, recipe, latents(p, recipe, embedded(p, recipe, video), ~mask), ~mask, mask)
     return {"pixels": F.mse_loss(pred, targets(recipe, video)[mask].view(pred.shape))}

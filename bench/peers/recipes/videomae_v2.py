@@ -3,7 +3,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bench.peers.plain import parameters
-from bench.peers.recipes.videomae import batch, embedded, predictions, targets
+from bench.peers.recipes.videomae import batch, embedded, latents, predictions, targets
 from maefast.recipe import View
 
 __all__ = ["batch", "reference"]
@@ -15,7 +15,7 @@ def reference(recipe: nn.Module, view: View) -> dict[str, Tensor]:
     visible, decoded = ~(hidden | view.plan.absent), hidden
     if view.again is not None:
         decoded = hidden.scatter(1, view.again, True)
-    pred = predictions(p, recipe, embedded(p, recipe, video), visible, decoded)
+    pred = predictions(p, recipe, latents(p, recipe, embedded(p, recipe, video), visible), visible, decoded)
     each = (pred - targets(recipe, video)[decoded].view(pred.shape)).square().mean(-1)
     counts = hidden[decoded].view(each.shape)
     return {"pixels": (each * counts).sum() / counts.sum()}
