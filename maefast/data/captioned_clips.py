@@ -179,16 +179,19 @@ def read_captioned(path: Where, text: int, scored: bool) -> Captioned:
 
 
 def sheet(
-    shown: Reconstruction, scores: Tensor, grid: tuple[int, int, int], names: Sequence[str], caption: str
+    shown: Reconstruction, scores: Tensor | None, grid: tuple[int, int, int], names: Sequence[str], caption: str
 ) -> Picture:
     """`maefast.data.clips.sheet` with a column of scores [B, T', S], from the lowest of a frame, black, to its highest,
-    white."""
+    white; without it where there are none."""
     base, length = sheet_of_clips(shown, names, caption), shown.original.shape[2]
+    if scores is None:
+        return base
     slots = [frame * grid[0] // length for frame in shown_frames(length)]
     maps = scores.detach().float().cpu()[:, slots]
     low, high = maps.amin(2, keepdim=True), maps.amax(2, keepdim=True)
     maps = ((maps - low) / (high - low).clamp_min(1e-6)).view(-1, 1, *grid[1:])
     pixels = torch.nn.functional.interpolate(maps, tuple(shown.original.shape[3:]))
     heat = (255 * pixels).round().to(torch.uint8).expand(-1, 3, -1, -1)
-    labels = (base.labels[0], "scores", *base.labels[1:])
-    return replace(base, columns=[base.columns[0], heat, *base.columns[1:]], labels=labels)
+    return replace(
+        base, columns=[base.columns[0], heat, *base.columns[1:]], labels=(base.labels[0], "scores", *base.labels[1:])
+    )

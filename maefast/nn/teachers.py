@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its images
+
 _around: ContextVar[tuple[str, torch.dtype] | None] = ContextVar("_around", default=None)
 
 
@@ -178,7 +180,6 @@ class ImageTeacher(nn.Module):
 
 def _as_clip(images: Tensor) -> Tensor:
     """From ImageNet's mean and standard deviation to CLIP's."""
-    numbers = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.48145466, 0.4578275, 0.40821073),
-               (0.26862954, 0.26130258, 0.27577711))  # fmt: skip
+    numbers = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), CLIP_MEAN, CLIP_STD)
     mean, std, clip_mean, clip_std = (torch.tensor(n).to(images).view(3, 1, 1) for n in numbers)
     return (images * std + mean - clip_mean) / clip_std

@@ -65,23 +65,12 @@ class TGM(ClipAutoencoder):
         sizes={"base": both(768, 12, 12, 384, 4, 6), "small": both(384, 12, 6, 192, 4, 3)},
         training={"blr": 1.5e-4, "warmup": 0.05, "epochs": 200, "crop_scale": (0.5, 1.0), "flip": 0.0},
         demo={
-            "model_args": {
-                **DEMO["model_args"],
-                "frames": 4,
-                "text": 32,
-                "embed_dim": 96,
-                "depth": 3,
-                "decoder_num_heads": 4,
-            },
-            "mask_ratio": 0.5,
-            "crop_scale": (0.8, 1.0),
-            "steps": 500,
-            "batch_size": 16,
-            "lr": 2e-3,
-            "warmup": 0.1,
+            "model_args": {**DEMO["model_args"], "frames": 4, "text": 32, "embed_dim": 96, "depth": 3},
+            "mask_ratio": 0.5, "crop_scale": (0.8, 1.0), "steps": 500, "batch_size": 16, "lr": 2e-3, "warmup": 0.1,
+            "picture_rows": 3,
         },
         baseline="predicting each tubelet's mean, and any caption of the batch",
-    )
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -162,7 +151,7 @@ class TGM(ClipAutoencoder):
         from maefast.data.captioned_clips import sheet
 
         shown = reconstruct(self.compute(view).pred, view.target, view.plan, self.tubelet, self.norm, fill=0.5)
-        caption = f"{self.mask_ratio:.0%} masked, where scores are {self.masks}"
+        caption = f"{self.mask_ratio:.0%} masked: {self.masks}"
         if self.weight:
             caption += f"; {int(self.retrieved(view).sum())} of {len(names)} clips find their caption"
         return sheet(shown, view.scores, self.grid, names, caption)
