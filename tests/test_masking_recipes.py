@@ -227,7 +227,7 @@ def test_guided_refuses():
     scores = torch.zeros(2, 3, 4)
     scores[0, 1, 0] = float("nan")
     assert masking.guided(scores, keep=3).mask.view(2, 3, 4)[0, 1].tolist() == [True, False, False, False]
-    for given, error, reason in (
+    for arguments, error, reason in (
         ({"scores": scores[0], "ratio": 0.5}, ValueError, "scores must"),
         ({"scores": scores.long(), "ratio": 0.5}, TypeError, "scores must"),
         ({"scores": scores[:, :0], "ratio": 0.5}, ValueError, "at least one sample, frame and token"),
@@ -237,4 +237,4 @@ def test_guided_refuses():
         ({"scores": scores}, ValueError, "exactly one"),
     ):
         with pytest.raises(error, match=reason):
-            masking.guided(**given)
+            masking.guided(**arguments)

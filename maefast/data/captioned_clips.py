@@ -50,7 +50,7 @@ class CaptionedClips:
     wide and, if `scored`, scores on a `grid` (T', rows, columns).
 
     `--data` names a folder, a list or tars of .npz files, a video each, with the arrays of `Captioned`: "video", uint8
-    [F, H, W, 3], or the name of a file of a codec beside it; "texts", floating [K, D]; "scores", floating [K, F', h, w].
+    [F, H, W, 3], or the name of a video's file beside it; "texts", floating [K, D]; "scores", floating [K, F', h, w].
     Of several captions a training sample takes one at random, an example the first. Scores are cropped, flipped and
     averaged over the frames of a tubelet as the clip is. A caption that names a direction wants --flip 0.
     """

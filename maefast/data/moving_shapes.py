@@ -37,8 +37,8 @@ class MovingShape:
         return (total / np.linalg.norm(total)).astype(np.float32)
 
     def video(self, frames: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [frames, H, W, 3]; and where the shape is, float32 [frames, H / 4, W / 4]: 1 within it, and the less the
-        farther away, as a model that looks for the caption's words could say."""
+        """uint8 [frames, H, W, 3]; and where the shape is, float32 [frames, H / 4, W / 4]: 1 within it, less farther
+        away, as a model that looks for the caption's words could say."""
         rng, side = np.random.default_rng([16, self.index]), min(size)
         rows, columns = np.mgrid[: size[0], : size[1]].astype(np.float32)
         down, across = PATTERNS[self.pattern]

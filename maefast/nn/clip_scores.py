@@ -11,9 +11,9 @@ from maefast.ops import _checks
 
 
 class ClipScores(nn.Module):
-    """Cosines of the patches of each frame and the embedding of a caption, in the space that CLIP (Radford et al., 2021)
-    has for both: what TGM (Fan et al., ECCV 2024) masks by. Patches go the way of the class token, through the last norm
-    and the visual projection.
+    """Cosines of the patches of each frame and the embedding of a caption, in the space that CLIP (Radford et al.,
+    2021) has for both: what TGM (Fan et al., ECCV 2024) masks by. Patches go the way of the class token, through the
+    last norm and the visual projection.
 
     Args:
         model: a CLIPModel of transformers; its image tower is used. grid: (T', rows, columns) of the scores.
@@ -29,7 +29,7 @@ class ClipScores(nn.Module):
             self.register_buffer(name, torch.tensor(numbers).view(3, 1, 1), persistent=False)
 
     def maps(self, clips: Tensor, text: Tensor) -> Tensor:
-        """Clips [B, 3, T, H, W] in [0, 1] and text [B, D] -> [B, T, h, w], of CLIP's own patches, to be kept in files."""
+        """Clips [B, 3, T, H, W] in [0, 1] and text [B, D] -> [B, T, h, w], of CLIP's patches, to be kept in files."""
         _checks.tensor("clips", clips, ndim=5)
         _checks.tensor("text", text, ndim=2)
         if clips.shape[1] != 3 or text.shape != (len(clips), self.project.out_features):
@@ -41,9 +41,8 @@ class ClipScores(nn.Module):
         if frames.shape[2:] != (self.side, self.side):
             frames = F.interpolate(frames, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
         tokens = self.vision(pixel_values=(frames - self.mean) / self.std).last_hidden_state[:, 1:]
-        patches = F.normalize(self.project(self.vision.post_layernorm(tokens)), dim=-1).unflatten(
-            0, clips.shape[::2][:2]
-        )
+        patches = F.normalize(self.project(self.vision.post_layernorm(tokens)), dim=-1)
+        patches = patches.unflatten(0, (len(clips), -1))
         cosines = torch.einsum("btnd,bd->btn", patches, F.normalize(text.to(patches.dtype), dim=-1))
         return cosines.unflatten(2, (int(cosines.shape[2] ** 0.5), -1))
 

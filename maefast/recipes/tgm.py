@@ -2,7 +2,7 @@
 
 In each frame (tubelet slot) the `mask_ratio` share of the positions whose features are most like the embedding c of a
 caption is masked, and VideoMAE's encoder and decoder predict their pixels. The visible tokens of a clip, which the
-encoder has anyway, are also to be told apart by their captions. With t a tubelet's pixels in [0, 1], normalised for each
+encoder has anyway, are also to tell which caption is theirs. With t a tubelet's pixels in [0, 1], normalised for each
 channel over its values, and v = project(mean of the latents of visible tokens),
 
     loss = mean over masked tubelets of (pred - t)^2 + weight * InfoNCE(v, c)
@@ -36,7 +36,7 @@ MASKS = ("highest", "lowest", "random", "tube")
 
 @dataclass(frozen=True)
 class CaptionedView(View):
-    """text: floating [B, D], embeddings of captions. scores: [B, T', S], what the mask was made from; None for a random one."""
+    """text: [B, D], embeddings of captions. scores: [B, T', S], what the mask was made from; None for a random one."""
 
     text: Tensor | None = None
     scores: Tensor | None = None
@@ -104,7 +104,7 @@ class TGM(ClipAutoencoder):
         init_weights_(self.project_text)
 
     def prepare(self, batch: CaptionedClipBatch, draw: Draw, progress: Progress) -> CaptionedView:
-        """parts: float32 [B, 3, T, H, W], normalised as ImageNet's; target: the same in [0, 1]; plan: as `masks` say."""
+        """parts: float32 [B, 3, T, H, W], normalised as ImageNet's; target: the same in [0, 1]; plan: see `masks`."""
         parts, clips = self.normalised(batch)
         text, scores = batch.text.to(parts.dtype), batch.scores
         if self.teacher is not None:

@@ -58,7 +58,7 @@ def test_scores_go_with_the_pixels():
         raw = SimpleNamespace(frames=video, texts=np.ones((1, 5), np.float32), scores=maps)
         clip, _, scores = kind.sample(raw, np.random.default_rng(seed))
         seen = clip[..., 0].reshape(2, 2, 2, 4, 3, 4).mean((1, 3, 5)).reshape(2, 6)
-        np.testing.assert_allclose(scores, seen, atol=4)
+        np.testing.assert_allclose(scores, seen, atol=8)
 
 
 def test_one_of_several_captions(tmp_path):
