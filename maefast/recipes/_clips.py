@@ -12,7 +12,7 @@ from maefast.data.images.batch import normaliser
 from maefast.names import Names
 from maefast.nn import Decoder, Encoder, PatchEmbed, sincos_interleaved
 from maefast.nn.patch_embed import pair, patch_grid, triple
-from maefast.nn.patches import reconstruct
+from maefast.nn.patches import Reconstruction, reconstruct
 from maefast.recipe import Picture, View
 from maefast.recipes._autoencoder import Autoencoder
 
@@ -108,7 +108,12 @@ class ClipAutoencoder(Autoencoder):
     def picture(self, view: View, names: Sequence[str]) -> Picture:
         from maefast.data.clips import sheet
 
+        shown, caption = self.shown(view)
+        return sheet(shown, names, caption)
+
+    def shown(self, view: View) -> tuple[Reconstruction, str]:
+        """Clips with what is predicted of them, and what must be known of the picture."""
         pred = self.compute(view).pred
-        shown = reconstruct(pred, view.target, view.plan, self.tubelet, self.norm, fill=0.5)
         how = "; masked tubelets have their true mean and variance" if self.norm != "none" else ""
-        return sheet(shown, names, f"{self.mask_ratio:.0%} masked{how}")
+        shown = reconstruct(pred, view.target, view.plan, self.tubelet, self.norm, fill=0.5)
+        return shown, f"{self.mask_ratio:.0%} masked{how}"

@@ -24,7 +24,6 @@ from maefast.data.captioned_clips import CaptionedClipBatch, CaptionedClips
 from maefast.nn import Linear
 from maefast.nn.contrast import info_nce
 from maefast.nn.init import init_weights_
-from maefast.nn.patches import reconstruct
 from maefast.nn.teachers import Frozen
 from maefast.ops import TokenMask, _checks
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
@@ -66,7 +65,7 @@ class TGM(ClipAutoencoder):
         training={"blr": 1.5e-4, "warmup": 0.05, "epochs": 200, "crop_scale": (0.5, 1.0), "flip": 0.0},
         demo={
             "model_args": {**DEMO["model_args"], "frames": 4, "text": 32, "embed_dim": 96, "depth": 3},
-            "mask_ratio": 0.5, "crop_scale": (0.8, 1.0), "steps": 500, "batch_size": 16, "lr": 2e-3, "warmup": 0.1,
+            "mask_ratio": 0.5, "crop_scale": (0.8, 1.0), "steps": 400, "batch_size": 16, "lr": 2e-3, "warmup": 0.1,
             "picture_rows": 3,
         },
         baseline="predicting each tubelet's mean, and any caption of the batch",
@@ -150,8 +149,7 @@ class TGM(ClipAutoencoder):
     def picture(self, view: CaptionedView, names: Sequence[str]) -> Picture:
         from maefast.data.captioned_clips import sheet
 
-        shown = reconstruct(self.compute(view).pred, view.target, view.plan, self.tubelet, self.norm, fill=0.5)
-        caption = f"{self.mask_ratio:.0%} masked: {self.masks}"
+        shown, caption = self.shown(view)
         if self.weight:
             caption += f"; {int(self.retrieved(view).sum())} of {len(names)} clips find their caption"
         return sheet(shown, view.scores, self.grid, names, caption)
