@@ -1,9 +1,7 @@
-"""Learning rates that fall from the head to the input by a factor a layer (Clark et al., 2020; BEiT), and the values
-that papers fine-tune with."""
+"""The layers of classifiers, whose learning rates fall towards the input, and the values that papers fine-tune with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,9 +9,9 @@ from torch import nn
 from maefast.models import MaskedAutoencoder, MaskedAutoencoderViT
 from maefast.models.convnext import ConvNeXt
 from maefast.models.resnet import ResNet
+from maefast.nn.layer_decay import decayed_groups, layers_by_start
 
 _GROUPED = 9  # blocks of a third stage that are layers of their own; of longer ones three are one
-_NO_DECAY = ("cls_token", "pos_embed")
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def layers_of(network: nn.Module) -> tuple[dict[str, int], int]:
         blocks = [f"blocks.{i}." for i in range(len(network.blocks))]
         rest, last = {"fc_norm.": len(blocks) + 1, "head.": len(blocks) + 1}, len(blocks) + 1
     starts = {**{block: place for place, block in enumerate(blocks, 1)}, **rest}
-    return {name: next((at for start, at in starts.items() if name.startswith(start)), 0) for name in names}, last
+    return layers_by_start(network, starts), last
 
 
 def _single(name: str, depths: list[int]) -> int:
@@ -114,19 +112,6 @@ def _grouped(name: str) -> int:
 
 
 def parameter_groups(network: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
-    """AdamW's groups: the rate of layer i of the last n is multiplied by layer_decay ** (n - i), as "lr_scale".
-
-    Vectors, biases, scales (`gamma`, `beta`), the class token and positions have no weight decay.
-    """
+    """See `decayed_groups`."""
     layers, last = layers_of(network)
-    groups: dict[tuple[int, bool], dict] = {}
-    for name, parameter in _trained(network):
-        decays = not (parameter.ndim <= 1 or name.endswith((".bias", ".gamma", ".beta")) or name in _NO_DECAY)
-        layer = layers[name]
-        rule = {"weight_decay": weight_decay if decays else 0.0, "lr_scale": layer_decay ** (last - layer)}
-        groups.setdefault((layer, decays), {"params": [], **rule})["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
-
-
-def _trained(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)
+    return decayed_groups(network, layers, last, weight_decay, layer_decay)

@@ -92,6 +92,21 @@ class MAE(_Published):
     )  # fmt: skip
 
 
+class FMAE(_Published):
+    """A `MAE` of faces, of whole images: resized and flipped, not cropped. The first stage of the recipe `fmae_iat`."""
+
+    spec = Spec(
+        name="fmae",
+        title="FMAE, the first stage of FMAE-IAT",
+        paper="Ning et al., 2024, arXiv:2407.11243",
+        modality="images",
+        sizes={size: {"model": f"mae_{size}"} for size in ("large", "base", "small")},
+        training={"norm_pix": True, "epochs": 50, "batch_size": 512, "warmup": 0.04, "crop_scale": (1.0, 1.0),
+                  "crop_ratio": (1 / 16, 16.0)},
+        demo={**MAE.spec.demo, "warmup": 0.05},
+    )  # fmt: skip
+
+
 class SparK(_Published):
     """A convnet of which only visible cells are computed; see `maefast.models.SparK`."""
 
