@@ -2,6 +2,7 @@
 
 from maefast.nn.block import Attention, Block, Mlp, Packing
 from maefast.nn.cells import Cells, UnknownSparseOp
+from maefast.nn.cross_block import ContextAttention, CrossBlock, CrossDecoder, CrossFusion
 from maefast.nn.decoder import Decoder, run_decoder
 from maefast.nn.drop_path import DropPath
 from maefast.nn.encoder import Encoder, encoder_states, position_table, run_blocks, run_encoder, run_norm
@@ -23,6 +24,10 @@ __all__ = [
     "Cells",
     "CentrePositions",
     "CompressBlock",
+    "ContextAttention",
+    "CrossBlock",
+    "CrossDecoder",
+    "CrossFusion",
     "Decoder",
     "DropPath",
     "Encoder",
