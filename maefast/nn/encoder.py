@@ -172,6 +172,12 @@ class Encoder(nn.Module):
         """Outputs of the blocks `at`, see `encoder_states`; negative numbers count from the last."""
         return encoder_states(parts, plan, [i % len(self.blocks) for i in at], **self._parts())
 
+    def tapped(self, parts: Any, plan: TokenMask | None, at: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """What `forward` gives, and the outputs of the blocks `at` (from 0) through the same norm, in this order."""
+        taps: dict[int, Tensor | None] = dict.fromkeys(at)
+        latent = self(parts, plan, taps=taps)
+        return latent, [self.norm(state) for state in taps.values()]
+
     def _parts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("patch_embed", "cls_token", "pos_embed", "blocks")}
 

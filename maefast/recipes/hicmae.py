@@ -1,4 +1,4 @@
-"""HiCMAE: clips and their sound, each with an encoder, which look at each other before they are decoded (Sun et al., 2024,
+"""HiCMAE: clips and their sound, whose encoders' latents look at each other before they are decoded (Sun et al., 2024,
 arXiv:2401.05698).
 
 Tubes of the clip and patches of its spectrogram are hidden. The encoders' latents are fused by cross-attention, and
@@ -11,28 +11,29 @@ pair less the first, and V_l and A_l the means of the visible tokens' states aft
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from math import log, prod
 
 import torch
 from torch import Tensor
 
-from maefast import masking, ops
-from maefast.data.audiovisual import AudioVisual, AudioVisualBatch
+from maefast import ops
+from maefast.data.audiovisual import AudioVisualBatch
 from maefast.data.clips import Clips
 from maefast.data.fbank import Fbank
-from maefast.data.images.batch import normaliser
 from maefast.data.spectrograms import Spectrograms
 from maefast.names import Names
 from maefast.nn import CrossDecoder, CrossFusion, Encoder, PatchEmbed, sincos_interleaved
 from maefast.nn.contrast import info_nce
-from maefast.nn.patch_embed import pair, patch_grid, triple
-from maefast.nn.patches import frame_differences, patchify, reconstruct, statistics
+from maefast.nn.patch_embed import pair
+from maefast.nn.patches import frame_differences, patchify, statistics
 from maefast.ops import TokenMask, _checks
-from maefast.recipe import Draw, Output, Picture, Progress, Recipe, Spec, View
+from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
+from maefast.recipes._audiovisual import AudioVisualRecipe, Pair
+from maefast.recipes._images import mean_feature
 
 
-class HiCMAE(Recipe):
+class HiCMAE(AudioVisualRecipe):
     """Args:
         frames, img_size, tubelet, stride: of the clips, as of VideoMAE. mask_ratio: of the positions of a frame.
         sound_frames, mels, rate, seconds, roll: of the spectrograms, see `Spectrograms`. patch_size: of their patches.
@@ -63,10 +64,10 @@ class HiCMAE(Recipe):
         },
         demo={
             "model_args": {
-                "frames": 8, "img_size": 48, "tubelet": [2, 8, 8], "stride": 1, "mask_ratio": 0.75,
+                "frames": 4, "img_size": 48, "tubelet": [2, 8, 8], "stride": 1, "mask_ratio": 0.75,
                 "sound_frames": 64, "mels": 32, "patch_size": 8, "seconds": 0.655, "roll": False, "contrast": 0.02,
-                "taps": [1, 2], "embed_dim": 96, "depth": 4, "num_heads": 3, "fusion_depth": 1,
-                "decoder_embed_dim": 64, "decoder_num_heads": 2,
+                "taps": [1], "embed_dim": 64, "depth": 2, "num_heads": 2, "fusion_depth": 1,
+                "decoder_embed_dim": 48, "decoder_num_heads": 2,
             },
             "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "steps": 400, "batch_size": 16, "lr": 2e-3,
             "warmup": 0.1,
@@ -115,129 +116,78 @@ class HiCMAE(Recipe):
         decoder_num_heads: int = 6,
         mlp_ratio: float = 4.0,
     ) -> None:
-        super().__init__()
-        for name, value in (("std", std), ("temperature", temperature)):
-            _checks.positive(name, value)
-        size, self.tubelet, self.patch_size = (
-            pair("img_size", img_size),
-            triple("tubelet", tubelet),
-            pair("patch_size", patch_size),
-        )
-        self.grid = patch_grid((frames, *size), self.tubelet)
-        self.sound_grid = patch_grid((sound_frames, mels), self.patch_size)
-        self.taps, self.frames, self.difference = tuple(taps), frames, difference
-        if list(self.taps) != sorted(set(self.taps)) or not all(0 <= tap < depth for tap in self.taps):
+        sound = Spectrograms(sound_frames, Fbank(rate, mels), seconds, roll=roll)
+        super().__init__(
+            Clips(frames, pair("img_size", img_size), stride), tubelet, sound, patch_size,
+            (mask_ratio, sound_mask_ratio), mean, std, norm_pix,
+        )  # fmt: skip
+        _checks.positive("temperature", temperature)
+        if list(taps) != sorted(set(taps)) or not all(0 <= tap < depth for tap in taps):
             raise ValueError(f"taps must rise and name some of {depth} blocks, from 0, got {list(taps)}")
         if difference < 1 or frames % difference:
             raise ValueError(f"difference must divide the {frames} frames of a clip, got {difference}")
-        sound = Spectrograms(sound_frames, Fbank(rate, mels), seconds, roll=roll)
-        self.wants = AudioVisual(Clips(frames, size, stride), sound)
-        self.ratios, self.norm = (mask_ratio, sound_mask_ratio), "videomae" if norm_pix else "none"
+        self.taps, self.groups = tuple(taps), (self.tubelet, frames, difference)
         self.contrast, self.temperature = contrast, temperature
-        for name, patch, channels, grid in (
-            ("", self.tubelet, 3, self.grid), ("_audio", self.patch_size, 1, self.sound_grid),
+        for name, patch, channels, tokens in (
+            ("", self.tubelet, 3, prod(self.grid)), ("_audio", self.patch_size, 1, prod(self.sound_grid)),
         ):  # fmt: skip
-            tokens, how = math.prod(grid), {"bias": "qv"}
-            table, told = sincos_interleaved(embed_dim, tokens), sincos_interleaved(decoder_embed_dim, tokens)
-            embed, values = PatchEmbed(patch, channels, embed_dim), channels * math.prod(patch)
-            encoder = Encoder(embed, table, embed_dim, depth, num_heads, mlp_ratio, prefix=0, **how)
+            encoder = Encoder(
+                PatchEmbed(patch, channels, embed_dim), sincos_interleaved(embed_dim, tokens), embed_dim, depth,
+                num_heads, mlp_ratio, prefix=0, bias="qv",
+            )  # fmt: skip
             decoder = CrossDecoder(
-                embed_dim, values, told, decoder_embed_dim, 1 + len(self.taps), decoder_num_heads, mlp_ratio,
-                embed_bias=False, **how,
+                embed_dim, channels * prod(patch), sincos_interleaved(decoder_embed_dim, tokens), decoder_embed_dim,
+                1 + len(taps), decoder_num_heads, mlp_ratio, embed_bias=False, bias="qv",
             )  # fmt: skip
             self.add_module(f"encoder{name}", encoder)
             self.add_module(f"decoder{name}", decoder)
         self.fusion = CrossFusion((embed_dim, embed_dim), fusion_depth, num_heads, mlp_ratio, bias="qv")
-        for name, value in zip(("mean", "std"), normaliser(3)):
-            self.register_buffer(name, value[..., None], persistent=False)
-        self.register_buffer("sound_mean", torch.tensor(float(mean)), persistent=False)
-        self.register_buffer("sound_scale", torch.tensor(2.0 * std), persistent=False)
 
     def prepare(self, batch: AudioVisualBatch, draw: Draw, progress: Progress) -> View:
         """parts: normalised clips and spectrograms; plan: of tubes, and of random patches; target: see above."""
-        parts, clips = self._normalised(batch)
-        plans, target = [None, None], None
+        (parts, clips), target = self.normalised(batch), None
+        plan = self.plans(parts, draw)
         if clips is not None:
-            frames, spatial = self.grid[0], self.grid[1] * self.grid[2]
-            noise = draw.uniform("mask", spatial, clips.device)
-            plans[0] = masking.tube(len(clips), frames, spatial, self.ratios[0], noise=noise)
-            hidden = ops.gather_tokens(patchify(clips, self.tubelet), plans[0], "masked")
+            hidden = ops.gather_tokens(patchify(clips, self.tubelet), plan[0], "masked")
             shift, scale = statistics(hidden, self.norm, 3)
-            target = frame_differences((hidden - shift) / scale, self.tubelet, self.frames, self.difference)
-        if parts[1] is not None:
-            tokens = math.prod(self.sound_grid)
-            noise = draw.uniform("sound mask", tokens, parts[1].device)
-            plans[1] = masking.random(len(noise), tokens, self.ratios[1], noise=noise, rule="complement")
-        return View(parts, tuple(plans), target)
-
-    def _normalised(self, batch: AudioVisualBatch) -> tuple[tuple[Tensor | None, Tensor | None], Tensor | None]:
-        """Clips and spectrograms as the encoders take them, and clips in [0, 1]."""
-        self.wants.check(batch)
-        clips, sound = batch.clips, batch.spectrograms
-        clips = None if clips is None else clips.to(self.mean.dtype) / 255
-        sound = None if sound is None else (sound.to(self.mean.dtype) - self.sound_mean) / self.sound_scale
-        return (None if clips is None else (clips - self.mean) / self.std, sound), clips
+            target = frame_differences((hidden - shift) / scale, *self.groups)
+        return View(parts, plan, target)
 
     def compute(self, view: View) -> Output:
-        latents, states = zip(*map(self._states, (self.encoder, self.encoder_audio), view.parts, view.plan))
-        terms = {}
+        encoders, decoders = (self.encoder, self.encoder_audio), (self.decoder, self.decoder_audio)
+        latents, states = zip(*(
+            (None, []) if parts is None else encoder.tapped(parts, plan, self.taps)
+            for encoder, parts, plan in zip(encoders, view.parts, view.plan)
+        ))  # fmt: skip
+        contrast = {}
         if None not in view.parts:
-            pooled = zip(*([state.mean(1) for state in stream] for stream in states))
-            found = [info_nce(*both, self.temperature) for both in pooled]
-            terms["contrast"] = self.contrast * sum(found, latents[0].new_zeros(()))
+            found = [info_nce(one.mean(1), other.mean(1), self.temperature) for one, other in zip(*states)]
+            contrast = {"contrast": self.contrast * sum(found, latents[0].new_zeros(()))}
             latents = self.fusion(*latents)
-        decoders = self.decoder, self.decoder_audio
         pred = tuple(
             None if latent is None else decoder(latent, plan, stream)
             for decoder, latent, plan, stream in zip(decoders, latents, view.plan, states)
         )
-        return Output({**self._score(pred, view), **terms}, pred, view)
-
-    def _states(
-        self, encoder: Encoder, parts: Tensor | None, plan: TokenMask | None
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """Latents of visible tokens, and the states at the taps, through the encoder's norm."""
-        if parts is None:
-            return None, []
-        taps = dict.fromkeys(self.taps)
-        latent = encoder(parts, plan, taps=taps)
-        return latent, [encoder.norm(state) for state in taps.values()]
-
-    def _score(self, pred: tuple[Tensor | None, Tensor | None], view: View) -> dict[str, Tensor]:
-        terms, (clips, sound) = {}, pred
-        if clips is not None:
-            terms["clips"] = ops.feature_loss(clips, view.target)
-        if sound is not None:
-            terms["sound"] = ops.patch_loss(sound, view.parts[1], view.plan[1], self.patch_size, norm=self.norm)
-        return terms
+        return Output({**self.score(pred, view), **contrast}, pred, view)
 
     def baseline(self, view: View) -> Output:
-        (clips, sound), plan = view.parts, view.plan[1]
-        values = self.patch_size[0] * self.patch_size[1]
+        (clips, sound), plan, values = view.parts, view.plan[1], prod(self.patch_size)
         pred = (
-            None if clips is None else view.target.mean((0, 1)).expand_as(view.target).contiguous(),
+            None if clips is None else mean_feature(view.target),
             None if sound is None else sound.new_zeros(plan.total_masked, values),
         )
-        terms = self._score(pred, view)
+        terms = self.score(pred, view)
         if len(terms) == 2:
-            terms["contrast"] = sound.new_tensor(self.contrast * len(self.taps) * math.log(len(sound)))
+            terms["contrast"] = sound.new_tensor(self.contrast * len(self.taps) * log(len(sound)))
         return Output(terms, pred, view)
 
     def encode(self, batch: AudioVisualBatch) -> Tensor:
-        """Fused tokens, those of the clip, row-major over (time, rows, columns), before those of its sound: [B, N, D]."""
-        parts, encoders = self._normalised(batch)[0], (self.encoder, self.encoder_audio)
+        """Fused tokens: the clip's, row-major over (time, rows, columns), before those of its sound: [B, N, D]."""
+        parts, encoders = self.normalised(batch)[0], (self.encoder, self.encoder_audio)
         found = [encoder(part) for encoder, part in zip(encoders, parts) if part is not None]
         return torch.cat(self.fusion(*found), 1) if len(found) == 2 else found[0]
 
     def picture(self, view: View, names: Sequence[str]) -> Picture:
-        from maefast.data.audiovisual import sheet
-
-        pred, seen, heard = self.compute(view).pred, None, None
-        if pred[0] is not None:
-            clips = view.parts[0] * self.std + self.mean
-            rows = frame_differences(pred[0], self.tubelet, self.frames, self.difference, back=True)
-            seen = reconstruct(rows, clips, view.plan[0], self.tubelet, self.norm)
-        if pred[1] is not None:
-            heard = reconstruct(pred[1], view.parts[1], view.plan[1], self.patch_size, self.norm)
-        how = "; masked patches have their true mean and variance" if self.norm != "none" else ""
-        return sheet(seen, heard, names, f"{self.ratios[0]:.0%} and {self.ratios[1]:.0%} masked{how}")
+        clips, sound = self.compute(view).pred
+        clips = None if clips is None else frame_differences(clips, *self.groups, back=True)
+        return self.pictures((clips, sound), view, names)

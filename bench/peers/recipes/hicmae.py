@@ -88,13 +88,13 @@ def normalised(values: Tensor, how: str) -> Tensor:
 
 def in_pairs(recipe: nn.Module, clips: Tensor, mask: Tensor) -> Tensor:
     """Hidden tubelets of clips whose frames, but for the first of a group, are what they differ by from it."""
-    pt, ph, pw = recipe.tubelet
+    (pt, ph, pw), _, group = recipe.groups
     x = clips.unfold(2, pt, pt).unfold(3, ph, ph).unfold(4, pw, pw)  # [B, C, T', H', W', pt, ph, pw]
     x = normalised(x.permute(0, 2, 3, 4, 5, 6, 7, 1).flatten(4, 6), recipe.norm)
     x = x.unflatten(4, (pt, ph, pw)).permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(1, 2)  # [B, T, H', ph, W', pw, C]
     diff = x.clone()
     for t in range(x.shape[1]):
-        if t % recipe.difference:
-            diff[:, t] = x[:, t] - x[:, t // recipe.difference * recipe.difference]
+        if t % group:
+            diff[:, t] = x[:, t] - x[:, t // group * group]
     x = diff.unflatten(1, (-1, pt)).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(1, 3).flatten(2)
     return x[mask]
