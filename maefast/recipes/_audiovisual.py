@@ -1,5 +1,5 @@
-"""What recipes of clips with sound share: normalised clips and spectrograms, tubes of the ones and patches of the others
-as masks, pictures of both."""
+"""What recipes of clips with sound share: normalised clips and spectrograms, masks of tubes of the ones and of patches
+of the others, pictures of both."""
 
 from __future__ import annotations
 

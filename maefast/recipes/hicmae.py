@@ -27,9 +27,9 @@ from maefast.nn import CrossDecoder, CrossFusion, Encoder, PatchEmbed, sincos_in
 from maefast.nn.contrast import info_nce
 from maefast.nn.patch_embed import pair
 from maefast.nn.patches import frame_differences, patchify, statistics
-from maefast.ops import TokenMask, _checks
+from maefast.ops import _checks
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
-from maefast.recipes._audiovisual import AudioVisualRecipe, Pair
+from maefast.recipes._audiovisual import AudioVisualRecipe
 from maefast.recipes._images import mean_feature
 
 
