@@ -64,13 +64,13 @@ class HiCMAE(AudioVisualRecipe):
         },
         demo={
             "model_args": {
-                "frames": 4, "img_size": 48, "tubelet": [2, 8, 8], "stride": 1, "mask_ratio": 0.75,
-                "sound_frames": 64, "mels": 32, "patch_size": 8, "seconds": 0.655, "roll": False, "contrast": 0.02,
-                "taps": [1], "embed_dim": 64, "depth": 2, "num_heads": 2, "fusion_depth": 1,
-                "decoder_embed_dim": 48, "decoder_num_heads": 2,
+                "frames": 4, "img_size": 48, "tubelet": [2, 8, 8], "stride": 1, "mask_ratio": 0.7,
+                "sound_mask_ratio": 0.6, "sound_frames": 64, "mels": 32, "patch_size": 8, "seconds": 0.655,
+                "roll": False, "contrast": 0.02, "taps": [1], "embed_dim": 64, "depth": 2, "num_heads": 2,
+                "fusion_depth": 1, "decoder_embed_dim": 48, "decoder_num_heads": 2,
             },
-            "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "steps": 400, "batch_size": 16, "lr": 2e-3,
-            "warmup": 0.1,
+            "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "steps": 300, "batch_size": 16, "lr": 2e-3,
+            "warmup": 0.1, "picture_rows": 3,
         },
         baseline="predicting means, and partners at random",
     )  # fmt: skip
