@@ -69,7 +69,7 @@ class HiCMAE(AudioVisualRecipe):
                 "roll": False, "contrast": 0.02, "taps": [1], "embed_dim": 64, "depth": 2, "num_heads": 2,
                 "fusion_depth": 1, "decoder_embed_dim": 48, "decoder_num_heads": 2,
             },
-            "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "steps": 300, "batch_size": 16, "lr": 2e-3,
+            "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "steps": 250, "batch_size": 16, "lr": 2e-3,
             "warmup": 0.1, "picture_rows": 3,
         },
         baseline="predicting means, and partners at random",
