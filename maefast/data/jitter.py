@@ -21,10 +21,10 @@ def jitter_clips(
 ) -> Tensor:
     """The same crop, flip and change of colours for all frames of a clip; a function of the noise, without a wait.
 
-    A box covers `scale` of the area (uniformly drawn), its aspect ratio, relative to that of the frames, lies in `ratio`
-    (uniformly in the logarithm), cut down to the frame where it would be larger; it is resampled bilinearly. Brightness,
-    contrast (to the clip's mean grey) and saturation are multiplied, in this order, by factors in [1 - colour,
-    1 + colour], as torchvision's ColorJitter does.
+    A box covers `scale` of the area (uniformly drawn), its aspect ratio, relative to that of the frames, lies in
+    `ratio` (uniformly in the logarithm), cut down to the frame where it would be larger; it is resampled bilinearly.
+    Brightness, contrast (to the clip's mean grey) and saturation are multiplied, in this order, by factors in
+    [1 - colour, 1 + colour], as torchvision's ColorJitter does.
 
     Args:
         clips: [B, 3, T, H, W] in [0, 1]. noise: [B, 8] in [0, 1). flip: how often left and right are exchanged.

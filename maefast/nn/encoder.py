@@ -147,8 +147,8 @@ def encode_together(
 
 
 def pool_visible(latent: Tensor, plan: TokenMask, prefix: int = 0) -> Tensor:
-    """The mean of the visible tokens of each sample, [B, D], of latents as an encoder lays them out; the prefix tokens do
-    not count. A sample that shows none has zeros."""
+    """The mean of the visible tokens of each sample, [B, D], of latents as an encoder lays them out, without the prefix
+    tokens. A sample that shows none has zeros."""
     if latent.ndim == 3:
         return latent[:, prefix:].mean(1)
     sample = torch.div(plan.visible.long(), plan.num_tokens, rounding_mode="floor")
