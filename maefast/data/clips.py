@@ -49,8 +49,8 @@ class Clips:
 
     def open(self, options: Any) -> Collection:
         if options.data == DEMO:
-            return Collection(_Cropped(self, options), self._demo(), options)
-        return Collection(_Cropped(self, options), Videos(options.data, options), options)
+            return Collection(CroppedClips(self, options), self._demo(), options)
+        return Collection(CroppedClips(self, options), Videos(options.data, options), options)
 
     def check(self, batch: Any) -> None:
         """Raise unless it is a batch of such clips."""
@@ -72,22 +72,27 @@ class Clips:
         return Made("moving photographs", len(paths) * _SHIFTS, move, label)
 
 
-class _Cropped(Cropped):
+class CroppedClips(Cropped):
     """`Clips` with the crops that the options of a run name, as a `Kind`."""
 
     def sample(self, raw: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """uint8 [T, H, W, 3]."""
-        taken = self._taken(raw, rng.random())
-        height, width = raw.shape[1:3]
-        clip = resized(taken, self.augment.box(width, height, rng), self.wants.size)
-        return clip[:, :, ::-1] if rng.random() < self.augment.flip else clip
+        return self.cropped(raw[self.span(len(raw), rng.random())], rng)
 
     def example(self, raw: np.ndarray) -> np.ndarray:
-        height, width = raw.shape[1:3]
-        return resized(self._taken(raw, 0.5), self.centre(width, height), self.wants.size)
+        return self.cropped(raw[self.span(len(raw), 0.5)])
 
-    def _taken(self, raw: np.ndarray, where: float) -> np.ndarray:
-        return raw[taken(len(raw), self.wants.frames, self.wants.stride, where)]
+    def span(self, count: int, where: float) -> slice:
+        """Which T of `count` frames, see `taken`."""
+        return taken(count, self.wants.frames, self.wants.stride, where)
+
+    def cropped(self, frames: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Frames [T, h, w, 3] in the size that is wanted; their centre, or a box drawn by `rng`, flipped or not."""
+        height, width = frames.shape[1:3]
+        if rng is None:
+            return resized(frames, self.centre(width, height), self.wants.size)
+        clip = resized(frames, self.augment.box(width, height, rng), self.wants.size)
+        return clip[:, :, ::-1] if rng.random() < self.augment.flip else clip
 
     def collate(self, samples: Sequence[np.ndarray], key: np.ndarray) -> ClipBatch:
         clips = torch.from_numpy(np.stack(samples)).permute(0, 4, 1, 2, 3).contiguous()

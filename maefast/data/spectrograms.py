@@ -43,6 +43,7 @@ class Spectrograms:
     Args:
         padding: which minimum fills the frames that a sample lacks: that of the "clip", or of the whole "batch", as
             Bird-MAE does, where samples depend on those beside them and so on the number of processes.
+        roll: training samples of recordings are rolled in time.
 
     Raises:
         ValueError: a clip has more frames than T, or none; unknown padding.
@@ -52,6 +53,7 @@ class Spectrograms:
     bank: Fbank = field(default_factory=Fbank)
     seconds: float = 5.0
     padding: str = "clip"
+    roll: bool = True
     unit = "recording"
 
     def __post_init__(self) -> None:
@@ -86,7 +88,9 @@ class Spectrograms:
         """float32 [up to T, mels]."""
         if raw.ndim == 2:
             return self._window(raw, self.frames, rng.random())
-        wave = np.roll(self._clip(raw, rng.random()), rng.integers(self.samples))
+        wave = self._clip(raw, rng.random())
+        if self.roll:
+            wave = np.roll(wave, rng.integers(self.samples))
         return self.bank(wave * (rng.beta(10, 10) + 0.5))
 
     def example(self, raw: np.ndarray) -> np.ndarray:

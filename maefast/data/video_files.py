@@ -1,5 +1,5 @@
 """Videos in files of codecs (.mp4, .webm, ...), by PyAV: any frame by its number, without decoding those before it but
-for the ones since its key frame."""
+for the ones since its key frame; and their sound."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class CodedVideo:
         self._where = where
         key = (str(where), None if isinstance(where, Blob) else os.stat(where).st_mtime_ns)
         if key not in _tables:
-            with self._container() as container:
+            with _container(where) as container:
                 found = _read_times(container)
-            with self._container() as container:  # anew: not all formats find their beginning
+            with _container(where) as container:  # anew: not all formats find their beginning
                 _tables[key] = _read_table(container, *found)
             if len(_tables) > _KEPT:
                 _tables.popitem(last=False)
@@ -63,7 +63,7 @@ class CodedVideo:
         keys = self._table.keys
         at = int(np.searchsorted(keys, min(wanted), side="right")) - 1
         for start in (int(keys[at]) if at > 0 else None, None):
-            with self._container() as container:
+            with _container(self._where) as container:
                 try:
                     self._decode(container, start, wanted, found)
                 except TrainError:
@@ -87,15 +87,35 @@ class CodedVideo:
             if len(found) == len(wanted) or (frame.pts is not None and frame.pts > last):
                 return
 
-    def _container(self) -> Any:
+
+def read_sound(where: Where, rate: int) -> np.ndarray:
+    """The sound of a video, float32 [S] in [-1, 1] at `rate` samples a second, its channels mixed into one; all of the
+    first track. ValueError: there is none, or it cannot be decoded."""
+    with _container(where) as container:
+        if not container.streams.audio:
+            raise ValueError("no sound in it")
         try:
             import av
-        except ImportError as error:
-            raise need("av", "Reading files of video", "data") from error
-        try:
-            return av.open(opened(self._where) if isinstance(self._where, Blob) else str(self._where))
-        except av.error.FFmpegError as error:
+
+            mix = av.AudioResampler(format="flt", layout="mono", rate=rate)
+            pieces = [piece for frame in container.decode(audio=0) for piece in mix.resample(frame)]
+            pieces += mix.resample(None)
+        except Exception as error:
             raise _complaint(error) from error
+    if not pieces:
+        raise ValueError("no sound in it")
+    return np.concatenate([piece.to_ndarray()[0] for piece in pieces])
+
+
+def _container(where: Where) -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise need("av", "Reading files of video", "data") from error
+    try:
+        return av.open(opened(where) if isinstance(where, Blob) else str(where))
+    except av.error.FFmpegError as error:
+        raise _complaint(error) from error
 
 
 def _stream(container: Any) -> Any:

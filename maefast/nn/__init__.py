@@ -2,9 +2,19 @@
 
 from maefast.nn.block import Attention, Block, Mlp, Packing
 from maefast.nn.cells import Cells, UnknownSparseOp
+from maefast.nn.cross_block import ContextAttention, CrossBlock, CrossDecoder, CrossFusion
 from maefast.nn.decoder import Decoder, run_decoder
 from maefast.nn.drop_path import DropPath
-from maefast.nn.encoder import Encoder, encoder_states, position_table, run_blocks, run_encoder, run_norm
+from maefast.nn.encoder import (
+    Encoder,
+    encode_together,
+    encoder_states,
+    pool_visible,
+    position_table,
+    run_blocks,
+    run_encoder,
+    run_norm,
+)
 from maefast.nn.given import GivenTokens
 from maefast.nn.hierarchical import HierarchicalBlock, HierarchicalDecoder
 from maefast.nn.layers import LayerNorm, Linear
@@ -23,6 +33,10 @@ __all__ = [
     "Cells",
     "CentrePositions",
     "CompressBlock",
+    "ContextAttention",
+    "CrossBlock",
+    "CrossDecoder",
+    "CrossFusion",
     "Decoder",
     "DropPath",
     "Encoder",
@@ -39,8 +53,10 @@ __all__ = [
     "PointEmbed",
     "Regressor",
     "UnknownSparseOp",
+    "encode_together",
     "encoder_states",
     "group_points",
+    "pool_visible",
     "position_table",
     "run_blocks",
     "run_decoder",

@@ -231,7 +231,7 @@ class Block(nn.Module):
 
     def _weights(self) -> ops.BlockWeights | None:
         """What the op needs, or None where the modules have to be called."""
-        norm1, attn, norm2, mlp = self._modules.values()
+        norm1, attn, norm2, mlp = map(self._modules.get, ("norm1", "attn", "norm2", "mlp"))
         parts = norm1, attn, norm2, mlp, *attn._modules.values(), *mlp._modules.values()
         if tuple(map(type, parts)) != _PARTS or watched_everywhere() or any(map(touched, parts)):
             return None

@@ -119,6 +119,45 @@ def encoder_states(
     return [taps[index] for index in at]
 
 
+def encode_together(
+    encoders: Sequence[Encoder], parts: Sequence[Any], plans: Sequence[TokenMask], blocks: nn.ModuleList
+) -> list[Tensor]:
+    """Tokens that several encoders make, through the same `blocks` and each encoder's own norm.
+
+    All sequences, of whatever lengths, are one packed batch. Returns what each encoder would, had it these blocks.
+    """
+    made = [
+        _embed(some, plan, e.patch_embed, e.cls_token, e.pos_embed) for e, some, plan in zip(encoders, parts, plans)
+    ]
+    starts, longest, total = [], 0, 0
+    for x, packing, each in made:
+        if each is not None:
+            raise ValueError("positions for every block do not go with other encoders")
+        if packing is None:
+            step = x.shape[1]
+            packing = Packing(torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * step, step)
+        starts.append(packing.cu_seqlens[bool(starts) :] + total)  # one begins where the last one ends
+        longest, total = max(longest, packing.max_seqlen), total + x.numel() // x.shape[-1]
+    packed = torch.cat([x.reshape(-1, x.shape[-1]) for x, _, _ in made])
+    x, delta = run_blocks(blocks, packed, Packing(torch.cat(starts), longest))
+    sizes = [x.numel() // x.shape[-1] for x, _, _ in made]
+    deltas = [None] * len(sizes) if delta is None else delta.split(sizes)
+    ends = [run_norm(e.norm, *both, x.dtype) for e, *both in zip(encoders, x.split(sizes), deltas)]
+    return [end.view(before.shape) for end, (before, _, _) in zip(ends, made)]
+
+
+def pool_visible(latent: Tensor, plan: TokenMask, prefix: int = 0) -> Tensor:
+    """The mean of the visible tokens of each sample, [B, D], of latents as an encoder lays them out, without the prefix
+    tokens. A sample that shows none has zeros."""
+    if latent.ndim == 3:
+        return latent[:, prefix:].mean(1)
+    sample = torch.div(plan.visible.long(), plan.num_tokens, rounding_mode="floor")
+    rows = latent[torch.arange(plan.total_visible, device=plan.device) + prefix * (sample + 1)]
+    # A product, not a sum by index, which adds in no fixed order on a GPU.
+    mine = (sample == torch.arange(plan.batch, device=plan.device)[:, None]).to(rows.dtype)
+    return mine @ rows / mine.sum(1, keepdim=True).clamp_min(1)
+
+
 class Encoder(nn.Module):
     """A transformer that computes visible tokens only (He et al., 2021). Parameter names of timm's ViT.
 
@@ -171,6 +210,12 @@ class Encoder(nn.Module):
     def states(self, parts: Any, plan: TokenMask | None = None, at: Sequence[int] = (-1,)) -> list[Tensor]:
         """Outputs of the blocks `at`, see `encoder_states`; negative numbers count from the last."""
         return encoder_states(parts, plan, [i % len(self.blocks) for i in at], **self._parts())
+
+    def tapped(self, parts: Any, plan: TokenMask | None, at: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """What `forward` gives, and the outputs of the blocks `at` (from 0) through the same norm, in this order."""
+        taps: dict[int, Tensor | None] = dict.fromkeys(at)
+        latent = self(parts, plan, taps=taps)
+        return latent, [self.norm(state) for state in taps.values()]
 
     def _parts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("patch_embed", "cls_token", "pos_embed", "blocks")}

@@ -9,27 +9,11 @@ from torch import Tensor, nn
 
 from maefast import ops
 from maefast.nn.block import Attention, Mlp
+from maefast.nn.cross_block import ContextAttention
 from maefast.nn.encoder import make_blocks, run_blocks, run_norm
 from maefast.nn.init import init_tokens_, init_weights_
 from maefast.nn.layers import LayerNorm, Linear
 from maefast.ops import TokenMask
-
-
-class ContextAttention(nn.Module):
-    """Tokens [B, S, D] look at others [B, C, context_dim]; keys and values from one projection `kv`, rows k, v."""
-
-    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
-        super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"width {dim} must be a multiple of the number of heads, got {num_heads}")
-        self.num_heads = num_heads
-        self.q, self.kv = Linear(dim, dim), Linear(context_dim, 2 * dim)
-        self.proj = Linear(dim, dim)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """[B, S, D]."""
-        q, kv = self.q(x).unflatten(-1, (self.num_heads, -1)), self.kv(context).unflatten(-1, (2, self.num_heads, -1))
-        return self.proj(ops.attention(q, kv).flatten(-2))
 
 
 class HierarchicalBlock(nn.Module):

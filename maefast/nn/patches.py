@@ -52,6 +52,24 @@ def statistics(rows: Tensor, norm: str, channels: int) -> tuple[Tensor, Tensor]:
     return rows.mean(-1, keepdim=True), scale
 
 
+def frame_differences(rows: Tensor, patch: tuple[int, int, int], frames: int, group: int, back: bool = False) -> Tensor:
+    """Of each group of frames of a clip, all but the first become what they differ by from it (HiCMAE, Sun et al.,
+    2024): [B, T' * S, K] -> the same shape, with K in (pt, ph, pw, C) order and S positions of each of T' tubelets in
+    time, the same ones in each. `back`: the way back, from differences to frames.
+
+    Args:
+        patch: (pt, ph, pw). frames: T = T' * pt. group: frames of a group, divides T.
+    """
+    pt = patch[0]
+    if frames % pt or rows.shape[1] % (frames // pt) or group < 1 or frames % group:
+        raise ValueError(f"{frames} frames of tubelets of {pt} do not make {rows.shape[1]} rows and groups of {group}")
+    each = rows.unflatten(1, (frames // pt, -1)).unflatten(3, (pt, -1)).transpose(2, 3)  # [B, T', pt, S, K / pt]
+    each = each.flatten(1, 2).unflatten(1, (-1, group))
+    first, others = each[:, :, :1], each[:, :, 1:]
+    each = torch.cat([first, others + first if back else others - first], 2)
+    return each.flatten(1, 2).unflatten(1, (-1, pt)).transpose(2, 3).flatten(3).flatten(1, 2)
+
+
 def reconstruct(
     pred: Tensor,
     images: Tensor,
