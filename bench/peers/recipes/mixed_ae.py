@@ -20,8 +20,8 @@ def batch(size: int) -> ImageBatch:
 
 
 def reference(recipe: nn.Module, view: View) -> dict[str, Tensor]:
-    """MixedAE (Chen et al., 2023): all patches embedded, mixed by a product with the masks, tokens in raster order, scores
-    below the k-th ruled out before the softmax, a loop over the mixes for the contrast."""
+    """MixedAE (Chen et al., 2023): all patches embedded, mixed by a product with the masks, tokens in raster order,
+    scores below the k-th ruled out before the softmax, a loop over the mixes for the contrast."""
     p, plan, group = parameters(recipe), view.plan, recipe.group
     x = encoder_input(p, "encoder.", view.parts, recipe.patch)
     if recipe.segments is not None:
