@@ -138,6 +138,19 @@ def test_disjoint_views_share_nothing(seed, tokens, views):
         masking.disjoint(3, tokens, views=tokens + 1, keep=1)
 
 
+@given(seed=st.integers(0, 10**6), keep=st.integers(1, 12), group=st.integers(1, 5))
+@property_test
+def test_mixing_shows_each_place_once(seed, keep, group):
+    noise = torch.rand(3, keep * group, generator=seeded(seed))
+    plan = masking.mixing(3 * group, keep * group, group, noise=noise)
+    check_invariants(plan)
+    assert plan.keep == keep
+    assert ((~plan.mask).view(3, group, -1).sum(1) == 1).all()
+    assert torch.equal(plan.ids_keep.view(3, -1), noise.argsort(1))
+    with pytest.raises(ValueError, match="group must divide batch and num_tokens"):
+        masking.mixing(3 * group + 1, keep * group, group + 1)
+
+
 def test_channels():
     plan = masking.channels(3, 4, 10, 0.75, generator=seeded())
     assert ((~plan.mask).view(3, 4, 10).sum(2) == 2).all()

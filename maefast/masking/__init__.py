@@ -11,6 +11,7 @@
     coloured       filtered noise: red, green, blue, purple              ColorMAE (Hinojosa et al., 2024)
     weighted       kept in proportion to weights, such as attention      MaskAlign (Xue et al., 2023)
     disjoint       several plans that share no visible token             LUT (arXiv 2310.13593), DMJD (arXiv 2301.00230)
+    mixing         each place visible in one sample of a group          MixedAE (Chen et al., 2023)
     channels       patches of each channel, or whole channels            ChA-MAEViT (NeurIPS 2025)
     ragged         uniform among the tokens within each length           LV-MAE (arXiv 2504.03501)
     similar        by likeness to the segment before                     LV-MAE
@@ -32,7 +33,7 @@ from maefast.masking.points import near
 from maefast.masking.running import dual, only, running_cells
 from maefast.masking.sequences import ragged, similar
 from maefast.masking.uniform import cells, random, tube
-from maefast.masking.weights import disjoint, weighted
+from maefast.masking.weights import disjoint, mixing, weighted
 from maefast.ops.mask import TokenMask
 
 from_scores = TokenMask.from_scores
@@ -56,6 +57,7 @@ __all__ = [
     "grid",
     "guided",
     "keep_count",
+    "mixing",
     "near",
     "nodes",
     "only",

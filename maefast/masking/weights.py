@@ -1,4 +1,4 @@
-"""Sampling in proportion to weights, and several plans from one permutation."""
+"""Sampling in proportion to weights, and several plans, or a group of samples, from one permutation."""
 
 from __future__ import annotations
 
@@ -100,3 +100,38 @@ def disjoint(
         TokenMask.from_scores(((rank - i * step) % num_tokens).float(), count, order=order, backend=backend)
         for i in range(views)
     ]
+
+
+def mixing(
+    batch: int,
+    num_tokens: int,
+    group: int = 4,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    order: str = "score",
+    backend: str | None = None,
+) -> TokenMask:
+    """Each place is visible in one sample of a group, chosen at random, N / group places in each: the samples of a
+    group are mixed into one that is whole. MixedAE (arXiv 2303.17152).
+
+    Groups are samples that follow each other. The first of a group keeps the first run of a random permutation of the
+    places, the next one the next run, and so on.
+
+    Args:
+        batch, num_tokens: B, N. group: samples in a group, divides both.
+        noise: [B / group, N]; its order is the permutation of each group. order: see `token_mask`.
+
+    Raises:
+        ValueError: group does not divide batch and num_tokens.
+    """
+    check_size(batch, num_tokens)
+    _checks.integer("group", group, 1)
+    if batch % group or num_tokens % group:
+        raise ValueError(f"group must divide batch and num_tokens, got {group} for {batch} and {num_tokens}")
+    noise = drawn(noise, (batch // group, num_tokens), generator, device)
+    rank, keep = TokenMask.from_scores(noise, num_tokens, backend=backend).ids_restore, num_tokens // group
+    starts = torch.arange(group, device=rank.device)[:, None] * keep
+    scores = ((rank[:, None] - starts) % num_tokens).flatten(0, 1).float()
+    return TokenMask.from_scores(scores, keep, order=order, backend=backend)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maefast.nn.contrast import info_nce, nt_xent
+from maefast.nn.contrast import info_nce, nt_xent, sup_con
 
 
 def rows(count=5, width=7):
@@ -43,6 +43,8 @@ def test_gradients_and_types(loss):
     low = loss(a.bfloat16(), b.float())
     assert low.dtype is torch.float32
     torch.testing.assert_close(low.double(), loss(a, b), rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(a.bfloat16(), b.float()), low)
 
 
 @pytest.mark.parametrize("loss", [info_nce, nt_xent])
@@ -56,3 +58,40 @@ def test_bad_input(loss):
         loss(a[0], b)
     with pytest.raises(TypeError, match="b must"):
         loss(a, b.long())
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 0, 2, 1], [[0, 1, 0, 2, 1], [3, 3, 3, 1, 0]]])
+def test_sup_con_is_a_loop(labels):
+    x, each = torch.stack(rows()).detach(), []
+    labels = torch.tensor(labels)
+    for set_of_rows, own in zip(x, labels.expand(2, 5).tolist()):
+        for i, row in enumerate(set_of_rows):
+            others = [j for j in range(5) if j != i]
+            partners = [place for place, j in enumerate(others) if own[j] == own[i]]
+            scores = torch.tensor([cosine(row, set_of_rows[j]) / 0.2 for j in others], dtype=torch.double)
+            if partners:
+                each.append(-float(scores.log_softmax(0)[partners].mean()))
+    assert sup_con(x, labels, 0.2).item() == pytest.approx(sum(each) / len(each), rel=1e-12)
+
+
+def test_sup_con_of_pairs_is_nt_xent():
+    a, b = rows()
+    both = torch.cat([a, b])
+    torch.testing.assert_close(sup_con(both, torch.arange(10) % 5, 0.3), nt_xent(a, b, 0.3), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: sup_con(x, torch.tensor([0, 1, 0, 2, 1]), 0.5), a)
+    alone = sup_con(a, torch.arange(5))
+    assert alone == 0
+    alone.backward()
+    assert not a.grad.any()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sup_con(a.detach().bfloat16(), torch.zeros(5, dtype=torch.long)).dtype is torch.float32
+
+
+def test_sup_con_with_bad_input():
+    a, _ = rows()
+    with pytest.raises(ValueError, match="labels must be"):
+        sup_con(a, torch.arange(4))
+    with pytest.raises(TypeError, match="labels must be integers"):
+        sup_con(a, torch.zeros(5))
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        sup_con(a, torch.arange(5), -1.0)

@@ -283,6 +283,7 @@ VALID: dict[str, list[Callable[[], dict]]] = {
         lambda: {"weights": floats(2, 6).square(), "ratio": [0.5, 0.2], "generator": torch.Generator()},
     ],
     "masking.disjoint": [lambda: {"batch": 2, "num_tokens": 6, "views": 2, "keep": 3, "noise": floats(2, 6)}],
+    "masking.mixing": [lambda: {"batch": 4, "num_tokens": 6, "group": 2, "noise": floats(2, 6)}],
     "masking.enlarge": [lambda: {"plan": masking.random(2, 6, 0.5), "grid_size": (2, 3), "factor": (2, 1)}],
     "masking.channels": [
         lambda: {"batch": 2, "num_channels": 3, "num_patches": 4, "ratio": 0.5, "noise": floats(2, 3, 4)},
