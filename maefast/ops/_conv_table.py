@@ -125,7 +125,7 @@ def choose(call: Call, backend: str | None, asked: str | None) -> tuple[str, str
         return "reference", "rows"
     for rule in TABLE:
         fits = rule.device == call.device and rule.sides == len(call.cell) and call.out_cell >= rule.smallest
-        fits = fits and rule.grouped == (call.groups > 1)
+        fits = fits and rule.grouped == (call.groups > 1) and rule.strided in (None, max(call.window.stride) > 1)
         if fits and unavailable(rule.route, call) is None:
             if rule.route not in RAW:
                 break
@@ -147,7 +147,8 @@ def why(device: str) -> list[tuple[str, str]]:
         if rule.device != device or not known:
             continue
         size = "from " + " x ".join([str(rule.smallest)] * rule.sides) if rule.smallest > 1 else "smaller"
-        rows.append((rule.route, f"{'grouped, ' * rule.grouped}{'volumes, ' * solid}cells {size}: {rule.why}"))
+        kind = "grouped, " * rule.grouped + "volumes, " * solid + ("no stride, " if rule.strided is False else "")
+        rows.append((rule.route, f"{kind}cells {size}: {rule.why}"))
     rows.append(("dense", "everything else, on the whole map"))
     chosen = any(rule.route == "implicit" for rule in TABLE if rule.device == device)
     if not chosen and _dispatch.choose(RAW["implicit"], device) == "triton":

@@ -49,7 +49,7 @@ class AttentionRule(NamedTuple):
 
 class ConvRule(NamedTuple):
     """Use `route` for output cells of `smallest` sites a side or more, of convolutions with or without groups, on maps
-    of `sides` sides (3: volumes)."""
+    of `sides` sides (3: volumes), with or without a stride; None: both."""
 
     device: str
     route: str
@@ -57,6 +57,7 @@ class ConvRule(NamedTuple):
     smallest: int
     why: str
     sides: int = 2
+    strided: bool | None = None
 
 
 class Data(NamedTuple):

@@ -175,6 +175,15 @@ def _dense(x, plan: CellMask, weight, bias, window: Window, groups: int, backend
     return pack_cells(full, plan, backend=backend)
 
 
+# 16-bit dtypes whose 3-D convolutions oneDNN cannot compute here: torch's own loop takes over, many times slower than
+# oneDNN in float32.
+SLOW = {
+    dtype
+    for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported"))
+    if not getattr(torch.ops.mkldnn, name, lambda: True)()
+}
+
+
 def library(x: Tensor) -> Callable:
     """torch's convolution of maps [B, C, H, W] or [B, C, D, H, W]."""
     return F.conv2d if x.ndim == 4 else F.conv3d
@@ -195,8 +204,11 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups
 
 
 def library_fails(x: Tensor, dilation: Sides, groups: int) -> bool:
-    """Whether oneDNN's weight gradient is wrong for some sizes: 16 bits, groups and dilation together (torch 2.13)."""
-    return x.device.type == "cpu" and x.dtype.itemsize == 2 and groups > 1 and max(dilation) > 1
+    """Whether a 16-bit convolution of a CPU is better computed in float32: oneDNN's weight gradient is wrong for some
+    sizes with groups and dilation together (torch 2.13), or volumes are `SLOW`."""
+    if x.device.type != "cpu" or x.dtype.itemsize != 2:
+        return False
+    return (groups > 1 and max(dilation) > 1) or (x.ndim == 5 and x.dtype in SLOW)
 
 
 @_raw_op("halo_cells(Tensor x, Tensor neighbours, SymInt[] halo) -> Tensor")
@@ -258,8 +270,11 @@ class _Halo(torch.autograd.Function):
 
 def _framed_conv(x, neighbours, weight, bias, window: Window, groups: int, name: str) -> Tensor:
     frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo).movedim(-1, 1)
+    dtype = frames.dtype
+    if dtype in SLOW and frames.ndim == 5:
+        frames, weight, bias = (None if t is None else t.float() for t in (frames, weight, bias))
     out = library(frames)(frames, weight, bias, window.stride, 0, window.dilation, groups)
-    return out.movedim(1, -1).contiguous()
+    return out.to(dtype).movedim(1, -1).contiguous()
 
 
 @_raw_op(
