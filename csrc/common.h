@@ -26,8 +26,8 @@ using torch::stable::Tensor;
 inline Tensor empty(const int64_t* sizes, int64_t count, ScalarType dtype, const Tensor& like) {
   int32_t scalar_type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes, count, &scalar_type, nullptr, nullptr, 0,
-                                                   nullptr, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes, count, &scalar_type, nullptr, nullptr,
+                                                   0, nullptr, &handle));
   return Tensor(handle);
 }
 

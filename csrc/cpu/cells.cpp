@@ -22,7 +22,8 @@ Sides sides_of(const std::vector<int64_t>& grid) {
 }
 
 // [B, (D,) H, W] or [T, (d,) h, w] with the channels where they belong.
-std::vector<int64_t> shape_of(int64_t count, bool solid, const Sides& s, int64_t channels, bool channels_last) {
+std::vector<int64_t> shape_of(int64_t count, bool solid, const Sides& s, int64_t channels,
+                              bool channels_last) {
   std::vector<int64_t> shape{count};
   if (!channels_last) shape.push_back(channels);
   if (solid) shape.push_back(s.depth);
@@ -58,8 +59,9 @@ void set_grid(CellsArgs& args, const Sides& grid) {
 
 Tensor pack_cells(const Tensor& x, const Tensor& cells, const std::vector<int64_t>& grid,
                   bool channels_last) {
-  MAEFAST_CHECK((x.dim() == 4 || x.dim() == 5) && static_cast<int64_t>(grid.size()) == x.dim() - 2,
-                "pack_cells: x must be a map of four dimensions and grid [GH, GW], or of five and [GD, GH, GW]");
+  MAEFAST_CHECK(
+      (x.dim() == 4 || x.dim() == 5) && static_cast<int64_t>(grid.size()) == x.dim() - 2,
+      "pack_cells: x must be a map of four dimensions and grid [GH, GW], or of five and [GD, GH, GW]");
   const Sides g = sides_of(grid), map = sides_of(x, channels_last);
   MAEFAST_CHECK(divides(g, map), "pack_cells: the map is no multiple of the grid");
   int32_t failed = 0;
@@ -107,8 +109,7 @@ Tensor unpack_cells(const Tensor& x, const Tensor& slot, const std::vector<int64
     args.fill = data(*fill, "fill");
   }
   const Sides map{g.depth * args.d, g.height * args.h, g.width * args.w};
-  Tensor out =
-      empty(shape_of(grid[0], x.dim() == 5, map, args.channels, channels_last), x.scalar_type(), x);
+  Tensor out = empty(shape_of(grid[0], x.dim() == 5, map, args.channels, channels_last), x.scalar_type(), x);
   args.out = out.mutable_data_ptr();
   const auto kernel = cells_kernels_chosen().unpack_cells;
   parallel_rows(grid[0] * map.depth * map.height, map.width * args.channels * args.bytes,

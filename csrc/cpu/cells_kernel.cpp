@@ -21,7 +21,8 @@ MAEFAST_INLINE Place place_of(const CellsArgs& a, int64_t line, int64_t x) {
   return {b * a.channels * plane + (line % lines) * width + x * a.w, plane, 1};
 }
 
-// Where a row of the map's sites crosses the cells: the first one's index on the grid, and which row of a cell it is.
+// Where a row of the map's sites crosses the cells: the first one's index on the grid, and which row of a
+// cell it is.
 struct Line {
   int64_t first, row;
 };

@@ -9,8 +9,9 @@
 
 namespace maefast {
 
-// A map of B x (planes * d) x (rows * h) x (columns * w) sites and its T packed cells of d x h x w sites; a flat
-// map has one plane of depth one. Kernels set *failed where the content of a plan points outside its tensors.
+// A map of B x (planes * d) x (rows * h) x (columns * w) sites and its T packed cells of d x h x w sites; a
+// flat map has one plane of depth one. Kernels set *failed where the content of a plan points outside its
+// tensors.
 struct CellsArgs {
   const void* in;        // the map, or the packed cells [T, d, h, w, C]
   void* out;             // the other one

@@ -82,7 +82,8 @@ void check_window(const Tensor& x, const Sizes& kernel, const Sizes& stride, con
          kernel[d] - 2 * padding[d] > 0 && kernel[d] - 2 * padding[d] <= stride[d];
     taps *= ok ? kernel[d] : 1;
   }
-  MAEFAST_CHECK(ok && taps <= (max ? 255 : kMaxTaps), "pool: this window does not divide the map by its stride");
+  MAEFAST_CHECK(ok && taps <= (max ? 255 : kMaxTaps),
+                "pool: this window does not divide the map by its stride");
 }
 
 // The windows along one side of cells of `size`; a flat map has windows of one plane.

@@ -46,10 +46,12 @@ Sizes shape_of(int64_t first, const Sizes& sides, int64_t channels) {
   return shape;
 }
 
-// A frame that reaches no further than the table. halo: what stands before each side, then what stands behind.
+// A frame that reaches no further than the table. halo: what stands before each side, then what stands
+// behind.
 HaloArgs halo_args(const Tensor& neighbours, const Sizes& halo, const Sizes& size) {
   const size_t sides = size.size();
-  MAEFAST_CHECK(halo.size() == 2 * sides, "halo must be [top, left, bottom, right], with front and back of volumes");
+  MAEFAST_CHECK(halo.size() == 2 * sides,
+                "halo must be [top, left, bottom, right], with front and back of volumes");
   HaloArgs args;
   set_table(args, neighbours, size);
   for (size_t k = 0; k < 2 * sides; ++k) {
@@ -128,9 +130,10 @@ Tensor halo_cells(const Tensor& x, const Tensor& neighbours, const Sizes& halo) 
 }
 
 Tensor halo_cells_backward(const Tensor& grad, const Tensor& neighbours, const Sizes& halo) {
-  MAEFAST_CHECK(is_cells(grad) && grad.size(0) == neighbours.size(0) &&
-                    static_cast<int64_t>(halo.size()) == 2 * (grad.dim() - 2),
-                "halo_cells_backward: grad must be [T, top + h + bottom, left + w + right, C], volumes with depth");
+  MAEFAST_CHECK(
+      is_cells(grad) && grad.size(0) == neighbours.size(0) &&
+          static_cast<int64_t>(halo.size()) == 2 * (grad.dim() - 2),
+      "halo_cells_backward: grad must be [T, top + h + bottom, left + w + right, C], volumes with depth");
   Sizes sides = sides_of(grad);
   for (size_t k = 0; k < sides.size(); ++k) sides[k] -= halo[k] + halo[sides.size() + k];
   HaloArgs args = halo_args(neighbours, halo, sides);
@@ -142,7 +145,8 @@ Tensor halo_cells_backward(const Tensor& grad, const Tensor& neighbours, const S
   Tensor out = empty(shape_of(args.cells, sides, args.channels), grad.scalar_type(), grad);
   args.dst = out.mutable_data_ptr();
   const auto kernel = sparse_conv_kernels_chosen().halo_backward;
-  parallel_rows(args.cells * args.depth * args.height, 3 * args.width * args.channels * element_size(args.type),
+  parallel_rows(args.cells * args.depth * args.height,
+                3 * args.width * args.channels * element_size(args.type),
                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   check_plan(failed);
   return out;
@@ -170,8 +174,9 @@ Tensor gather_taps(const Tensor& x, const Tensor& neighbours, const Sizes& kerne
   return out;
 }
 
-Tensor gather_taps_backward(const Tensor& grad, const Tensor& neighbours, const Sizes& size, const Sizes& kernel,
-                            const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+Tensor gather_taps_backward(const Tensor& grad, const Tensor& neighbours, const Sizes& size,
+                            const Sizes& kernel, const Sizes& stride, const Sizes& padding,
+                            const Sizes& dilation) {
   MAEFAST_CHECK(size.size() == 3 || size.size() == 4,
                 "gather_taps_backward: size must be [h, w, C] or [d, h, w, C]");
   const Sizes sides(size.begin(), size.end() - 1);
@@ -189,7 +194,8 @@ Tensor gather_taps_backward(const Tensor& grad, const Tensor& neighbours, const 
   const auto run = sparse_conv_kernels_chosen().taps_backward;
   const int64_t* s = args.window.stride;
   const int64_t taps = taps_of(args) / (s[0] * s[1] * s[2]) + 2;
-  parallel_rows(args.cells * args.depth * args.height, taps * args.width * args.channels * element_size(args.type),
+  parallel_rows(args.cells * args.depth * args.height,
+                taps * args.width * args.channels * element_size(args.type),
                 [&](int64_t begin, int64_t end) { run(args, begin, end); });
   check_plan(failed);
   return out;

