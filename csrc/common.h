@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
 namespace maefast {
 
@@ -22,13 +23,20 @@ using torch::stable::Tensor;
 // Uninitialised contiguous tensor on the device of `like`. This shim goes through the dispatcher, so it
 // poisons the memory where the user asked torch for that (torch.utils.deterministic), at a third of the cost
 // of torch::stable::empty, which boxes its arguments.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+inline Tensor empty(const int64_t* sizes, int64_t count, ScalarType dtype, const Tensor& like) {
   int32_t scalar_type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(),
-                                                   static_cast<int64_t>(sizes.size()), &scalar_type, nullptr,
-                                                   nullptr, 0, nullptr, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes, count, &scalar_type, nullptr, nullptr,
+                                                   0, nullptr, &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, like);
+}
+
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  return empty(sizes.data(), static_cast<int64_t>(sizes.size()), dtype, like);
 }
 
 // f(begin, end) over [0, rows) on torch's threads; each thread gets at least about 32 KiB of work, below

@@ -16,84 +16,98 @@ from maefast.models.resnet import ResNet
 
 
 class Active:
-    """The mask of the step, bool [B, 1, f, f], True where active; one object shared by all layers of a model."""
+    """The mask of the step, bool [B, 1, f, f] or [B, 1, f, f, f], True where active; one object shared by all layers of
+    a model."""
 
     def __init__(self) -> None:
         self.cells: Tensor | None = None
-        self._maps: dict[int, Tensor] = {}
-        self._rows: dict[int, Tensor] = {}
+        self._maps: dict[torch.Size, Tensor] = {}
+        self._rows: dict[torch.Size, Tensor] = {}
 
     def set(self, cells: Tensor) -> None:
         self.cells, self._maps, self._rows = cells, {}, {}
 
     def map(self, like: Tensor) -> Tensor:
-        """[B, 1, H, W] of the size of `like` [B, C, H, W], in its dtype."""
-        side = like.shape[2]
-        if side not in self._maps:
-            times = side // self.cells.shape[2]
-            self._maps[side] = self.cells.repeat_interleave(times, 2).repeat_interleave(times, 3)
-        return self._maps[side].to(like.dtype)
+        """[B, 1, H, W] of the size of `like` [B, C, H, W], in its dtype; volumes with depth."""
+        size = like.shape[2:]
+        if size not in self._maps:
+            mask = self.cells
+            for dim in range(2, like.ndim):
+                mask = mask.repeat_interleave(like.shape[dim] // mask.shape[dim], dim)
+            self._maps[size] = mask
+        return self._maps[size].to(like.dtype)
 
     def rows(self, like: Tensor) -> Tensor:
         """int64 [R]: the active ones of the B*H*W sites; found once for each level of a step."""
-        side = like.shape[2]
-        if side not in self._rows:
-            self._rows[side] = self.map(like).flatten().nonzero()[:, 0]
-        return self._rows[side]
+        size = like.shape[2:]
+        if size not in self._rows:
+            self._rows[size] = self.map(like).flatten().nonzero()[:, 0]
+        return self._rows[size]
 
 
-class MaskedConv2d(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+class Times:
+    """A layer, then the mask."""
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        y = super().forward(*args, **kwargs)
         return y * self.active.map(y)
 
 
-class MaskedConvTranspose2d(nn.ConvTranspose2d):
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        y = super().forward(x, output_size)
-        return y * self.active.map(y)
+class MaskedConv2d(Times, nn.Conv2d):
+    pass
 
 
-class MaskedMaxPool2d(nn.MaxPool2d):
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y * self.active.map(y)
-
-
-class MaskedBatchNorm2d(nn.BatchNorm2d):
+class Rows:
     """Statistics over active sites: torch's own norm of the gathered rows. Of four ways tried on a CPU the fastest
     (sums of the zero-filled map took seven times as long, indexing by (b, y, x) nearly twice)."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.active.rows(x)
-        sites = x.permute(0, 2, 3, 1)
+        sites = x.movedim(1, -1)
         flat = sites.reshape(-1, x.shape[1])
-        done = super().forward(flat.index_select(0, rows)[:, :, None, None])[:, :, 0, 0]
-        return torch.zeros_like(flat).index_copy(0, rows, done.to(flat.dtype)).view_as(sites).permute(0, 3, 1, 2)
+        done = super().forward(flat.index_select(0, rows).reshape(-1, x.shape[1], *(1,) * (x.ndim - 2))).flatten(1)
+        return torch.zeros_like(flat).index_copy(0, rows, done.to(flat.dtype)).view_as(sites).movedim(-1, 1)
 
 
-class MaskedAvgPool2d(nn.AvgPool2d):
+class MaskedBatchNorm2d(Rows, nn.BatchNorm2d):
+    pass
+
+
+class OfSample:
+    """An instance norm of each sample's active sites."""
+
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y * self.active.map(y)
+        mask, sites = self.active.map(x), tuple(range(2, x.ndim))
+        count = mask.sum(sites, keepdim=True)
+        away = (x - (x * mask).sum(sites, keepdim=True) / count) * mask
+        y = away * (away.square().sum(sites, keepdim=True) / count + self.eps).rsqrt()
+        if self.affine:
+            each = (-1, *(1,) * (x.ndim - 2))
+            y = y * self.weight.view(each) + self.bias.view(each)
+        return y * mask
 
 
-class MaskedGlobalPool(nn.AdaptiveAvgPool2d):
+class GlobalPool:
     """The mean over active sites."""
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = self.active.map(x)
-        return (x * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True)
+        mask, sites = self.active.map(x), tuple(range(2, x.ndim))
+        return (x * mask).sum(sites, keepdim=True) / mask.sum(sites, keepdim=True)
 
 
-MASKED = {
-    nn.Conv2d: MaskedConv2d,
-    nn.ConvTranspose2d: MaskedConvTranspose2d,
-    nn.BatchNorm2d: MaskedBatchNorm2d,
-    nn.MaxPool2d: MaskedMaxPool2d,
-    nn.AvgPool2d: MaskedAvgPool2d,
-    nn.AdaptiveAvgPool2d: MaskedGlobalPool,
+LAYERS = {
+    "Conv": Times,
+    "ConvTranspose": Times,
+    "MaxPool": Times,
+    "AvgPool": Times,
+    "BatchNorm": Rows,
+    "InstanceNorm": OfSample,
+    "AdaptiveAvgPool": GlobalPool,
 }
+MASKED = {nn.Conv2d: MaskedConv2d, nn.BatchNorm2d: MaskedBatchNorm2d}
+for _name, _layer in LAYERS.items():
+    for _kind in (getattr(nn, f"{_name}2d"), getattr(nn, f"{_name}3d")):
+        MASKED.setdefault(_kind, type(f"Masked{_kind.__name__}", (_layer, _kind), {}))
 
 
 class MapNorm(nn.LayerNorm):

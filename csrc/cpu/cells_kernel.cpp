@@ -11,14 +11,26 @@ struct Place {
   int64_t start, channel, site;
 };
 
-// `line`: row of sites of the whole batch, (b * rows + y) * h + i; x: the cell's column.
+// `line`: row of sites of the whole batch, (b * D + z) * H + y; x: the cell's column.
 MAEFAST_INLINE Place place_of(const CellsArgs& a, int64_t line, int64_t x) {
   const int64_t width = a.columns * a.w;
   if (a.channels_last) return {(line * width + x * a.w) * a.channels, 1, a.channels};
-  const int64_t height = a.rows * a.h;
-  const int64_t plane = height * width;
-  const int64_t b = line / height;
-  return {b * a.channels * plane + (line % height) * width + x * a.w, plane, 1};
+  const int64_t lines = a.planes * a.d * a.rows * a.h;  // of a sample
+  const int64_t plane = lines * width;
+  const int64_t b = line / lines;
+  return {b * a.channels * plane + (line % lines) * width + x * a.w, plane, 1};
+}
+
+// Where a row of the map's sites crosses the cells: the first one's index on the grid, and which row of a
+// cell it is.
+struct Line {
+  int64_t first, row;
+};
+
+template <class Args>
+MAEFAST_INLINE Line line_of(const Args& a, int64_t line) {
+  const int64_t height = a.rows * a.h, z = line / height, y = line % height;
+  return {(z / a.d * a.rows + y / a.h) * a.columns, z % a.d * a.h + y % a.h};
 }
 
 // Packed and map sites of one row of a cell, [w][C] against [C][w]. The few channels of an image are
@@ -62,13 +74,14 @@ void pack_cells_typed(const CellsArgs& a, int64_t begin, int64_t end) {
   const int64_t row = a.w * a.channels;
   for (int64_t r = begin; r < end; ++r) {
     X* out = static_cast<X*>(a.out) + r * row;
-    const int64_t cell = a.index[r / a.h];
+    const int64_t cell = a.index[r / (a.d * a.h)];
     if (cell < 0 || cell >= a.limit) {
       fail(a.failed);
       zero_row(out, row);
       continue;
     }
-    const Place p = place_of(a, cell / a.columns * a.h + r % a.h, cell % a.columns);
+    const int64_t q = cell / a.columns, z = q / a.rows * a.d + r / a.h % a.d;
+    const Place p = place_of(a, (z * a.rows + q % a.rows) * a.h + r % a.h, cell % a.columns);
     if (a.channels_last) {
       convert_row(map + p.start, out, row);
     } else {
@@ -84,14 +97,15 @@ void unpack_cells_typed(const CellsArgs& a, int64_t begin, int64_t end) {
   X* map = static_cast<X*>(a.out);
   const int64_t row = a.w * a.channels;
   for (int64_t line = begin; line < end; ++line) {
-    const int32_t* slots = a.index + line / a.h * a.columns;
+    const Line at = line_of(a, line);
+    const int32_t* slots = a.index + at.first;
     for (int64_t x = 0; x < a.columns; ++x) {
       const int64_t slot = slots[x];
       const Place p = place_of(a, line, x);
       X* out = map + p.start;
       if (slot >= a.limit) fail(a.failed);
       if (slot >= 0 && slot < a.limit) {
-        const X* cell = in + (slot * a.h + line % a.h) * row;
+        const X* cell = in + (slot * a.d * a.h + at.row) * row;
         if (a.channels_last) {
           convert_row(cell, out, row);
         } else {
@@ -135,7 +149,7 @@ void fill_sum_typed(const FillSumArgs& a, int64_t begin, int64_t end) {
     zero_row(sum, a.channels);
     const int64_t last = a.map_rows * (unit + 1) / a.units;
     for (int64_t line = a.map_rows * unit / a.units; line < last; ++line) {
-      const int32_t* slots = a.slot + line / a.h * a.columns;
+      const int32_t* slots = a.slot + line_of(a, line).first;
       const G* grad = static_cast<const G*>(a.grad) + line * a.columns * row;
       for (int64_t x = 0; x < a.columns; ++x) {
         if (slots[x] >= 0) continue;

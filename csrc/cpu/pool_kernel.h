@@ -21,23 +21,23 @@ struct PoolAxis {
 };
 
 struct PoolArgs {
-  const void* in;        // forward: x [T, in_h, in_w, C]; backward: the gradient of y, the same shape
-  void* out;             // forward: y [T, out_h, out_w, C]; backward: the gradient of x
+  const void* in;        // forward: x [T, in_d, in_h, in_w, C]; backward: the gradient of y, the same shape
+  void* out;             // forward: y [T, out_d, out_h, out_w, C]; backward: the gradient of x
   uint8_t* argmax;       // of y's shape; max only
   const void* zeros;     // [C] of the type of `in`: a masked site; forward only
-  const int32_t* table;  // [T, side * side]
+  const int32_t* table;  // [T, deep * side * side]; deep: side, or 1 where cells have no depth
   int32_t* failed;
-  int64_t cells, in_h, in_w, out_h, out_w, channels, side;
-  PoolAxis rows, columns;                // from `out` to `in`
-  PoolAxis window_rows, window_columns;  // from y to x; those of `rows`, `columns` in the forward
+  int64_t cells, in_d, in_h, in_w, out_d, out_h, out_w, channels, side, deep;
+  PoolAxis planes, rows, columns;                       // from `out` to `in`
+  PoolAxis window_planes, window_rows, window_columns;  // from y to x; the same in the forward
   bool max, include_pad;
   DType type;
 };
 
 struct PoolKernels {
-  void (*pool)(const PoolArgs& args, int64_t begin, int64_t end);  // the T * out_h rows of y
+  void (*pool)(const PoolArgs& args, int64_t begin, int64_t end);  // the T * out_d * out_h rows of y
   void (*pool_backward)(const PoolArgs& args, int64_t begin,
-                        int64_t end);  // the T * out_h rows of x's gradient
+                        int64_t end);  // the T * out_d * out_h rows of x's gradient
 };
 
 MAEFAST_KERNELS(PoolKernels, pool_kernels)

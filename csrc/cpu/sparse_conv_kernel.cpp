@@ -14,11 +14,10 @@ struct Place {
       : cell(n >= 0 ? n / size : -((size - 1 - n) / size)), site(n - cell * size) {}
 };
 
-// Packed index of the cell (dy, dx) away from cell t, or -1 where it is absent.
-template <class Args>
-MAEFAST_INLINE int64_t neighbour(const Args& a, int64_t t, int64_t dy, int64_t dx) {
-  const int64_t radius = a.reach / 2;
-  const int64_t u = a.neighbours[(t * a.reach + dy + radius) * a.reach + dx + radius];
+// Packed index of the cell (dz, dy, dx) away from cell t, or -1 where it is absent.
+MAEFAST_INLINE int64_t neighbour(const CellTable& a, int64_t t, int64_t dz, int64_t dy, int64_t dx) {
+  const int64_t radius = a.reach / 2, plane = t * a.planes + dz + a.planes / 2;
+  const int64_t u = a.neighbours[(plane * a.reach + dy + radius) * a.reach + dx + radius];
   if (u < a.cells) return u < 0 ? -1 : u;
   fail(a.failed);
   return -1;
@@ -42,17 +41,20 @@ MAEFAST_INLINE int64_t size_of(DType type) {
 void halo(const HaloArgs& a, int64_t begin, int64_t end) {
   const int64_t site = a.channels * size_of(a.type), line = a.width * site;
   const int64_t lines = a.top + a.height + a.bottom, sites = a.left + a.width + a.right;
+  const int64_t planes = a.front + a.depth + a.back;
   const char* const src = static_cast<const char*>(a.src);
   char* out = static_cast<char*>(a.dst) + begin * sites * site;
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t t = r / lines;
-    const Place row(r % lines - a.top, a.height);
+    const int64_t t = r / (planes * lines);
+    const Place plane(r / lines % planes - a.front, a.depth), row(r % lines - a.top, a.height);
+    const int64_t above = plane.site * a.height + row.site;
     for (int64_t j = -a.left; j < a.width + a.right;) {
       const Place column(j, a.width);
       int64_t count = a.width - column.site;
       if (count > a.width + a.right - j) count = a.width + a.right - j;
-      const int64_t u = neighbour(a, t, row.cell, column.cell);
-      put(out, u < 0 ? nullptr : src + (u * a.height + row.site) * line + column.site * site, count * site);
+      const int64_t u = neighbour(a, t, plane.cell, row.cell, column.cell);
+      const int64_t from = (u * a.depth * a.height + above) * line + column.site * site;
+      put(out, u < 0 ? nullptr : src + from, count * site);
       out += count * site;
       j += count;
     }
@@ -76,22 +78,27 @@ MAEFAST_INLINE void sum_rows(const T* const* rows, int64_t count, T* out, int64_
 template <class T>
 void halo_backward_typed(const HaloArgs& a, int64_t begin, int64_t end) {
   const int64_t lines = a.top + a.height + a.bottom, sites = a.left + a.width + a.right;
-  const int64_t radius = a.reach / 2, c = a.channels;
+  const int64_t planes = a.front + a.depth + a.back;
+  const int64_t radius = a.reach / 2, deep = a.planes / 2, c = a.channels;
   const T* const grad = static_cast<const T*>(a.src);
   T* out = static_cast<T*>(a.dst) + begin * a.width * c;
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t t = r / a.height, i = r % a.height;
+    const int64_t t = r / (a.depth * a.height), plane = r / a.height % a.depth, i = r % a.height;
     for (int64_t j = 0; j < a.width; ++j, out += c) {
-      const T* rows[kMaxReach * kMaxReach];
+      const T* rows[kMaxAround];
       int64_t count = 0;
-      for (int64_t dy = -radius; dy <= radius; ++dy) {
-        const int64_t y = i - dy * a.height + a.top;
-        if (y < 0 || y >= lines) continue;
-        for (int64_t dx = -radius; dx <= radius; ++dx) {
-          const int64_t x = j - dx * a.width + a.left;
-          if (x < 0 || x >= sites) continue;
-          const int64_t u = neighbour(a, t, dy, dx);
-          if (u >= 0) rows[count++] = grad + ((u * lines + y) * sites + x) * c;
+      for (int64_t dz = -deep; dz <= deep; ++dz) {
+        const int64_t z = plane - dz * a.depth + a.front;
+        if (z < 0 || z >= planes) continue;
+        for (int64_t dy = -radius; dy <= radius; ++dy) {
+          const int64_t y = i - dy * a.height + a.top;
+          if (y < 0 || y >= lines) continue;
+          for (int64_t dx = -radius; dx <= radius; ++dx) {
+            const int64_t x = j - dx * a.width + a.left;
+            if (x < 0 || x >= sites) continue;
+            const int64_t u = neighbour(a, t, dz, dy, dx);
+            if (u >= 0) rows[count++] = grad + (((u * planes + z) * lines + y) * sites + x) * c;
+          }
         }
       }
       sum_rows(rows, count, out, c);
@@ -105,21 +112,26 @@ void halo_backward(const HaloArgs& a, int64_t begin, int64_t end) {
 
 void taps(const TapsArgs& a, int64_t begin, int64_t end) {
   const ConvWindow& win = a.window;
-  const int64_t site = a.channels * size_of(a.type), lines = a.height / win.stride[0];
-  const int64_t sites = a.width / win.stride[1];
+  const int64_t site = a.channels * size_of(a.type), planes = a.depth / win.stride[0];
+  const int64_t lines = a.height / win.stride[1], sites = a.width / win.stride[2];
+  const int64_t taps_of_row = win.kernel[0] * win.kernel[1] * win.kernel[2];
   const char* const src = static_cast<const char*>(a.src);
-  char* out = static_cast<char*>(a.dst) + begin * sites * win.kernel[0] * win.kernel[1] * site;
+  char* out = static_cast<char*>(a.dst) + begin * sites * taps_of_row * site;
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t t = r / lines, top = r % lines * win.stride[0] - win.padding[0];
+    const int64_t t = r / (planes * lines), front = r / lines % planes * win.stride[0] - win.padding[0];
+    const int64_t top = r % lines * win.stride[1] - win.padding[1];
     for (int64_t j = 0; j < sites; ++j) {
-      const int64_t left = j * win.stride[1] - win.padding[1];
-      for (int64_t ky = 0; ky < win.kernel[0]; ++ky) {
-        const Place row(top + ky * win.dilation[0], a.height);
-        for (int64_t kx = 0; kx < win.kernel[1]; ++kx, out += site) {
-          const Place column(left + kx * win.dilation[1], a.width);
-          const int64_t u = neighbour(a, t, row.cell, column.cell);
-          const int64_t from = (u * a.height + row.site) * a.width + column.site;
-          put(out, u < 0 ? nullptr : src + from * site, site);
+      const int64_t left = j * win.stride[2] - win.padding[2];
+      for (int64_t kz = 0; kz < win.kernel[0]; ++kz) {
+        const Place plane(front + kz * win.dilation[0], a.depth);
+        for (int64_t ky = 0; ky < win.kernel[1]; ++ky) {
+          const Place row(top + ky * win.dilation[1], a.height);
+          for (int64_t kx = 0; kx < win.kernel[2]; ++kx, out += site) {
+            const Place column(left + kx * win.dilation[2], a.width);
+            const int64_t u = neighbour(a, t, plane.cell, row.cell, column.cell);
+            const int64_t from = ((u * a.depth + plane.site) * a.height + row.site) * a.width + column.site;
+            put(out, u < 0 ? nullptr : src + from * site, site);
+          }
         }
       }
     }
@@ -129,26 +141,33 @@ void taps(const TapsArgs& a, int64_t begin, int64_t end) {
 template <class T>
 void taps_backward_typed(const TapsArgs& a, int64_t begin, int64_t end) {
   const ConvWindow& win = a.window;
-  const int64_t lines = a.height / win.stride[0], sites = a.width / win.stride[1], c = a.channels;
-  const int64_t taps_of_row = win.kernel[0] * win.kernel[1];
+  const int64_t planes = a.depth / win.stride[0], lines = a.height / win.stride[1];
+  const int64_t sites = a.width / win.stride[2], c = a.channels;
+  const int64_t taps_of_row = win.kernel[0] * win.kernel[1] * win.kernel[2];
   const T* const grad = static_cast<const T*>(a.src);
   T* out = static_cast<T*>(a.dst) + begin * a.width * c;
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t t = r / a.height, i = r % a.height;
+    const int64_t t = r / (a.depth * a.height), k = r / a.height % a.depth, i = r % a.height;
     for (int64_t j = 0; j < a.width; ++j, out += c) {
-      const T* rows[kMaxReach * kMaxReach];
+      const T* rows[kMaxAround];
       int64_t count = 0;
-      for (int64_t ky = 0; ky < win.kernel[0]; ++ky) {
-        const Place y(i + win.padding[0] - ky * win.dilation[0], win.stride[0]);  // cell: the output row
-        if (y.site != 0) continue;
-        const Place row(y.cell, lines);
-        for (int64_t kx = 0; kx < win.kernel[1]; ++kx) {
-          const Place x(j + win.padding[1] - kx * win.dilation[1], win.stride[1]);
-          if (x.site != 0) continue;
-          const Place column(x.cell, sites);
-          const int64_t u = neighbour(a, t, row.cell, column.cell);
-          const int64_t from = (u * lines + row.site) * sites + column.site;
-          if (u >= 0) rows[count++] = grad + (from * taps_of_row + ky * win.kernel[1] + kx) * c;
+      for (int64_t kz = 0; kz < win.kernel[0]; ++kz) {
+        const Place z(k + win.padding[0] - kz * win.dilation[0], win.stride[0]);  // cell: the output's plane
+        if (z.site != 0) continue;
+        const Place plane(z.cell, planes);
+        for (int64_t ky = 0; ky < win.kernel[1]; ++ky) {
+          const Place y(i + win.padding[1] - ky * win.dilation[1], win.stride[1]);
+          if (y.site != 0) continue;
+          const Place row(y.cell, lines);
+          for (int64_t kx = 0; kx < win.kernel[2]; ++kx) {
+            const Place x(j + win.padding[2] - kx * win.dilation[2], win.stride[2]);
+            if (x.site != 0) continue;
+            const Place column(x.cell, sites);
+            const int64_t u = neighbour(a, t, plane.cell, row.cell, column.cell);
+            const int64_t from = ((u * planes + plane.site) * lines + row.site) * sites + column.site;
+            const int64_t tap = (kz * win.kernel[1] + ky) * win.kernel[2] + kx;
+            if (u >= 0) rows[count++] = grad + (from * taps_of_row + tap) * c;
+          }
         }
       }
       sum_rows(rows, count, out, c);

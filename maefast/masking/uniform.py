@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -83,7 +84,7 @@ def tube(
 
 def cells(
     batch: int,
-    grid_size: tuple[int, int],
+    grid_size: Sequence[int],
     ratio: float | Sequence[float] | None = None,
     *,
     keep: int | Sequence[int] | Tensor | None = None,
@@ -96,13 +97,14 @@ def cells(
     """Random cells of a grid are masked: the plan of a masked convnet. Cells are ordered by position.
 
     Args:
-        grid_size: (GH, GW), for example (7, 7) for cells of 32 x 32 pixels at 224. ratio, keep, noise [B, GH*GW],
-            generator, rule: as in `random`; SparK rounds the count, FCMAE takes "floor".
+        grid_size: (GH, GW), for example (7, 7) for cells of 32 x 32 pixels at 224; (GD, GH, GW) of volumes. ratio,
+            keep, noise [B, cells of the grid], generator, rule: as in `random`; SparK rounds the count, FCMAE takes
+            "floor".
     """
-    rows, columns = _checks.grid("grid_size", grid_size)
+    grid_size = _checks.grid("grid_size", grid_size, solid=True)
     plan = random(
         batch,
-        rows * columns,
+        math.prod(grid_size),
         ratio,
         keep=keep,
         noise=noise,
@@ -112,4 +114,4 @@ def cells(
         order="position",
         backend=backend,
     )
-    return CellMask(plan, (rows, columns))
+    return CellMask(plan, grid_size)

@@ -18,7 +18,7 @@ def along(x: Cells, what: str, dim) -> None:
     """Raise unless `dim` is that of the channels."""
     if isinstance(dim, (tuple, list)) and len(dim) == 1:
         dim = dim[0]
-    if not isinstance(dim, int) or dim % 4 != x.channel_dim:
+    if not isinstance(dim, int) or dim % x.ndim != x.channel_dim:
         raise UnknownSparseArgument(
             f"{where()}cells are {what} along their channels only (dimension {x.channel_dim}), not along {dim}"
         )
@@ -39,10 +39,10 @@ def _values(x: Cells, part: Cells | Tensor) -> Tensor:
     """Of a whole map with as many channels as it likes."""
     if isinstance(part, Cells):
         return operand(x, part)
-    sites = slice(1, 3) if x.channels_last else slice(2, 4)
-    if part.shape[sites] != x.shape[sites]:
+    sites = slice(x.site_dims[0], x.site_dims[-1] + 1)
+    if part.ndim != x.ndim or part.shape[sites] != x.shape[sites]:
         raise UnknownSparseArgument(f"{where()}a map {tuple(part.shape)} cannot be concatenated with {x!r}")
-    return operand(Cells(x.rows[..., :1], x.plan, x.channels_last), part).expand(*x.rows.shape[:3], -1)
+    return operand(Cells(x.rows[..., :1], x.plan, x.channels_last), part).expand(*x.rows.shape[:-1], -1)
 
 
 def _parts(function: Callable) -> Callable:
@@ -87,9 +87,9 @@ def getitem(x: Cells, index) -> Cells:
     index = index if isinstance(index, tuple) else (index,)
     if any(i is Ellipsis for i in index):
         at = next(n for n, i in enumerate(index) if i is Ellipsis)
-        index = (*index[:at], *(slice(None),) * (5 - len(index)), *index[at + 1 :])
-    index = (*index, *(slice(None),) * (4 - len(index)))
-    chosen = index[x.channel_dim] if len(index) == 4 else None
+        index = (*index[:at], *(slice(None),) * (x.ndim + 1 - len(index)), *index[at + 1 :])
+    index = (*index, *(slice(None),) * (x.ndim - len(index)))
+    chosen = index[x.channel_dim] if len(index) == x.ndim else None
     others = [i for n, i in enumerate(index) if n != x.channel_dim]
     known = isinstance(chosen, (slice, list)) or (isinstance(chosen, Tensor) and chosen.ndim == 1)
     if not known or any(not isinstance(i, slice) or i != slice(None) for i in others):
@@ -113,7 +113,7 @@ def permute(x: Cells, *args, **kwargs) -> Cells:
 
 def _moved(function: Callable) -> Callable:
     def handler(x: Cells, *args, **kwargs) -> Cells:
-        sizes = (2, 3, 4, 5)
+        sizes = tuple(range(2, 2 + x.ndim))
         return x.permute([sizes.index(s) for s in function(torch.empty(sizes, device="meta"), *args, **kwargs).shape])
 
     return handler
@@ -137,10 +137,10 @@ def expand_as(x: Cells | Tensor, other: Cells | Tensor) -> Cells | Tensor:
 def expand(x: Cells, *size) -> Cells:
     size = tuple(size[0] if len(size) == 1 else size)
     full = [have if want == -1 else want for have, want in zip(x.shape, size)]
-    kept = [d for d in range(4) if d != x.channel_dim]
-    if len(size) != 4 or any(full[d] != x.shape[d] for d in kept) or x._channels not in (1, full[x.channel_dim]):
+    kept = [d for d in range(x.ndim) if d != x.channel_dim]
+    if len(size) != x.ndim or any(full[d] != x.shape[d] for d in kept) or x._channels not in (1, full[x.channel_dim]):
         raise UnknownSparseArgument(f"{where()}cells {tuple(x.shape)} cannot be expanded to {size}")
-    return x.part((lambda rows: rows.expand(-1, -1, -1, full[x.channel_dim]), _never))
+    return x.part((lambda rows: rows.expand(*(-1,) * (x.ndim - 1), full[x.channel_dim]), _never))
 
 
 @handles(Tensor.detach, torch.detach)
@@ -178,7 +178,7 @@ for _function, _position, _default in ((F.softmin, 1, None), (F.glu, 1, -1), (F.
 @handles(F.rms_norm, torch.rms_norm)
 def rms_norm(x: Cells, normalized_shape, weight=None, eps=None) -> Cells:
     if not x.channels_last or tuple(normalized_shape) != (x._channels,):
-        raise UnknownSparseArgument(f"{where()}rms_norm of cells is over the channels of (B, H, W, C)")
+        raise UnknownSparseArgument(f"{where()}rms_norm of cells is over the channels of {x.layouts[1]}")
     return x.like(F.rms_norm(x.rows, normalized_shape, weight, eps))
 
 
@@ -186,16 +186,17 @@ def rms_norm(x: Cells, normalized_shape, weight=None, eps=None) -> Cells:
 def prelu(x: Cells, weight) -> Cells:
     if weight.numel() > 1:
         along(x, "given the weights of a prelu", 1)
-    return x.like(F.prelu(x.rows.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1))
+    return x.like(F.prelu(x.rows.movedim(-1, 1), weight).movedim(1, -1))
 
 
-@handles(F.dropout2d, torch.feature_dropout)
-def dropout2d(x: Cells, p=0.5, training=True, inplace=False) -> Cells:
+@handles(F.dropout2d, F.dropout3d, torch.feature_dropout)
+def dropout_of_channels(x: Cells, p=0.5, training=True, inplace=False) -> Cells:
     """Whole channels of a sample."""
     along(x, "dropped", 1)
     if not training or p == 0.0:
         return x
-    scale = F.dropout2d(x.rows.new_ones(x.plan.batch, x._channels, 1, 1), p).permute(0, 2, 3, 1)
+    ones = x.rows.new_ones(x.plan.batch, x._channels, 1, 1)
+    scale = F.dropout2d(ones, p).reshape(x.plan.batch, *(1,) * (x.ndim - 2), x._channels)
     if inplace:
         return x.replace(x.like(x.rows * per_cell(scale, x)))
     return x.like(x.rows * per_cell(scale, x))

@@ -68,26 +68,32 @@ def operand(x: Cells, other) -> Tensor | float:
         return other.rows
     if not isinstance(other, Tensor) or other.ndim == 0:
         return other
-    value = other if other.ndim == 4 else other.reshape((1,) * (4 - other.ndim) + tuple(other.shape))
-    if x.channels_last and value.ndim == 4:
-        value = value.permute(0, 3, 1, 2)
+    value = other if other.ndim >= x.ndim else other.reshape((1,) * (x.ndim - other.ndim) + tuple(other.shape))
+    if x.channels_last and value.ndim == x.ndim:
+        value = value.movedim(-1, 1)
     batch, channels, *sides = value.shape
-    if value.ndim == 4 and batch in (1, x.plan.batch) and (channels in (1, x._channels) or x._channels == 1):
-        if sides == [1, 1]:
-            return per_cell(value.permute(0, 2, 3, 1), x)
+    if value.ndim == x.ndim and batch in (1, x.plan.batch) and (channels in (1, x._channels) or x._channels == 1):
+        if max(sides) == 1:
+            return per_cell(value.movedim(1, -1), x)
         sites = tuple(s * g for s, g in zip(x._sites, x.plan.grid))
         if all(size in (1, full) for size, full in zip(sides, sites)):
             return Cells.pack(value.expand(x.plan.batch, -1, *sites), x.plan).rows
     raise UnknownSparseArgument(f"{where()}a tensor {tuple(other.shape)} does not go with cells {tuple(x.shape)}")
 
 
+def of_sides(x: Cells, what: str, sides: int) -> None:
+    """Raise where a function of maps is given volumes, or the other way round."""
+    if x.ndim != sides + 2:
+        raise UnknownSparseArgument(f"{where()}{what} takes maps of {sides} sides, and these are {x.layouts[0]}")
+
+
 def per_cell(value: Tensor, x: Cells) -> Tensor:
-    """[B or 1, 1, 1, C] -> one for each cell of its sample."""
+    """[B or 1, 1, 1, C], with one 1 more of volumes, -> one for each cell of its sample."""
     if value.shape[0] == 1:
         return value
     keep = x.plan.tokens.keep
     if keep is not None:
-        return value[:, None].expand(-1, keep, 1, 1, value.shape[-1]).reshape(-1, 1, 1, value.shape[-1])
+        return value[:, None].expand(-1, keep, *value.shape[1:]).reshape(-1, *value.shape[1:])
     return value.index_select(0, samples(x))
 
 

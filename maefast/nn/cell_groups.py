@@ -26,22 +26,20 @@ GROUPED: dict[Callable, Callable] = {}  # of torch functions, on GroupedCells
 class GroupedCells:
     """Stands in the place of a tensor [B, G, C / G, H, W]; `cells` are the same channels in one dimension."""
 
-    ndim = 5
-
     def __init__(self, cells: Cells, groups: tuple[int, int]) -> None:
-        self.cells, self.groups = cells, groups
+        self.cells, self.groups, self.ndim = cells, groups, cells.ndim + 1
         self.dtype, self.device = cells.dtype, cells.device
 
     @property
     def shape(self) -> torch.Size:
-        batch, _, height, width = self.cells.shape
-        return torch.Size((batch, *self.groups, height, width))
+        batch, _, *sites = self.cells.shape
+        return torch.Size((batch, *self.groups, *sites))
 
     def size(self, dim: int | None = None):
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        return 5
+        return self.ndim
 
     def contiguous(self, **kwargs) -> GroupedCells:
         return self
@@ -131,9 +129,9 @@ def view(x: Cells, *shape) -> Cells | GroupedCells | Tensor:
     wanted = _sizes(shape, x.numel())
     if wanted == tuple(x.shape):
         return x
-    if not x.channels_last and sites == [1, 1] and wanted == tuple(x.shape[:2]):
+    if not x.channels_last and max(sites) == 1 and wanted == tuple(x.shape[:2]):
         return x.dense().flatten(1)  # a pooled map is no map any more
-    if not x.channels_last and len(wanted) == 5 and wanted[0] == batch and list(wanted[3:]) == sites:
+    if not x.channels_last and len(wanted) == x.ndim + 1 and wanted[0] == batch and list(wanted[3:]) == sites:
         return GroupedCells(x.part(), wanted[1:3])
     raise UnknownSparseArgument(
         f"{where()}packed cells {tuple(x.shape)} have no Tensor.view as {tuple(shape)}, only groups of channels"
@@ -146,16 +144,19 @@ HANDLERS[torch.reshape] = view
 @handles(torch.unflatten, Tensor.unflatten)
 def unflatten(x: Cells, dim, sizes) -> GroupedCells:
     batch, channels, *sites = x.shape
-    if x.channels_last or dim % 4 != 1 or len(sizes) != 2:
-        raise UnknownSparseArgument(f"{where()}cells (B, C, H, W) are split into groups of channels only")
+    if x.channels_last or dim % x.ndim != 1 or len(sizes) != 2:
+        raise UnknownSparseArgument(f"{where()}cells {x.layouts[0]} are split into groups of channels only")
     return view(x, (batch, *_sizes(sizes, channels), *sites))
 
 
 @handles(torch.stack)
 def stack(tensors, dim=0) -> GroupedCells:
     parts = list(tensors)
-    if dim % 5 != 1 or not all(isinstance(part, Cells) and not part.channels_last for part in parts):
-        raise UnknownSparseArgument(f"{where()}cells (B, C, H, W) are stacked in front of their channels only, dim=1")
+    first = next(part for part in parts if isinstance(part, Cells))
+    if dim % (first.ndim + 1) != 1 or not all(isinstance(part, Cells) and not part.channels_last for part in parts):
+        raise UnknownSparseArgument(
+            f"{where()}cells {first.layouts[0]} are stacked in front of their channels only, dim=1"
+        )
     return GroupedCells(torch.cat(parts, 1), (len(parts), parts[0]._channels))
 
 
@@ -174,7 +175,7 @@ def _reshape(x: GroupedCells, shape) -> Cells | GroupedCells:
 
 @_grouped(torch.flatten)
 def _flatten(x: GroupedCells, start_dim=0, end_dim=-1) -> Cells:
-    if (start_dim % 5, end_dim % 5) != (1, 2):
+    if (start_dim % x.ndim, end_dim % x.ndim) != (1, 2):
         raise UnknownSparseArgument(f"{where()}groups of channels are flattened from 1 to 2 only")
     return x.cells
 
@@ -184,7 +185,7 @@ def _flatten(x: GroupedCells, start_dim=0, end_dim=-1) -> Cells:
 
 @_grouped(torch.transpose)
 def _transpose(x: GroupedCells, dim0, dim1) -> GroupedCells:
-    if {dim0 % 5, dim1 % 5} != {1, 2}:
+    if {dim0 % x.ndim, dim1 % x.ndim} != {1, 2}:
         raise UnknownSparseArgument(f"{where()}of cells in groups of channels, 1 and 2 are transposed only")
     return GroupedCells(x.cells.like(x.parts.transpose(-1, -2).flatten(-2)), x.groups[::-1])
 
@@ -192,14 +193,14 @@ def _transpose(x: GroupedCells, dim0, dim1) -> GroupedCells:
 @_grouped(torch.sum)
 def _sum(x: GroupedCells, dim=None, keepdim=False) -> Cells:
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-    if keepdim or not isinstance(dim, int) or dim % 5 not in (1, 2):
+    if keepdim or not isinstance(dim, int) or dim % x.ndim not in (1, 2):
         raise UnknownSparseArgument(f"{where()}cells in groups of channels are summed over 1 or 2 only")
-    return x.cells.like(x.parts.sum(-2 if dim % 5 == 1 else -1))
+    return x.cells.like(x.parts.sum(-2 if dim % x.ndim == 1 else -1))
 
 
 @_grouped(torch.unbind)
 def _unbind(x: GroupedCells, dim=0) -> tuple[Cells, ...]:
-    if dim % 5 != 1:
+    if dim % x.ndim != 1:
         raise UnknownSparseArgument(f"{where()}groups of channels are unbound along 1 only")
     return x.cells.chunk(x.groups[0], 1)
 
@@ -212,10 +213,10 @@ def _binary(function: Callable) -> Callable:
                 raise UnknownSparseArgument(f"{where()}groups of {other!r} and {x!r}")
             other = other.cells
         elif isinstance(other, Tensor) and other.ndim:
-            gate = other.reshape((1,) * (5 - other.ndim) + tuple(other.shape))
-            if tuple(gate.shape[3:]) != (1, 1):
+            gate = other.reshape((1,) * (x.ndim - other.ndim) + tuple(other.shape))
+            if gate.ndim != x.ndim or max(gate.shape[3:]) != 1:
                 raise UnknownSparseArgument(f"{where()}a tensor {tuple(other.shape)} does not go with {x!r}")
-            other = gate.expand(-1, *x.groups, 1, 1).flatten(1, 2)
+            other = gate.expand(-1, *x.groups, *gate.shape[3:]).flatten(1, 2)
         return GroupedCells(function(x.cells, other), x.groups)
 
     return handler

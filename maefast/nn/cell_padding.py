@@ -12,7 +12,7 @@ from torch import Tensor
 from maefast.nn.cell_elementwise import handles
 from maefast.nn.cells import Cells, UnknownSparseArgument, UnknownSparseOp, where
 
-Sides = tuple[int, int, int, int]  # left, right, top, bottom, as in F.pad
+Sides = tuple[int, ...]  # left, right, top, bottom, of volumes front and back, too: as in F.pad
 
 
 class PaddedCells(Cells):
@@ -28,9 +28,9 @@ class PaddedCells(Cells):
 
     @property
     def shape(self) -> torch.Size:
-        batch, channels, height, width = self.cells.shape
-        left, right, top, bottom = self.sides
-        return torch.Size((batch, channels, height + top + bottom, width + left + right))
+        batch, channels, *sites = self.cells.shape
+        more = (before + after for before, after in reversed(pairs(self.sides)))
+        return torch.Size((batch, channels, *(size + n for size, n in zip(sites, more))))
 
     def padded_map(self) -> Tensor:
         return F.pad(self.cells.dense(), self.sides, value=self.value)
@@ -39,11 +39,18 @@ class PaddedCells(Cells):
 @handles(F.pad)
 def pad(input: Cells, pad, mode="constant", value=None) -> Cells:
     """Zeros (or -inf, for a maximum) around the map; zeros behind or before its channels."""
-    if input.channels_last or isinstance(input, PaddedCells) or mode != "constant" or min(pad) < 0 or len(pad) > 6:
-        raise UnknownSparseArgument(f"{where()}cells (B, C, H, W) are padded once, outwards, by a constant")
-    value, pad = value or 0.0, tuple(pad) + (0,) * (6 - len(pad))
-    out = input.like(F.pad(input.rows, pad[4:], value=value)) if any(pad[4:]) else input
-    return PaddedCells(out, pad[:4], value) if any(pad[:4]) else out
+    sides = 2 * len(input.site_dims)
+    outwards = mode == "constant" and min(pad) >= 0 and len(pad) <= sides + 2
+    if input.channels_last or isinstance(input, PaddedCells) or not outwards:
+        raise UnknownSparseArgument(f"{where()}cells {input.layouts[0]} are padded once, outwards, by a constant")
+    value, pad = value or 0.0, tuple(pad) + (0,) * (sides + 2 - len(pad))
+    out = input.like(F.pad(input.rows, pad[sides:], value=value)) if any(pad[sides:]) else input
+    return PaddedCells(out, pad[:sides], value) if any(pad[:sides]) else out
+
+
+def pairs(sides: Sides) -> list[tuple[int, int]]:
+    """(before, after) of every side, the last one of the map first."""
+    return list(zip(sides[::2], sides[1::2]))
 
 
 def merged(x: Cells, weight: Tensor, padding, dilation) -> tuple[Cells, Tensor, object]:
@@ -59,12 +66,12 @@ def merged(x: Cells, weight: Tensor, padding, dilation) -> tuple[Cells, Tensor, 
         raise UnknownSparseArgument(
             f"{where()}a convolution of padded cells takes a border of zeros, padding in numbers"
         )
-    padding, dilation = (v if isinstance(v, (tuple, list)) else (v, v) for v in (padding, dilation))
-    left, right, top, bottom = x.sides
+    count = len(x.site_dims)
+    padding, dilation = (v if isinstance(v, (tuple, list)) else (v,) * count for v in (padding, dilation))
     taps, sides = [], []
-    for (first, last), own, step in zip(((top, bottom), (left, right)), padding, dilation):
+    for (first, last), own, step in zip(reversed(pairs(x.sides)), padding, dilation):
         if (first - last) % step:
             raise UnknownSparseArgument(f"{where()}a border of {first} and {last} sites at a dilation of {step}")
         sides.append(max(first, last) + own)
         taps.append((max(0, last - first) // step, max(0, first - last) // step))
-    return x.cells, F.pad(weight, (*taps[1], *taps[0])), tuple(sides)
+    return x.cells, F.pad(weight, tuple(n for both in reversed(taps) for n in both)), tuple(sides)

@@ -10,29 +10,31 @@ from torch import Tensor
 
 from maefast import ops
 from maefast.nn.cell_channels import along
-from maefast.nn.cell_elementwise import ELEMENTWISE, handles, wrap
+from maefast.nn.cell_elementwise import ELEMENTWISE, handles, of_sides, wrap
 from maefast.nn.cells import HANDLERS, Cells, UnknownSparseArgument, complete, where
 
 
 def _over_sites(x: Cells, dim) -> bool:
-    """Whether `dim` is both sides of the map."""
-    sites = (1, 2) if x.channels_last else (2, 3)
-    return isinstance(dim, (tuple, list)) and tuple(sorted(d % 4 for d in dim)) == sites
+    """Whether `dim` is every side of the map."""
+    return isinstance(dim, (tuple, list)) and tuple(sorted(d % x.ndim for d in dim)) == x.site_dims
 
 
 def _pooled(x: Cells, out: Tensor, keepdim: bool, dtype=None) -> Tensor:
     """[B, C] as torch gives it."""
     out = out.to(dtype or x.dtype)
-    return out if not keepdim else (out[:, None, None] if x.channels_last else out[:, :, None, None])
+    for dim in x.site_dims if keepdim else ():
+        out = out.unsqueeze(dim)
+    return out
 
 
 def _per_site(x: Cells, what: str, dim, keepdim: bool) -> None:
     """Raise unless the reduction leaves one channel of every site."""
     single = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-    if not isinstance(single, int) or single % 4 != x.channel_dim:
-        sites = (1, 2) if x.channels_last else (2, 3)
+    if not isinstance(single, int) or single % x.ndim != x.channel_dim:
+        every = "both" if x.ndim == 4 else "all"
         raise UnknownSparseArgument(
-            f"{where()}the {what} of cells is over both sides of the map {sites}, or over the channels; not {dim}"
+            f"{where()}the {what} of cells is over {every} sides of the map {x.site_dims}, or over the channels;"
+            f" not {dim}"
         )
     if not keepdim:
         raise UnknownSparseArgument(f"{where()}the {what} of cells over their channels takes keepdim=True")
@@ -63,7 +65,7 @@ def vector_norm(x: Cells, p=2, dim=None, keepdim=False, dtype=None, *, ord=2) ->
         _per_site(x, "norm", dim, keepdim)
         return x.like(torch.linalg.vector_norm(x.rows, p if p != 2 else ord, -1, True, dtype=dtype))
     if {ord, p} != {2}:
-        raise UnknownSparseArgument(f"{where()}the norm of cells over both sides of the map is the 2-norm")
+        raise UnknownSparseArgument(f"{where()}the norm of cells over the sides of the map is the 2-norm")
     wide = torch.promote_types(x.dtype, torch.float32)
     squares = ops.segment_sum(x.rows.to(wide).square(), x.plan)
     root = squares.clamp(min=torch.finfo(wide).tiny).sqrt() * (squares > 0)  # no gradient through a root of zero
@@ -75,7 +77,7 @@ def _extremum(function: Callable) -> Callable:
         if not _over_sites(x, dim):
             _per_site(x, "extremum", dim, keepdim)
             return x.like(function(x.rows, -1, True))
-        return _pooled(x, function(_never_chosen(x, function), (2, 3)), keepdim)
+        return _pooled(x, function(_never_chosen(x, function).flatten(2), 2), keepdim)
 
     return handler
 
@@ -123,22 +125,35 @@ for _function in (torch.max, Tensor.max, torch.min, Tensor.min):
     HANDLERS[_function] = _max_or_min(_function)
 
 
-@handles(F.adaptive_avg_pool2d)
-def adaptive_avg_pool2d(input: Cells, output_size) -> Tensor:
-    along(input, "left by adaptive_avg_pool2d", 1)
-    _one("adaptive_avg_pool2d", output_size)
-    return mean(input, (2, 3), keepdim=True)
+def _adaptive_avg_pool(sides: int) -> Callable:
+    what = f"adaptive_avg_pool{sides}d"
+
+    def handler(input: Cells, output_size) -> Tensor:
+        _to_one(input, what, output_size, sides)
+        return mean(input, input.site_dims, keepdim=True)
+
+    return handler
 
 
-@handles(F.adaptive_max_pool2d)
-def adaptive_max_pool2d(input: Cells, output_size, return_indices=False) -> Tensor:
-    along(input, "left by adaptive_max_pool2d", 1)
-    _one("adaptive_max_pool2d", output_size)
-    if return_indices:
-        raise UnknownSparseArgument(f"{where()}adaptive_max_pool2d with indices is not known on packed cells")
-    return F.adaptive_max_pool2d(_never_chosen(input, torch.amax), 1)
+def _adaptive_max_pool(sides: int, function: Callable) -> Callable:
+    what = f"adaptive_max_pool{sides}d"
+
+    def handler(input: Cells, output_size, return_indices=False) -> Tensor:
+        _to_one(input, what, output_size, sides)
+        if return_indices:
+            raise UnknownSparseArgument(f"{where()}{what} with indices is not known on packed cells")
+        return function(_never_chosen(input, torch.amax), 1)
+
+    return handler
 
 
-def _one(what: str, size) -> None:
-    if size not in (1, (1, 1), [1, 1]):
+def _to_one(x: Cells, what: str, size, sides: int) -> None:
+    along(x, f"left by {what}", 1)
+    of_sides(x, what, sides)
+    if size != 1 and tuple(size if isinstance(size, (tuple, list)) else (size,)) != (1,) * sides:
         raise UnknownSparseArgument(f"{where()}{what} to {size} is not known on packed cells, only to 1")
+
+
+HANDLERS[F.adaptive_avg_pool2d], HANDLERS[F.adaptive_avg_pool3d] = _adaptive_avg_pool(2), _adaptive_avg_pool(3)
+HANDLERS[F.adaptive_max_pool2d] = _adaptive_max_pool(2, F.adaptive_max_pool2d)
+HANDLERS[F.adaptive_max_pool3d] = _adaptive_max_pool(3, F.adaptive_max_pool3d)

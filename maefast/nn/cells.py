@@ -1,4 +1,5 @@
-"""`Cells`: the active cells of a masked feature map, in the place of the [B, C, H, W] tensor a convnet expects.
+"""`Cells`: the active cells of a masked feature map, in the place of the tensor a convnet expects: [B, C, H, W], or
+[B, C, D, H, W] of volumes.
 
 A plain convnet runs on them unchanged: torch's functions look for `__torch_function__` and find the ops of maefast
 (`cell_functions`), what goes along channels (`cell_channels`), or torch's own function on the packed values
@@ -42,7 +43,7 @@ class Cells:
     """Active cells of a batch of feature maps.
 
     Args:
-        rows: [T, h, w, C], packed cells of `plan`.
+        rows: [T, h, w, C], packed cells of `plan`; [T, d, h, w, C] where its grid has three sides.
         plan: the CellMask.
         channels_last: present the shape as (B, H, W, C), after the ``permute(0, 2, 3, 1)`` of a ConvNeXt block.
 
@@ -56,18 +57,19 @@ class Cells:
         self._rows: Tensor | None = rows
         self._norm: PendingNorm | None = None
         self.plan, self.channels_last = plan, channels_last
-        self._sites, self._channels = tuple(rows.shape[1:3]), rows.shape[3]
+        self._sites, self._channels = tuple(rows.shape[1:-1]), rows.shape[-1]
+        self.ndim = rows.ndim
         self.dtype, self.device = rows.dtype, rows.device
 
     @staticmethod
     def pack(images: Tensor, plan: CellMask) -> Cells:
-        """The active cells of images [B, C, H, W]."""
+        """The active cells of images [B, C, H, W] or volumes [B, C, D, H, W], as the plan's grid has sides."""
         run = ops.pack_cells if images.is_floating_point() else pack_cells_reference
         return Cells(run(images, plan), plan)
 
     @property
     def rows(self) -> Tensor:
-        """[T, h, w, C]."""
+        """[T, h, w, C] or [T, d, h, w, C]."""
         if self._rows is None:
             self._rows, self._norm = self._norm.run("none"), None
         elif self._shared is not None and self._version != self._shared.version:
@@ -75,7 +77,7 @@ class Cells:
         return self._rows
 
     def dense(self, fill: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] in channels-last memory; masked sites are `fill` [C], or zero."""
+        """[B, C, H, W] or [B, C, D, H, W] in channels-last memory; masked sites are `fill` [C], or zero."""
         run = ops.unpack_cells if self.dtype.is_floating_point else unpack_cells_reference
         return run(self.rows, self.plan, fill)
 
@@ -85,7 +87,7 @@ class Cells:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the map that this stands for: (B, C, H, W), or (B, H, W, C)."""
+        """Of the map that this stands for: (B, C, H, W), or (B, H, W, C); volumes with D in front of H."""
         size = tuple(s * g for s, g in zip(self._sites, self.plan.grid))
         if self.channels_last:
             return torch.Size((self.plan.batch, *size, self._channels))
@@ -93,14 +95,25 @@ class Cells:
 
     @property
     def channel_dim(self) -> int:
-        return 3 if self.channels_last else 1
+        return self.ndim - 1 if self.channels_last else 1
 
-    ndim = 4
+    @property
+    def site_dims(self) -> tuple[int, ...]:
+        """The sides of the map: (2, 3), or (1, 2); of volumes (2, 3, 4), or (1, 2, 3)."""
+        first = 1 if self.channels_last else 2
+        return tuple(range(first, first + self.ndim - 2))
+
+    @property
+    def layouts(self) -> tuple[str, str]:
+        """As messages say it."""
+        sides = ("D, " if self.ndim == 5 else "") + "H, W"
+        return f"(B, C, {sides})", f"(B, {sides}, C)"
+
     is_nested = is_mkldnn = is_sparse = is_quantized = is_meta = False
     layout = torch.strided
 
     def dim(self) -> int:
-        return 4
+        return self.ndim
 
     ndimension = dim
 
@@ -148,13 +161,14 @@ class Cells:
         return out
 
     def permute(self, *order: int, dims: Sequence[int] = ()) -> Cells:
-        order = tuple(d % 4 for d in dims or (order[0] if len(order) == 1 else order))
-        if order == (0, 1, 2, 3):
+        order = tuple(d % self.ndim for d in dims or (order[0] if len(order) == 1 else order))
+        if order == tuple(range(self.ndim)):
             return self
-        if order == ((0, 3, 1, 2) if self.channels_last else (0, 2, 3, 1)):
+        other = (self.ndim - 1, *self.site_dims) if self.channels_last else (*self.site_dims, 1)
+        if order == (0, *other):
             return self.part(channels_last=not self.channels_last)
         raise UnknownSparseOp(
-            f"{where()}cells can be permuted between (B, C, H, W) and (B, H, W, C) only, not by {order}"
+            f"{where()}cells can be permuted between {' and '.join(self.layouts)} only, not by {order}"
         )
 
     def contiguous(self, **kwargs) -> Cells:

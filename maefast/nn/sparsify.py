@@ -1,4 +1,4 @@
-"""`sparsify`: a plain convnet learns to run on the active cells of a masked image."""
+"""`sparsify`: a plain convnet learns to run on the active cells of a masked image or volume."""
 
 from __future__ import annotations
 
@@ -15,24 +15,35 @@ from maefast.nn.cells import ELEMENTWISE, HANDLERS, Cells, UnknownSparseOp, comp
 # Modules of torch.nn whose meaning on packed cells is known, beside every elementwise activation (`activations`).
 KNOWN = (
     nn.Conv2d,
+    nn.Conv3d,
     nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
     nn.Linear,
     nn.BatchNorm2d,
+    nn.BatchNorm3d,
     nn.SyncBatchNorm,
     nn.LayerNorm,
     nn.RMSNorm,
     nn.GroupNorm,
     nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
     nn.MaxPool2d,
+    nn.MaxPool3d,
     nn.AvgPool2d,
+    nn.AvgPool3d,
     nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
     nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d,
     nn.Dropout,
     nn.Dropout2d,
+    nn.Dropout3d,
     nn.AlphaDropout,
     nn.ChannelShuffle,
     nn.ZeroPad2d,
+    nn.ZeroPad3d,
     nn.ConstantPad2d,
+    nn.ConstantPad3d,
     nn.Softmax2d,
     nn.Identity,
 )
@@ -48,6 +59,8 @@ HARMLESS = (
     nn.ParameterList,
     nn.ParameterDict,
 )
+
+ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d)
 
 
 @functools.cache
@@ -106,12 +119,12 @@ def _problem(module: nn.Module) -> str | None:
         if kind.__module__.startswith("torch.nn."):
             return "not known on packed cells; docs/convnets.md says what is"
         return None  # what it calls is checked when it runs
-    if kind is nn.Conv2d and module.padding_mode != "zeros":
+    if kind in (nn.Conv2d, nn.Conv3d) and module.padding_mode != "zeros":
         return f"padding_mode {module.padding_mode!r}: masked sites are zeros, so only zero padding has a meaning"
-    if kind is nn.MaxPool2d and module.return_indices:
+    if kind in (nn.MaxPool2d, nn.MaxPool3d) and module.return_indices:
         return "return_indices is not known on packed cells"
-    if kind is nn.InstanceNorm2d and module.track_running_stats:
+    if kind in (nn.InstanceNorm2d, nn.InstanceNorm3d) and module.track_running_stats:
         return "running statistics of an instance norm are not known on packed cells"
-    if kind in (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d) and module.output_size not in (1, (1, 1)):
+    if kind in ADAPTIVE and module.output_size not in (1, (1,) * (2 if kind in ADAPTIVE[:2] else 3)):
         return f"pooling to {module.output_size}: packed cells are pooled to one value a channel"
     return None

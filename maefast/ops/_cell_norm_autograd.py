@@ -152,4 +152,4 @@ class SegmentSum(torch.autograd.Function):
     def backward(ctx, grad):
         (cu,) = ctx.saved_tensors
         rows = torch.repeat_interleave(grad.to(ctx.dtype), cu.diff().long(), dim=0, output_size=ctx.shape[0])
-        return rows[:, None, None, :].expand(ctx.shape), *(None,) * 4
+        return rows.view(ctx.shape[0], *(1,) * (len(ctx.shape) - 2), ctx.shape[-1]).expand(ctx.shape), *(None,) * 4

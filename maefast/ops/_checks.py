@@ -55,23 +55,30 @@ def integer(name: str, value: object, least: int = 0) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def sides(name: str, value: object, least: int = 0, count: int = 2) -> tuple[int, ...]:
+    """One int or `count` (two or three), each at least `least`, as so many."""
+    every = tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
+    words = {2: "two", 3: "three"}[count]
+    if any(isinstance(v, bool) or not isinstance(v, INT) for v in every):
+        raise TypeError(f"{name} must be an int or {words} ints, got {value!r}")
+    if len(every) != count:
+        raise ValueError(f"{name} must be an int or {words} ints, got {value!r}")
+    if min(every) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return every
+
+
 def pair(name: str, value: object, least: int = 0) -> tuple[int, int]:
     """One int or two, each at least `least`, as two."""
-    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if any(isinstance(v, bool) or not isinstance(v, INT) for v in both):
-        raise TypeError(f"{name} must be an int or two ints, got {value!r}")
-    if len(both) != 2:
-        raise ValueError(f"{name} must be an int or two ints, got {value!r}")
-    if min(both) < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return both
+    return sides(name, value, least)
 
 
-def grid(name: str, value: object) -> tuple[int, int]:
-    """Rows x columns, each at least one."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name} must be two ints (rows, columns), got {value!r}")
-    return pair(name, value, 1)
+def grid(name: str, value: object, solid: bool = False) -> tuple[int, ...]:
+    """Rows x columns, each at least one; where `solid`, planes x rows x columns, too."""
+    if not isinstance(value, (tuple, list)) or len(value) not in ((2, 3) if solid else (2,)):
+        want = "two ints (rows, columns)" + (" or three (planes, rows, columns)" if solid else "")
+        raise TypeError(f"{name} must be {want}, got {value!r}")
+    return sides(name, value, 1, len(value))
 
 
 def device(name: str, value: object) -> torch.device | None:

@@ -6,47 +6,49 @@ A rule applies to cells (of the output) from its size on; the first that applies
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from maefast.ops import _dispatch, _dispatch_data
 
-Pair = tuple[int, int]
+Sides = tuple[int, ...]  # one of each side of a map: (rows, columns), or (planes, rows, columns)
 
 ROUTES = ("rows", "depthwise", "halo", "taps", "dense", "implicit")
 # The routes with kernels of ours, and the op that decides.
 RAW = {"halo": "halo_cells", "taps": "gather_taps", "implicit": "implicit_conv"}
-MAX_RADIUS = 7  # of a neighbour table, csrc/cpu/sparse_conv_kernel.h
+MAX_RADIUS = {2: 7, 3: 3}  # of a neighbour table, by the sides of the map: csrc/cpu/sparse_conv_kernel.h
 
 
 class Window(NamedTuple):
-    """Where a convolution reads: (rows, columns) each."""
+    """Where a convolution reads: (rows, columns) each, or (planes, rows, columns)."""
 
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
+    kernel: Sides
+    stride: Sides
+    padding: Sides
+    dilation: Sides
 
     @property
-    def span(self) -> Pair:
+    def span(self) -> Sides:
         """Sites from the first tap to the last one."""
         return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation))
 
     @property
-    def halo(self) -> tuple[int, int, int, int]:
-        """(top, left, bottom, right) sites around a cell that its own outputs read."""
+    def halo(self) -> Sides:
+        """(top, left, bottom, right) sites around a cell that its own outputs read; in volumes (front, top, left,
+        back, bottom, right)."""
         after = (max(0, n - p - s) for n, p, s in zip(self.span, self.padding, self.stride))
         return *self.padding, *after
 
-    def radius(self, cell: Pair) -> int:
+    def radius(self, cell: Sides) -> int:
         """How many cells away the halo reaches."""
         return max(-(-n // size) for n, size in zip(self.halo, cell * 2))
 
     def __str__(self) -> str:
-        one = lambda pair: str(pair[0]) if pair[0] == pair[1] else str(pair)  # noqa: E731
-        names = ", ".join(f"{name} {one(pair)}" for name, pair in zip(self._fields[1:], self[1:]))
-        return f"a {self.kernel[0]}x{self.kernel[1]} convolution of {names}"
+        one = lambda sides: str(sides[0]) if len(set(sides)) == 1 else str(sides)  # noqa: E731
+        names = ", ".join(f"{name} {one(sides)}" for name, sides in zip(self._fields[1:], self[1:]))
+        return f"a {'x'.join(map(str, self.kernel))} convolution of {names}"
 
 
 class Call(NamedTuple):
@@ -54,7 +56,7 @@ class Call(NamedTuple):
 
     device: str
     dtype: torch.dtype
-    cell: Pair  # sites of an input cell
+    cell: Sides  # of an input cell, in sites
     window: Window
     groups: int
     channels: int
@@ -65,6 +67,11 @@ class Call(NamedTuple):
     def inside(self) -> bool:
         """No tap leaves its own cell."""
         return not any(self.window.halo)
+
+    @property
+    def solid(self) -> bool:
+        """Whether maps have depth."""
+        return len(self.cell) == 3
 
     @property
     def out_cell(self) -> int:
@@ -78,16 +85,20 @@ TABLE = _dispatch_data.DATA.conv
 def unavailable(route: str, call: Call) -> str | None:
     """Why `route` cannot serve the call whatever the backend, or None."""
     if route == "rows" and not call.inside:
-        return f"{call.window} reads {call.window.halo} sites (top, left, bottom, right) beyond its cell"
+        where = "front, top, left, back, bottom, right" if call.solid else "top, left, bottom, right"
+        return f"{call.window} reads {call.window.halo} sites ({where}) beyond its cell"
     if route == "depthwise" and not call.depthwise:
         return "depthwise_cells takes a 3x3, 5x5 or 7x7 kernel for each channel, undilated, padding k // 2"
+    if route == "implicit" and call.solid:
+        return "implicit_conv takes maps of two sides"
     if route == "implicit" and call.groups > 1:
         return f"implicit_conv has no groups, and the weight has {call.groups}"
     if route in RAW:
-        if call.window.radius(call.cell) > MAX_RADIUS:
-            return f"{call.window} reads more than {MAX_RADIUS} cells away"
-        if call.window.kernel[0] * call.window.kernel[1] > (2 * MAX_RADIUS + 1) ** 2:
-            return f"{call.window} has more than {(2 * MAX_RADIUS + 1) ** 2} taps"
+        most = MAX_RADIUS[len(call.cell)]
+        if call.window.radius(call.cell) > most:
+            return f"{call.window} reads more than {most} cells away"
+        if math.prod(call.window.kernel) > (2 * most + 1) ** len(call.cell):
+            return f"{call.window} has more than {(2 * most + 1) ** len(call.cell)} taps"
     return None
 
 
@@ -99,7 +110,7 @@ def choose(call: Call, backend: str | None, asked: str | None) -> tuple[str, str
             raise ValueError(f"route {asked!r} was asked for, but conv_cells cannot use it: {reason}")
         if asked not in RAW:
             return "reference", asked
-        name = _dispatch.choose(RAW[asked], call.device, call.dtype, backend)
+        name = _dispatch.choose(RAW[asked], call.device, call.dtype, backend, solid=call.solid)
         if name == "reference":
             reason = "the reference backend has no kernels for it"
             if forced is None and asked == "implicit":
@@ -113,11 +124,12 @@ def choose(call: Call, backend: str | None, asked: str | None) -> tuple[str, str
     if call.inside:
         return "reference", "rows"
     for rule in TABLE:
-        fits = rule.device == call.device and rule.grouped == (call.groups > 1) and call.out_cell >= rule.smallest
+        fits = rule.device == call.device and rule.sides == len(call.cell) and call.out_cell >= rule.smallest
+        fits = fits and rule.grouped == (call.groups > 1) and rule.strided in (None, max(call.window.stride) > 1)
         if fits and unavailable(rule.route, call) is None:
             if rule.route not in RAW:
                 break
-            name = _dispatch.choose(RAW[rule.route], call.device, call.dtype, backend)
+            name = _dispatch.choose(RAW[rule.route], call.device, call.dtype, backend, solid=call.solid)
             if name != "reference":
                 return name, rule.route
     return "reference", "dense"
@@ -128,13 +140,15 @@ def why(device: str) -> list[tuple[str, str]]:
     if (name := _dispatch.forced()) is not None:
         return [(name, "forced")]
     rows = [("rows", "no tap leaves its cell (1x1, kernel = stride): one matrix product")]
-    rows.append(("depthwise", "a kernel for each channel: depthwise_cells, at stride 1"))
+    rows.append(("depthwise", "a kernel for each channel of a flat map: depthwise_cells, at stride 1"))
     for rule in TABLE:
-        known = rule.route not in RAW or _dispatch.choose(RAW[rule.route], device) != "reference"
+        solid = rule.sides == 3
+        known = rule.route not in RAW or _dispatch.choose(RAW[rule.route], device, solid=solid) != "reference"
         if rule.device != device or not known:
             continue
-        size = f"from {rule.smallest} x {rule.smallest}" if rule.smallest > 1 else "smaller"
-        rows.append((rule.route, f"{'grouped, ' if rule.grouped else ''}cells {size}: {rule.why}"))
+        size = "from " + " x ".join([str(rule.smallest)] * rule.sides) if rule.smallest > 1 else "smaller"
+        kind = "grouped, " * rule.grouped + "volumes, " * solid + ("no stride, " if rule.strided is False else "")
+        rows.append((rule.route, f"{kind}cells {size}: {rule.why}"))
     rows.append(("dense", "everything else, on the whole map"))
     chosen = any(rule.route == "implicit" for rule in TABLE if rule.device == device)
     if not chosen and _dispatch.choose(RAW["implicit"], device) == "triton":

@@ -138,12 +138,15 @@ def choose(
     dtype: torch.dtype | None = None,
     asked: str | None = None,
     fits_triton: bool = True,
+    solid: bool = False,
 ) -> str:
     """The backend for raw op `op`; `asked` is the caller's own `backend=` argument, `fits_triton` whether the Triton
-    kernel takes an input of this size."""
+    kernel takes an input of this size, `solid` whether maps have depth, which the GPU kernels of cells do not know."""
     name = check_name(asked, "backend") or _forced
     if name is not None:
         reason = unavailable(op, name, device_type, dtype)
+        if solid and name in ("cuda", "triton"):
+            reason = "its kernel takes maps of two sides, not of three"
         if name == "triton" and not fits_triton:
             reason = reason or "the input is too large for the Triton kernel"
         if reason is not None:
@@ -151,7 +154,7 @@ def choose(
         return name
     if device_type == "cpu":
         return "cpu" if op in CPU_OPS else "reference"
-    if device_type == "cuda" and dtype is not torch.float64:
+    if device_type == "cuda" and not solid and dtype is not torch.float64:
         if op in CUDA_OPS and _cuda_pays(op):
             return "cuda"
         if HAS_TRITON and fits_triton:

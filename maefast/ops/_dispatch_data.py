@@ -48,13 +48,16 @@ class AttentionRule(NamedTuple):
 
 
 class ConvRule(NamedTuple):
-    """Use `route` for output cells of `smallest` sites a side or more, of convolutions with or without groups."""
+    """Use `route` for output cells of `smallest` sites a side or more, of convolutions with or without groups, on maps
+    of `sides` sides (3: volumes), with or without a stride; None: both."""
 
     device: str
     route: str
     grouped: bool
     smallest: int
     why: str
+    sides: int = 2
+    strided: bool | None = None
 
 
 class Data(NamedTuple):

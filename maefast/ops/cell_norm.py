@@ -6,6 +6,8 @@ one sample), then an affine map that differs by segment and channel. In between 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -167,7 +169,7 @@ def group_norm_cells(
     """GroupNorm (Wu & He, 2018) with the statistics of each sample's active sites.
 
     Args:
-        x: packed cells [T, h, w, C]; with plan None, a dense channels-last map [B, H, W, C].
+        x: packed cells [T, h, w, C] or [T, d, h, w, C]; with plan None, a dense channels-last map of either kind.
         groups: divides C. weight, bias: [C], or None for 1 and 0.
 
     Returns:
@@ -204,7 +206,7 @@ def group_norm_cells_reference(
     x: Tensor, plan: CellMask | None, groups: int, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
     """The definition, differentiable: `F.group_norm` of each sample's own sites."""
-    rows = x.to(weight.dtype).flatten(1, 2)  # [cells, sites, C]
+    rows = x.to(weight.dtype).flatten(1, -2)  # [cells, sites, C]
     parts = [rows[b : b + 1] for b in range(x.shape[0])] if plan is None else rows.split(_cell_counts(plan))
     done = [
         F.group_norm(part.reshape(1, -1, x.shape[-1]).mT, groups, weight, bias, eps).mT.reshape(part.shape)
@@ -244,7 +246,7 @@ def grn(
     ``G = ||x||_2`` over sites, ``N = G / (mean of G over channels + eps)``, ``y = weight * (x * N) + bias + x``.
 
     Args:
-        x: packed cells [T, h, w, C]; with plan None, a dense channels-last map [B, H, W, C].
+        x: packed cells [T, h, w, C] or [T, d, h, w, C]; with plan None, a dense channels-last map of either kind.
         weight, bias: C values, e.g. [1, 1, 1, C].
         scope: the three public meanings: "sample", each sample's active sites, ``G = sqrt(sum x^2 + eps)`` (the JAX
             code behind the paper's numbers); "batch", all active sites of the batch, ``G = sqrt(sum x^2)`` (the
@@ -274,7 +276,7 @@ def grn(
 
 def grn_reference(x: Tensor, plan: CellMask | None, weight: Tensor, bias: Tensor, eps: float, scope: str) -> Tensor:
     """The definition, differentiable."""
-    rows = x.to(weight.dtype).flatten(1, 2)
+    rows = x.to(weight.dtype).flatten(1, -2)
     if scope == "batch":
         parts = [rows]
     else:
@@ -293,7 +295,7 @@ def segment_sum(x: Tensor, plan: CellMask | None, *, backend: str | None = None)
     """[B, C], the sum over each sample's active sites, in float32 (float64); a sample without any has zero.
 
     Args:
-        x: packed cells [T, h, w, C]; with plan None, a dense channels-last map [B, H, W, C].
+        x: packed cells [T, h, w, C] or [T, d, h, w, C]; with plan None, a dense channels-last map of either kind.
     """
     _check_cells(x, plan, 1.0)
     name = _dispatch.choose("segment_stats", x.device.type, x.dtype, backend)
@@ -305,7 +307,7 @@ def segment_sum(x: Tensor, plan: CellMask | None, *, backend: str | None = None)
 
 def segment_sum_reference(x: Tensor, plan: CellMask | None) -> Tensor:
     """The definition, differentiable."""
-    cells = x.to(_wide(x)).sum((1, 2))
+    cells = x.to(_wide(x)).flatten(1, -2).sum(1)
     if plan is None:
         return cells
     return torch.stack([part.sum(0) for part in cells.split(_cell_counts(plan))])
@@ -328,7 +330,7 @@ def _check_rows(x: Tensor, eps: float) -> int:
 
 def _check_cells(x: Tensor, plan: CellMask | None, eps: float) -> int:
     if plan is None:
-        _checks.tensor("x", x, ndim=4)
+        _checks.tensor("x", x, ndim=(4, 5))
     else:
         check_cells(plan, x)
     return _check_rows(x, eps)
@@ -350,7 +352,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tens
 
 def _segments(x: Tensor, plan: CellMask | None) -> tuple[Tensor, int, Tensor]:
     """(cu, sites, counts): sample b's rows are [cu[b] * sites, cu[b+1] * sites), counts [B] of them."""
-    sites = x.shape[1] * x.shape[2]
+    sites = math.prod(x.shape[1:-1])
     cu = plan.cu_cells if plan is not None else torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)
     return cu, sites, cu.diff() * sites
 

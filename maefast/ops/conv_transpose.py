@@ -2,22 +2,27 @@
 
 Every one of the stride x stride sites that an input site becomes is an ordinary convolution of the input with some of
 the taps (Shi et al., 2016, "sub-pixel convolution"). So it is one convolution at stride 1 with stride x stride as many
-channels, whose kernel is the same weight in another order, and then a rearrangement inside the cell. At kernel = stride
+channels (stride x stride x stride of volumes), whose kernel is the same weight in another order, and then a
+rearrangement inside the cell. At kernel = stride
 that convolution is 1x1 and nothing is computed twice; at a kernel of 3 or 4 and stride 2 it is 3x3, of which a part of
 the taps is zero: 36 products instead of 9 or 16, for which a CPU does better to compute the whole map.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.ops import _checks, _dispatch
-from maefast.ops._conv_table import ROUTES, Pair
+from maefast.ops._conv_table import ROUTES, Sides
 from maefast.ops.cells import (
     CellMask,
     check_cells,
+    layout,
     pack_cells,
     pack_cells_reference,
     unpack_cells,
@@ -31,19 +36,21 @@ def conv_transpose_cells(
     plan: CellMask,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | Pair = 1,
-    padding: int | Pair = 0,
-    output_padding: int | Pair = 0,
+    stride: int | Sides = 1,
+    padding: int | Sides = 0,
+    output_padding: int | Sides = 0,
     groups: int = 1,
-    dilation: int | Pair = 1,
+    dilation: int | Sides = 1,
     *,
     route: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``pack(conv_transpose2d(unpack(x), weight, bias, ...))``: of the masked map, at its active cells alone.
+    """``pack(conv_transpose2d(unpack(x), weight, bias, ...))``: of the masked map, at its active cells alone; of
+    volumes conv_transpose3d.
 
     Args:
-        x: packed cells [T, h, w, Ci]. weight: [Ci, Co / groups, kh, kw]. bias: [Co] or None.
+        x: packed cells [T, h, w, Ci], of volumes [T, d, h, w, Ci]. weight: [Ci, Co / groups, kh, kw] or
+            [Ci, Co / groups, kd, kh, kw]. bias: [Co] or None.
         stride, padding, output_padding, groups, dilation: as in `torch.nn.functional.conv_transpose2d`. They must be
             such that a map of H sites becomes one of H * stride: dilation * (kernel - 1) + output_padding + 1
             - 2 * padding = stride.
@@ -51,8 +58,8 @@ def conv_transpose_cells(
             `conv_cells`. None: dense on a CPU where windows overlap (kernel > stride).
 
     Returns:
-        [T, h * stride, w * stride, Co] in x's dtype (the autocast dtype where autocast is on). Gradients are computed
-        without atomics.
+        [T, h * stride, w * stride, Co], of volumes with d * stride, in x's dtype (the autocast dtype where autocast is
+        on). Gradients are computed without atomics.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, the output would not lie on the same cells, or the
@@ -79,16 +86,16 @@ def conv_transpose_cells(
         route = "dense" if any(_reach(*side) for side in _sides(weight, stride, padding, dilation)) else None
     if route == "dense":
         full = unpack_cells(x, plan, backend=backend)
-        full = _conv_transpose2d(full, weight, bias, stride, padding, output_padding, groups, dilation)
+        full = _library(full, weight, bias, stride, padding, output_padding, groups, dilation)
         return pack_cells(full, plan, backend=backend)
     kernel, reach = _subpixel(weight, stride, padding, dilation, groups)
-    steps = stride[0] * stride[1]
     if bias is not None:
-        bias = bias.reshape(groups, 1, -1).expand(groups, steps, -1).flatten()
+        bias = bias.reshape(groups, 1, -1).expand(groups, math.prod(stride), -1).flatten()
     out = conv_cells(x, plan, kernel, bias, 1, reach, 1, groups, route=route, backend=backend)
-    cells, h, w, _ = out.shape
-    out = out.view(cells, h, w, groups, *stride, weight.shape[1]).permute(0, 1, 4, 2, 5, 3, 6)
-    return out.reshape(cells, h * stride[0], w * stride[1], groups * weight.shape[1])
+    sides, sites = len(stride), [n * s for n, s in zip(out.shape[1:-1], stride)]
+    out = out.unflatten(-1, (groups, *stride, weight.shape[1]))
+    out = out.permute(0, *(at + side for side in range(1, sides + 1) for at in (0, sides + 1)), sides + 1, -1)
+    return out.reshape(x.shape[0], *sites, groups * weight.shape[1])
 
 
 def conv_transpose_cells_reference(
@@ -96,33 +103,36 @@ def conv_transpose_cells_reference(
     plan: CellMask,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    output_padding: Pair,
+    stride: Sides,
+    padding: Sides,
+    output_padding: Sides,
     groups: int,
-    dilation: Pair,
+    dilation: Sides,
 ) -> Tensor:
     """The definition, differentiable."""
     full = unpack_cells_reference(x, plan)
-    out = F.conv_transpose2d(full, weight, bias, stride, padding, output_padding, groups, dilation)
+    out = _function(full)(full, weight, bias, stride, padding, output_padding, groups, dilation)
     return pack_cells_reference(out * plan.upsampled_mask(out.shape[2:]), plan)
 
 
-def _check(x, weight, bias, stride, padding, output_padding, groups, dilation) -> tuple[Pair, Pair, Pair, Pair]:
-    _checks.tensor("weight", weight, ndim=4)
+def _check(x, weight, bias, stride, padding, output_padding, groups, dilation) -> tuple[Sides, ...]:
+    sides = x.ndim - 2
+    _checks.tensor("weight", weight, ndim=sides + 2)
     _checks.integer("groups", groups, 1)
-    if weight.shape[0] != x.shape[3] or weight.shape[0] % groups or 0 in weight.shape:
+    if weight.shape[0] != x.shape[-1] or weight.shape[0] % groups or 0 in weight.shape:
+        kernel = "kh, kw" if sides == 2 else "kd, kh, kw"
         raise ValueError(
-            f"the weight of a transposed convolution of {x.shape[3]} channels in {groups} groups is [{x.shape[3]},"
-            f" Co / groups, kh, kw], got {list(weight.shape)} (packed cells are [T, h, w, C])"
+            f"the weight of a transposed convolution of {x.shape[-1]} channels in {groups} groups is [{x.shape[-1]},"
+            f" Co / groups, {kernel}], got {list(weight.shape)} (packed cells are {layout(sides)})"
         )
     if bias is not None:
         _checks.tensor("bias", bias)
         if tuple(bias.shape) != (weight.shape[1] * groups,):
             raise ValueError(f"bias must be [{weight.shape[1] * groups}], got {list(bias.shape)}")
     _checks.same_device(x=x, weight=weight, bias=bias)
-    stride, padding = _checks.pair("stride", stride, 1), _checks.pair("padding", padding, 0)
-    output_padding, dilation = _checks.pair("output_padding", output_padding), _checks.pair("dilation", dilation, 1)
+    stride, padding = _checks.sides("stride", stride, 1, sides), _checks.sides("padding", padding, 0, sides)
+    output_padding = _checks.sides("output_padding", output_padding, 0, sides)
+    dilation = _checks.sides("dilation", dilation, 1, sides)
     for k, s, p, more, d in zip(weight.shape[2:], stride, padding, output_padding, dilation):
         if more >= max(s, d):
             raise ValueError(f"output_padding {more} must be smaller than the stride {s} or the dilation {d}")
@@ -135,7 +145,7 @@ def _check(x, weight, bias, stride, padding, output_padding, groups, dilation) -
     return stride, padding, output_padding, dilation
 
 
-def _subpixel(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> tuple[Tensor, Pair]:
+def _subpixel(weight: Tensor, stride: Sides, padding: Sides, dilation: Sides, groups: int) -> tuple[Tensor, Sides]:
     """The weight [groups * sh * sw * Co / groups, Ci / groups, 2 rh + 1, 2 rw + 1] at stride 1, and (rh, rw).
 
     Site r of the stride sites takes tap t from the input site (r + padding - dilation * t) / stride away, where that is
@@ -143,8 +153,9 @@ def _subpixel(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, group
     counts the distance the other way round.
     """
     reach = []
+    count = len(stride)
     sides = _sides(weight, stride, padding, dilation)
-    for dim, (last, s, p), d in zip((2, 4), sides, dilation):  # the second after the first
+    for dim, (last, s, p), d in zip(range(2, 2 * count + 2, 2), sides, dilation):  # each after the last
         r = _reach(last, s, p)
         weight = _dilated(weight, dim, d).movedim(dim, -1)
         before = s * r - p
@@ -152,12 +163,13 @@ def _subpixel(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, group
         weight = weight.movedim((-2, -1), (dim, dim + 1))
         reach.append(r)
     # [Ci, Co / groups, kh, sh, kw, sw]
-    weight = weight.flip((2, 4)).unflatten(0, (groups, -1)).permute(0, 4, 6, 2, 1, 3, 5)
-    return weight.flatten(0, 3), tuple(reach)
+    kernel, steps = range(2, 2 * count + 2, 2), range(4, 2 * count + 4, 2)
+    weight = weight.flip(tuple(kernel)).unflatten(0, (groups, -1)).permute(0, *steps, 2, 1, *(k + 1 for k in kernel))
+    return weight.flatten(0, count + 1), tuple(reach)
 
 
-def _sides(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> list[tuple[int, int, int]]:
-    """(distance of the last tap, stride, padding) of both."""
+def _sides(weight: Tensor, stride: Sides, padding: Sides, dilation: Sides) -> list[tuple[int, int, int]]:
+    """(distance of the last tap, stride, padding) of each."""
     return [(d * (k - 1), s, p) for k, s, p, d in zip(weight.shape[2:], stride, padding, dilation)]
 
 
@@ -166,11 +178,15 @@ def _reach(last: int, stride: int, padding: int) -> int:
     return max(-(-padding // stride), (last - padding) // stride, 0)
 
 
-def _conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None, *how) -> Tensor:
+def _function(x: Tensor) -> Callable:
+    return F.conv_transpose2d if x.ndim == 4 else F.conv_transpose3d
+
+
+def _library(x: Tensor, weight: Tensor, bias: Tensor | None, *how) -> Tensor:
     if not library_fails(x, how[-1], how[-2]):
-        return F.conv_transpose2d(x, weight, bias, *how)
+        return _function(x)(x, weight, bias, *how)
     bias = None if bias is None else bias.float()
-    return F.conv_transpose2d(x.float(), weight.float(), bias, *how).to(x.dtype)
+    return _function(x)(x.float(), weight.float(), bias, *how).to(x.dtype)
 
 
 def _dilated(weight: Tensor, dim: int, dilation: int) -> Tensor:

@@ -34,6 +34,8 @@ def depthwise_cells(
         TypeError, ValueError: shapes, dtypes or devices do not fit, or the kernel is not one of these.
     """
     check_cells(plan, x)
+    if plan.sides == 3:
+        raise ValueError("depthwise_cells takes maps of two sides; conv_cells takes volumes, with groups")
     channels = x.shape[3]
     _checks.tensor("weight", weight, ndim=4)
     if weight.shape[:2] != (channels, 1):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.ops import _autograd, _checks, _dispatch, _registry
+from maefast.ops._conv_table import Sides
 from maefast.ops.cell_norm import segment_sum
-from maefast.ops.cells import CellMask, check_cells, pack_cells_reference, unpack_cells_reference
+from maefast.ops.cells import CellMask, check_cells, pack_cells_reference, times, unpack_cells_reference
 
 _raw_op = _registry.family("pool")
 
@@ -18,9 +21,9 @@ MAX_SITES = {"max": 255, "avg": 1024}  # of a window: a max-pool keeps the numbe
 def max_pool_cells(
     x: Tensor,
     plan: CellMask,
-    kernel: int | tuple[int, int],
-    stride: int | tuple[int, int] | None = None,
-    padding: int | tuple[int, int] = 0,
+    kernel: int | Sides,
+    stride: int | Sides | None = None,
+    padding: int | Sides = 0,
     *,
     backend: str | None = None,
 ) -> Tensor:
@@ -28,18 +31,20 @@ def max_pool_cells(
     masked sites are 0, times the mask. A masked site is a 0 that may win; beyond the image there is nothing (-inf).
 
     Args:
-        x: packed cells [T, h, w, C]. kernel, stride, padding: as ``torch.nn.MaxPool2d``; stride None is the kernel.
+        x: packed cells [T, h, w, C], of volumes [T, d, h, w, C]. kernel, stride, padding: as ``torch.nn.MaxPool2d``;
+            stride None is the kernel.
 
     Returns:
-        [T, h / stride, w / stride, C] in x's dtype. An exact choice: of equal values the first in the window wins, as
-        in PyTorch, and the gradient of a window that a masked site won is dropped. Gradients are deterministic.
+        [T, h / stride, w / stride, C], of volumes with d / stride, in x's dtype. An exact choice: of equal values the
+        first in the window wins, as in PyTorch, and the gradient of a window that a masked site won is dropped.
+        Gradients are deterministic.
 
     Raises:
         TypeError, ValueError: x does not fit the plan, or the pool does not divide the map by its stride exactly.
     """
     check_cells(plan, x)
     window = _window(x, kernel, stride, padding, False, "max")
-    name = _dispatch.choose("max_pool_cells", x.device.type, x.dtype, backend)
+    name = _dispatch.choose("max_pool_cells", x.device.type, x.dtype, backend, solid=plan.sides == 3)
     if name == "reference":
         return max_pool_cells_reference(x, plan, *window)
     return _autograd.apply(_MaxPool, x, plan.neighbours(_radius(x, *window)), *window, name)
@@ -47,16 +52,17 @@ def max_pool_cells(
 
 def max_pool_cells_reference(x: Tensor, plan: CellMask, kernel, stride, padding) -> Tensor:
     """The definition, differentiable."""
-    full = F.max_pool2d(_wide_map(x, plan), kernel, stride, padding)
+    run = F.max_pool2d if plan.sides == 2 else F.max_pool3d
+    full = run(_wide_map(x, plan), kernel, stride, padding)
     return pack_cells_reference(full, plan).to(x.dtype)
 
 
 def avg_pool_cells(
     x: Tensor,
     plan: CellMask,
-    kernel: int | tuple[int, int],
-    stride: int | tuple[int, int] | None = None,
-    padding: int | tuple[int, int] = 0,
+    kernel: int | Sides,
+    stride: int | Sides | None = None,
+    padding: int | Sides = 0,
     count_include_pad: bool = True,
     ceil_mode: bool = False,
     *,
@@ -66,11 +72,12 @@ def avg_pool_cells(
     masked sites are 0, times the mask. The divisor is the dense one: masked sites count.
 
     Args:
-        x: packed cells [T, h, w, C]. kernel, stride, padding, count_include_pad, ceil_mode: as
-            ``torch.nn.AvgPool2d``; stride None is the kernel. ceil_mode is allowed where it changes nothing.
+        x: packed cells [T, h, w, C], of volumes [T, d, h, w, C]. kernel, stride, padding, count_include_pad, ceil_mode:
+            as ``torch.nn.AvgPool2d``; stride None is the kernel. ceil_mode is allowed where it changes nothing.
 
     Returns:
-        [T, h / stride, w / stride, C] in x's dtype, summed in float32 (float64 for float64) and rounded once.
+        [T, h / stride, w / stride, C], of volumes with d / stride, in x's dtype, summed in float32 (float64 for
+        float64) and rounded once.
 
     Raises:
         TypeError, ValueError: x does not fit the plan, or the pool does not divide the map by its stride exactly.
@@ -78,7 +85,7 @@ def avg_pool_cells(
     check_cells(plan, x)
     count_include_pad = _checks.flag("count_include_pad", count_include_pad)
     window = _window(x, kernel, stride, padding, _checks.flag("ceil_mode", ceil_mode), "avg")
-    name = _dispatch.choose("avg_pool_cells", x.device.type, x.dtype, backend)
+    name = _dispatch.choose("avg_pool_cells", x.device.type, x.dtype, backend, solid=plan.sides == 3)
     if name == "reference":
         return avg_pool_cells_reference(x, plan, *window, count_include_pad)
     table = plan.neighbours(_radius(x, *window))
@@ -87,7 +94,8 @@ def avg_pool_cells(
 
 def avg_pool_cells_reference(x: Tensor, plan: CellMask, kernel, stride, padding, count_include_pad) -> Tensor:
     """The definition, differentiable."""
-    full = F.avg_pool2d(_wide_map(x, plan), kernel, stride, padding, count_include_pad=count_include_pad)
+    run = F.avg_pool2d if plan.sides == 2 else F.avg_pool3d
+    full = run(_wide_map(x, plan), kernel, stride, padding, count_include_pad=count_include_pad)
     return pack_cells_reference(full, plan).to(x.dtype)
 
 
@@ -95,7 +103,7 @@ def global_pool_cells(x: Tensor, plan: CellMask, *, backend: str | None = None) 
     """The mean over the active sites of each sample, for a head or squeeze-excite.
 
     Args:
-        x: packed cells [T, h, w, C].
+        x: packed cells [T, h, w, C] or [T, d, h, w, C].
 
     Returns:
         [B, C] in x's dtype; 0 for a sample without active cells. Sums are float32 (float64 for float64) and
@@ -106,29 +114,30 @@ def global_pool_cells(x: Tensor, plan: CellMask, *, backend: str | None = None) 
     """
     check_cells(plan, x)
     total = segment_sum(x, plan, backend=backend)
-    count = plan.cu_cells.diff() * (x.shape[1] * x.shape[2])
+    count = plan.cu_cells.diff() * math.prod(x.shape[1:-1])
     return (total / count.clamp(min=1)[:, None]).to(x.dtype)
 
 
 def global_pool_cells_reference(x: Tensor, plan: CellMask) -> Tensor:
     """The definition, differentiable: the dense sum over the map's active sites, divided by their number."""
-    total = _wide_map(x, plan).sum((2, 3))
-    count = plan.cu_cells.diff() * (x.shape[1] * x.shape[2])
+    total = _wide_map(x, plan).flatten(2).sum(2)
+    count = plan.cu_cells.diff() * math.prod(x.shape[1:-1])
     return (total / count.clamp(min=1)[:, None]).to(x.dtype)
 
 
 # --- windows -----------------------------------------------------------------------------------------------
 
 
-def _window(x: Tensor, kernel, stride, padding, ceil_mode: bool, kind: str) -> tuple[tuple[int, int], ...]:
-    """(kernel, stride, padding) as pairs; raises unless the pool makes a map of exactly h / stride sites a cell."""
-    kernel = _checks.pair("kernel", kernel, 1)
-    stride = kernel if stride is None else _checks.pair("stride", stride, 1)
-    padding = _checks.pair("padding", padding, 0)
-    for size, k, s, p in zip(x.shape[1:3], kernel, stride, padding):
+def _window(x: Tensor, kernel, stride, padding, ceil_mode: bool, kind: str) -> tuple[Sides, ...]:
+    """(kernel, stride, padding) of each side; raises unless the pool makes a map of exactly h / stride sites a cell."""
+    sites = x.shape[1:-1]
+    kernel = _checks.sides("kernel", kernel, 1, len(sites))
+    stride = kernel if stride is None else _checks.sides("stride", stride, 1, len(sites))
+    padding = _checks.sides("padding", padding, 0, len(sites))
+    for size, k, s, p in zip(sites, kernel, stride, padding):
         if size % s:
             raise ValueError(
-                f"cells of {x.shape[1]} x {x.shape[2]} sites cannot be pooled by a stride of {s}: the result would be"
+                f"cells of {times(sites)} sites cannot be pooled by a stride of {s}: the result would be"
                 " coarser than the mask; go on with the dense map (unpack_cells)"
             )
         if not 0 < k - 2 * p <= s or (ceil_mode and k - 2 * p != s):
@@ -137,15 +146,15 @@ def _window(x: Tensor, kernel, stride, padding, ceil_mode: bool, kind: str) -> t
                 f" of exactly 1/{s} of the sites; that takes kernel - 2 * padding "
                 + (f"= {s}" if ceil_mode else f"from 1 to {s}")
             )
-    if kernel[0] * kernel[1] > MAX_SITES[kind]:
-        raise ValueError(f"a window has at most {MAX_SITES[kind]} sites here, got {kernel[0]} x {kernel[1]}")
+    if math.prod(kernel) > MAX_SITES[kind]:
+        raise ValueError(f"a window has at most {MAX_SITES[kind]} sites here, got {times(kernel)}")
     return kernel, stride, padding
 
 
 def _radius(x: Tensor, kernel, stride, padding) -> int:
     """How many cells away a window reaches."""
     reach = [max(p, k - s - p) for k, s, p in zip(kernel, stride, padding)]
-    return max(max(0, -(-r // size)) for r, size in zip(reach, x.shape[1:3]))
+    return max(max(0, -(-r // size)) for r, size in zip(reach, x.shape[1:-1]))
 
 
 def _wide_map(x: Tensor, plan: CellMask) -> Tensor:
@@ -177,8 +186,7 @@ def _max_pool_cells_backward_fake(grad, argmax, neighbours, kernel, stride, padd
     " bool count_include_pad) -> Tensor"
 )
 def _avg_pool_cells_fake(x, neighbours, kernel, stride, padding, count_include_pad):
-    cells, h, w, channels = x.shape
-    return x.new_empty((cells, h // stride[0], w // stride[1], channels))
+    return x.new_empty((x.shape[0], *(n // s for n, s in zip(x.shape[1:-1], stride)), x.shape[-1]))
 
 
 @_raw_op(
@@ -186,8 +194,7 @@ def _avg_pool_cells_fake(x, neighbours, kernel, stride, padding, count_include_p
     " bool count_include_pad) -> Tensor"
 )
 def _avg_pool_cells_backward_fake(grad, neighbours, kernel, stride, padding, count_include_pad):
-    cells, h, w, channels = grad.shape
-    return grad.new_empty((cells, h * stride[0], w * stride[1], channels))
+    return grad.new_empty((grad.shape[0], *(n * s for n, s in zip(grad.shape[1:-1], stride)), grad.shape[-1]))
 
 
 class _MaxPool(torch.autograd.Function):

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.ops import _autograd, _checks, _conv_table, _registry
-from maefast.ops._conv_table import Pair, Window
+from maefast.ops._conv_table import Sides, Window
+from maefast.ops._tap_rows import product, spread, turned, weight_gradient
 from maefast.ops.cells import (
     CellMask,
     check_cells,
+    layout,
     pack_cells,
     pack_cells_reference,
     unpack_cells,
@@ -26,7 +29,6 @@ from maefast.ops.cells import (
 )
 from maefast.ops.depthwise import depthwise_cells
 from maefast.ops.implicit_conv import Implicit
-from maefast.ops.linear import _transpose_sum, linear
 
 _raw_op = _registry.family("sparse_conv")
 
@@ -39,27 +41,30 @@ def conv_cells(
     plan: CellMask,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | Pair = 1,
-    padding: int | Pair | str = 0,
-    dilation: int | Pair = 1,
+    stride: int | Sides = 1,
+    padding: int | Sides | str = 0,
+    dilation: int | Sides = 1,
     groups: int = 1,
     *,
     route: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``pack(conv2d(unpack(x), weight, bias, ...))``: a convolution of the masked map, at its active cells alone.
+    """``pack(conv2d(unpack(x), weight, bias, ...))``: a convolution of the masked map, at its active cells alone; of
+    volumes conv3d.
 
     Args:
-        x: packed cells [T, h, w, Ci]. weight: [Co, Ci / groups, kh, kw]. bias: [Co] or None.
+        x: packed cells [T, h, w, Ci], of volumes [T, d, h, w, Ci]. weight: [Co, Ci / groups, kh, kw] or
+            [Co, Ci / groups, kd, kh, kw]. bias: [Co] or None.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`. The cell must be a multiple of the
             stride, and the padding such that a map of H sites becomes one of H / stride.
         route: how it is computed; None chooses from measurements (`_conv_table`). "rows" (one matrix product, where no
-            tap leaves its own cell), "depthwise" (`depthwise_cells`), "halo" (the library's convolution of framed
-            cells), "taps" (one matrix product over gathered taps), "dense" (the whole map) or, only where it is asked
-            for, "implicit" (one matrix product whose taps are read inside a Triton kernel; no groups).
+            tap leaves its own cell), "depthwise" (`depthwise_cells`, flat maps), "halo" (the library's convolution of
+            framed cells), "taps" (one matrix product over gathered taps), "dense" (the whole map) or, only where it is
+            asked for, "implicit" (one matrix product whose taps are read inside a Triton kernel; no groups, flat maps).
 
     Returns:
-        [T, h / stride, w / stride, Co] in x's dtype (the autocast dtype where autocast is on). Gradients are computed
+        [T, h / stride, w / stride, Co] or [T, d / stride, h / stride, w / stride, Co] in x's dtype (the autocast
+        dtype where autocast is on). Gradients are computed
         without atomics.
 
     Raises:
@@ -73,7 +78,7 @@ def conv_cells(
     kind, dtype, depthwise = x.device.type, x.dtype, _is_depthwise(x, weight, window, groups)
     if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(kind)
-    call = _conv_table.Call(kind, dtype, tuple(x.shape[1:3]), window, groups, x.shape[3], weight.shape[0], depthwise)
+    call = _conv_table.Call(kind, dtype, tuple(x.shape[1:-1]), window, groups, x.shape[-1], weight.shape[0], depthwise)
     name, route = _conv_table.choose(call, backend, route)
     if route == "depthwise":
         out = depthwise_cells(x, plan, weight, bias, backend=backend)
@@ -97,7 +102,7 @@ def conv_cells_reference(
     x: Tensor, plan: CellMask, weight: Tensor, bias: Tensor | None, window: Window, groups: int
 ) -> Tensor:
     """The definition, differentiable."""
-    out = _conv2d(unpack_cells_reference(x, plan), weight, bias, window, groups)
+    out = _conv(unpack_cells_reference(x, plan), weight, bias, window, groups)
     return pack_cells_reference(out * plan.upsampled_mask(out.shape[2:]), plan)
 
 
@@ -105,28 +110,29 @@ def conv_cells_reference(
 
 
 def _check(x, weight, bias, stride, padding, dilation, groups) -> Window:
-    _checks.tensor("weight", weight, ndim=4)
+    sides = x.ndim - 2
+    _checks.tensor("weight", weight, ndim=sides + 2)
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must be positive and divide the {weight.shape[0]} output channels, got {groups!r}")
-    if weight.shape[1] * groups != x.shape[3] or 0 in weight.shape:
+    if weight.shape[1] * groups != x.shape[-1] or 0 in weight.shape:
         raise ValueError(
             f"a weight {list(weight.shape)} in {groups} groups takes {weight.shape[1] * groups} channels, but x has"
-            f" {x.shape[3]} (packed cells are [T, h, w, C])"
+            f" {x.shape[-1]} (packed cells are {layout(sides)})"
         )
     if bias is not None:
         _checks.tensor("bias", bias)
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
     _checks.same_device(x=x, weight=weight, bias=bias)
-    kernel, stride = tuple(weight.shape[2:]), _checks.pair("stride", stride, 1)
+    kernel, stride = tuple(weight.shape[2:]), _checks.sides("stride", stride, 1, sides)
     # One tap has no dilation; oneDNN computes wrong weight gradients where it is told of one.
-    dilation = tuple(1 if k == 1 else d for k, d in zip(kernel, _checks.pair("dilation", dilation, 1)))
+    dilation = tuple(1 if k == 1 else d for k, d in zip(kernel, _checks.sides("dilation", dilation, 1, sides)))
     most = tuple(d * (k - 1) for k, d in zip(kernel, dilation))  # of both sides together
     if isinstance(padding, str):
         _checks.one_of("padding", padding, ("same", "valid"))
         padding = tuple(n // 2 for n in most) if padding == "same" else 0
-    window = Window(kernel, stride, _checks.pair("padding", padding, 0), dilation)
-    for name, size, s in zip(("height", "width"), x.shape[1:3], stride):
+    window = Window(kernel, stride, _checks.sides("padding", padding, 0, sides), dilation)
+    for name, size, s in zip(("depth", "height", "width")[-sides:], x.shape[1:-1], stride):
         if size % s:
             raise ValueError(
                 f"stride {s} does not divide the {name} {size} of a cell: the output would be coarser than the cells."
@@ -146,7 +152,7 @@ def _is_depthwise(x: Tensor, weight: Tensor, window: Window, groups: int) -> boo
     """Whether `depthwise_cells` serves the call, at stride 1 or all but the sites that a stride skips."""
     size = window.kernel[0]
     same = Window((size, size), window.stride, (size // 2, size // 2), (1, 1))
-    return groups == x.shape[3] == weight.shape[0] and groups > 1 and size in (3, 5, 7) and window == same
+    return window == same and size in (3, 5, 7) and 1 < groups == x.shape[-1] == weight.shape[0]
 
 
 # --- routes ------------------------------------------------------------------------------------------------
@@ -154,50 +160,72 @@ def _is_depthwise(x: Tensor, weight: Tensor, window: Window, groups: int) -> boo
 
 def _rows(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
     """No tap leaves its own cell (1x1, kernel = stride): one matrix product over rows of taps."""
-    cells, h, w, channels = x.shape
-    (sh, sw), (dh, dw), (nh, nw) = window.stride, window.dilation, window.span
-    ho, wo = h // sh, w // sw
-    if window.stride != (1, 1):
-        x = x.reshape(cells, ho, sh, wo, sw, channels)[:, :, :nh:dh, :, :nw:dw].permute(0, 1, 3, 2, 4, 5)
-    rows = x.reshape(cells * ho * wo, window.kernel[0] * window.kernel[1] * channels)
-    return _product(rows, weight, bias, groups).view(cells, ho, wo, weight.shape[0])
+    cells, *sites, channels = x.shape
+    sites = [size // s for size, s in zip(sites, window.stride)]
+    if max(window.stride) > 1:
+        for dim, (size, s, d, n) in enumerate(zip(sites, window.stride, window.dilation, window.span), 1):
+            x = x.unflatten(dim, (size, s)).movedim(dim + 1, -2)[..., :n:d, :]
+    rows = x.reshape(cells * math.prod(sites), math.prod(window.kernel) * channels)
+    return product(rows, weight, bias, groups).view(cells, *sites, weight.shape[0])
 
 
 def _dense(x, plan: CellMask, weight, bias, window: Window, groups: int, backend: str | None) -> Tensor:
     """The whole map, as a dense network computes it."""
-    full = _conv2d(unpack_cells(x, plan, backend=backend), weight, bias, window, groups)
+    full = _conv(unpack_cells(x, plan, backend=backend), weight, bias, window, groups)
     return pack_cells(full, plan, backend=backend)
 
 
-def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
-    stride = window.stride
-    if window.kernel == (1, 1) and stride != (1, 1):
+# 16-bit dtypes whose 3-D convolutions oneDNN cannot compute here: torch's own loop takes over, many times slower than
+# oneDNN in float32.
+SLOW = {
+    dtype
+    for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported"))
+    if not getattr(torch.ops.mkldnn, name, lambda: True)()
+}
+
+
+def library(x: Tensor) -> Callable:
+    """torch's convolution of maps [B, C, H, W] or [B, C, D, H, W]."""
+    return F.conv2d if x.ndim == 4 else F.conv3d
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
+    stride, run = window.stride, library(x)
+    if max(window.kernel) == 1 and max(stride) > 1:
         # oneDNN's weight gradient of a 1x1 convolution with a stride writes out of bounds (torch 2.13, channels last,
         # few channels), so the sites it skips are left out here.
-        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+        for dim, s in enumerate(stride, 2):
+            x = x[(slice(None),) * dim + (slice(None, None, s),)]
+        stride = (1,) * len(stride)
     if not library_fails(x, window.dilation, groups):
-        return F.conv2d(x, weight, bias, stride, window.padding, window.dilation, groups)
+        return run(x, weight, bias, stride, window.padding, window.dilation, groups)
     bias = None if bias is None else bias.float()
-    return F.conv2d(x.float(), weight.float(), bias, stride, window.padding, window.dilation, groups).to(x.dtype)
+    return run(x.float(), weight.float(), bias, stride, window.padding, window.dilation, groups).to(x.dtype)
 
 
-def library_fails(x: Tensor, dilation: Pair, groups: int) -> bool:
-    """Whether oneDNN's weight gradient is wrong for some sizes: 16 bits, groups and dilation together (torch 2.13)."""
-    return x.device.type == "cpu" and x.dtype.itemsize == 2 and groups > 1 and dilation != (1, 1)
+def library_fails(x: Tensor, dilation: Sides, groups: int) -> bool:
+    """Whether a 16-bit convolution of a CPU is better computed in float32: oneDNN's weight gradient is wrong for some
+    sizes with groups and dilation together (torch 2.13), or volumes are `SLOW`."""
+    if x.device.type != "cpu" or x.dtype.itemsize != 2:
+        return False
+    return (groups > 1 and max(dilation) > 1) or (x.ndim == 5 and x.dtype in SLOW)
 
 
 @_raw_op("halo_cells(Tensor x, Tensor neighbours, SymInt[] halo) -> Tensor")
 def _halo_cells_fake(x, neighbours, halo):
-    top, left, bottom, right = halo
-    cells, h, w, channels = x.shape
-    return x.new_empty((cells, top + h + bottom, left + w + right, channels))
+    return x.new_empty((x.shape[0], *(n + more for n, more in zip(x.shape[1:-1], _added(halo))), x.shape[-1]))
 
 
 @_raw_op("halo_cells_backward(Tensor grad, Tensor neighbours, SymInt[] halo) -> Tensor")
 def _halo_cells_backward_fake(grad, neighbours, halo):
-    top, left, bottom, right = halo
-    cells, h, w, channels = grad.shape
-    return grad.new_empty((cells, h - top - bottom, w - left - right, channels))
+    sites = (n - more for n, more in zip(grad.shape[1:-1], _added(halo)))
+    return grad.new_empty((grad.shape[0], *sites, grad.shape[-1]))
+
+
+def _added(halo) -> list[int]:
+    """How much longer each side of a framed cell is."""
+    sides = len(halo) // 2
+    return [before + after for before, after in zip(halo[:sides], halo[sides:])]
 
 
 class _Halo(torch.autograd.Function):
@@ -222,27 +250,31 @@ class _Halo(torch.autograd.Function):
         need_x, _, need_weight, need_bias, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_x = grad_weight = None
-        fold = need_x and window.stride != (1, 1)
+        fold = need_x and max(window.stride) > 1
         if need_x and not fold:
-            grad_x = _framed_conv(grad, neighbours, _turned(weight, groups), None, window, groups, name)
+            grad_x = _framed_conv(grad, neighbours, turned(weight, groups), None, window, groups, name)
         if fold or need_weight:
-            frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo).permute(0, 3, 1, 2)
+            frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo).movedim(-1, 1)
             wide = torch.float32 if library_fails(x, window.dilation, groups) else x.dtype
-            inputs = (t.to(wide) for t in (grad.permute(0, 3, 1, 2), frames, weight))
-            args = None, window.stride, (0, 0), window.dilation, False, (0, 0), groups, (fold, need_weight, False)
+            inputs = (t.to(wide) for t in (grad.movedim(-1, 1), frames, weight))
+            none = (0,) * len(window.kernel)
+            args = None, window.stride, none, window.dilation, False, none, groups, (fold, need_weight, False)
             folded, grad_weight, _ = torch.ops.aten.convolution_backward(*inputs, *args)
             folded, grad_weight = (None if t is None else t.to(x.dtype) for t in (folded, grad_weight))
             if fold:
-                folded = folded.permute(0, 2, 3, 1).contiguous()
+                folded = folded.movedim(1, -1).contiguous()
                 grad_x = _registry.raw("halo_cells_backward", name)(folded, neighbours, window.halo)
-        grad_bias = grad.sum((0, 1, 2)) if need_bias else None
+        grad_bias = grad.flatten(0, -2).sum(0) if need_bias else None
         return grad_x, None, grad_weight if need_weight else None, grad_bias, None, None, None
 
 
 def _framed_conv(x, neighbours, weight, bias, window: Window, groups: int, name: str) -> Tensor:
-    frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo).permute(0, 3, 1, 2)
-    out = F.conv2d(frames, weight, bias, window.stride, 0, window.dilation, groups)
-    return out.permute(0, 2, 3, 1).contiguous()
+    frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo).movedim(-1, 1)
+    dtype = frames.dtype
+    if dtype in SLOW and frames.ndim == 5:
+        frames, weight, bias = (None if t is None else t.float() for t in (frames, weight, bias))
+    out = library(frames)(frames, weight, bias, window.stride, 0, window.dilation, groups)
+    return out.to(dtype).movedim(1, -1).contiguous()
 
 
 @_raw_op(
@@ -250,8 +282,8 @@ def _framed_conv(x, neighbours, weight, bias, window: Window, groups: int, name:
     " -> Tensor"
 )
 def _gather_taps_fake(x, neighbours, kernel, stride, padding, dilation):
-    rows = neighbours.shape[0] * (x.shape[1] // stride[0]) * (x.shape[2] // stride[1])
-    return x.new_empty((rows, math.prod(kernel) * x.shape[3]))
+    rows = neighbours.shape[0] * math.prod(n // s for n, s in zip(x.shape[1:-1], stride))
+    return x.new_empty((rows, math.prod(kernel) * x.shape[-1]))
 
 
 @_raw_op(
@@ -283,23 +315,23 @@ class _Taps(torch.autograd.Function):
         need_x, _, need_weight, need_bias, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_x = grad_weight = grad_bias = None
-        if need_x and window.stride == (1, 1):
-            grad_x = _taps_conv(grad, neighbours, _turned(weight, groups), None, window, groups, name)
+        if need_x and max(window.stride) == 1:
+            grad_x = _taps_conv(grad, neighbours, turned(weight, groups), None, window, groups, name)
         elif need_x:
-            taps = _spread(grad.flatten(0, 2), weight, groups)
+            taps = spread(grad.flatten(0, -2), weight, groups)
             grad_x = _registry.raw("gather_taps_backward", name)(taps, neighbours, x.shape[1:], *window)
         if need_weight:
             tables = _some_cells(neighbours, x, window)
             for rows, table in zip(grad.split([t.shape[0] for t in tables]), tables):
                 taps = _registry.raw("gather_taps", name)(x, table, *window)
-                sums = _weight_gradient(rows.flatten(0, 2), taps, weight, groups, need_bias)
+                sums = weight_gradient(rows.flatten(0, -2), taps, weight, groups, need_bias)
                 if grad_weight is None:
                     grad_weight, grad_bias = sums
                 else:
                     grad_weight += sums[0]
                     grad_bias = grad_bias + sums[1] if need_bias else None
         elif need_bias:
-            grad_bias = grad.sum((0, 1, 2))
+            grad_bias = grad.flatten(0, -2).sum(0)
         return grad_x, None, grad_weight, grad_bias, None, None, None
 
 
@@ -307,73 +339,20 @@ def _taps_conv(x, neighbours, weight, bias, window: Window, groups: int, name: s
     parts = []
     for table in _some_cells(neighbours, x, window):
         taps = _registry.raw("gather_taps", name)(x, table, *window)
-        parts.append(_product(taps, weight, bias, groups))
+        parts.append(product(taps, weight, bias, groups))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    (_, h, w, _), (sh, sw) = x.shape, window.stride
-    return out.view(x.shape[0], h // sh, w // sw, weight.shape[0])
+    sites = (n // s for n, s in zip(x.shape[1:-1], window.stride))
+    return out.view(x.shape[0], *sites, weight.shape[0])
 
 
 def _some_cells(neighbours: Tensor, x: Tensor, window: Window) -> tuple[Tensor, ...]:
     """The neighbour table in parts whose rows of taps take CHUNK bytes (one part under torch.compile)."""
     if torch.compiler.is_compiling():
         return (neighbours,)
-    (kh, kw), (sh, sw) = window.kernel, window.stride
     cell = x[0].numel() * x.element_size() if x.shape[0] else 1
-    return neighbours.split(max(1, CHUNK[x.device.type] * sh * sw // (cell * kh * kw)))
+    return neighbours.split(
+        max(1, CHUNK[x.device.type] * math.prod(window.stride) // (cell * math.prod(window.kernel)))
+    )
 
 
 _RUN = {"halo": _Halo, "taps": _Taps, "implicit": Implicit}
-
-
-# --- products of rows of taps [R, kh * kw * Ci] ------------------------------------------------------------
-
-
-def _product(taps: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    """Rows of taps times the weight: [R, Co]."""
-    if groups == 1:
-        return linear(taps, _flat(weight), bias)
-    out = torch.einsum("rkgc,gokc->rgo", _split(taps, weight, groups), _split_weight(weight, groups))
-    out = out.flatten(1).contiguous()
-    return out if bias is None else out + bias
-
-
-def _spread(rows: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """The gradient of rows of taps from that of the outputs, [R, Co]."""
-    if groups == 1:
-        return linear(rows, _flat(weight).t())
-    taps = torch.einsum("rgo,gokc->rkgc", rows.unflatten(1, (groups, -1)), _split_weight(weight, groups))
-    return taps.flatten(1).contiguous()
-
-
-def _weight_gradient(rows, taps, weight, groups: int, need_bias: bool) -> tuple[Tensor, Tensor | None]:
-    """The gradients of weight and bias from that of the outputs, `rows`."""
-    out, per_group, kh, kw = weight.shape
-    if groups > 1:
-        grad_weight = torch.einsum("rgo,rkgc->gokc", rows.unflatten(1, (groups, -1)), _split(taps, weight, groups))
-        grad_bias = rows.sum(0) if need_bias else None
-    elif rows.device.type == "cpu" and rows.dtype is torch.float32:
-        columns, grad_bias = _transpose_sum(rows, need_bias)
-        grad_weight = linear(columns, taps.t())
-    else:
-        grad_weight, grad_bias = linear(rows.t(), taps.t()), rows.sum(0) if need_bias else None
-    return grad_weight.reshape(out, kh, kw, per_group).permute(0, 3, 1, 2), grad_bias
-
-
-def _flat(weight: Tensor) -> Tensor:
-    """[Co, Ci, kh, kw] -> [Co, kh * kw * Ci], the order of a row of taps."""
-    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
-
-
-def _split(taps: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Rows of taps as [R, kh * kw, groups, Ci / groups]."""
-    return taps.view(taps.shape[0], weight.shape[2] * weight.shape[3], groups, weight.shape[1])
-
-
-def _split_weight(weight: Tensor, groups: int) -> Tensor:
-    """[groups, Co / groups, kh * kw, Ci / groups]."""
-    return weight.flatten(2).unflatten(0, (groups, -1)).transpose(2, 3)
-
-
-def _turned(weight: Tensor, groups: int) -> Tensor:
-    """The weight of the gradient's convolution at stride 1: taps turned round, input and output channels exchanged."""
-    return weight.flip((2, 3)).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)

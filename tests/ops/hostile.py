@@ -66,6 +66,10 @@ def packed(channels: int = 4) -> dict:
     return {"x": floats(6, 4, 4, channels), "plan": cells()}
 
 
+def packed_volumes(channels: int = 4) -> dict:
+    return {"x": floats(6, 2, 4, 2, channels), "plan": CellMask(tokens([2, 4]), (1, 2, 3))}
+
+
 def affine(channels: int = 4) -> dict:
     return {"weight": floats(channels), "bias": floats(channels)}
 
@@ -184,10 +188,16 @@ VALID: dict[str, list[Callable[[], dict]]] = {
     "ops.resize": [
         lambda: {"image": torch.arange(90, dtype=torch.uint8).view(5, 6, 3), "size": (4, 3), "box": (1, 0.5, 6, 5)},
     ],
-    "ops.pack_cells": [lambda: {"x": floats(2, 3, 8, 12), "plan": cells()}],
-    "ops.unpack_cells": [lambda: {**packed(), "fill": floats(4)}],
+    "ops.pack_cells": [
+        lambda: {"x": floats(2, 3, 8, 12), "plan": cells()},
+        lambda: {"x": floats(2, 3, 2, 4, 6), "plan": packed_volumes()["plan"]},
+    ],
+    "ops.unpack_cells": [lambda: {**packed(), "fill": floats(4)}, lambda: {**packed_volumes(), "fill": floats(4)}],
     "ops.depthwise_cells": [lambda: {**packed(), "weight": floats(4, 1, 3, 3), "bias": floats(4)}],
-    "ops.max_pool_cells": [lambda: {**packed(), "kernel": 3, "stride": 2, "padding": 1}],
+    "ops.max_pool_cells": [
+        lambda: {**packed(), "kernel": 3, "stride": 2, "padding": 1},
+        lambda: {**packed_volumes(), "kernel": (1, 3, 3), "stride": 2, "padding": (0, 1, 1)},
+    ],
     "ops.avg_pool_cells": [lambda: {**packed(), "kernel": (3, 3), "stride": 2, "padding": 1}],
     "ops.global_pool_cells": [packed],
     "ops.segment_sum": [packed],
@@ -203,6 +213,7 @@ VALID: dict[str, list[Callable[[], dict]]] = {
             "dilation": 1,
         },
         lambda: {**packed(), "weight": floats(4, 6, 2, 2), "stride": 2, "route": "rows"},
+        lambda: {**packed_volumes(), "weight": floats(4, 6, 2, 2, 2), "stride": 2},
     ],
     "ops.conv_cells": [
         lambda: {
@@ -217,6 +228,7 @@ VALID: dict[str, list[Callable[[], dict]]] = {
         },
         lambda: {**packed(), "weight": floats(6, 4, 2, 2), "bias": floats(6), "stride": 2},
         lambda: {**packed(), "weight": floats(4, 1, 3, 3), "padding": "same", "groups": 4},
+        lambda: {**packed_volumes(), "weight": floats(6, 4, 3, 3, 3), "bias": floats(6), "padding": 1, "route": "halo"},
     ],
     "ops.batch_norm_act": [
         lambda: {
@@ -239,7 +251,7 @@ VALID: dict[str, list[Callable[[], dict]]] = {
     ],
     "ops.grn": [lambda: {**packed(), **affine(), "scope": "batch"}, lambda: {**packed(), **affine(), "plan": None}],
     "ops.group_norm_cells": [lambda: {**packed(), "groups": 2, **affine()}],
-    "ops.instance_norm_cells": [lambda: {**packed(), **affine()}],
+    "ops.instance_norm_cells": [lambda: {**packed(), **affine()}, lambda: {**packed_volumes(), **affine()}],
     "masking.keep_count": [lambda: {"num_tokens": 6, "ratio": 0.5, "rule": "round"}],
     "masking.random": [
         lambda: {"batch": 2, "num_tokens": 6, "ratio": 0.5, "noise": floats(2, 6), "order": "score"},
@@ -257,6 +269,7 @@ VALID: dict[str, list[Callable[[], dict]]] = {
     "masking.cells": [
         lambda: {"batch": 2, "grid_size": (2, 3), "ratio": [0.5, 0.2], "rule": "floor"},
         lambda: {"batch": 2, "grid_size": (2, 3), "keep": 2, "noise": floats(2, 6)},
+        lambda: {"batch": 2, "grid_size": (1, 2, 3), "keep": 2, "noise": floats(2, 6)},
     ],
     "masking.running_cells": [
         lambda: {"batch": 2, "frames": 3, "grid_size": (2, 4), "ratio": 0.25, "noise": floats(2).abs() / 2},

@@ -281,11 +281,11 @@ BAD = [
     (lambda: ops.batch_norm_act(W, W, W), ValueError, r"must be \[..., C\]"),
     (lambda: ops.grn(CELLS, PLAN, W, W, scope="mean"), ValueError, "scope must be one of"),
     (lambda: ops.grn(CELLS[1:], PLAN, W, W), ValueError, "packed cells"),
-    (lambda: ops.grn(X, None, W, W), ValueError, "4 dimensions"),
+    (lambda: ops.grn(X, None, W, W), ValueError, "4 (or 5 )?dimensions"),
     (lambda: ops.group_norm_cells(CELLS, PLAN, 3), ValueError, "groups must divide"),
     (lambda: ops.group_norm_cells(CELLS, "plan", 2), TypeError, "CellMask"),
     (lambda: ops.instance_norm_cells(CELLS, PLAN, W[:1]), ValueError, "weight must hold 4"),
-    (lambda: ops.segment_sum(CELLS[..., 0], PLAN), ValueError, "4 dimensions"),
+    (lambda: ops.segment_sum(CELLS[..., 0], PLAN), ValueError, "4 (or 5 )?dimensions"),
 ]
 
 
