@@ -1,7 +1,9 @@
 """Modules that models compose, each usable alone. They hold parameters; the maths is in `maefast.ops`."""
 
+from maefast.nn.bert import LanguageHead, PostNormLayer, TextEncoder
 from maefast.nn.block import Attention, Block, Mlp, Packing
 from maefast.nn.cells import Cells, UnknownSparseOp
+from maefast.nn.clip import ClipEncoder
 from maefast.nn.decoder import Decoder, run_decoder
 from maefast.nn.drop_path import DropPath
 from maefast.nn.encoder import Encoder, encoder_states, position_table, run_blocks, run_encoder, run_norm
@@ -22,6 +24,7 @@ __all__ = [
     "Block",
     "Cells",
     "CentrePositions",
+    "ClipEncoder",
     "CompressBlock",
     "Decoder",
     "DropPath",
@@ -31,13 +34,16 @@ __all__ = [
     "Groups",
     "HierarchicalBlock",
     "HierarchicalDecoder",
+    "LanguageHead",
     "LayerNorm",
     "Linear",
     "Mlp",
     "Packing",
     "PatchEmbed",
     "PointEmbed",
+    "PostNormLayer",
     "Regressor",
+    "TextEncoder",
     "UnknownSparseOp",
     "encoder_states",
     "group_points",
