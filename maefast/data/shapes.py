@@ -33,7 +33,7 @@ def scene(number: int, side: int) -> tuple[np.ndarray, np.ndarray]:
         image[inside(shape, (columns - at[0]) / SIZES[size], (rows - at[1]) / SIZES[size])] = COLOURS[colour]
         said += ["and"] * (len(said) > 1) + ["a", size, colour, shape]
     if len(places) == 1:
-        said.append(SIDES[places[0] > 0.5])
+        said.append(SIDES[int(places[0] > 0.5)])
     return image, np.array([WORDS.index(word) for word in (*said, "</s>")])
 
 

@@ -55,6 +55,36 @@ def whole_words(
     return torch.from_numpy(hidden)
 
 
+def replaced(ids: Tensor, hidden: Tensor, mask_id: int, vocabulary: int, *, noise: Tensor) -> Tensor:
+    """Hidden tokens as a model sees them (BERT): eight of ten are the token `mask_id`, one is any token, one itself.
+
+    Args:
+        ids: int64 [B, L]. hidden: bool [B, L]. noise: [B, 2 L] in [0, 1), for what becomes of a token and which any
+            token is.
+
+    Returns:
+        int64 [B, L]; nothing waits for the device.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
+    """
+    _checks.integer("vocabulary", vocabulary, 1)
+    _checks.integer("mask_id", mask_id)
+    if mask_id >= vocabulary:
+        raise ValueError(f"mask_id must lie in [0, vocabulary {vocabulary}), got {mask_id}")
+    for name, value, dtype in (("ids", ids, torch.int64), ("hidden", hidden, torch.bool)):
+        _checks.tensor(name, value, ndim=2, floating=False)
+        if value.dtype is not dtype:
+            raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+    _checks.tensor("noise", noise, ndim=2)
+    _checks.same_device(ids=ids, hidden=hidden, noise=noise)
+    if hidden.shape != ids.shape or tuple(noise.shape) != (len(ids), 2 * ids.shape[1]):
+        raise ValueError(f"hidden and noise must be [B, L] and [B, 2 L] for ids {list(ids.shape)}")
+    kind, which = noise.detach().split(ids.shape[1], 1)
+    some = torch.where(kind < 0.9, (which * vocabulary).long().clamp(0, vocabulary - 1), ids)
+    return torch.where(hidden, some.masked_fill(kind < 0.8, mask_id), ids)
+
+
 def _words(words: object) -> np.ndarray:
     if isinstance(words, Tensor):
         _checks.tensor("words", words, ndim=2, floating=False)

@@ -4,6 +4,7 @@ from maefast.nn.bert import LanguageHead, PostNormLayer, TextEncoder
 from maefast.nn.block import Attention, Block, Mlp, Packing
 from maefast.nn.cells import Cells, UnknownSparseOp
 from maefast.nn.clip import ClipEncoder
+from maefast.nn.co_attention import CoAttention
 from maefast.nn.decoder import Decoder, run_decoder
 from maefast.nn.drop_path import DropPath
 from maefast.nn.encoder import Encoder, encoder_states, position_table, run_blocks, run_encoder, run_norm
@@ -25,6 +26,7 @@ __all__ = [
     "Cells",
     "CentrePositions",
     "ClipEncoder",
+    "CoAttention",
     "CompressBlock",
     "Decoder",
     "DropPath",

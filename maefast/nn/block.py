@@ -8,6 +8,8 @@ anyway. `Block.forward` hides this unless asked for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from maefast.nn.layers import LayerNorm, Linear
 from maefast.nn.watched import plain_tensor, touched, watched_everywhere
 from maefast.ops import TokenMask
 from maefast.ops._checks import one_of
+from maefast.ops._mask_arguments import integers
 from maefast.ops.transformer_block import masked_to_all, scaled, wanted
 
 
@@ -38,6 +41,12 @@ class Packing(NamedTuple):
             most = min(plan.num_tokens, plan.max_visible + plan.max_masked)
             return Packing(plan.cu_present + starts, most + prefix)
         return Packing(plan.cu_visible + starts, plan.max_visible + prefix)
+
+    @staticmethod
+    def of_lengths(lengths: Sequence[int], device: torch.device | str) -> Packing:
+        """Of sequences whose lengths the host knows; it does not wait for the device."""
+        starts = [0, *accumulate(map(int, lengths))]
+        return Packing(integers(starts, torch.device(device)), max(map(int, lengths)))
 
 
 BIASES = ("qkv", "qv", "none")
