@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,6 +165,7 @@ class CaptionedImages:
         if self.vocabulary != len(shapes.WORDS):
             raise ConfigError(f"the demo's captions have {len(shapes.WORDS)} words, not {self.vocabulary}")
 
+        @cache
         def make(index: int) -> Captioned:
             image, ids = shapes.scene(index, max(self.size))
             return Captioned(image, *self._fitted(ids, own_words(len(ids))))

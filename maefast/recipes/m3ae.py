@@ -64,10 +64,11 @@ class M3AE(Recipe):
             "graph": "off",  # each batch has another number of tokens
         },
         demo={
-            "model_args": {"length": 12, "vocabulary": 19, "img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2,
-                           "text_depth": 1, "fusion_depth": 2, "layer": 1, "num_heads": 4, "drop": 0.0,
-                           "decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 4, "faster": 1.0},
-            "steps": 500, "batch_size": 32, "lr": 2e-3, "warmup": 0.1, "clip": 1.0, "picture_rows": 6,
+            "model_args": {"length": 12, "vocabulary": 19, "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1,
+                           "text_depth": 1, "fusion_depth": 2, "layer": 1, "num_heads": 3, "drop": 0.0,
+                           "decoder_embed_dim": 48, "decoder_depth": 1, "decoder_num_heads": 3, "norm_pix": False,
+                           "faster": 1.0},
+            "steps": 450, "batch_size": 16, "lr": 3e-3, "warmup": 0.1, "clip": 1.0, "picture_rows": 6,
         },
         baseline="tokens as often as they are hidden, each patch's mean, one half",
     )  # fmt: skip
