@@ -25,7 +25,7 @@ def scene(number: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng([number, 0])
     image = np.full((side, side, 3), rng.integers(70, 110), np.uint8)
     rows, columns = (np.mgrid[:side, :side] + 0.5) / side
-    places = (0.26, 0.74) if rng.random() < 0.5 else (rng.choice([0.26, 0.74]),)
+    places = (0.26, 0.74) if rng.random() < 0.3 else (rng.choice([0.26, 0.74]),)
     said = ["<s>"]
     for place in places:
         size, colour, shape = (str(rng.choice(list(some))) for some in (SIZES, COLOURS, SHAPES))

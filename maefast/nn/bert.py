@@ -15,14 +15,13 @@ from maefast.nn.block import Packing
 from maefast.nn.layers import LayerNorm, Linear
 from maefast.ops import _checks
 
-INIT_STD = 0.02
 
-
-def init_bert_(module: nn.Module) -> None:
-    """Linear layers and embeddings normal with standard deviation 0.02, biases zero. In place."""
+def init_bert_(module: nn.Module, dim: int) -> None:
+    """Linear layers and embeddings of a transformer of width `dim` normal with standard deviation 0.02 at BERT's width
+    of 768, and larger by the square root at smaller ones; biases zero. In place."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(part.weight, std=INIT_STD)
+            nn.init.normal_(part.weight, std=0.02 * (768 / dim) ** 0.5)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
 
@@ -118,7 +117,7 @@ class PostNormLayer(nn.Module):
         self.crossattention = PostNormAttention(dim, num_heads, eps, drop) if cross else None
         self.intermediate = Intermediate(dim, int(dim * mlp_ratio))
         self.output = AddAndNorm(int(dim * mlp_ratio), dim, eps, drop)
-        init_bert_(self)
+        init_bert_(self, dim)
 
     def forward(
         self,
@@ -187,7 +186,7 @@ class TextEncoder(nn.Module):
         self.first = first
         self.embeddings = TextEmbeddings(vocabulary, first + length, dim, eps, drop)
         self.layer = nn.ModuleList(PostNormLayer(dim, num_heads, mlp_ratio, eps, drop) for _ in range(depth))
-        init_bert_(self.embeddings)
+        init_bert_(self.embeddings, dim)
 
     def forward(self, ids: Tensor, places: Tensor, packing: Packing) -> Tensor:
         """ids, places: int64 [T], tokens and where in its sequence each stands, from 0."""
@@ -205,7 +204,7 @@ class LanguageHead(nn.Module):
         self.transform = nn.ModuleDict({"dense": Linear(dim, dim), "LayerNorm": LayerNorm(dim, eps=eps)})
         self.decoder = Linear(dim, vocabulary, bias=False)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
-        init_bert_(self)
+        init_bert_(self, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         dense = self.transform["dense"]

@@ -34,7 +34,7 @@ class CoAttention(nn.Module):
             setattr(self, f"{stream}_layers", nn.ModuleList(layers))
             setattr(self, f"{stream}_pooler", nn.ModuleDict({"dense": Linear(dim, dim)}))
         self.type_embeddings = nn.Embedding(len(STREAMS), dim)
-        init_bert_(self)
+        init_bert_(self, dim)
 
     def entering(self, stream: str, x: Tensor) -> Tensor:
         """What an encoder gives, as the first layer takes it: a linear map, and the stream's embedding."""

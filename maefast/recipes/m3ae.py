@@ -66,9 +66,9 @@ class M3AE(Recipe):
         demo={
             "model_args": {"length": 12, "vocabulary": 19, "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1,
                            "text_depth": 1, "fusion_depth": 2, "layer": 1, "num_heads": 3, "drop": 0.0,
-                           "decoder_embed_dim": 48, "decoder_depth": 1, "decoder_num_heads": 3, "norm_pix": False,
+                           "decoder_embed_dim": 48, "decoder_depth": 1, "decoder_num_heads": 3, "mask_ratio": 0.5,
                            "faster": 1.0},
-            "steps": 450, "batch_size": 16, "lr": 3e-3, "warmup": 0.1, "clip": 1.0, "picture_rows": 6,
+            "steps": 330, "batch_size": 16, "lr": 2e-3, "warmup": 0.1, "clip": 1.0, "picture_rows": 6,
         },
         baseline="tokens as often as they are hidden, each patch's mean, one half",
     )  # fmt: skip
@@ -137,7 +137,7 @@ class M3AE(Recipe):
         self.mim_head = Decoder(embed_dim, 3 * patch[0] * patch[1], table, *sizes, norm_eps=1e-5, **how)
         self.itm_head = nn.ModuleDict({"fc": Linear(2 * embed_dim, 2)})
         for part in (self.mim_head, self.itm_head):
-            init_bert_(part)
+            init_bert_(part, embed_dim)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Vectors do not decay; fusion and heads learn `faster`."""

@@ -317,7 +317,7 @@ VALID: dict[str, list[Callable[[], dict]]] = {
             "vocabulary": 5,
             "noise": floats(2, 6).abs() / 2,
         }
-    ],  # fmt: skip
+    ],
     "masking.from_scores": [lambda: {"scores": floats(2, 6), "keep": 2}],
     "masking.from_bool": [
         lambda: {"masked": floats(2, 6) > 0, "keep": [6, 0]},

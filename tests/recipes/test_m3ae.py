@@ -122,7 +122,8 @@ class TestM3AE(RecipeTests):
             "vision_encoder.visual.class_embedding", "vision_encoder.visual.ln_post.bias",
             "language_encoder.embeddings.word_embeddings.weight",
             "language_encoder.encoder.layer.0.attention.self.query.weight", "modality_type_embeddings.weight",
-            "multi_modal_language_layers.2.crossattention.output.LayerNorm.bias", "multi_modal_vision_pooler.dense.bias",
+            "multi_modal_language_layers.2.crossattention.output.LayerNorm.bias",
+            "multi_modal_vision_pooler.dense.bias",
             "multi_modal_vision_proj.weight", "mlm_head.transform.dense.weight", "mlm_head.bias",
             "mim_head.decoder.resblocks.0.mlp.c_fc.weight", "mim_head.decoder_pos_embed", "mim_head.mask_token",
             "mim_head.decoder_pred.weight", "itm_head.fc.weight",
@@ -131,7 +132,9 @@ class TestM3AE(RecipeTests):
     def test_fusion_and_heads_learn_faster(self):
         recipe = self.make()
         groups = recipe.parameter_groups(0.01)
-        assert {(group["lr_scale"], group["weight_decay"]) for group in groups} == {(a, b) for a in (1, 5) for b in (0, 0.01)}
+        assert {(group["lr_scale"], group["weight_decay"]) for group in groups} == {
+            (a, b) for a in (1, 5) for b in (0, 0.01)
+        }
         assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in recipe.parameters())
 
     def test_dropout_is_drawn_in_training_alone(self):
