@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ def said(wants: CaptionedImages, plan: Pairs, found: Tensor) -> list[str]:
     for row, token in zip(plan.rows.tolist(), found.tolist()):
         words[row] = f"[{words[row]}: {wants.say(token)}]"
     ends = plan.text.cu_seqlens.tolist()
-    return [" ".join(words[a + 1 : b - 1]) for a, b in zip(ends, ends[1:])]
+    return [" ".join(words[a + 1 : b - 1]) for a, b in pairwise(ends)]
 
 
 def frequencies(ids: Tensor, vocabulary: int, like: Tensor) -> Tensor:
