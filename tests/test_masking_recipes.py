@@ -238,6 +238,8 @@ def test_guided_refuses():
     ):
         with pytest.raises(error, match=reason):
             masking.guided(**arguments)
+
+
 def test_words_are_hidden_whole():
     words = torch.tensor([[-1, 0, 0, 1, 2, 2, 2, 3, -1, -2], [-1, 0, 0, 0, 0, 0, 0, 0, 0, -1]])
     for seed in range(30):
