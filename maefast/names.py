@@ -79,3 +79,20 @@ MAE_DECODER = (
     ("decoder_norm.", "decoder.norm."),
     ("decoder_pred.", "decoder.pred."),
 )
+
+
+def clip_blocks(public: str, ours: str, depth: int = 24) -> tuple[tuple[str, str], ...]:
+    """Pairs for up to `depth` blocks of CLIP's (Radford et al., 2021) and those of `maefast.nn`, below two beginnings.
+
+    >>> clip_blocks("visual.transformer.resblocks.", "blocks.", 1)[0]
+    ('visual.transformer.resblocks.0.attn.in_proj_', 'blocks.0.attn.qkv.')
+    """
+    parts = (
+        ("attn.in_proj_", "attn.qkv."),
+        ("attn.out_proj.", "attn.proj."),
+        ("ln_1.", "norm1."),
+        ("ln_2.", "norm2."),
+        ("mlp.c_fc.", "mlp.fc1."),
+        ("mlp.c_proj.", "mlp.fc2."),
+    )
+    return tuple((f"{public}{i}.{theirs}", f"{ours}{i}.{mine}") for i in range(depth) for theirs, mine in parts)

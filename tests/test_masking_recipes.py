@@ -251,3 +251,29 @@ def test_guided_refuses():
     ):
         with pytest.raises(error, match=reason):
             masking.guided(**arguments)
+
+
+def test_words_are_hidden_whole():
+    words = torch.tensor([[-1, 0, 0, 1, 2, 2, 2, 3, -1, -2], [-1, 0, 0, 0, 0, 0, 0, 0, 0, -1]])
+    for seed in range(30):
+        hidden = masking.whole_words(words, 0.4, generator=seeded(seed))
+        assert hidden[1].tolist() == [False, *[True] * 8, False]  # nothing fits: a word has to go
+        found = sorted(set(words[0][hidden[0]].tolist()))
+        assert -1 not in found
+        assert hidden[0].sum() <= round(0.4 * 9)
+        for word in found:
+            assert hidden[0][words[0] == word].all()
+    noise = torch.tensor([[0.0, 0.2, 0.1, 0.3, *[1.0] * 6]])
+    assert masking.whole_words(words[:1], 0.4, noise=noise)[0].nonzero().flatten().tolist() == [1, 2, 3, 7]
+
+
+def test_hidden_tokens_are_replaced():
+    ids, hidden = torch.arange(4000).view(1, -1) % 7, torch.arange(4000).view(1, -1) % 2 == 0
+    found = masking.replaced(ids, hidden, 9, 10, noise=torch.rand(1, 8000, generator=seeded()))
+    assert torch.equal(found[~hidden], ids[~hidden])
+    new, old = found[hidden], ids[hidden]
+    assert abs((new == 9).double().mean() - 0.81) < 0.03
+    assert abs((new == old).double().mean() - 0.11) < 0.03
+    assert set(new.tolist()) == set(range(10))
+    with pytest.raises(ValueError, match="mask_id"):
+        masking.replaced(ids, hidden, 10, 10, noise=torch.rand(1, 8000))

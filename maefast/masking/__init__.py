@@ -18,6 +18,7 @@
     near           the groups nearest to a random one are masked         Point-MAE (Pang et al., 2022)
     guided         the highest scores of each frame are masked  TGM (Fan et al., 2024)
     nodes          nodes of graphs, as a NodeMask                        GraphMAE (Hou et al., 2022)
+    whole_words    words of texts, as a map of hidden tokens; `replaced` BERT (Devlin et al., 2019), M3AE
 
 Your own sampler is `from_scores(scores, keep)`. With `noise` given, nothing is drawn, so that a run can be
 replayed; with `generator`, only that generator is advanced.
@@ -34,6 +35,7 @@ from maefast.masking.running import dual, only, running_cells
 from maefast.masking.sequences import ragged, similar
 from maefast.masking.uniform import cells, random, tube
 from maefast.masking.weights import disjoint, mixing, weighted
+from maefast.masking.words import replaced, whole_words
 from maefast.ops.mask import TokenMask
 
 from_scores = TokenMask.from_scores
@@ -63,8 +65,10 @@ __all__ = [
     "only",
     "ragged",
     "random",
+    "replaced",
     "running_cells",
     "similar",
     "tube",
     "weighted",
+    "whole_words",
 ]

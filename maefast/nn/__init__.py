@@ -1,7 +1,10 @@
 """Modules that models compose, each usable alone. They hold parameters; the maths is in `maefast.ops`."""
 
+from maefast.nn.bert import LanguageHead, PostNormLayer, TextEncoder
 from maefast.nn.block import Attention, Block, Mlp, Packing
 from maefast.nn.cells import Cells, UnknownSparseOp
+from maefast.nn.clip import ClipEncoder
+from maefast.nn.co_attention import CoAttention
 from maefast.nn.cross_block import ContextAttention, CrossBlock, CrossDecoder, CrossFusion
 from maefast.nn.decoder import Decoder, run_decoder
 from maefast.nn.drop_path import DropPath
@@ -32,6 +35,8 @@ __all__ = [
     "Block",
     "Cells",
     "CentrePositions",
+    "ClipEncoder",
+    "CoAttention",
     "CompressBlock",
     "ContextAttention",
     "CrossBlock",
@@ -45,13 +50,16 @@ __all__ = [
     "Groups",
     "HierarchicalBlock",
     "HierarchicalDecoder",
+    "LanguageHead",
     "LayerNorm",
     "Linear",
     "Mlp",
     "Packing",
     "PatchEmbed",
     "PointEmbed",
+    "PostNormLayer",
     "Regressor",
+    "TextEncoder",
     "UnknownSparseOp",
     "encode_together",
     "encoder_states",

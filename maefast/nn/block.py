@@ -8,9 +8,12 @@ anyway. `Block.forward` hides this unless asked for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +22,7 @@ from maefast.nn.layers import LayerNorm, Linear
 from maefast.nn.watched import plain_tensor, touched, watched_everywhere
 from maefast.ops import TokenMask
 from maefast.ops._checks import one_of
+from maefast.ops._mask_arguments import integers
 from maefast.ops.transformer_block import masked_to_all, scaled, wanted
 
 
@@ -37,6 +41,12 @@ class Packing(NamedTuple):
             most = min(plan.num_tokens, plan.max_visible + plan.max_masked)
             return Packing(plan.cu_present + starts, most + prefix)
         return Packing(plan.cu_visible + starts, plan.max_visible + prefix)
+
+    @staticmethod
+    def of_lengths(lengths: Sequence[int], device: torch.device | str) -> Packing:
+        """Of sequences whose lengths the host knows; it does not wait for the device."""
+        starts = [0, *accumulate(map(int, lengths))]
+        return Packing(integers(starts, torch.device(device)), max(map(int, lengths)))
 
 
 BIASES = ("qkv", "qv", "none")
@@ -106,6 +116,16 @@ class Mlp(nn.Module):
         return self.fc2(ops.bias_gelu(self.fc1(x, bias=False), self.fc1.bias))
 
 
+class QuickMlp(Mlp):
+    """With CLIP's approximation of the GELU, ``x * sigmoid(1.702 x)``, between the layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(1.702 * self.fc1(x)) / 1.702)
+
+
+ACTIVATIONS = {"gelu": Mlp, "quick_gelu": QuickMlp}
+
+
 class Block(nn.Module):
     """``x += attn(norm1(x)); x += mlp(norm2(x))`` (Dosovitskiy et al., 2021), as one op: `ops.transformer_block`.
 
@@ -118,6 +138,7 @@ class Block(nn.Module):
             1 / (1 - share) (Huang et al., 2016).
         layer_scale: where the learned factors of the branches, `gamma_1` and `gamma_2` [D], start (Touvron et al.,
             2021); None: there are none.
+        activation: of the MLP, "gelu" or "quick_gelu", see `QuickMlp`; the latter runs module by module.
 
     Attributes:
         keep: "lean", "all" or "nothing": what is kept for the backward, see `ops.transformer_block`.
@@ -133,14 +154,16 @@ class Block(nn.Module):
         bias: str = "qkv",
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        activation: str = "gelu",
     ) -> None:
         super().__init__()
+        one_of("activation", activation, tuple(ACTIVATIONS))
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path must lie in [0, 1), got {drop_path}")
         self.norm1 = LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads, bias)
         self.norm2 = LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = ACTIVATIONS[activation](dim, int(dim * mlp_ratio))
         self.gamma_1, self.gamma_2 = (
             None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale))) for _ in range(2)
         )

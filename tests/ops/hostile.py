@@ -320,6 +320,18 @@ VALID: dict[str, list[Callable[[], dict]]] = {
         lambda: {"sizes": [2, 6], "ratio": 0.5, "noise": floats(2, 6)},
         lambda: {"sizes": (2, 6), "ratio": 0.5, "replace": 0.5, "noise": floats(2, 6), "donor_noise": floats(2, 6)},
     ],
+    "masking.whole_words": [
+        lambda: {"words": torch.tensor([[-1, 0, 0, 1, -1], [-1, 0, -1, -2, -2]]), "ratio": 0.3, "noise": floats(2, 5)}
+    ],
+    "masking.replaced": [
+        lambda: {
+            "ids": torch.ones(2, 3).long(),
+            "hidden": floats(2, 3) > 0,
+            "mask_id": 2,
+            "vocabulary": 5,
+            "noise": floats(2, 6).abs() / 2,
+        }
+    ],
     "masking.from_scores": [lambda: {"scores": floats(2, 6), "keep": 2}],
     "masking.from_bool": [
         lambda: {"masked": floats(2, 6) > 0, "keep": [6, 0]},

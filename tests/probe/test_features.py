@@ -42,7 +42,7 @@ def test_every_recipe(name):
     recipe = tests.make()
     assert no_features(recipe) is None
     batch = tests.batch(recipe, 3)
-    packed = name in ("graphmae", "lv_mae")  # samples of any length, not to be cut out
+    packed = name in ("graphmae", "lv_mae", "m3ae")  # samples of any length, not to be cut out
     alone = tests.batch(recipe, 1) if packed else batch._each(lambda tensor: tensor[:1])
     found = extract(recipe, [(batch, list(range(len(batch))), [])], "cpu")
     assert found.mean.shape[0] == len(batch)
@@ -53,7 +53,7 @@ def test_every_recipe(name):
     if found.first is not None:
         assert found.first.shape == found.mean.shape
         assert torch.allclose(single.first, found.first[:1], atol=1e-5)
-    without = {"dmjd", "graphmae", "hicmae", "mr_mae", "point_mae", "tgm", "videomae", "videomae_v2"}
+    without = {"dmjd", "graphmae", "hicmae", "m3ae", "mr_mae", "point_mae", "tgm", "videomae", "videomae_v2"}
     assert (found.first is None) == (name in without)
 
 
