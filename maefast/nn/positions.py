@@ -69,8 +69,9 @@ def sincos_3d(width: int, grid: tuple[int, int, int], prefix: int = 0) -> Tensor
     return torch.cat([torch.zeros(prefix, width), table.float()])
 
 
-def sincos_interleaved(width: int, count: int) -> Tensor:
+def sincos_interleaved(width: int, count: int, prefix: int = 0) -> Tensor:
     """``[sin(p w_0), cos(p w_0), sin(p w_1), …]``, the table of Vaswani et al. (2017) with sines and cosines in turn,
-    as VideoMAE and CAE have it: float32 [count, width], computed in float64; `width` is even."""
+    as VideoMAE and CAE have it: float32 [prefix + count, width], computed in float64, with `prefix` zero rows in front;
+    `width` is even."""
     halves = sincos_1d(width, torch.arange(count))
-    return torch.stack(halves.chunk(2, 1), 2).flatten(1).float()
+    return torch.cat([torch.zeros(prefix, width), torch.stack(halves.chunk(2, 1), 2).flatten(1).float()])

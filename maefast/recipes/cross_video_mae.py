@@ -16,22 +16,13 @@ from collections.abc import Sequence
 from math import log, prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maefast import masking, ops
 from maefast.data.clips import ClipBatch, Clips
 from maefast.data.images.batch import normaliser
 from maefast.data.jitter import NUMBERS, jitter_clips
-from maefast.nn import (
-    Decoder,
-    Encoder,
-    Mlp,
-    PatchEmbed,
-    encode_together,
-    pool_visible,
-    position_table,
-    sincos_interleaved,
-)
+from maefast.nn import Decoder, Encoder, Mlp, PatchEmbed, encode_together, pool_visible, sincos_2d, sincos_interleaved
 from maefast.nn.contrast import nt_xent
 from maefast.nn.init import init_weights_
 from maefast.nn.patch_embed import pair, patch_grid, triple
@@ -66,8 +57,9 @@ class CrossVideoMAE(Recipe):
         demo={
             "model_args": {
                 "frames": 4, "img_size": 48, "tubelet": [2, 8, 8], "patch_size": 8, "stride": 1, "mask_ratio": 0.8,
-                "colour": 0.2, "shared": True, "embed_dim": 64, "depth": 2, "num_heads": 2, "decoder_embed_dim": 48,
-                "decoder_depth": 1, "frame_decoder_depth": 1, "decoder_num_heads": 2, "proj_dim": 32,
+                "colour": 0.2, "shared": True, "intra": 0.2, "cross": 0.2, "embed_dim": 64, "depth": 2, "num_heads": 2,
+                "decoder_embed_dim": 48, "decoder_depth": 1, "frame_decoder_depth": 1, "decoder_num_heads": 2,
+                "proj_dim": 32,
             },
             "steps": 250, "batch_size": 12, "lr": 2e-3, "warmup": 0.1, "picture_rows": 2,
         },
@@ -113,13 +105,14 @@ class CrossVideoMAE(Recipe):
             ("", self.patches[0], self.grids[0], depth, decoder_depth),
             ("frame_", self.patches[1], self.grids[1], 0 if shared else depth, frame_decoder_depth),
         ):
-            encoder = Encoder(
-                PatchEmbed(patch, 3, embed_dim), _positions(embed_dim, grid), embed_dim, blocks, num_heads, mlp_ratio
+            table, told = (
+                sincos_interleaved(width, prod(grid), 1) if len(grid) == 3 else sincos_2d(width, grid, 1)
+                for width in (embed_dim, decoder_embed_dim)
             )
+            encoder = Encoder(PatchEmbed(patch, 3, embed_dim), table, embed_dim, blocks, num_heads, mlp_ratio)
             decoder = Decoder(
-                embed_dim, 3 * prod(patch), _positions(decoder_embed_dim, grid), decoder_embed_dim, decoders,
-                decoder_num_heads, mlp_ratio,
-            )  # fmt: skip
+                embed_dim, 3 * prod(patch), told, decoder_embed_dim, decoders, decoder_num_heads, mlp_ratio
+            )
             projector = Mlp(embed_dim, embed_dim, proj_dim)
             init_weights_(projector)
             for part, module in (("encoder", encoder), ("decoder", decoder), ("projector", projector)):
@@ -196,11 +189,3 @@ def _two(name: str, ratio: float | Sequence[float]) -> tuple[float, float]:
     if len(ratios) != 2 or not all(0 < value < 1 for value in ratios):
         raise ValueError(f"{name} must lie in (0, 1), one or two of them, got {ratio}")
     return ratios
-
-
-def _positions(width: int, grid: tuple[int, ...]) -> nn.Parameter:
-    """[1, 1 + N, width], fixed; zero for the class token."""
-    if len(grid) == 2:
-        return position_table("sincos", width, grid)
-    table = torch.cat([torch.zeros(1, width), sincos_interleaved(width, prod(grid))])
-    return nn.Parameter(table[None], requires_grad=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from maefast.nn import sincos_1d, sincos_2d, sincos_3d
+from maefast.nn import sincos_1d, sincos_2d, sincos_3d, sincos_interleaved
 
 
 def formula(width, rows, columns, prefix):
@@ -53,6 +53,12 @@ def test_one_dimension():
     table = sincos_1d(4, torch.tensor([0.0, 2.0]))
     want = [[0, 0, 1, 1], [math.sin(2), math.sin(0.02), math.cos(2), math.cos(0.02)]]
     torch.testing.assert_close(table, torch.tensor(want, dtype=torch.float64))
+
+
+def test_interleaved():
+    table = sincos_interleaved(4, 3, prefix=2)
+    want = [[0.0] * 4] * 2 + [[math.sin(p), math.cos(p), math.sin(p / 100), math.cos(p / 100)] for p in range(3)]
+    torch.testing.assert_close(table, torch.tensor(want), rtol=0, atol=1e-7)
 
 
 def test_refusals():
