@@ -26,7 +26,7 @@ from maefast.nn import Decoder, Encoder, Mlp, PatchEmbed, encode_together, pool_
 from maefast.nn.contrast import nt_xent
 from maefast.nn.init import init_weights_
 from maefast.nn.patch_embed import pair, patch_grid, triple
-from maefast.nn.patches import reconstruct
+from maefast.nn.patches import Reconstruction, reconstruct
 from maefast.ops import _checks
 from maefast.recipe import Draw, Output, Picture, Progress, Recipe, Spec, View
 from maefast.recipes._sizes import ENCODERS
@@ -177,8 +177,9 @@ class CrossVideoMAE(Recipe):
     def picture(self, view: View, names: Sequence[str]) -> Picture:
         from maefast.data.clips import sheet
 
-        clips, plan = view.parts[0] * self.std + self.mean, view.plan[0]
-        shown = reconstruct(self.compute(view).pred[0], clips, plan, self.patches[0], self.norm, fill=0.5)
+        shown = reconstruct(self.compute(view).pred[0], view.parts[0], view.plan[0], self.patches[0], self.norm)
+        *images, mask = shown  # patches are normalised in the scale of the parts
+        shown = Reconstruction(*(clips * self.std + self.mean for clips in images), mask)
         how = "; masked tubelets have their true mean and variance" if self.norm != "none" else ""
         shares = " and ".join(f"{ratio:.0%}" for ratio in sorted(set(self.ratios[0])))
         return sheet(shown, [*names, *(f"{name}, changed" for name in names)], f"{shares} masked{how}")
