@@ -69,6 +69,12 @@ def check_scales(points: int, groups: Sequence[int], sizes: Sequence[int]) -> No
         points = count
 
 
+def flat_members(index: Tensor, count: int) -> Tensor:
+    """int64 [B * G, K]: `index` [B, G, K] of `PointScales`, as places among all samples' `count` tokens."""
+    start = torch.arange(len(index), device=index.device)[:, None, None] * count
+    return (index + start).flatten(0, 1)
+
+
 @torch.no_grad()
 def _grouped(points: Tensor, groups: int, size: int) -> tuple[Groups, Tensor]:
     rows = torch.arange(len(points), device=points.device)

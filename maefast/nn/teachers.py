@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -114,9 +115,12 @@ def cls_attention(q: Tensor, k: Tensor, num_heads: int, scale: float | None = No
     return scores.to(exact).softmax(-1).mean(1)[:, 1:]
 
 
+KINDS = ("CLIPVisionModel", "CLIPVisionModelWithProjection", "ViTModel")  # of transformers
+
+
 class ImageTeacher(nn.Module):
     """A ViT that tells states and where its class token looks: of `maefast.models` (a MaskedAutoencoderViT), or of
-    transformers (CLIPVisionModel, ViTModel). It takes images normalised as ImageNet's.
+    transformers (CLIPVisionModel, with its projection or without, ViTModel). It takes images normalised as ImageNet's.
 
     Args:
         model: of 1 + N tokens, class token first.
@@ -133,12 +137,12 @@ class ImageTeacher(nn.Module):
             self.width, self.depth, self._run = model.config["embed_dim"], model.config["depth"], self._own
             if self.depth < 2:
                 raise ValueError(f"a teacher has two blocks at least, got {self.depth}")
-        elif kind in ("CLIPVisionModel", "ViTModel"):
+        elif kind in KINDS:
             self.width, self.depth = model.config.hidden_size, model.config.num_hidden_layers
             self._run = self._hf
         else:
             raise TypeError(f"a teacher is a mae_* model, CLIPVisionModel or ViTModel, got {kind}")
-        self.clip = kind == "CLIPVisionModel"
+        self.clip = kind.startswith("CLIP")
 
     def forward(self, images: Tensor, at: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """The outputs of blocks `at`, from 0, [B, 1 + N, D] each; and `cls_attention` of the last block."""
@@ -176,6 +180,47 @@ class ImageTeacher(nn.Module):
             for names in (("q_proj", "query"), ("k_proj", "key"))
         )
         return norm, query, key
+
+
+class FeatureTeacher(ImageTeacher):
+    """An `ImageTeacher` that tells the features of each patch behind its final norm, and behind the projection of a
+    CLIPVisionModelWithProjection.
+
+    Args:
+        as_clip: a CLIP sees images with its own mean and standard deviation, and not with ImageNet's as they come.
+
+    Attributes:
+        width: of the features.
+    """
+
+    def __init__(self, model: nn.Module, as_clip: bool = True) -> None:
+        super().__init__(model)
+        self.clip = self.clip and as_clip
+        inner = getattr(model, "vision_model", model)
+        names = ("norm", "post_layernorm", "layernorm")
+        self._norm = next(getattr(inner, name) for name in names if hasattr(inner, name))
+        self._project = getattr(model, "visual_projection", nn.Identity())
+        self.width = getattr(self._project, "out_features", self.width)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, N, width]; and `cls_attention` of the last block, [B, N]."""
+        (state,), attention = super().forward(images, (self.depth - 1,))
+        return self._project(self._norm(state[:, 1:])), attention
+
+
+def opened(teacher: nn.Module | str, clip: str = "CLIPVisionModel") -> nn.Module:
+    """A module as it is; or by its name or folder, for transformers, a ViTModel if that has "dino" in it, else the
+    `clip` of `KINDS`. TypeError: neither. ImportError: no transformers."""
+    if isinstance(teacher, nn.Module):
+        return teacher
+    if not isinstance(teacher, (str, os.PathLike)):
+        raise TypeError(f"teacher must be a module, a name or folder, or 'random', got {type(teacher).__name__}")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("a teacher by its name needs the package 'transformers'") from error
+    kind: Any = getattr(transformers, "ViTModel" if "dino" in str(teacher).lower() else clip)
+    return kind.from_pretrained(teacher)
 
 
 def _as_clip(images: Tensor) -> Tensor:

@@ -315,6 +315,7 @@ VALID: dict[str, list[Callable[[], dict]]] = {
     "masking.guided": [
         lambda: {"scores": floats(2, 3, 4), "ratio": 0.5, "rule": "floor"},
         lambda: {"scores": floats(2, 3, 4), "keep": 1, "mask": "lowest"},
+    ],
     "masking.children": [
         lambda: {"plan": tokens([2, 4]), "index": torch.arange(24).view(2, 6, 2) % 9, "num_tokens": 9},
     ],
