@@ -22,10 +22,11 @@ from maefast import masking, models, ops
 from maefast.data.points import PointBatch, Scatter
 from maefast.names import Names
 from maefast.nn import Linear
-from maefast.nn.point_groups import check_scales, flat_members, point_scales
+from maefast.nn.point_groups import PointScales, check_scales, flat_members, point_scales
 from maefast.nn.point_scales import ScaleDecoder, ScaleEncoder, interpolation
 from maefast.nn.point_views import VIEWS, looked_at, sample_maps, view_frame, view_pixels
 from maefast.nn.teachers import FeatureTeacher, Frozen, opened
+from maefast.ops import TokenMask
 from maefast.ops._checks import one_of, positive
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
 from maefast.recipes._images import warn_of_random_weights
@@ -46,8 +47,8 @@ class I2PMAE(GroupedPoints):
             up_depths: residual layers between them. num_heads, drop_path: of all. embed_all: see
             `maefast.nn.point_scales.ScaleEncoder`.
         img_size, patch_size: of the teacher's pictures. teacher_dim: width of its features, where none is given.
-        bug_compat: as the authors' code does: token 0 of sample 0 is always visible on finer scales, and a CLIP sees
-            pictures with ImageNet's mean and standard deviation.
+        bug_compat: as the authors' code does: token 0 of sample 0 is always visible on finer scales, a CLIP sees
+            pictures with ImageNet's mean and standard deviation, and `encode` leaves out what belongs to no group.
 
     Shapes: points [B, N, 3] -> scales of groups [B, G, K, 3]; plan: one for each scale, ragged but for the coarsest;
     target: features at the finest centres, [B, G_1, 3 * width]; pred: [M, K * 3] of hidden and [T, K * 3 * width] of
@@ -151,12 +152,17 @@ class I2PMAE(GroupedPoints):
         if self.mask == "attention":
             salience = sample_maps(looks, view_pixels(centres[-1], frame), self.img_size)[..., 0].mean(1)
         weights = (salience / self.temperature).softmax(1)
-        plans = [masking.weighted(weights, self.mask_ratio, noise=noise, rule="complement", order="position")]
-        for below, index in zip(centres[-2::-1], scales.index[:0:-1]):
-            plans.insert(0, masking.children(plans[0], index, below.shape[1], bug_compat=self.bug_compat))
+        plan = masking.weighted(weights, self.mask_ratio, noise=noise, rule="complement", order="position")
         target = sample_maps(features, view_pixels(centres[0], frame), self.img_size).transpose(1, 2).flatten(2)
         up = tuple(interpolation(fine, coarse) for fine, coarse in pairwise(centres[1:]))
-        return View((scales, up), tuple(plans), target)
+        return View((scales, up), self.plans(plan, scales), target)
+
+    def plans(self, plan: TokenMask, scales: PointScales) -> tuple[TokenMask, ...]:
+        """Of all scales, the finest first, from that of the coarsest."""
+        plans = [plan]
+        for below, index in zip(scales.groups[-2::-1], scales.index[:0:-1]):
+            plans.insert(0, masking.children(plans[0], index, below.centres.shape[1], bug_compat=self.bug_compat))
+        return tuple(plans)
 
     def cloud(self, batch: PointBatch) -> Tensor:
         self.wants.check(batch)
@@ -186,7 +192,10 @@ class I2PMAE(GroupedPoints):
 
     def encode(self, batch: PointBatch) -> Tensor:
         """[B, G, D] of the coarsest scale."""
-        return self.encoder(point_scales(self.cloud(batch), *self.scales))[-1]
+        scales = point_scales(self.cloud(batch), *self.scales)
+        coarsest = scales.groups[-1].centres
+        every = TokenMask.all_visible(*coarsest.shape[:2], coarsest.device)
+        return self.encoder(scales, self.plans(every, scales) if self.bug_compat else None)[-1]
 
     def picture(self, view: View, names: Sequence[str]) -> Picture:
         """The second scale's groups: all, the visible ones, and those with the hidden ones as predicted."""

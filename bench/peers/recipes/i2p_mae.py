@@ -24,7 +24,10 @@ def reference(recipe: nn.Module, view: View) -> dict[str, Tensor]:
     latents, x = [], None
     for i, ((points, centres), members, mask) in enumerate(zip(groups, index, masks)):
         parts = points if x is None else x[rows[:, None, None], members]
-        tokens = group_tokens(parts, p, f"encoder.embeds.{i}.", recipe.training)
+        wanted = torch.ones_like(mask) if recipe.encoder.embed_all else ~mask
+        made = group_tokens(parts[wanted][None], p, f"encoder.embeds.{i}.", recipe.training)[0]
+        tokens = made.new_zeros(*mask.shape, made.shape[1])
+        tokens[wanted] = made
         order = mask.float().sort(dim=1, stable=True)[1][:, : (~mask).sum(1).max()]
         keys = ~mask.gather(1, order)
         each = mlp(centres[rows[:, None], order], p, f"encoder.pos_embeds.{i}")
