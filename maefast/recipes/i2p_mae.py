@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from maefast import masking, models, ops
-from maefast.data.points import PointBatch, Scatter
+from maefast.data.points import PointBatch
 from maefast.names import Names
 from maefast.nn import Linear
 from maefast.nn.point_groups import PointScales, check_scales, flat_members, point_scales
@@ -65,7 +65,7 @@ class I2PMAE(GroupedPoints):
         demo={
             **DEMO,
             "model_args": {
-                "teacher": "random", "points": 512, "groups": [64, 32, 16], "group_sizes": [8, 8, 4],
+                "teacher": "random", "points": 512, "groups": [64, 32, 16], "group_sizes": [8, 6, 3],
                 "embed_dims": [24, 48, 96], "depths": [1, 1, 2], "num_heads": 3, "drop_path": 0.0, "img_size": 64,
                 "patch_size": 8, "teacher_dim": 32,
             },
@@ -164,10 +164,6 @@ class I2PMAE(GroupedPoints):
             plans.insert(0, masking.children(plans[0], index, below.centres.shape[1], bug_compat=self.bug_compat))
         return tuple(plans)
 
-    def cloud(self, batch: PointBatch) -> Tensor:
-        self.wants.check(batch)
-        return batch.points.to(self.pred_points.weight.dtype)
-
     def compute(self, view: View) -> Output:
         (scales, up), plan = view.parts, view.plan[1]
         states = self.decoder(self.encoder(scales, view.plan), view.plan, scales, up)
@@ -198,14 +194,7 @@ class I2PMAE(GroupedPoints):
         return self.encoder(scales, self.plans(every, scales) if self.bug_compat else None)[-1]
 
     def picture(self, view: View, names: Sequence[str]) -> Picture:
-        """The second scale's groups: all, the visible ones, and those with the hidden ones as predicted."""
-        (points, centres), plan = view.parts[0].groups[1], view.plan[1]
-        hidden = plan.mask[..., None, None]
-        made = torch.zeros_like(points).masked_scatter(hidden, self.compute(view).pred[0].to(points.dtype))
-        columns = {
-            "original": points,
-            "visible": points.masked_fill(hidden, torch.nan),
-            "reconstruction": torch.where(hidden, made, points),
-        }
-        clouds = {name: (found + centres[:, :, None]).flatten(1, 2) for name, found in columns.items()}
-        return Scatter(clouds, names, f"{self.mask_ratio:.0%} of the coarsest groups masked")
+        """Of the second scale's groups."""
+        pred, groups = self.compute(view).pred[0], view.parts[0].groups[1]
+        caption = f"{self.mask_ratio:.0%} of the coarsest groups masked"
+        return self.scatter_in_place(pred, groups, view.plan[1], names, caption)
