@@ -65,9 +65,9 @@ class I2PMAE(GroupedPoints):
         demo={
             **DEMO,
             "model_args": {
-                "teacher": "random", "points": 512, "groups": [64, 32, 16], "group_sizes": [8, 6, 3],
-                "embed_dims": [24, 48, 96], "depths": [1, 1, 2], "num_heads": 3, "drop_path": 0.0, "img_size": 64,
-                "patch_size": 8, "teacher_dim": 32,
+                "teacher": "random", "points": 256, "groups": [64, 32, 16], "group_sizes": [8, 6, 3],
+                "embed_dims": [24, 48, 96], "depths": [1, 1, 2], "num_heads": 3, "drop_path": 0.0, "img_size": 128,
+                "patch_size": 16, "teacher_dim": 32,
             },
             "steps": 200, "batch_size": 8, "lr": 2e-3,
         },
