@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -126,8 +125,10 @@ class ImageTeacher(nn.Module):
         model: of 1 + N tokens, class token first.
 
     Attributes:
-        width: D. depth: blocks.
+        width: D. depth: blocks. CLIP: the class of transformers that has all that is told of a CLIP.
     """
+
+    CLIP = "CLIPVisionModel"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -186,16 +187,15 @@ class FeatureTeacher(ImageTeacher):
     """An `ImageTeacher` that tells the features of each patch behind its final norm, and behind the projection of a
     CLIPVisionModelWithProjection.
 
-    Args:
-        as_clip: a CLIP sees images with its own mean and standard deviation, and not with ImageNet's as they come.
-
     Attributes:
-        width: of the features.
+        width: of the features. clip: images are given a CLIP's own mean and standard deviation; else it sees them with
+            ImageNet's, as they come.
     """
 
-    def __init__(self, model: nn.Module, as_clip: bool = True) -> None:
+    CLIP = "CLIPVisionModelWithProjection"
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.clip = self.clip and as_clip
         inner = getattr(model, "vision_model", model)
         names = ("norm", "post_layernorm", "layernorm")
         self._norm = next(getattr(inner, name) for name in names if hasattr(inner, name))
@@ -206,21 +206,6 @@ class FeatureTeacher(ImageTeacher):
         """[B, N, width]; and `cls_attention` of the last block, [B, N]."""
         (state,), attention = super().forward(images, (self.depth - 1,))
         return self._project(self._norm(state[:, 1:])), attention
-
-
-def opened(teacher: nn.Module | str, clip: str = "CLIPVisionModel") -> nn.Module:
-    """A module as it is; or by its name or folder, for transformers, a ViTModel if that has "dino" in it, else the
-    `clip` of `KINDS`. TypeError: neither. ImportError: no transformers."""
-    if isinstance(teacher, nn.Module):
-        return teacher
-    if not isinstance(teacher, (str, os.PathLike)):
-        raise TypeError(f"teacher must be a module, a name or folder, or 'random', got {type(teacher).__name__}")
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("a teacher by its name needs the package 'transformers'") from error
-    kind: Any = getattr(transformers, "ViTModel" if "dino" in str(teacher).lower() else clip)
-    return kind.from_pretrained(teacher)
 
 
 def _as_clip(images: Tensor) -> Tensor:

@@ -18,18 +18,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from maefast import masking, models, ops
+from maefast import masking, ops
 from maefast.data.points import PointBatch
 from maefast.names import Names
 from maefast.nn import Linear
 from maefast.nn.point_groups import PointScales, check_scales, flat_members, point_scales
 from maefast.nn.point_scales import ScaleDecoder, ScaleEncoder, interpolation
 from maefast.nn.point_views import VIEWS, looked_at, sample_maps, view_frame, view_pixels
-from maefast.nn.teachers import FeatureTeacher, Frozen, opened
+from maefast.nn.teachers import FeatureTeacher, Frozen
 from maefast.ops import TokenMask
 from maefast.ops._checks import one_of, positive
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
-from maefast.recipes._images import warn_of_random_weights
+from maefast.recipes._images import IMAGE_TEACHERS, image_teacher
 from maefast.recipes._points import DEMO, TRAINING, GroupedPoints, start_as_published
 
 MASKS = ("attention", "random")
@@ -65,7 +65,7 @@ class I2PMAE(GroupedPoints):
         demo={
             **DEMO,
             "model_args": {
-                "teacher": "random", "points": 256, "groups": [64, 32, 16], "group_sizes": [8, 6, 3],
+                "teacher": "random", "points": 256, "groups": [64, 32, 16], "group_sizes": [6, 6, 3],
                 "embed_dims": [24, 48, 96], "depths": [1, 1, 2], "num_heads": 3, "drop_path": 0.0, "img_size": 128,
                 "patch_size": 16, "teacher_dim": 32,
             },
@@ -120,14 +120,11 @@ class I2PMAE(GroupedPoints):
         positive("temperature", temperature)
         self.scales, self.mask, self.mask_ratio, self.temperature = (groups, group_sizes), mask, mask_ratio, temperature
         self.img_size, self.bug_compat = img_size, bug_compat
-        if teacher == "random":
-            warn_of_random_weights()
-            sizes = {"embed_dim": teacher_dim, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1}
-            teacher = models.create("mae", img_size=img_size, patch_size=patch_size, **sizes)
-        self.teacher = None
-        if teacher is not None:
-            made = FeatureTeacher(opened(teacher, "CLIPVisionModelWithProjection"), as_clip=not bug_compat)
-            self.teacher, teacher_dim = Frozen(made), made.width
+        sizes = {"embed_dim": teacher_dim, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1}
+        made = image_teacher(teacher, FeatureTeacher, img_size=img_size, patch_size=patch_size, **sizes)
+        self.teacher = None if made is None else Frozen(made)
+        if made is not None:
+            teacher_dim, made.clip = made.width, made.clip and not bug_compat
         self.encoder = ScaleEncoder(embed_dims, depths, num_heads, drop_path, embed_all)
         start_as_published(self.encoder)
         self.decoder = ScaleDecoder(embed_dims[:0:-1], decoder_depths, num_heads, up_depths, drop_path)
@@ -136,8 +133,7 @@ class I2PMAE(GroupedPoints):
         self.encoder.norms[0].requires_grad_(False)  # part of the published files, and read by nobody
 
     def missing(self) -> str | None:
-        how = "a CLIP or DINO of transformers such as openai/clip-vit-base-patch16, a module in Python, or random"
-        return None if self.teacher else f"a teacher: teacher=NAME (--model-arg), {how}"
+        return None if self.teacher else IMAGE_TEACHERS
 
     def prepare(self, batch: PointBatch, draw: Draw, progress: Progress) -> View:
         """parts: `PointScales`, and `interpolation` to each scale but the finest from the next."""

@@ -172,7 +172,8 @@ def test_features_of_a_teacher_of_transformers(kind):
     config = getattr(transformers, "CLIPVisionConfig" if clip else "ViTConfig")(**sizes)
     model = getattr(transformers, kind)(config).eval()
     images = torch.randn(2, 3, 32, 32)
-    teacher = FeatureTeacher(model, as_clip=False)
+    teacher = FeatureTeacher(model)
+    teacher.clip = False
     features, looks = teacher(images)
     out = model(pixel_values=images, output_attentions=True)
     want = out.last_hidden_state[:, 1:]
