@@ -69,7 +69,7 @@ class I2PMAE(GroupedPoints):
                 "embed_dims": [24, 48, 96], "depths": [1, 1, 2], "num_heads": 3, "drop_path": 0.0, "img_size": 128,
                 "patch_size": 16, "teacher_dim": 32,
             },
-            "steps": 200, "batch_size": 8, "lr": 2e-3,
+            "steps": 200, "batch_size": 8, "lr": 4e-3,
         },
         baseline="the mean group and the mean feature",
     )  # fmt: skip
