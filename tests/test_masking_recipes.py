@@ -197,6 +197,39 @@ def test_near_masks_a_ball_of_groups():
         assert set(plan.ids_masked[sample].tolist()) == set(away[sample].argsort()[:38].tolist())
 
 
+@pytest.mark.parametrize("bug_compat", [False, True])
+def test_children_of_visible_groups_are_visible(bug_compat):
+    index = torch.randint(0, 40, (3, 10, 4), generator=seeded())
+    parents = masking.random(3, 10, keep=[2, 0, 10], generator=seeded(1))
+    plan = masking.children(parents, index, 40, bug_compat=bug_compat)
+    check_invariants(plan)
+    assert plan.keep is None
+    want = torch.ones(3, 40, dtype=torch.bool)
+    for sample, row in enumerate(parents.mask):
+        for group, masked in enumerate(row):
+            for token in index[sample, group].tolist():
+                if not masked:
+                    want[sample, token] = False
+                elif bug_compat:
+                    want[0, 0] = False
+    assert torch.equal(plan.mask, want)
+    assert plan.mask[0, 0] != bug_compat
+    every = masking.children(masking.TokenMask.all_visible(3, 10), index, 40, bug_compat=bug_compat)
+    assert every.mask[0, 0] == (0 not in index[0])
+
+
+def test_children_refuse_what_does_not_fit():
+    parents, index = masking.random(3, 10, 0.5), torch.zeros(3, 10, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"index must be \[3, 10, K\] for this plan, got \[3, 9, 4\]"):
+        masking.children(parents, index[:, 1:], 40)
+    with pytest.raises(TypeError, match="index must be int64"):
+        masking.children(parents, index.int(), 40)
+    with pytest.raises(ValueError, match=r"index: a position lies outside \[0, 40\)"):
+        masking.children(parents, index + 40, 40)
+    with pytest.raises(TypeError, match="plan must be"):
+        masking.children(parents.mask, index, 40)
+
+
 @pytest.mark.parametrize(("sizes", "ratio", "replace"), [([10], 0.5, 0.0), ([7, 1, 30], 0.75, 0.25), ((4, 4), 1, 1)])
 def test_nodes_are_masked_in_each_graph(sizes, ratio, replace):
     plan = masking.nodes(sizes, ratio, replace, generator=seeded())

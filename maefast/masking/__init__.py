@@ -17,6 +17,7 @@
     similar        by likeness to the segment before                     LV-MAE
     near           the groups nearest to a random one are masked         Point-MAE (Pang et al., 2022)
     guided         the highest scores of each frame are masked  TGM (Fan et al., 2024)
+    children       what belongs to visible groups, a finer scale         Point-M2AE (Zhang et al., 2022), I2P-MAE
     nodes          nodes of graphs, as a NodeMask                        GraphMAE (Hou et al., 2022)
     whole_words    words of texts, as a map of hidden tokens; `replaced` BERT (Devlin et al., 2019), M3AE
 
@@ -30,7 +31,7 @@ from maefast.masking.counts import keep_count
 from maefast.masking.graphs import NodeMask, nodes
 from maefast.masking.guided import guided
 from maefast.masking.multichannel import channels
-from maefast.masking.points import near
+from maefast.masking.points import children, near
 from maefast.masking.running import dual, only, running_cells
 from maefast.masking.sequences import ragged, similar
 from maefast.masking.uniform import cells, random, tube
@@ -48,6 +49,7 @@ __all__ = [
     "block",
     "cells",
     "channels",
+    "children",
     "coloured",
     "disjoint",
     "dual",

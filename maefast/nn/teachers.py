@@ -114,16 +114,21 @@ def cls_attention(q: Tensor, k: Tensor, num_heads: int, scale: float | None = No
     return scores.to(exact).softmax(-1).mean(1)[:, 1:]
 
 
+KINDS = ("CLIPVisionModel", "CLIPVisionModelWithProjection", "ViTModel")  # of transformers
+
+
 class ImageTeacher(nn.Module):
     """A ViT that tells states and where its class token looks: of `maefast.models` (a MaskedAutoencoderViT), or of
-    transformers (CLIPVisionModel, ViTModel). It takes images normalised as ImageNet's.
+    transformers (CLIPVisionModel, with its projection or without, ViTModel). It takes images normalised as ImageNet's.
 
     Args:
         model: of 1 + N tokens, class token first.
 
     Attributes:
-        width: D. depth: blocks.
+        width: D. depth: blocks. CLIP: the class of transformers that has all that is told of a CLIP.
     """
+
+    CLIP = "CLIPVisionModel"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -133,12 +138,12 @@ class ImageTeacher(nn.Module):
             self.width, self.depth, self._run = model.config["embed_dim"], model.config["depth"], self._own
             if self.depth < 2:
                 raise ValueError(f"a teacher has two blocks at least, got {self.depth}")
-        elif kind in ("CLIPVisionModel", "ViTModel"):
+        elif kind in KINDS:
             self.width, self.depth = model.config.hidden_size, model.config.num_hidden_layers
             self._run = self._hf
         else:
             raise TypeError(f"a teacher is a mae_* model, CLIPVisionModel or ViTModel, got {kind}")
-        self.clip = kind == "CLIPVisionModel"
+        self.clip = kind.startswith("CLIP")
 
     def forward(self, images: Tensor, at: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """The outputs of blocks `at`, from 0, [B, 1 + N, D] each; and `cls_attention` of the last block."""
@@ -176,6 +181,31 @@ class ImageTeacher(nn.Module):
             for names in (("q_proj", "query"), ("k_proj", "key"))
         )
         return norm, query, key
+
+
+class FeatureTeacher(ImageTeacher):
+    """An `ImageTeacher` that tells the features of each patch behind its final norm, and behind the projection of a
+    CLIPVisionModelWithProjection.
+
+    Attributes:
+        width: of the features. clip: images are given a CLIP's own mean and standard deviation; else it sees them with
+            ImageNet's, as they come.
+    """
+
+    CLIP = "CLIPVisionModelWithProjection"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        inner = getattr(model, "vision_model", model)
+        names = ("norm", "post_layernorm", "layernorm")
+        self._norm = next(getattr(inner, name) for name in names if hasattr(inner, name))
+        self._project = getattr(model, "visual_projection", nn.Identity())
+        self.width = getattr(self._project, "out_features", self.width)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, N, width]; and `cls_attention` of the last block, [B, N]."""
+        (state,), attention = super().forward(images, (self.depth - 1,))
+        return self._project(self._norm(state[:, 1:])), attention
 
 
 def _as_clip(images: Tensor) -> Tensor:

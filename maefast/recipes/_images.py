@@ -105,25 +105,27 @@ IMAGE_TEACHERS = (
 )
 
 
-def image_teacher(given: nn.Module | str | None, **sizes: Any) -> ImageTeacher | None:
-    """What tells states and attention: of a module; of the name or folder of a CLIPVisionModel or, with "dino" in it, a
-    ViTModel, for transformers; with fresh weights, a mae_* model of `sizes`, for "random", with a warning; None for
-    None. TypeError: `given` is none of these."""
+def image_teacher(
+    given: nn.Module | str | None, kind: type[ImageTeacher] = ImageTeacher, **sizes: Any
+) -> ImageTeacher | None:
+    """What tells states and attention, or what another `kind` does: of a module; of the name or folder of a CLIP (of
+    `kind.CLIP`) or, with "dino" in it, a ViTModel, for transformers; with fresh weights, a mae_* model of `sizes`, for
+    "random", with a warning; None for None. TypeError: `given` is none of these."""
     if given is None:
         return None
     if isinstance(given, nn.Module):
-        return ImageTeacher(given)
+        return kind(given)
     if not isinstance(given, (str, os.PathLike)):
         raise TypeError(f"teacher must be a module, a name or folder, or 'random', got {type(given).__name__}")
     if given == "random":
         warn_of_random_weights()
-        return ImageTeacher(models.create("mae", **sizes))
+        return kind(models.create("mae", **sizes))
     try:
         import transformers
     except ImportError as error:
         raise ImportError("a teacher by its name needs the package 'transformers'") from error
-    kind: Any = transformers.ViTModel if "dino" in str(given).lower() else transformers.CLIPVisionModel
-    return ImageTeacher(kind.from_pretrained(given))
+    model: Any = getattr(transformers, "ViTModel" if "dino" in str(given).lower() else kind.CLIP)
+    return kind(model.from_pretrained(given))
 
 
 def warn_of_random_weights() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from maefast import ops
@@ -31,9 +32,12 @@ class GroupedPoints(Recipe):
             raise ValueError(f"{groups} groups of {group_size} points do not fit clouds of {points}")
         self.wants, self.groups, self.group_size = Points(points), groups, group_size
 
-    def parts(self, batch: PointBatch) -> Groups:
+    def cloud(self, batch: PointBatch) -> Tensor:
         self.wants.check(batch)
-        return group_points(batch.points.to(next(self.parameters()).dtype), self.groups, self.group_size)
+        return batch.points.to(next(self.parameters()).dtype)
+
+    def parts(self, batch: PointBatch) -> Groups:
+        return group_points(self.cloud(batch), self.groups, self.group_size)
 
     def distance(self, pred: Tensor, parts: Groups, plan: TokenMask) -> Tensor:
         """Chamfer distance of predicted hidden groups, in plan order, to the true ones."""
@@ -56,6 +60,21 @@ class GroupedPoints(Recipe):
         return Scatter(
             dict(zip(("original", "visible", "reconstruction"), clouds)), names, f"{share:.0%} of the groups masked"
         )
+
+    def scatter_in_place(
+        self, pred: Tensor, parts: Groups, plan: TokenMask, names: Sequence[str], caption: str
+    ) -> Scatter:
+        """All groups, the visible ones, and all with the hidden ones as predicted; of plans in order of position, which
+        may be ragged."""
+        points, centres = parts
+        hidden = plan.mask[..., None, None]
+        columns = {
+            "original": points,
+            "visible": points.masked_fill(hidden, torch.nan),
+            "reconstruction": points.masked_scatter(hidden, pred.to(points.dtype)),
+        }
+        clouds = {name: (found + centres[:, :, None]).flatten(1, 2) for name, found in columns.items()}
+        return Scatter(clouds, names, caption)
 
 
 def start_as_published(module: nn.Module) -> None:

@@ -316,6 +316,9 @@ VALID: dict[str, list[Callable[[], dict]]] = {
         lambda: {"scores": floats(2, 3, 4), "ratio": 0.5, "rule": "floor"},
         lambda: {"scores": floats(2, 3, 4), "keep": 1, "mask": "lowest"},
     ],
+    "masking.children": [
+        lambda: {"plan": tokens([2, 4]), "index": torch.arange(24).view(2, 6, 2) % 9, "num_tokens": 9},
+    ],
     "masking.nodes": [
         lambda: {"sizes": [2, 6], "ratio": 0.5, "noise": floats(2, 6)},
         lambda: {"sizes": (2, 6), "ratio": 0.5, "replace": 0.5, "noise": floats(2, 6), "donor_noise": floats(2, 6)},
