@@ -22,6 +22,7 @@ from maefast.recipe import Batch
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLASSES = ("ground", "disc", "square", "cross")  # of the demo
 _COUNT = 256
+_COLOURS = np.array([(215, 140, 120), (130, 200, 120), (130, 150, 220)], np.float32)  # of shapes, more or less
 
 
 @dataclass
@@ -56,8 +57,8 @@ class Pair(NamedTuple):
 class Domains:
     """A recipe wants `DomainBatch`es of `size` (H, W) and of `classes`.
 
-    `--data` names a folder with three others: "source" (images), "labels" (.npy or .png of one channel, uint8, under the same
-    relative names) and "target" (images). An example takes a target image in turn, a training sample one at random.
+    `--data` names a folder with three others: "source" (images), "labels" (.npy or .png, uint8, one channel, under the
+    same relative names) and "target" (images). An example takes target images in turn, a training sample one at random.
     Crops and flips as of images, each image its own; labels go with their image (nearest).
     """
 
@@ -196,9 +197,9 @@ def scene(index: int, side: int, other: bool = False) -> Labelled:
         box = np.maximum(abs(y), abs(x))
         inside = {1: np.hypot(y, x) < radius, 2: box < 0.85 * radius,
                   3: (box < radius) & (np.minimum(abs(y), abs(x)) < 0.35 * radius)}[kind]  # fmt: skip
-        image[inside], labels[inside] = rng.uniform(130, 255, 3), kind
+        image[inside], labels[inside] = _COLOURS[kind - 1] + rng.uniform(-50, 50, 3), kind
     if other:
-        image = image * np.array([0.75, 0.6, 0.45], np.float32) + 30 + 12 * rng.standard_normal((side, side, 1))
+        image = image * np.array([0.75, 0.65, 0.55], np.float32) + 30 + 12 * rng.standard_normal((side, side, 1))
     return Labelled(image.clip(0, 255).astype(np.uint8), labels)
 
 

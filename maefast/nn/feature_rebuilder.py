@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maefast.nn.encoder import make_blocks, position_table, run_blocks, run_norm
+from maefast.nn.encoder import make_blocks, run_blocks, run_norm
 from maefast.nn.init import init_tokens_, init_weights_
 from maefast.nn.layers import LayerNorm, Linear
+from maefast.nn.positions import sincos_2d
 from maefast.ops import _checks
 
 SCALES = (1, 2, 4, 8)
@@ -33,8 +34,8 @@ class FeatureRebuilder(nn.Module):
 
     Args:
         channels: of the maps, one or more, the last of which makes the tokens. scales: side of each map over that of
-            the grid: 1, 2, 4 or 8. grid: (rows, columns) of cells. The last map is resized to it (bilinear) if its scale
-            is not 1.
+            the grid: 1, 2, 4 or 8. grid: (rows, columns) of cells. The last map is resized to it (bilinear) if its
+            scale is not 1.
         embed_dim, depth, num_heads, mlp_ratio, norm_eps: of the transformer.
 
     Raises:
@@ -58,7 +59,9 @@ class FeatureRebuilder(nn.Module):
         self.channels, self.scales, self.grid = tuple(channels), tuple(scales), _checks.grid("grid", grid)
         self.embed = Linear(channels[-1], embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = position_table("sincos", embed_dim, self.grid, prefix=0)
+        # As in the authors' code the first half of the width encodes the row, where MAE's encodes the column.
+        positions = sincos_2d(embed_dim, self.grid).roll(embed_dim // 2, 1)
+        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
         self.blocks = make_blocks(embed_dim, depth, num_heads, mlp_ratio, norm_eps)
         self.norm = LayerNorm(embed_dim, eps=norm_eps)
         init_tokens_(self.mask_token)

@@ -1,8 +1,8 @@
-"""MFM, later MRM: cells of an encoder's feature maps are hidden and made anew, and the decoder must still tell the classes
-(Zhou et al., 2025, arXiv:2509.13801). Segmentation of a domain without labels.
+"""MFM, later MRM: cells of an encoder's feature maps are hidden and made anew, and the decoder must still tell the
+classes (Zhou et al., 2025, arXiv:2509.13801). Segmentation of a domain without labels.
 
-With s a labelled source image, t a target image, p and w pseudo-labels of it and their weight, f = encoder(t) and CE the
-cross-entropy of each pixel,
+With s a labelled source image, t a target image, p and w pseudo-labels of it and their weight, f = encoder(t) and CE
+the cross-entropy of each pixel,
 
     loss = CE(decoder(encoder(s)), labels) + uda * w CE(decoder(f), p) + mfm * w CE(decoder(rebuild(f, mask)), p)
 
@@ -39,7 +39,8 @@ class MFM(Recipe):
         mask_ratio: a cell is hidden with this probability ("cells", the authors' code), or int(ratio * N) of all N are
             ("exact"), as `masks` says.
         pseudo: labels of target images are of a running average of the networks ("teacher", as of DACS and DAFormer,
-            weighted by the share of an image's pixels of which it is surer than `threshold`), or in the batch ("given").
+            weighted by the share of an image's pixels of which it is surer than `threshold`), or in the batch
+            ("given").
         decay: of that average. uda, mfm: weights of the target's terms.
         embed_dim, depth, num_heads: of the rebuilder.
 
@@ -56,10 +57,10 @@ class MFM(Recipe):
         training={"lr": 6e-5, "weight_decay": 0.01, "warmup": 0.0375, "batch_size": 2, "crop_ratio": (1.0, 1.0)},
         demo={
             "model_args": {
-                "img_size": 64, "classes": 4, "channels": (16, 32, 48), "strides": (2, 4, 8), "head_dim": 32,
+                "img_size": 48, "classes": 4, "channels": (16, 32, 48), "strides": (2, 4, 8), "head_dim": 32,
                 "embed_dim": 64, "depth": 1, "num_heads": 4, "decay": 0.98, "threshold": 0.9,
             },
-            "steps": 300, "batch_size": 8, "lr": 2e-3, "warmup": 0.1, "crop_scale": (0.5, 1.0),
+            "steps": 250, "batch_size": 8, "lr": 2e-3, "warmup": 0.1, "crop_scale": (0.5, 1.0), "picture_rows": 4,
         },
         baseline="predicting how frequent each class is",
     )  # fmt: skip
