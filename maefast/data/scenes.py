@@ -40,8 +40,8 @@ class SceneBatch(Batch):
 class Scenes:
     """A recipe wants `SceneBatch`es: `views` V of `size` (H, W).
 
-    `--data` names a folder of .npz files, each a scene: arrays `views` uint8 [n, H, W, 3], `poses` [n, 3, 4] and `focal`, a
-    number of pixels. A sample is V of its views; views are taken as they are, neither cropped nor flipped.
+    `--data` names a folder of .npz files, each a scene: arrays `views` uint8 [n, H, W, 3], `poses` [n, 3, 4] and
+    `focal`, a number of pixels. A sample is V of its views; views are taken as they are, neither cropped nor flipped.
     """
 
     size: tuple[int, int]
@@ -116,8 +116,8 @@ def read_scene(where: Where) -> Scene:
 
 
 def sphere_scene(index: int, views: int, size: tuple[int, int]) -> Scene:
-    """A sphere of two colours, lit from above, in front of nothing (black); cameras look at the origin from around it, at
-    a distance of 1. The same for an index every time."""
+    """A sphere of two colours, lit from above, in front of nothing (black); cameras look at the origin from around it,
+    at a distance of 1. The same for an index every time."""
     rng = np.random.default_rng([index, 23])
     centre, radius = rng.uniform(-0.12, 0.12, 3), rng.uniform(0.22, 0.34)
     colours, axis = rng.uniform(0.2, 1.0, (2, 3)), rng.standard_normal(3)
@@ -132,7 +132,7 @@ def sphere_scene(index: int, views: int, size: tuple[int, int]) -> Scene:
         half = ray @ start
         under = half**2 - (start @ start - radius**2)
         normal = (start + ray * (-half - np.sqrt(under.clip(0)))[..., None]) / radius
-        light = 0.35 + 0.65 * (-normal[..., 1]).clip(0)  # y points down
+        light = 0.6 + 0.4 * (-normal[..., 1]).clip(0)  # y points down
         colour = np.where((normal @ axis > 0)[..., None], colours[0], colours[1]) * light[..., None]
         pictures.append(np.where((under > 0)[..., None], colour, 0.0))
     pixels = (255 * np.stack(pictures)).round().astype(np.uint8)

@@ -1,9 +1,9 @@
 """NViST: other views of a scene from one image (Jang & Agapito, CVPR 2024, arXiv:2312.08568).
 
-The encoder of a masked autoencoder, the recipe `nvist_mae`, sees a whole image. One learned token, repeated for each cell
-of three planes and three lines, looks at its tokens, conditioned by the camera; they become a radiance field in
-vector-matrix form, which is rendered along rays of all views. With c the colours of rays and w, m, d the weights, middles
-and widths of their samples,
+The encoder of a masked autoencoder, the recipe `nvist_mae`, sees a whole image. One learned token, repeated for each
+cell of three planes and three lines, looks at its tokens, conditioned by the camera; they become a radiance field in
+vector-matrix form, which is rendered along rays of all views. With c the colours of rays and w, m, d the weights,
+middles and widths of their samples,
 
     loss = mean |c - true|^2 + a * perceptual(view, true) + b * distortion(w, m, d)
 """
@@ -32,10 +32,11 @@ class NViST(ImageRecipe):
     """Args:
         img_size, patch_size: int or (height, width). views: V of a sample, the first of which is given.
         rays: drawn among all pixels of all views. samples: of a ray, from near to far of `near_far`.
-        perceptual: a distance of images in [0, 1], [B, 3, H, W] twice -> a number or [B, ...], such as LPIPS; one of the
-            other views is then rendered whole, too. perceptual_weight, distortion_weight: a and b.
+        perceptual: a distance of images in [0, 1], [B, 3, H, W] twice -> a number or [B, ...], such as LPIPS; one of
+            the other views is then rendered whole, too. perceptual_weight, distortion_weight: a and b.
         embed_dim, depth, num_heads: of the encoder. decoder_depth, decoder_num_heads: of the decoder, which is as wide.
         resolution, decoder_patch, density_dim, colour_dim: of planes and lines. box: half of the side of their cube.
+        hidden: width of the layers that make a colour.
         encoder_rate: learning rate of the encoder over that of the rest.
 
     Shapes: views [B, V, 3, H, W]; planes [B, 3, C, R, R]; lines [B, 3, C, R]; pred, target: colours [B, rays, 3].
@@ -47,13 +48,14 @@ class NViST(ImageRecipe):
         paper="Jang & Agapito, CVPR 2024, arXiv:2312.08568",
         modality="views of scenes with cameras",
         sizes={"base": {}},
-        training={"steps": 300_000, "batch_size": 4, "lr": 2e-4, "min_lr": 1e-6, "warmup": 1 / 30, "betas": (0.9, 0.999),
-                  "weight_decay": 0.01, "clip": 1.0},
+        training={"steps": 300_000, "batch_size": 4, "lr": 2e-4, "min_lr": 1e-6, "warmup": 1 / 30,
+                  "betas": (0.9, 0.999), "weight_decay": 0.01, "clip": 1.0},
         demo={
             "model_args": {"views": 3, "rays": 160, "samples": 16, "near_far": [0.5, 1.5], "embed_dim": 48, "depth": 2,
                            "num_heads": 2, "decoder_depth": 2, "decoder_num_heads": 2, "resolution": 16,
                            "decoder_patch": 4, "density_dim": 4, "colour_dim": 8, "box": 0.5, "encoder_rate": 1.0},
-            "img_size": 32, "patch_size": 8, "steps": 350, "batch_size": 4, "lr": 3e-3, "warmup": 0.1, "picture_rows": 4,
+            "img_size": 32, "patch_size": 8, "steps": 350, "batch_size": 4, "lr": 3e-3, "warmup": 0.1,
+            "picture_rows": 4,
         },
         baseline="the mean colour",
     )  # fmt: skip
@@ -85,6 +87,7 @@ class NViST(ImageRecipe):
         decoder_patch: int = 3,
         density_dim: int = 8,
         colour_dim: int = 24,
+        hidden: int = 64,
         box: float = 0.8,
         encoder_rate: float = 0.2,
     ) -> None:
@@ -110,7 +113,7 @@ class NViST(ImageRecipe):
             decoder_depth,
             decoder_num_heads,
         )
-        self.renderer = VMRenderer(box, density_dim, colour_dim)
+        self.renderer = VMRenderer(box, density_dim, colour_dim, hidden)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         parts = (self.encoder, self.rate), (self.decoder, 1.0), (self.renderer, 1.0)
