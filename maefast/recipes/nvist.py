@@ -51,11 +51,12 @@ class NViST(ImageRecipe):
         training={"steps": 300_000, "batch_size": 4, "lr": 2e-4, "min_lr": 1e-6, "warmup": 1 / 30,
                   "betas": (0.9, 0.999), "weight_decay": 0.01, "clip": 1.0},
         demo={
-            "model_args": {"views": 3, "rays": 160, "samples": 16, "near_far": [0.5, 1.5], "embed_dim": 48, "depth": 2,
-                           "num_heads": 2, "decoder_depth": 2, "decoder_num_heads": 2, "resolution": 16,
-                           "decoder_patch": 4, "density_dim": 4, "colour_dim": 8, "box": 0.5, "encoder_rate": 1.0},
-            "img_size": 32, "patch_size": 8, "steps": 350, "batch_size": 4, "lr": 3e-3, "warmup": 0.1,
-            "picture_rows": 4,
+            "model_args": {"views": 3, "rays": 64, "samples": 12, "near_far": [0.5, 1.5], "embed_dim": 64, "depth": 2,
+                           "num_heads": 4, "decoder_depth": 2, "decoder_num_heads": 4, "resolution": 8,
+                           "decoder_patch": 2, "density_dim": 4, "colour_dim": 8, "hidden": 16, "box": 0.5,
+                           "encoder_rate": 1.0},
+            "img_size": 32, "patch_size": 8, "steps": 500, "batch_size": 8, "lr": 6e-3, "warmup": 0.1,
+            "betas": (0.9, 0.99), "picture_rows": 4,
         },
         baseline="the mean colour",
     )  # fmt: skip
