@@ -100,20 +100,14 @@ class NViST(ImageRecipe):
         if len(near_far) != 2 or not 0 <= near_far[0] < near_far[1]:
             raise ValueError(f"near_far must rise from 0 or more, got {tuple(near_far)}")
         self.rays, self.samples, self.near_far, self.rate = rays, samples, tuple(near_far), encoder_rate
-        self.perceptual, self.weights = perceptual, (perceptual_weight, distortion_weight)
+        self.weights = perceptual_weight, distortion_weight
+        object.__setattr__(self, "perceptual", perceptual)  # a module is the caller's, neither trained nor saved here
         self.encoder = Encoder(
             PatchEmbed(patch, 3, embed_dim), position_table("sincos", embed_dim, grid), embed_dim, depth, num_heads
         )
         self.encoder.norm = nn.Identity()
-        self.decoder = VMDecoder(
-            grid[0] * grid[1],
-            resolution,
-            decoder_patch,
-            density_dim + colour_dim,
-            embed_dim,
-            decoder_depth,
-            decoder_num_heads,
-        )
+        cells = resolution, decoder_patch, density_dim + colour_dim
+        self.decoder = VMDecoder(grid[0] * grid[1], *cells, embed_dim, decoder_depth, decoder_num_heads)
         self.renderer = VMRenderer(box, density_dim, colour_dim, hidden)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
@@ -185,12 +179,10 @@ class NViST(ImageRecipe):
         rays = rays_of(p["poses"], p["focals"], which, self.wants.size)
         seen = self.renderer(*self.field(p["image"], p["camera"]), *rays, self.edges(p["image"]).repeat(len(names), 1))
         near, far = self.near_far
-        depth = ((far - seen.depth) / (far - near) * (seen.weights.sum(-1) > 0.5))[:, None].expand(-1, 3, -1)
+        met = seen.weights.sum(-1)
+        depth = ((far - seen.depth / met.clamp_min(1e-6)) / (far - near) * (met > 0.5))[:, None].expand(-1, 3, -1)
         drawn = (seen.colours.transpose(1, 2), depth)
-        columns = [
-            p["views"][:, 0].cpu(),
-            *(to_pixels(t.unflatten(2, (height, width))) for t in drawn),
-            p["views"][:, -1].cpu(),
-        ]
+        drawn = (to_pixels(columns.unflatten(2, (height, width))) for columns in drawn)
+        columns = [p["views"][:, 0].cpu(), *drawn, p["views"][:, -1].cpu()]
         labels = ("given", "another view", "its nearness", "as it is")
         return Sheet(columns, names, "one image is given, and the camera", labels)

@@ -49,6 +49,10 @@ class TestNViST(RecipeTests):
         assert all(any(torch.equal(one, view) for view in views[1:]) for one, views in zip(others, batch.views))
         torch.testing.assert_close(output.terms["perceptual"], 0.1 * (pred - true).abs().mean())
 
+    def test_a_perceptual_module_stays_outside(self):
+        recipe = self.make(perceptual=torch.nn.Linear(2, 2))
+        assert not any(name.startswith("perceptual") for name in recipe.state_dict())
+
     def test_rays_meet_their_pixels(self):
         recipe = self.make(rays=2000)
         view = recipe.view(self.batch(recipe), seed=1)
