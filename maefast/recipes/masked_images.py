@@ -107,6 +107,23 @@ class FMAE(_Published):
     )  # fmt: skip
 
 
+class NViSTMAE(_Published):
+    """A `MAE` of views of scenes. The first stage of the recipe `nvist`."""
+
+    spec = Spec(
+        name="nvist_mae",
+        title="the first stage of NViST",
+        paper="Jang & Agapito, CVPR 2024, arXiv:2312.08568",
+        modality="images",
+        sizes={"base": {"model": "mae_base", "img_size": (160, 90), "patch_size": 5}},
+        training={
+            "img_size": [160, 90], "patch_size": 5, "norm_pix": False, "steps": 30_000, "batch_size": 84, "lr": 1e-4,
+            "min_lr": 1e-6, "warmup": 1 / 30, "betas": (0.9, 0.999), "weight_decay": 0.01,
+        },
+        demo={**MAE.spec.demo, "weight_decay": 0.05},
+    )  # fmt: skip
+
+
 class SparK(_Published):
     """A convnet of which only visible cells are computed; see `maefast.models.SparK`."""
 
