@@ -1,5 +1,5 @@
-"""Images with a vector that says what is in them, such as a recognition model's: arrays beside images; drawn flowers and
-a code of their attributes as a demo."""
+"""Images with a vector that says what is in them, such as a recognition model's: arrays beside images; drawn flowers
+and a code of their attributes as a demo."""
 
 from __future__ import annotations
 
@@ -114,20 +114,22 @@ class _Cropped(Cropped):
 
 
 def flower(number: int, dim: int, side: int) -> Coded:
-    """A flower of random colours, size, petals and turn, and a vector of length 1 that tells these attributes: cosines
+    """A flower of random colours, size, petals and turn, and a vector, of mean square 1, of these attributes: cosines
     and sines of each, mixed by a fixed random matrix. A function of `number`."""
     values = np.random.default_rng([number, 1]).random(_ATTRIBUTES)
     angles = 2 * np.pi * values * [0.8, 0.8, 0.5, 0.5, 0.5, 0.5]  # colours are nearly circles, other attributes are not
     mix = np.random.default_rng(0).standard_normal((dim, 2 * _ATTRIBUTES))
     vector = mix @ np.concatenate([np.cos(angles), np.sin(angles)])
-    petals, size, turn = 3 + int(4 * values[2]), 0.5 + 0.4 * values[3], values[4]
+    petals, size, turn = 3 + int(3 * values[2]), 0.6 + 0.35 * values[3], 0.5 * values[4]
     y, x = (np.mgrid[:side, :side] + 0.5) / side * 2 - 1
     radius, angle = np.hypot(x, y), np.arctan2(y, x) + 2 * np.pi * turn / petals
     image = np.empty((side, side, 3))
     image[:] = np.array([0.25, 0.25, 0.25]) + 0.5 * values[5]
     image[radius < size * (0.6 + 0.4 * np.cos(petals * angle))] = _hue(values[0] * 0.8)
     image[radius < 0.3 * size] = _hue(values[1] * 0.8)
-    return Coded((255 * image).round().astype(np.uint8), (vector / np.linalg.norm(vector)).astype(np.float32))
+    return Coded(
+        (255 * image).round().astype(np.uint8), (vector * dim**0.5 / np.linalg.norm(vector)).astype(np.float32)
+    )
 
 
 def _hue(value: float) -> np.ndarray:

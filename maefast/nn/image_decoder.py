@@ -17,18 +17,23 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(nn.Module):
-    """``x + conv2(silu(norm2(conv1(silu(norm1(x))))))``, with a 1 x 1 convolution of x where channels change."""
+    """``x + h`` with ``h = conv2(silu(norm2(conv1(silu(norm1(x))))))``; where channels change, a 1 x 1 convolution of x
+    ("input") or of h ("output") in the place of x."""
 
-    def __init__(self, channels: int, out: int) -> None:
+    def __init__(self, channels: int, out: int, shortcut: str = "input") -> None:
         super().__init__()
+        self.shortcut = shortcut
         self.norm1, self.norm2 = _norm(channels), _norm(out)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
-        self.nin_shortcut = nn.Conv2d(channels, out, 1, bias=False) if channels != out else None
+        into = channels if shortcut == "input" else out
+        self.nin_shortcut = nn.Conv2d(into, out, 1, bias=False) if channels != out else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        if self.nin_shortcut is not None:
+            x = self.nin_shortcut(x if self.shortcut == "input" else h)
+        return x + h
 
 
 class Upsample(nn.Module):
@@ -45,9 +50,9 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """Blocks at one resolution, and the way to the next."""
 
-    def __init__(self, channels: int, out: int, blocks: int, last: bool) -> None:
+    def __init__(self, channels: int, out: int, blocks: int, last: bool, shortcut: str) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(channels if i == 0 else out, out) for i in range(blocks))
+        self.block = nn.ModuleList(ResnetBlock(channels if i == 0 else out, out, shortcut) for i in range(blocks))
         self.upsample = None if last else Upsample(out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,6 +67,7 @@ class ImageDecoder(nn.Module):
     Args:
         channels: of the largest resolution, times the first of `multiples`; the last is that of the smallest. A number
             of channels above 32 must be a multiple of 32, for the group norms. blocks: at each resolution.
+        shortcut: "input", as VQGAN, or "output", as Vec2Face; see `ResnetBlock`.
     """
 
     def __init__(
@@ -71,10 +77,12 @@ class ImageDecoder(nn.Module):
         multiples: Sequence[int] = (1, 1, 2, 2, 4),
         blocks: int = 2,
         out_channels: int = 3,
+        shortcut: str = "input",
     ) -> None:
         super().__init__()
         _checks.integer("channels", channels, 1)
         _checks.integer("blocks", blocks, 1)
+        _checks.one_of("shortcut", shortcut, ("input", "output"))
         widths = [channels * times for times in multiples]
         if not widths:
             raise ValueError("multiples must name at least one resolution")
@@ -83,7 +91,7 @@ class ImageDecoder(nn.Module):
         self.mid = nn.ModuleDict({"block_1": ResnetBlock(last, last), "block_2": ResnetBlock(last, last)})
         before = [*widths[1:], last]
         self.up = nn.ModuleList(
-            Level(into, width, blocks, i == 0) for i, (into, width) in enumerate(zip(before, widths))
+            Level(into, width, blocks, i == 0, shortcut) for i, (into, width) in enumerate(zip(before, widths))
         )
         self.norm_out = _norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)

@@ -64,10 +64,10 @@ class Vec2Face(Recipe):
             "warmup": 0.05, "clip": 2.0, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0),
         },
         demo={
-            "model_args": {"dim": 32, "img_size": 28, "embed_dim": 64, "depth": 2, "num_heads": 4,
-                           "decoder_embed_dim": 64, "decoder_depth": 2, "decoder_num_heads": 4, "head_in": 64,
-                           "head_channels": 16, "head_multiples": [1, 2, 4], "head_blocks": 1, "drop": 0.0},
-            "steps": 300, "batch_size": 32, "lr": 2e-3, "warmup": 0.1, "clip": 2.0, "picture_rows": 6,
+            "model_args": {"dim": 32, "img_size": 16, "embed_dim": 48, "depth": 1, "num_heads": 3,
+                           "decoder_embed_dim": 48, "decoder_depth": 1, "decoder_num_heads": 3, "head_in": 48,
+                           "head_channels": 16, "head_multiples": [1, 2], "head_blocks": 1, "drop": 0.0},
+            "steps": 450, "batch_size": 16, "lr": 6e-3, "warmup": 0.1, "clip": 2.0, "picture_rows": 6,
         },
         baseline="the mean row and the mean image",
     )  # fmt: skip
@@ -92,6 +92,7 @@ class Vec2Face(Recipe):
         head_channels: int = 128,
         head_multiples: Sequence[int] = (1, 1, 2, 2, 4),
         head_blocks: int = 2,
+        head_shortcut: str = "output",
         drop: float = 0.1,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         identity: Callable[[Tensor], Tensor] | None = None,
@@ -129,7 +130,7 @@ class Vec2Face(Recipe):
         self.decoder_blocks = make_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads, 4.0, 1e-6)
         self.decoder_norm = LayerNorm(decoder_embed_dim, eps=1e-6)
         self.im_decoder_proj = Linear(decoder_embed_dim, head_in)
-        self.im_decoder = ImageDecoder(head_in, head_channels, head_multiples, head_blocks)
+        self.im_decoder = ImageDecoder(head_in, head_channels, head_multiples, head_blocks, shortcut=head_shortcut)
         init_weights_(self)
         init_tokens_(self.decoder_pos_embed_learned, positions.weight)
 

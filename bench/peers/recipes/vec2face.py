@@ -32,12 +32,13 @@ def reference(recipe: nn.Module, view: View) -> dict[str, Tensor]:
     y = norm(blocks(full, p, "decoder_blocks.", heads)[-1], p, "decoder_norm")[:, 1:]
     each = ((y - rows.detach()) ** 2).mean(2)
     distance = each.mean() if recipe.rows == "all" else each[hidden].mean()
-    made = image(linear(y, p, "im_decoder_proj").transpose(1, 2).unflatten(2, recipe.grid), below(p, "im_decoder."))
+    features = linear(y, p, "im_decoder_proj").transpose(1, 2).unflatten(2, recipe.grid)
+    made = image(features, below(p, "im_decoder."), recipe.im_decoder.up[0].block[0].shortcut)
     alike = similarity((made + 1) / 2, (images + 1) / 2)
     return {"rows": distance, "pixels": ((made - images) ** 2).mean(), "ssim": 0.1 * (1 - alike)}
 
 
-def image(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+def image(x: Tensor, p: dict[str, Tensor], shortcut: str) -> Tensor:
     """VQGAN's decoder."""
 
     def conv(x: Tensor, name: str) -> Tensor:
@@ -51,7 +52,9 @@ def image(x: Tensor, p: dict[str, Tensor]) -> Tensor:
     def block(x: Tensor, at: str) -> Tensor:
         h = conv(active(x, f"{at}.norm1"), f"{at}.conv1")
         h = conv(active(h, f"{at}.norm2"), f"{at}.conv2")
-        return h + (conv(x, f"{at}.nin_shortcut") if f"{at}.nin_shortcut.weight" in p else x)
+        if f"{at}.nin_shortcut.weight" not in p:
+            return x + h
+        return h + conv(x if shortcut == "input" else h, f"{at}.nin_shortcut")
 
     x = block(block(conv(x, "conv_in"), "mid.block_1"), "mid.block_2")
     for level in sorted({int(name.split(".")[1]) for name in p if name.startswith("up.")}, reverse=True):
