@@ -115,7 +115,7 @@ class TestVec2Face(RecipeTests):
     def test_refusals(self):
         for arguments, message in (
             ({"img_size": 14}, "multiple of the head's 4"),
-            ({"decoder_embed_dim": 8}, "16 wide, not 8"),
+            ({"decoder_embed_dim": 8}, "8 must be 16 wide"),
             ({"rows": "some"}, "rows must be"),
             ({"drop_ratio": 1.0}, r"drop_ratio 1.0 must lie in \[0, 1\)"),
             ({"head_shortcut": "none"}, "shortcut must be"),
