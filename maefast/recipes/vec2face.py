@@ -67,7 +67,7 @@ class Vec2Face(Recipe):
             "model_args": {"dim": 32, "img_size": 16, "embed_dim": 48, "depth": 1, "num_heads": 3,
                            "decoder_embed_dim": 48, "decoder_depth": 1, "decoder_num_heads": 3, "head_in": 48,
                            "head_channels": 16, "head_multiples": [1, 2], "head_blocks": 1, "drop": 0.0},
-            "steps": 450, "batch_size": 16, "lr": 6e-3, "warmup": 0.1, "clip": 2.0, "picture_rows": 6,
+            "steps": 380, "batch_size": 16, "lr": 6e-3, "warmup": 0.1, "clip": 2.0, "picture_rows": 8,
         },
         baseline="the mean row and the mean image",
     )  # fmt: skip
