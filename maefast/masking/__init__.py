@@ -32,9 +32,8 @@ from maefast.masking.counts import keep_count
 from maefast.masking.graphs import NodeMask, nodes
 from maefast.masking.guided import guided
 from maefast.masking.multichannel import channels
-from maefast.masking.points import children, near
 from maefast.masking.nested import nested
-from maefast.masking.points import near
+from maefast.masking.points import children, near
 from maefast.masking.running import dual, only, running_cells
 from maefast.masking.sequences import ragged, similar
 from maefast.masking.uniform import cells, random, tube
