@@ -310,3 +310,18 @@ def test_hidden_tokens_are_replaced():
     assert set(new.tolist()) == set(range(10))
     with pytest.raises(ValueError, match="mask_id"):
         masking.replaced(ids, hidden, 10, 10, noise=torch.rand(1, 8000))
+
+
+def test_nested_thresholds():
+    noise = torch.rand(4, 49, generator=seeded())
+    plan, hidden = masking.nested(4, 49, 25, 37, noise=noise)
+    check_invariants(plan)
+    rank = noise.argsort(1).argsort(1)
+    assert torch.equal(plan.mask, rank < 25)
+    assert torch.equal(hidden, rank < 37)
+    tied = masking.nested(1, 6, 2, 4, noise=torch.zeros(1, 6))
+    assert tied.plan.mask.tolist() == [[True, True, False, False, False, False]]
+    assert tied.hidden.tolist() == [[True] * 4 + [False] * 2]
+    for drop, hide in ((3, 2), (6, 6), (2, 7)):
+        with pytest.raises(ValueError, match="must rise to num_tokens"):
+            masking.nested(1, 6, drop, hide)

@@ -19,6 +19,7 @@
     guided         the highest scores of each frame are masked  TGM (Fan et al., 2024)
     children       what belongs to visible groups, a finer scale         Point-M2AE (Zhang et al., 2022), I2P-MAE
     nodes          nodes of graphs, as a NodeMask                        GraphMAE (Hou et al., 2022)
+    nested         a number is dropped, a larger one hidden              Vec2Face (Wu et al., 2025)
     whole_words    words of texts, as a map of hidden tokens; `replaced` BERT (Devlin et al., 2019), M3AE
 
 Your own sampler is `from_scores(scores, keep)`. With `noise` given, nothing is drawn, so that a run can be
@@ -31,6 +32,7 @@ from maefast.masking.counts import keep_count
 from maefast.masking.graphs import NodeMask, nodes
 from maefast.masking.guided import guided
 from maefast.masking.multichannel import channels
+from maefast.masking.nested import nested
 from maefast.masking.points import children, near
 from maefast.masking.running import dual, only, running_cells
 from maefast.masking.sequences import ragged, similar
@@ -63,6 +65,7 @@ __all__ = [
     "keep_count",
     "mixing",
     "near",
+    "nested",
     "nodes",
     "only",
     "ragged",

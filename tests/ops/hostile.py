@@ -323,6 +323,7 @@ VALID: dict[str, list[Callable[[], dict]]] = {
         lambda: {"sizes": [2, 6], "ratio": 0.5, "noise": floats(2, 6)},
         lambda: {"sizes": (2, 6), "ratio": 0.5, "replace": 0.5, "noise": floats(2, 6), "donor_noise": floats(2, 6)},
     ],
+    "masking.nested": [lambda: {"batch": 2, "num_tokens": 6, "drop": 2, "hide": 4, "noise": floats(2, 6)}],
     "masking.whole_words": [
         lambda: {"words": torch.tensor([[-1, 0, 0, 1, -1], [-1, 0, -1, -2, -2]]), "ratio": 0.3, "noise": floats(2, 5)}
     ],
