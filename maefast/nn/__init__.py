@@ -24,6 +24,7 @@ from maefast.nn.layers import LayerNorm, Linear
 from maefast.nn.patch_embed import PatchEmbed
 from maefast.nn.point_groups import CentrePositions, Groups, PointEmbed, group_points
 from maefast.nn.positions import sincos_1d, sincos_2d, sincos_3d, sincos_interleaved
+from maefast.nn.q_former import QFormer, TokenDecoder
 from maefast.nn.regressor import Regressor
 from maefast.nn.sparsify import sparsify
 from maefast.nn.white_box import ISTA, MSSA, CompressBlock, ExpandBlock
@@ -58,8 +59,10 @@ __all__ = [
     "PatchEmbed",
     "PointEmbed",
     "PostNormLayer",
+    "QFormer",
     "Regressor",
     "TextEncoder",
+    "TokenDecoder",
     "UnknownSparseOp",
     "encode_together",
     "encoder_states",

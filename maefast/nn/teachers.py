@@ -208,6 +208,25 @@ class FeatureTeacher(ImageTeacher):
         return self._project(self._norm(state[:, 1:])), attention
 
 
+class HiddenStates(nn.Module):
+    """A ViT of transformers, such as Dinov2WithRegistersModel, as one that tells `states`.
+
+    Attributes:
+        config: its "embed_dim" and "depth".
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.config = {"embed_dim": model.config.hidden_size, "depth": model.config.num_hidden_layers}
+
+    def states(self, images: Tensor, at: Sequence[int]) -> list[Tensor]:
+        """Outputs of the blocks `at` (from 0; negative numbers count from the last), [B, tokens, D] each, before any final
+        norm. Images as the model takes them."""
+        found = self.model(pixel_values=images, output_hidden_states=True).hidden_states[1:]
+        return [found[index] for index in at]
+
+
 def _as_clip(images: Tensor) -> Tensor:
     """From ImageNet's mean and standard deviation to CLIP's."""
     numbers = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), CLIP_MEAN, CLIP_STD)

@@ -137,6 +137,11 @@ def to_pixels(images: torch.Tensor, mean: torch.Tensor | float = 0.0, std: torch
     return images.float().mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
+def heat(values: torch.Tensor) -> torch.Tensor:
+    """[B, H, W] in [0, 1] as colours from black over red and yellow to white: uint8 [B, 3, H, W] on the CPU."""
+    return to_pixels(torch.stack([(3 * values - step).clamp(0, 1) for step in range(3)], 1))
+
+
 def note(model, raw: bool) -> str:
     """What a viewer must know of the reconstructions: how much of the hidden pixels is in them."""
     if not getattr(model, "norm_pix_loss", False):
