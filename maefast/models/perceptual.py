@@ -38,7 +38,7 @@ class PerceptualMAE(nn.Module):
             if any(length % side for length in self.size):
                 raise ValueError(f"patch_sizes must divide images of {self.size}, got {side}")
             self.grids[side] = tuple(length // side for length in self.size)
-            weight = resize_patches(model.patch_embed.proj.weight.detach(), (side, side))
+            weight = resize_patches(model.patch_embed.proj.weight.detach(), (side, side), "bicubic")
             table = resize_positions(model.pos_embed.detach(), grid, self.grids[side])
             self.register_buffer(f"weight_{side}", weight)
             self.register_buffer(f"pos_{side}", table)
@@ -59,7 +59,7 @@ class PerceptualMAE(nn.Module):
     def maps(self, images: Tensor, target: States, patch_sizes: Sequence[int], at: Sequence[int]) -> Tensor:
         """With h the states of images and t those of `target`, which gets no gradient,
 
-            product over patch sizes of upsample(1 - cos(h, t)), bilinear: [len(at), B, H, W]
+        product over patch sizes of upsample(1 - cos(h, t)), bilinear: [len(at), B, H, W]
         """
         product = None
         for side, wanted in zip(patch_sizes, target, strict=True):

@@ -46,8 +46,9 @@ def resize_positions(table: Tensor, old: Grid, new: Grid, prefix: int = 1) -> Te
     return torch.cat([table[:, :prefix], cells.permute(0, 2, 3, 1).flatten(1, 2).to(table)], 1)
 
 
-def resize_patches(weight: Tensor, size: Grid) -> Tensor:
-    """A patch embedding [D, C, ph, pw] for patches of `size`, by the pseudo-inverse of bilinear resizing.
+def resize_patches(weight: Tensor, size: Grid, mode: str = "bilinear") -> Tensor:
+    """A patch embedding [D, C, ph, pw] for patches of `size`, by the pseudo-inverse of resizing; `mode` "bilinear" or,
+    as timm does, "bicubic".
 
     Enlarged patches, embedded with the result, give what the original ones gave (FlexiViT, Beyer et al., 2023, eq. 3);
     for smaller ones it is the least-squares fit.
@@ -56,8 +57,9 @@ def resize_patches(weight: Tensor, size: Grid) -> Tensor:
     if old == tuple(size):
         return weight
     pixels = torch.eye(old[0] * old[1], dtype=torch.float64).reshape(-1, 1, *old)
-    shrinks = size[0] < old[0] or size[1] < old[1]
-    resized = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+    # Bicubic always with the filter, whose cubic is another one than that without, as in timm.
+    filtered = mode == "bicubic" or size[0] < old[0] or size[1] < old[1]
+    resized = F.interpolate(pixels, size=size, mode=mode, align_corners=False, antialias=filtered)
     back = torch.linalg.pinv(resized.flatten(1))  # [new, old]: of B^T, where B resizes a patch
     flat = weight.flatten(2).double() @ back.T.to(weight.device)
     return flat.to(weight.dtype).reshape(*weight.shape[:2], *size)

@@ -22,7 +22,9 @@ class NormalImages(Images):
     def open(self, options: Any) -> Any:
         if options.data != DEMO:
             return super().open(options)
-        made = Made("smooth images", _IMAGES, lambda index: blobs(index, self.size, self.channels), lambda i: f"blobs {i}")
+        made = Made(
+            "smooth images", _IMAGES, lambda index: blobs(index, self.size, self.channels), lambda i: f"blobs {i}"
+        )
         return Collection(_Flipped(options.flip), made, options)
 
 
