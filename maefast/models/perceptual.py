@@ -17,8 +17,8 @@ States = tuple[tuple[Tensor, ...], ...]  # of each patch size, of each block: [B
 
 
 class PerceptualMAE(nn.Module):
-    """The encoder of an MAE with patches of several sizes (Dalmonte et al., WACV 2026, arXiv:2507.18481): weights of its
-    embedding and its table of positions are resized for each, as timm does, and its blocks serve all.
+    """The encoder of an MAE with patches of several sizes (Dalmonte et al., WACV 2026, arXiv:2507.18481): weights of
+    its embedding and its table of positions are resized for each, as timm does, and its blocks serve all.
 
     Args:
         model: a `maefast.models.MaskedAutoencoderViT`, whose blocks are used as they are. patch_sizes: square ones that

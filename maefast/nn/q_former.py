@@ -1,5 +1,5 @@
-"""Learned queries that look at features of any number: the Q-Former of Q-Former Autoencoder (Dalmonte et al., WACV 2026,
-arXiv:2507.18481), whose blocks have no residual connections, and the decoder behind it.
+"""Learned queries that look at features of any number: the Q-Former of Q-Former Autoencoder (Dalmonte et al., WACV
+2026, arXiv:2507.18481), whose blocks have no residual connections, and the decoder behind it.
 
 Parameter names within blocks are those of the public checkpoints.
 """
@@ -92,8 +92,8 @@ class QFormer(nn.Module):
     In the first block the queries, and their attention to each other, are the same for all samples and computed once.
 
     Args:
-        dim: D. count: queries. num_heads, mlp_ratio: of the blocks. depth: of them; every other one, the first among
-            them, looks at the features. dropout: behind each block. head_dim: of a head that looks at features.
+        dim: D. count: queries. num_heads, mlp_ratio: of the blocks. depth: of them; every other one, the first
+            among them, looks at the features. dropout: behind each block. head_dim: of a head that looks at features.
         causal: queries look at themselves and those before them alone, as in the authors' release. Otherwise all of them
             start with the mean of all, and nothing tells one from another.
     """

@@ -221,8 +221,8 @@ class HiddenStates(nn.Module):
         self.config = {"embed_dim": model.config.hidden_size, "depth": model.config.num_hidden_layers}
 
     def states(self, images: Tensor, at: Sequence[int]) -> list[Tensor]:
-        """Outputs of the blocks `at` (from 0; negative numbers count from the last), [B, tokens, D] each, before any final
-        norm. Images as the model takes them."""
+        """Outputs of the blocks `at` (from 0; negative numbers count from the last), [B, tokens, D] each, before any
+        final norm. Images as the model takes them."""
         found = self.model(pixel_values=images, output_hidden_states=True).hidden_states[1:]
         return [found[index] for index in at]
 

@@ -1,4 +1,4 @@
-"""Q-Former Autoencoder: images are rebuilt from what a frozen network tells of them through a bottleneck of queries, and
+"""Q-Former Autoencoder: images are rebuilt from what a frozen network tells of them, by a bottleneck of queries, and
 where that fails to a frozen MAE's eyes is an anomaly (Dalmonte et al., WACV 2026, arXiv:2507.18481).
 
 Nothing is masked. States of two blocks of a frozen backbone go through a linear map to learned queries, which look at
@@ -35,7 +35,7 @@ _TINY = {"embed_dim": 96, "depth": 4, "num_heads": 3, "decoder_embed_dim": 32, "
 
 class QFormerAE(ImageRecipe):
     """Args:
-        backbone: frozen: a `maefast.models.MaskedAutoencoderViT` or a file of its weights; a ViT of transformers, such as
+        backbone: frozen: a `maefast.models.MaskedAutoencoderViT` or a file of its weights; a ViT of transformers, as
             Dinov2WithRegistersModel; or "random" for fresh weights, for demos. backbone_model, backbone_args: the
             model's name in `maefast.models` and its arguments, where it is read from a file.
         at: its blocks whose outputs, all tokens of them, are looked at; negative numbers count from the last.
@@ -177,8 +177,8 @@ class QFormerAE(ImageRecipe):
 
     @torch.no_grad()
     def anomalies(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images [B, 3, H, W] -> maps [B, H, W], the higher the stranger, and the rebuilt images. The score of
-        an image is the largest value of its map."""
+        """Normalised images [B, 3, H, W] -> maps [B, H, W], the higher the stranger, and the rebuilt images. The score
+        of an image is the largest value of its map."""
         self.require()
         rebuilt = self.rebuilt(self._features(images))
         states = self.metric(images, *self.on_maps)

@@ -62,8 +62,8 @@ def blobs(index: int, size: tuple[int, int], channels: int = 3) -> np.ndarray:
 
 
 def with_square(images: torch.Tensor, white: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [B, C, H, W] with a bright square on each, a fifth of the shorter side wide, its place another one in each row:
-    and bool [B, H, W], where it is. white: its value, [C, 1, 1]."""
+    """Images [B, C, H, W] with a bright square on each, a fifth of the shorter side wide, at another place in each
+    row; and bool [B, H, W], where it is. white: its value, [C, 1, 1]."""
     batch, _, height, width = images.shape
     side = max(1, min(height, width) // 5)
     where = torch.zeros(batch, height, width, dtype=torch.bool, device=images.device)
