@@ -94,8 +94,8 @@ class QFormer(nn.Module):
     Args:
         dim: D. count: queries. num_heads, mlp_ratio: of the blocks. depth: of them; every other one, the first
             among them, looks at the features. dropout: behind each block. head_dim: of a head that looks at features.
-        causal: queries look at themselves and those before them alone, as in the authors' release. Otherwise all of them
-            start with the mean of all, and nothing tells one from another.
+        causal: queries look at themselves and those before them alone, as in the authors' release. Otherwise all
+            start with one mean, and nothing tells one from another.
     """
 
     def __init__(
