@@ -127,9 +127,9 @@ def ssim(one: Tensor, other: Tensor, data_range: float = 1.0, window: int = 11, 
         -((torch.arange(window, device=one.device, dtype=one.dtype) - window // 2) ** 2) / (2 * sigma**2)
     )
     weights = weights / weights.sum()
-    maps = torch.cat([one, other, one * one, other * other, one * other]).flatten(0, 1)[:, None]
-    maps = F.conv2d(F.conv2d(maps, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
-    m, n, mm, nn_, mn = maps.unflatten(0, (5, -1))
+    maps = torch.cat([one, other, one * one, other * other, one * other], 1)
+    kernel = (weights[:, None] * weights).expand(maps.shape[1], 1, -1, -1)
+    m, n, mm, nn_, mn = F.conv2d(maps, kernel, groups=len(kernel)).chunk(5, 1)
     k1, k2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     v, w, c = mm - m * m, nn_ - n * n, mn - m * n
     return ((2 * m * n + k1) * (2 * c + k2) / ((m * m + n * n + k1) * (v + w + k2))).mean()
