@@ -29,10 +29,11 @@ from maefast.ops import CellMask
 from maefast.ops._checks import one_of
 from maefast.recipe import Draw, Output, Picture, Progress, Recipe, Spec, View
 
-# The public modules hold each convolution and norm twice, and the decoder the encoder.
-_BLOCKS = [f"encoder.stages.{s}.blocks.{b}.{part}" for s in range(8) for b in range(12)
+# The public encoder holds two copies of each convolution and norm, of which `all_modules` is the one that is trained.
+_BLOCKS = [f"encoder.stages.{s}.blocks.{b}.{part}." for s in range(8) for b in range(12)
            for part in ("conv1", "conv2", "skip.0", "skip.1")]  # fmt: skip
-_TWICE = ("encoder.stem.convs.0", *_BLOCKS, *(f"decoder.stages.{s}.convs.{c}" for s in range(8) for c in range(4)))
+_TWICE = ("encoder.stem.convs.0.", *_BLOCKS, *(f"decoder.stages.{s}.convs.{c}." for s in range(8) for c in range(4)))
+_PARTS = (("all_modules.0.", "conv."), ("all_modules.1.", "norm."))
 
 
 class SparK3D(Recipe):
@@ -62,14 +63,15 @@ class SparK3D(Recipe):
         training={"lr": 1e-3, "weight_decay": 1e-2, "epochs": 1000, "batch_size": 6, "clip": 12.0, "flip": 0.5},
         demo={
             "model_args": {"img_size": 32, "cell": 8, "widths": [8, 16, 32], "depths": [1, 1, 1], "mask_ratio": 0.6},
-            "steps": 120, "batch_size": 4, "lr": 4e-3, "warmup": 0.1, "picture_rows": 4,
+            "steps": 70, "batch_size": 4, "lr": 4e-3, "warmup": 0.1, "picture_rows": 4,
         },
         baseline="predicting the mean of the visible voxels",
     )  # fmt: skip
     names = Names(
         ("decoder.seg_layers.4.", "decoder.pred."),
+        *((name + public, name + ours) for name in _TWICE for public, ours in _PARTS),
         unused=(
-            *(f"{name}.all_modules." for name in _TWICE),
+            *(name + ours for name in _TWICE for _, ours in _PARTS),
             *("architecture.", "decoder.encoder.", *(f"decoder.seg_layers.{i}." for i in range(4))),
         ),
     )

@@ -66,9 +66,9 @@ class TestSparK3D(RecipeTests):
     def test_names_of_the_public_code(self):
         found = recipes.public_weights(self.make())
         for name in (
-            *("encoder.stem.convs.0.conv.weight", "encoder.stages.1.blocks.0.conv1.norm.bias"),
-            *("encoder.stages.2.blocks.0.skip.1.conv.weight", "decoder.transpconvs.0.bias"),
-            *("decoder.stages.2.convs.0.conv.weight", "decoder.seg_layers.4.weight", "densify_projs.1.weight"),
+            *("encoder.stem.convs.0.all_modules.0.weight", "encoder.stages.1.blocks.0.conv1.all_modules.1.bias"),
+            *("encoder.stages.2.blocks.0.skip.1.all_modules.0.weight", "decoder.transpconvs.0.bias"),
+            *("decoder.stages.2.convs.0.all_modules.0.weight", "decoder.seg_layers.4.weight", "densify_projs.1.weight"),
         ):
             assert name in found
         assert "densify_projs.0.weight" not in found
