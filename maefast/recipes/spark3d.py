@@ -53,7 +53,7 @@ class SparK3D(Recipe):
 
     spec = Spec(
         name="spark3d",
-        title="SparK of volumes (SparK3D)",
+        title="Spark3D (S3D)",
         paper="Wald et al., CVPR 2025, arXiv:2410.23132; Tian et al., ICLR 2023, arXiv:2301.03580",
         modality="volumes",
         sizes={
