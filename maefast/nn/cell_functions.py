@@ -12,7 +12,6 @@ from maefast import ops
 from maefast.nn.cell_elementwise import handles, of_sides
 from maefast.nn.cell_padding import PaddedCells, merged
 from maefast.nn.cells import HANDLERS, Cells, PendingNorm, UnknownSparseOp, pending, where
-from maefast.ops import CellMask
 
 # --- convolutions, linear, norms ---------------------------------------------------------------------------
 
@@ -78,8 +77,7 @@ def _finer(x: Cells, stride) -> bool:
 def _coarser(x: Cells, function: Callable, *args) -> Cells:
     """A level coarser than the cells: masked sites count as zeros, and all sites of the result are active (nnssl)."""
     dense = function(_map(x), *args)
-    plan = CellMask.all_visible(x.plan.batch, tuple(dense.shape[2:]), dense.device)
-    return Cells.pack(dense, plan)
+    return Cells.pack(dense, x.plan.coarser(dense.shape[2:]))
 
 
 def _map(x: Cells) -> Tensor:

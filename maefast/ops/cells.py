@@ -36,6 +36,7 @@ class CellMask:
     tokens: TokenMask
     grid: tuple[int, ...]
     _tables: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _coarse: dict[tuple[int, ...], CellMask] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.grid) not in (2, 3):
@@ -108,6 +109,14 @@ class CellMask:
             around = (step[:, None] * stride + around).flatten()
             stride *= size + 2 * radius
         return slot[(corner + rest * stride)[:, None] + around]
+
+    def coarser(self, grid: Sequence[int]) -> CellMask:
+        """The plan of a level of `grid` sites that is coarser than the cells, all of them visible. Made once and kept,
+        so that maps which became dense by different ways go together."""
+        grid = tuple(grid)
+        if grid not in self._coarse:
+            self._coarse[grid] = CellMask.all_visible(self.batch, grid, self.device)
+        return self._coarse[grid]
 
     def upsampled_mask(self, size: Sequence[int]) -> Tensor:
         """bool [B, 1, H, W] or [B, 1, D, H, W] of the active sites of a level of `size`, as published code multiplies

@@ -62,6 +62,7 @@ def test_every_recipe(name):
         "mfm",
         "mr_mae",
         "point_mae",
+        "spark3d",
         "tgm",
         "videomae",
         "videomae_v2",
