@@ -12,8 +12,6 @@ from maefast.nn.layers import LayerNorm
 from maefast.nn.patch_embed import pair, patch_grid
 from maefast.ops import TokenMask
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the pixels, in [0, 1]
-
 
 class ClipEncoder(nn.Module):
     """Patches without a bias, learned positions, a norm in front of the blocks and one behind them; blocks with

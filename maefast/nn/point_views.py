@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maefast.data.images.batch import normaliser
-
 VIEWS = ((0, 1, 2), (2, 0, 1), (1, 2, 0))  # axes that are rows, columns and depth of each picture
 _UNIT = 2.0**40  # of fixed-point sums: any order of adding gives the same
 _MARGIN = 3  # pixels that a cloud leaves free along its longer side
@@ -71,15 +69,16 @@ def splat(points: Tensor, frame: Frame, radius: int = 2) -> Tensor:
     return (sums.double() / _UNIT).to(points.dtype).view(batch, len(VIEWS), size, size)
 
 
-def looked_at(teacher: Callable, points: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
+def looked_at(teacher: Callable, points: Tensor, frame: Frame, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """What a frozen `maefast.nn.teachers.FeatureTeacher` says of the three pictures of each cloud, which are
-    sigmoid(`splat`) in all colours: features [B, V, h, w, D] and attention [B, V, h, w, 1].
+    sigmoid(`splat`) in all colours, less `mean` and over `std` [3, 1, 1]: features [B, V, h, w, D] and
+    attention [B, V, h, w, 1].
 
     Raises:
         ValueError: its patches are no square.
     """
     pictures = splat(points, frame).sigmoid()
-    mean, std = (t.to(pictures) for t in normaliser(3))
+    mean, std = mean.to(pictures), std.to(pictures)
     features, looks = teacher((pictures.flatten(0, 1)[:, None].expand(-1, 3, -1, -1) - mean) / std)
     side = math.isqrt(looks.shape[1])
     if side * side != looks.shape[1]:

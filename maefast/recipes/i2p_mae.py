@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from maefast import masking, ops
+from maefast.data.images.batch import normaliser
 from maefast.data.points import PointBatch
 from maefast.names import Names
 from maefast.nn import Linear
@@ -142,7 +143,7 @@ class I2PMAE(GroupedPoints):
         scales = point_scales(points, *self.scales)
         centres = [groups.centres for groups in scales.groups]
         frame = view_frame(points, self.img_size)
-        features, looks = looked_at(self.teacher, points, frame)
+        features, looks = looked_at(self.teacher, points, frame, *normaliser(3, points.device))
         noise = draw.uniform("mask", centres[-1].shape[1], points.device)
         salience = torch.zeros_like(noise)
         if self.mask == "attention":

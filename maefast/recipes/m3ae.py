@@ -27,9 +27,9 @@ from maefast.data.shapes import MASK, WORDS
 from maefast.names import Names, clip_blocks
 from maefast.nn import ClipEncoder, CoAttention, Decoder, LanguageHead, Linear, Packing, TextEncoder, sincos_2d
 from maefast.nn.bert import init_bert_
-from maefast.nn.clip import MEAN, STD
 from maefast.nn.patch_embed import pair, patch_grid
 from maefast.nn.patches import reconstruct
+from maefast.nn.teachers import CLIP_MEAN, CLIP_STD
 from maefast.ops import _checks
 from maefast.recipe import Draw, Output, Picture, Progress, Recipe, Spec, View
 from maefast.recipes._captions import frequencies, packed, pairs, said
@@ -126,7 +126,7 @@ class M3AE(Recipe):
             raise ValueError(f"mask_id must lie in [0, {vocabulary}), got {mask_id}")
         self.mask_ratio, self.word_ratio, self.whole_words = mask_ratio, word_ratio, whole_words
         self.layer, self.norm, self.faster = layer, "mae" if norm_pix else "none", faster
-        for name, numbers in (("mean", MEAN), ("std", STD)):
+        for name, numbers in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
             self.register_buffer(name, torch.tensor(numbers).view(3, 1, 1), persistent=False)
         self.vision_encoder = ClipEncoder(size, patch, embed_dim, depth, num_heads)
         self.language_encoder = TextEncoder(vocabulary, length, embed_dim, text_depth, num_heads, drop=drop)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from maefast.data.images.batch import normaliser
 from maefast.nn.point_views import VIEWS, looked_at, sample_maps, splat, view_frame, view_pixels
 
 
@@ -72,13 +73,13 @@ def test_what_a_teacher_is_shown():
         seen.append(images)
         return torch.arange(6 * 4 * 5.0).view(6, 4, 5), torch.arange(24.0).view(6, 4)
 
-    features, looks = looked_at(teacher, points, frame)
+    features, looks = looked_at(teacher, points, frame, *normaliser(3))
     assert (features.shape, looks.shape) == ((2, 3, 2, 2, 5), (2, 3, 2, 2, 1))
     assert features[1, 0, 1, 0].tolist() == [70.0, 71.0, 72.0, 73.0, 74.0]
     blank = (0.5 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(seen[0][:, :, 0, 0], blank.double().expand(6, 3))  # nothing in that corner
     with pytest.raises(ValueError, match="teacher must have a square grid of patches, got 3"):
-        looked_at(lambda images: (torch.zeros(6, 3, 5), torch.zeros(6, 3)), points, frame)
+        looked_at(lambda images: (torch.zeros(6, 3, 5), torch.zeros(6, 3)), points, frame, *normaliser(3))
 
 
 def test_bad_clouds():
