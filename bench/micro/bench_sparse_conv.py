@@ -1,4 +1,5 @@
-"""conv_cells: the convolutions of a ResNet-50 over the active cells of a masked image, against the dense ones.
+"""conv_cells: the convolutions of a ResNet-50 over the active cells of a masked image, and of a 3-D U-Net's encoder
+over those of a volume, against the dense ones.
 
 The peers compute what published code does, the dense convolution of the masked map times the mask, channels last. Their
 maps stand unpacked and ours packed before the clock starts; results and gradients are compared at the active sites.
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.micro.shapes import Shape
+from bench.micro.shapes import VOLUME_OPS, Shape
 from bench.micro.suite import Inputs, Op
 from maefast import masking
 from maefast.ops import CellMask, conv_cells, pack_cells, unpack_cells
@@ -24,6 +25,9 @@ def plan_of(shape: Shape, generator: torch.Generator) -> CellMask:
 
 def layer(name: str, level: int, wide_in: int, wide_out: int, kernel: int, stride: int) -> Op:
     """A convolution at 1 / level of the image, wide_in to wide_out times the width (0: from the image itself)."""
+    name = f"conv_cells ({name})"
+    solid = name in VOLUME_OPS
+    conv, last = (F.conv3d, torch.channels_last_3d) if solid else (F.conv2d, torch.channels_last)
 
     def make(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         def normal(*sizes):
@@ -31,30 +35,30 @@ def layer(name: str, level: int, wide_in: int, wide_out: int, kernel: int, strid
 
         plan = plan_of(shape, generator)
         channels, out = wide_in * shape.width or shape.channels, wide_out * shape.width
-        height, width = (patch // level for patch in shape.patch)
-        x = normal(plan.total, height, width, channels)
-        weight = normal(out, channels, kernel, kernel) * (channels * kernel**2) ** -0.5
+        sides = [patch // level for patch in shape.patch]
+        x = normal(plan.total, *sides, channels)
+        weight = normal(out, channels, *[kernel] * len(sides)) * (channels * kernel ** len(sides)) ** -0.5
         mask = plan.upsampled_mask(tuple(size // level // stride for size in shape.size))
         return {
             "x": x,
-            "map": unpack_cells(x, plan).contiguous(memory_format=torch.channels_last),
-            "weight": weight.contiguous(memory_format=torch.channels_last),
+            "map": unpack_cells(x, plan).contiguous(memory_format=last),
+            "weight": weight.contiguous(memory_format=last),
             "mask": mask.to(dtype),
             "plan": plan,
         }
 
     def eager(inputs: Inputs) -> Tensor:
-        return F.conv2d(inputs["map"], inputs["weight"], None, stride, kernel // 2) * inputs["mask"]
+        return conv(inputs["map"], inputs["weight"], None, stride, kernel // 2) * inputs["mask"]
 
     def tuned(inputs: Inputs) -> Tensor:
-        return F.conv2d(inputs["map"], inputs["weight"], None, stride, kernel // 2).mul_(inputs["mask"])
+        return conv(inputs["map"], inputs["weight"], None, stride, kernel // 2).mul_(inputs["mask"])
 
     def ours(inputs: Inputs, backend: str | None) -> Tensor:
         x, plan, weight = (inputs[name] for name in ("x", "plan", "weight"))
         return conv_cells(x, plan, weight, None, stride, kernel // 2, backend=backend)
 
     return Op(
-        f"conv_cells ({name})",
+        name,
         (),
         make,
         eager,
@@ -64,6 +68,7 @@ def layer(name: str, level: int, wide_in: int, wide_out: int, kernel: int, strid
         maps={"x": "map"} if wide_in else {},
         pack=lambda inputs, full: pack_cells(full, inputs["plan"]),
         cells=True,
+        named=solid,
     )
 
 
@@ -78,6 +83,12 @@ OPS = [
     layer("3x3 stage 4", 32, 8, 8, 3, 1),
     layer("1x1 stage 3", 16, 16, 4, 1, 1),
     layer("1x1 s2 stage 3", 8, 8, 16, 1, 2),
+    layer("3x3x3 stage 1", 1, 1, 1, 3, 1),
+    layer("3x3x3 s2 stage 2", 1, 1, 2, 3, 2),
+    layer("3x3x3 stage 2", 2, 2, 2, 3, 1),
+    layer("3x3x3 stage 3", 4, 4, 4, 3, 1),
+    layer("3x3x3 stage 4", 8, 8, 8, 3, 1),
+    layer("3x3x3 s2 stage 5", 8, 8, 10, 3, 2),
 ]
 
 

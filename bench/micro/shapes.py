@@ -65,6 +65,11 @@ VIDEOMAE_B = Shape(
     decoder_heads=6,
 )
 RESNET50 = Shape("resnet50", 16, (224, 224), (32, 32), 20, width=64, decoder_width=768, prefix=0, cells=True)
+VOLUME_OPS = tuple(
+    f"conv_cells (3x3x3 {name})" for name in ("stage 1", "s2 stage 2", "stage 2", "stage 3", "stage 4", "s2 stage 5")
+)
+RESENC = Shape("resenc", 2, (96, 96, 96), (16, 16, 16), 54, 32, 32, 1, prefix=0, only=VOLUME_OPS, cells=True)
+TOY_VOLUME = replace(RESENC, name="toy_volume", batch=1, size=(16, 32, 16), keep=1, width=4)
 TOY_CELLS = Shape("toy_cells", 2, (64, 96), (32, 32), keep=4, width=8, decoder_width=8, prefix=0, cells=True)
 TOY = Shape("toy", 2, (32, 32), (8, 8), keep=4, width=32, decoder_width=16, decoder_heads=1)
 # Sequences shorter than those of images: 26 of 64 groups of points (Point-MAE), a twentieth of the patches (DMAE).
@@ -85,13 +90,15 @@ DMAE = Shape("dmae_b", 256, (224, 224), (16, 16), 9, 768, 512, only=("attention 
 
 # preset -> device -> shapes. A GPU needs a larger batch to be filled.
 PRESETS: dict[str, dict[str, list[Shape]]] = {
-    "toy": {device: [TOY, TOY_CELLS, TOY_POINTS, TOY_PHOTOGRAPHS, *TOY_FEATURES] for device in ("cpu", "cuda")},
+    "toy": {
+        device: [TOY, TOY_CELLS, TOY_VOLUME, TOY_POINTS, TOY_PHOTOGRAPHS, *TOY_FEATURES] for device in ("cpu", "cuda")
+    },
     "quick": {
         "cpu": [VIT_B, RESNET50],
         "cuda": [replace(VIT_B, batch=64), replace(VIT_B, batch=256), replace(RESNET50, batch=128)],
     },
     "full": {
-        "cpu": [VIT_B, replace(VIT_B, batch=64), VIDEOMAE_B, POINT_MAE, PHOTOGRAPHS, *FEATURES, DMAE, RESNET50],
+        "cpu": [VIT_B, replace(VIT_B, batch=64), VIDEOMAE_B, POINT_MAE, PHOTOGRAPHS, *FEATURES, DMAE, RESNET50, RESENC],
         "cuda": [
             *(replace(VIT_B, batch=b) for b in (16, 64, 256)),
             replace(VIDEOMAE_B, batch=32),
