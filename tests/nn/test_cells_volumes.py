@@ -218,3 +218,21 @@ def test_sides_are_not_mixed():
     ):
         with pytest.raises(UnknownSparseOp):
             maefast.sparsify(nn.Sequential(module))
+
+
+@pytest.mark.gpu
+def test_a_u_net_on_a_gpu():
+    """What a device makes of cells of volumes (by plain PyTorch, norms by Triton), against float64 on the CPU."""
+    torch.manual_seed(0)
+    exact = maefast.sparsify(UNet(8)).double()
+    plan, volumes = masking.cells(2, (3, 2, 3), 0.6), torch.randn(2, 8, 12, 8, 12, dtype=torch.double)
+    device = torch.device("cuda")
+    network = copy.deepcopy(exact).float().to(device)
+    want = exact(Cells.pack(volumes, plan)).dense()
+    found = network(Cells.pack(volumes.float().to(device), plan.to(device))).dense()
+    torch.testing.assert_close(found.double().cpu(), want, rtol=1e-4, atol=1e-4)
+    want.square().mean().backward()
+    found.square().mean().backward()
+    for (name, mine), theirs in zip(network.named_parameters(), exact.parameters()):
+        error = (mine.grad.double().cpu() - theirs.grad).norm() / theirs.grad.norm().clamp_min(1e-8)
+        assert error < 1e-3, f"gradient of {name}: {error:.1e}"
