@@ -140,7 +140,7 @@ def _check(x, weight, bias, stride, padding, dilation, groups) -> Window:
             )
     for p, n, s in zip(window.padding, most, stride):
         if not n + 1 - s <= 2 * p <= n:
-            fits = [q for q in range(n // 2 + 1) if 2 * q >= n + 1 - s]
+            fits = range(max(0, (n + 2 - s) // 2), n // 2 + 1)  # 2 q from n + 1 - s to n
             raise ValueError(
                 f"{window} does not map H sites to H / stride, so its output lies on no cells: "
                 + (f"padding {' or '.join(map(str, fits))} does" if fits else "no symmetric padding does")

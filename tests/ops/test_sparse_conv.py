@@ -306,6 +306,7 @@ BAD = [
     (conv(8, 6, 3, 3), ValueError, "does not map H sites to H / stride.*padding 1 does"),
     (conv(8, 6, 3, 3, padding=2), ValueError, "padding 1 does"),
     (conv(8, 6, 2, 2), ValueError, "no symmetric padding does"),
+    (conv(8, 6, 3, 3, dilation=2**40), ValueError, f"padding {2**40} does"),  # found without counting up to it
     (conv(8, 6, 7, 7, stride=2, padding=2), ValueError, "padding 3 does"),
     (conv(8, 6, 3, 3, padding=1, dilation=2), ValueError, "padding 2 does"),
     (conv(8, 6, 8, 8, stride=8), ValueError, "stride 8 does not divide the height 4 of a cell"),
