@@ -148,7 +148,7 @@ def test_mixing_shows_each_place_once(seed, keep, group):
     assert ((~plan.mask).view(3, group, -1).sum(1) == 1).all()
     assert torch.equal(plan.ids_keep.view(3, -1), noise.argsort(1))
     with pytest.raises(ValueError, match="group must divide batch and num_tokens"):
-        masking.mixing(3 * group + 1, keep * group, group + 1)
+        masking.mixing(3 * (group + 1) + 1, keep * (group + 1), group + 1)
 
 
 def test_channels():
