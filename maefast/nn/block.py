@@ -43,6 +43,11 @@ class Packing(NamedTuple):
         return Packing(plan.cu_visible + starts, plan.max_visible + prefix)
 
     @staticmethod
+    def even(count: int, length: int, device: torch.device | str) -> Packing:
+        """Of `count` sequences of one length."""
+        return Packing(torch.arange(count + 1, dtype=torch.int32, device=device) * length, length)
+
+    @staticmethod
     def of_lengths(lengths: Sequence[int], device: torch.device | str) -> Packing:
         """Of sequences whose lengths the host knows; it does not wait for the device."""
         starts = [0, *accumulate(map(int, lengths))]

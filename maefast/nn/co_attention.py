@@ -43,7 +43,7 @@ class CoAttention(nn.Module):
 
     def seen(self, x: Tensor, texts: Packing, y: Tensor, layer: int) -> Tensor:
         """The images' stream [P, S, D] as it enters pair `layer`, or, for `depth`, leaves the last."""
-        shape, images = y.shape, _even(len(y), y)
+        shape, images = y.shape, Packing.even(*y.shape[:2], y.device)
         y = y.flatten(0, 1)
         for i in range(layer):
             told = x
@@ -72,18 +72,13 @@ class CoAttention(nn.Module):
             [R, D] and [B, 2 D].
         """
         count, length, batch = *y.shape[:2], len(last.cu_seqlens) - 1
-        images = _even(count, y)
+        images = Packing.even(count, length, y.device)
         y = y.flatten(0, 1)
         for layer, other in zip(self.language_layers[:-1], self.vision_layers[:-1]):
             x, y = layer(x, texts, y, images), other(y, images, x, texts)
         told, first = self.language_layers[-1](x, texts, y, images, rows, row_packing).split([len(rows) - batch, batch])
-        own, ends = _even(batch, y, length), torch.arange(batch, device=y.device)
-        seen = self.vision_layers[-1](y[-batch * length :], own, x[start:], last, ends * length, _even(batch, y, 1))
+        own, ends = Packing.even(batch, length, y.device), torch.arange(batch, device=y.device)
+        first_only = Packing.even(batch, 1, y.device)
+        seen = self.vision_layers[-1](y[-batch * length :], own, x[start:], last, ends * length, first_only)
         pooled = self.language_pooler["dense"](first).tanh(), self.vision_pooler["dense"](seen).tanh()
         return told, torch.cat(pooled, 1)
-
-
-def _even(count: int, y: Tensor, length: int | None = None) -> Packing:
-    """Of `count` sequences of a length, or of those of y [P, S, D]."""
-    length = y.shape[1] if length is None else length
-    return Packing(torch.arange(count + 1, dtype=torch.int32, device=y.device) * length, length)

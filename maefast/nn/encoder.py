@@ -134,8 +134,7 @@ def encode_together(
         if each is not None:
             raise ValueError("positions for every block do not go with other encoders")
         if packing is None:
-            step = x.shape[1]
-            packing = Packing(torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * step, step)
+            packing = Packing.even(*x.shape[:2], x.device)
         starts.append(packing.cu_seqlens[bool(starts) :] + total)  # one begins where the last one ends
         longest, total = max(longest, packing.max_seqlen), total + x.numel() // x.shape[-1]
     packed = torch.cat([x.reshape(-1, x.shape[-1]) for x, _, _ in made])

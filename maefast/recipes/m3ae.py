@@ -195,7 +195,7 @@ class M3AE(Recipe):
         x = self.fusion.entering("language", self.language_encoder(ids, places, text))
         y = self.fusion.entering("vision", self.vision_encoder(images))
         starts = text.cu_seqlens[:-1].long()
-        return self.fusion(x, text, y, starts, Packing.of_lengths([1] * len(images), images.device), text)[1]
+        return self.fusion(x, text, y, starts, Packing.even(len(images), 1, images.device), text)[1]
 
     def picture(self, view: View, names: Sequence[str]) -> Picture:
         from maefast.data.images import pictures
