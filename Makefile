@@ -27,7 +27,7 @@ test: $(STAMP)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 bench: $(STAMP)
-	$(PY) -m bench.micro
+	$(PY) -m maefast.bench.micro
 
 lint: $(STAMP)
 	@status=0; \

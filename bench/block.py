@@ -1,4 +1,4 @@
-"""A transformer block, forward and backward, beside an eager one with SDPA: `python -m bench.block [--json FILE]`.
+"""A transformer block, forward and backward, beside an eager one with SDPA: `python -m maefast.bench.block [--json FILE]`.
 
 Two questions. What a call costs where there is nothing to compute (width 32, 4 tokens, one thread), and what a stack of
 blocks of a real width takes and keeps for the backward. Timed in turn; the ratio is of the fastest of each.
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from bench import environment, results
-from bench.peers.plain_mae import TransformerBlock
+from maefast.bench import environment, results
+from maefast.bench.peers.plain_mae import TransformerBlock
 from maefast.nn import Block, run_blocks
 
 CALL = {"width": 32, "heads": 2, "batch": 1, "tokens": 4, "depth": 1, "threads": 1, "dtype": "float32"}
@@ -97,7 +97,7 @@ def measure(width, heads, batch, tokens, depth, dtype, threads=None, rounds=30, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m bench.block", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m maefast.bench.block", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=7, help="of a stack")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Images a second that loaders give on one core: photographs of 500 x 375 pixels as JPEG files, crops of 224 x 224.
 
-    python -m bench.data [--images 200] [--rounds 5] [--workers 1 2] [--json FILE]
+    python -m maefast.bench.data [--images 200] [--rounds 5] [--workers 1 2] [--json FILE]
 
 Beside ours, in turn, the least time of each:
 
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from bench import environment, results
+from maefast.bench import environment, results
 from maefast.data.images.augment import Augment
 from maefast.data.images.files import find_images, shipped_photographs
 from maefast.data.images.jpeg import GAP

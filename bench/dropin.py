@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import environment, results, step
-from bench.peers.dropin_models import NAMES, families
+from maefast.bench import environment, results, step
+from maefast.bench.peers.dropin_models import NAMES, families
 
 BUDGET = {"toy": 2.0, "base": 120.0}
 PEERS = ("accelerated", "as_is")
@@ -32,17 +32,17 @@ def measure(
     steps: int | None = None,
     budget: float | None = None,
 ) -> dict:
-    """Run a comparison; returns the document of `bench.results`.
+    """Run a comparison; returns the document of `maefast.bench.results`.
 
     Args:
         compiled: time both under torch.compile, too.
         checkouts: folders that hold the family's public code; without any, the installed package or our own description
             of the structure is timed.
         channels_last: memory layout of model and images; None: what suits the family.
-        rounds, steps, budget: as in `bench.step.measure`.
+        rounds, steps, budget: as in `maefast.bench.step.measure`.
 
     Raises:
-        bench.step.Disagreement: losses or gradients differ by more than the dtype's rounding explains.
+        maefast.bench.step.Disagreement: losses or gradients differ by more than the dtype's rounding explains.
         RuntimeError: either of the two could not run, or nothing was accelerated.
     """
     known = families()
@@ -105,7 +105,7 @@ def compiled(records: list[dict]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m bench.dropin", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m maefast.bench.dropin", description=__doc__.splitlines()[0])
     known = families()
     parser.add_argument("--family", choices=tuple(known), required=True)
     parser.add_argument("--preset", choices=tuple(BUDGET), default="base")
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             budget=args.budget,
         )
 
-    return step.finish("bench.dropin", args, run, show)
+    return step.finish("maefast.bench.dropin", args, run, show)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+# The checkout that this file is in, as bench/ or (in the tree of gpu_check.sh) maefast/bench/; an installed one has none.
+CHECKOUT = next((path for path in HERE.parents[:2] if (path / "pyproject.toml").is_file()), None)
+ROOT = CHECKOUT or HERE.parents[1]
 # A change outside these cannot move a figure.
 CODE = ("maefast", "csrc", "kernels", "bench", "CMakeLists.txt", "pyproject.toml", ":!bench/results")
 
@@ -98,7 +101,7 @@ def _commit() -> tuple[str | None, bool | None]:
     and MAEFAST_DIRTY (0 or 1)."""
     if commit := os.environ.get("MAEFAST_COMMIT"):
         return commit, {"0": False, "1": True}.get(os.environ.get("MAEFAST_DIRTY", ""))
-    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    commit = _output("git", "rev-parse", "--short=12", "HEAD") if CHECKOUT else None
     if commit is None:
         return None, None
     return commit, bool(_output("git", "status", "--porcelain", "--", *CODE))

@@ -1,7 +1,7 @@
 """Whether pre-training teaches anything: probes of small models before and after it, on data that need no download.
 
-    python -m bench.evidence                      # all, some minutes on two cores
-    python -m bench.evidence --only digits/vit --seeds 1
+    python -m maefast.bench.evidence                      # all, some minutes on two cores
+    python -m maefast.bench.evidence --only digits/vit --seeds 1
 
 Two sets: scikit-learn's digits (1797 scans of 8 x 8, enlarged), and shapes that are drawn here, with known factors
 (shape, colour, place), each on a background of its own. Two models: a small ViT-MAE and a small FCMAE. For each of
@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from bench.environment import describe
-from bench.results import RESULTS, save
+from maefast.bench.environment import describe
+from maefast.bench.results import RESULTS, save
 from maefast.probe.accuracy import majority
 from maefast.probe.watch import read_rows
 from maefast.train import PretrainConfig, pretrain

@@ -1,8 +1,8 @@
 """Whether fine-tuning gains from pre-training: scikit-learn's digits, with all classes known and with a tenth of them.
 
-    python -m bench.finetuning [--seeds 3]        # some minutes on one core
+    python -m maefast.bench.finetuning [--seeds 3]        # some minutes on one core
 
-For each seed a small ViT-MAE is pre-trained as in `bench.evidence`, and fine-tuned by
+For each seed a small ViT-MAE is pre-trained as in `maefast.bench.evidence`, and fine-tuned by
 `maefast finetune`; so are the random weights that it began with. docs/evidence.md has the figures. Settings are the
 published ones of ViT-B but for length, rate and crops, and digits are neither mixed nor flipped; nothing was chosen by
 looking at the held-back samples.
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from bench.environment import describe
-from bench.evidence import config_of, write_digits
-from bench.results import RESULTS, save
+from maefast.bench.environment import describe
+from maefast.bench.evidence import config_of, write_digits
+from maefast.bench.results import RESULTS, save
 from maefast.train import pretrain
 from maefast.train.finetune import Options, finetune
 from maefast.train.reopen import open_recipe

@@ -116,14 +116,14 @@ if [[ $MODE == rehearse ]]; then # no judge of speed: a busy machine has time
   LIMIT=([build]=300 [smoke]=400 [speed]=400 [all-tests]=300 [tune]=150)
   export REHEARSE=1
 fi
-module() { echo "$PYTHON -m bench.gpu.$1 --lines $LINES_FILE ${TOY[*]-}"; }
+module() { echo "$PYTHON -m maefast.bench.gpu.$1 --lines $LINES_FILE ${TOY[*]-}"; }
 declare -A WHAT=(
   [build]="${TARGETS[*]:-nothing} compiled for architecture $ARCH, the rest copied, into $STAGE"
   [smoke]="$(module smoke)" [speed]="$(module speed)" [tune]="$(module tune) --measure --write --data $TABLES"
   [all-tests]="$(module all_tests) --log $LOG"
 )
 if [[ $MODE == rehearse ]]; then
-  WHAT[all-tests]="env TRITON_INTERPRET=1 $PYTHON -m bench.gpu.all_tests --lines $LINES_FILE --log $LOG --processes 2"
+  WHAT[all-tests]="env TRITON_INTERPRET=1 $PYTHON -m maefast.bench.gpu.all_tests --lines $LINES_FILE --log $LOG --processes 2"
   WHAT[all-tests]+=" --marker not_gpu tests/kernels/test_gelu_kernels.py tests/kernels/test_norm_kernels.py"
 fi
 say "gpu_check: GPU ${GPU/|/, compute capability }"
@@ -159,7 +159,7 @@ if [[ -z ${MAEFAST_COMMIT:-} ]] && MAEFAST_COMMIT="$(git -C "$ROOT" rev-parse --
 fi
 export MAEFAST_COMMIT="${MAEFAST_COMMIT:-}" MAEFAST_DIRTY="${MAEFAST_DIRTY:-}"
 
-# A copy of the tree with the libraries and maefast.kernels in place: needs no pip and changes no environment.
+# A copy of the tree with the libraries, maefast.kernels and maefast.bench in place: needs no pip and changes no environment.
 build() {
   set -e
   rm -rf "$STAGE" && mkdir -p "$STAGE/bench/results"
@@ -170,7 +170,7 @@ build() {
   fi
   (cd "$ROOT" && tar cf - --exclude=__pycache__ --exclude=bench/results --exclude='*.so' maefast pyproject.toml tests bench kernels csrc) |
     tar xf - -C "$STAGE"
-  cp -r "$STAGE/kernels" "$STAGE/maefast/kernels"
+  cp -r "$STAGE/kernels" "$STAGE/bench" "$STAGE/maefast/"
   for target in $TARGETS; do cp "$BUILD/cmake/$target"*.so "$STAGE/maefast/"; done
   for name in _C"$SUFFIX" _cpu.so _cuda.so; do
     [[ -f $STAGE/maefast/$name || ! -f $PREBUILT/$name ]] || cp "$PREBUILT/$name" "$STAGE/maefast/"
@@ -182,7 +182,7 @@ import sys
 
 sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]
 PY
-  "$PYTHON" -m bench.gpu.staged
+  "$PYTHON" -m maefast.bench.gpu.staged
 }
 export BUILD STAGE ROOT PYTHON ARCH PREBUILT SUFFIX
 build_script="$(declare -f build); TARGETS='${TARGETS[*]-}' GENERATOR='${GENERATOR[*]-}' CUDA=on; "
@@ -228,13 +228,13 @@ elif [[ ! -f $STAGE/sitecustomize.py ]]; then
 fi
 cd "$STAGE" || exit 1
 if chosen build; then
-  "$PYTHON" -m bench.gpu.staged --lines "$LINES_FILE" >>"$LOG" 2>&1
+  "$PYTHON" -m maefast.bench.gpu.staged --lines "$LINES_FILE" >>"$LOG" 2>&1
   "$PYTHON" -m maefast.cli doctor --json >"$OUT/doctor.json" 2>>"$LOG" || echo "maefast doctor failed; see $LOG"
 fi
 PASS_SECONDS=1
 if chosen smoke; then
   if chosen speed && [[ $MODE != rehearse ]]; then # torch.compile of the peers needs cores more than the GPU
-    timeout -k 5 150 "$PYTHON" -m bench.gpu.speed --warm >>"$LOG" 2>&1 &
+    timeout -k 5 150 "$PYTHON" -m maefast.bench.gpu.speed --warm >>"$LOG" 2>&1 &
     WARM=$!
   fi
   # shellcheck disable=SC2086  # the commands are words
@@ -253,5 +253,5 @@ if chosen tune; then part tune ${WHAT[tune]}; fi
 # --- the verdict, last -------------------------------------------------------------------------------------
 
 say "summary"
-"$PYTHON" -m bench.gpu.summary "$LINES_FILE" --stages "${CHOSEN[@]}" | tee "$OUT/$NAME.txt"
+"$PYTHON" -m maefast.bench.gpu.summary "$LINES_FILE" --stages "${CHOSEN[@]}" | tee "$OUT/$NAME.txt"
 exit "${PIPESTATUS[0]}"

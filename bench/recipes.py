@@ -1,9 +1,9 @@
 """Time and memory of a training step of recipes beside the same in plain PyTorch, at published sizes.
 
-    python -m bench.recipes [NAME ...] [--batch 2] [--dtype float32|bfloat16] [--json FILE]
+    python -m maefast.bench.recipes [NAME ...] [--batch 2] [--dtype float32|bfloat16] [--json FILE]
 
 Both sides compute forward and backward of one view, made once, from the same parameters. The plain side is
-`bench.peers.recipes`: scaled_dot_product_attention, only visible tokens encoded, boolean indexing as authors' code does
+`maefast.bench.peers.recipes`: scaled_dot_product_attention, only visible tokens encoded, boolean indexing as authors' code does
 it; ragged samples padded. Steps are timed in turn and the least times taken; memory is what a process that runs one
 side alone needs above what it held before its first step.
 
@@ -24,12 +24,12 @@ from types import ModuleType
 
 import torch
 
-from bench import environment, results
-from bench.peers import worker
-from bench.peers.plain import parameters
-from bench.peers.recipes.dmae import autoencoder
-from bench.worth import fastest, settle_memory
 from maefast import recipes
+from maefast.bench import environment, results
+from maefast.bench.peers import worker
+from maefast.bench.peers.plain import parameters
+from maefast.bench.peers.recipes.dmae import autoencoder
+from maefast.bench.worth import fastest, settle_memory
 from maefast.ops import TokenMask
 
 SIDES = ("plain", "maefast")
@@ -60,7 +60,7 @@ def make_step(name: str, size: str | None, batch: int, side: str, dtype: str) ->
 
 
 def peers(name: str) -> ModuleType:
-    return importlib.import_module(f"bench.peers.recipes.{name}")
+    return importlib.import_module(f"maefast.bench.peers.recipes.{name}")
 
 
 def padded_plan(plan: TokenMask) -> TokenMask:

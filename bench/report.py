@@ -6,15 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench import results
-from bench.dropin import compiled
-from bench.environment import ROOT
-from bench.micro import tables
-from bench.peers import dropin_models, models
-from bench.step import graphed
+from maefast.bench import results
+from maefast.bench.dropin import compiled
+from maefast.bench.environment import ROOT
+from maefast.bench.micro import tables
+from maefast.bench.peers import dropin_models, models
+from maefast.bench.step import graphed
 
 PAGE = ROOT / "docs" / "results.md"
-BEGIN, END = "<!-- begin: written by python -m bench.report -->", "<!-- end -->"
+BEGIN, END = "<!-- begin: written by python -m maefast.bench.report -->", "<!-- end -->"
 # The aims that figures are held against.
 AIM_CPU, AIM_GPU = 2.0, 0.85
 AIM_STEP = {
@@ -275,14 +275,14 @@ def write(page: Path, docs: list[dict], check: bool = False) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m bench.report", description=__doc__)
+    parser = argparse.ArgumentParser("python -m maefast.bench.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say (by exit status 1) if the page is out of date")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args(argv)
     fresh = write(args.page, load(args.results), args.check)
     if args.check and not fresh:
-        print(f"{args.page} does not show {args.results}: run python -m bench.report", file=sys.stderr)
+        print(f"{args.page} does not show {args.results}: run python -m maefast.bench.report", file=sys.stderr)
         return 1
     print(f"{args.page}: " + ("up to date" if fresh else "written"))
     return 0

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bench.environment import ROOT
+from maefast.bench.environment import ROOT
 
 SCHEMA = 1
 WRONG = 4  # exit status of a benchmark that found a wrong result, as against one that merely could not run

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import environment, results, timing
-from bench.peers.models import CUDA_PEERS, NAMES, PEERS
+from maefast.bench import environment, results, timing
+from maefast.bench.peers.models import CUDA_PEERS, NAMES, PEERS
 
 # preset -> model, default batch; and where they differ from the ViT's: share masked, peers, what is timed ("step", or
 # "encoder": forward and backward of the encoder alone, without an optimiser).
@@ -59,7 +59,7 @@ class Peer:
     def __init__(self, name: str):
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.peers.worker"],
+            [sys.executable, "-m", "maefast.bench.peers.worker"],
             cwd=environment.ROOT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             stdin=subprocess.PIPE,
@@ -108,7 +108,7 @@ def measure(
     budget: float | None = None,
     progress: Callable[[list[dict]], None] | None = None,
 ) -> dict:
-    """Run a comparison; returns the document of `bench.results`.
+    """Run a comparison; returns the document of `maefast.bench.results`.
 
     Args:
         peers: of `PEERS`; maefast is always among them. None takes those of the preset.
@@ -412,7 +412,7 @@ def finish(name: str, args: argparse.Namespace, run: Callable[[], dict], show: C
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m bench.step", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m maefast.bench.step", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=tuple(PRESETS), default="demo")
     parser.add_argument("--peers", nargs="+", choices=(*PEERS, "cuda"), help=f"cuda: {' '.join(CUDA_PEERS)}")
     parser.add_argument("--compile", action="store_true", help="also time the torch.compile'd plain model")
@@ -422,7 +422,9 @@ def main(argv: list[str] | None = None) -> int:
     peers = tuple(name for peer in asked for name in (CUDA_PEERS if peer == "cuda" else (peer,)))
     peers = (*peers, "plain_compiled") if args.compile else peers
     given = {"peers": peers, "rounds": args.rounds, "steps": args.steps, "budget": args.budget}
-    return finish("bench.step", args, lambda: measure(args.preset, args.batch, args.dtype, args.device, **given), show)
+    return finish(
+        "maefast.bench.step", args, lambda: measure(args.preset, args.batch, args.dtype, args.device, **given), show
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Models too small for kernels, as they are and accelerated: `accelerate` must not make them slower.
 
-    python -m bench.toys [--threads N] [--rounds N] [--json FILE]
+    python -m maefast.bench.toys [--threads N] [--rounds N] [--json FILE]
 
 96 wide, 3 blocks, batch 4, 32 x 32 images in patches of 4: I-JEPA, ViT for masked image modelling, DINOv2 and
 ViTMAE of transformers, the structure of facebookresearch/mae, a fork of it for spectrograms and one with a
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import maefast
-from bench import environment, results
-from bench.peers import dropin_vits, toy_models
-from bench.worth import fastest, settle_memory
+from maefast.bench import environment, results
+from maefast.bench.peers import dropin_vits, toy_models
+from maefast.bench.worth import fastest, settle_memory
 
 WIDTH, DEPTH, BATCH, SIDE, PATCH = 96, 3, 4, 32, 4
 SIZES = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 3}

@@ -1,10 +1,10 @@
 """A 3-D ResNet over the visible cells of a masked volume, against the same network over the whole one times the mask.
 
-    python -m bench.volumes [--batch 2] [--side 96] [--ratio 0.6] [--dtype float32] [--rounds 3] [--json FILE]
+    python -m maefast.bench.volumes [--batch 2] [--side 96] [--ratio 0.6] [--dtype float32] [--rounds 3] [--json FILE]
 
 One forward and backward pass of the encoder of a residual 3-D U-Net: a 3x3x3 stem, then blocks of two 3x3x3
 convolutions with batch norms, 32 to 256 channels, each stage half the size of the last; cells of 16 sites a side. The
-peer (`bench.peers.plain_sparse`) runs in both memory formats, and the faster one counts. Both are timed in turn; the
+peer (`maefast.bench.peers.plain_sparse`) runs in both memory formats, and the faster one counts. Both are timed in turn; the
 least time of all rounds is taken.
 """
 
@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench import environment, results
-from bench.peers.plain_sparse import Active, masked
-from bench.worth import settle_memory
 from maefast import Cells, masking, sparsify
+from maefast.bench import environment, results
+from maefast.bench.peers.plain_sparse import Active, masked
+from maefast.bench.worth import settle_memory
 
 WIDTHS = (32, 64, 128, 256)
 CELL = 16

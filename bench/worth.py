@@ -1,7 +1,7 @@
 """From which size on an accelerated transformer block is no slower than it was: the table of
 `maefast/integrations/_worth.py`.
 
-    python -m bench.worth [--device cpu] [--threads N] [--json FILE]
+    python -m maefast.bench.worth [--device cpu] [--threads N] [--json FILE]
 
 A pre-norm block in timm's layout, as it is (SDPA) and accelerated, at several widths and numbers of tokens; training is
 forward and backward. Each pair is timed in turn, 15 rounds; the ratio is that of the minima, which a busy machine
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import maefast
-from bench import environment, results
+from maefast.bench import environment, results
+from maefast.bench.peers.public.timm_vit import Block
 from maefast.integrations import _worth
-from tests.integrations.models.timm_vit import Block
 
 WIDTHS = (48, 96, 192, 384, 768)
 TOKENS = (17, 32, 64, 128, 256, 512, 1024)

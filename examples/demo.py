@@ -35,7 +35,7 @@ CROPS = 32  # of each half of each photograph
 
 
 def demo_config(output_dir: Path, steps: int) -> PretrainConfig:
-    """64x64 images, patches of 8, a 192-wide encoder. The model is that of `bench.step --preset demo`."""
+    """64x64 images, patches of 8, a 192-wide encoder. The model is that of `maefast.bench.step --preset demo`."""
     return PretrainConfig(
         data="skimage",
         output_dir=str(output_dir),
@@ -132,7 +132,7 @@ def main() -> int:
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return subprocess.run(
-        [sys.executable, "-m", "bench.step", "--preset", "demo", "--device", device], cwd=ROOT
+        [sys.executable, "-m", "maefast.bench.step", "--preset", "demo", "--device", device], cwd=ROOT
     ).returncode
 
 

@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 
-from bench.environment import ROOT
-from bench.gpu import lines
+from maefast.bench.environment import ROOT
+from maefast.bench.gpu import lines
 
 LAST = ("implicit_conv", "sparse_conv")
 FOLDER = "MAEFAST_GPU_TESTS"  # environment: the folder that the processes share
@@ -151,7 +151,7 @@ def run(ids: list[str], selection: list[str], path: Path, processes: int, second
             (folder / "lines").write_text(str(path.resolve()))
             files = sorted({id.partition("::")[0] for id in ids})
             files = files if all((ROOT / file).exists() for file in files) else selection
-            command = command_line("-p", "bench.gpu.all_tests", *files)
+            command = command_line("-p", "maefast.bench.gpu.all_tests", *files)
             env = {**os.environ, FOLDER: name}
             group = [
                 subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
@@ -192,7 +192,7 @@ def _unknown(path: Path, ids: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m bench.gpu.all_tests", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m maefast.bench.gpu.all_tests", description=__doc__.splitlines()[0])
     parser.add_argument("--lines", type=Path, required=True, help="the file that lines are appended to")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--processes", type=int, default=max(1, len(os.sched_getaffinity(0)) - 2))

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.environment import ROOT
+from maefast.bench.environment import ROOT
 
 STAGES = ("build", "smoke", "speed", "all-tests", "tune")
 FINAL = ("passed", "measured", "skipped", "unable")
@@ -38,7 +38,7 @@ def tree() -> str:
     """A digest of the code that is tested: results of other code are not those of this one."""
     digest = hashlib.sha256()
     for path in sorted(p for top in SOURCES for p in (ROOT / top).rglob("*")):
-        if path.is_relative_to(ROOT / "maefast" / "kernels"):  # in an installed tree, a copy of kernels/
+        if any(path.is_relative_to(ROOT / "maefast" / copy) for copy in ("kernels", "bench")):  # of a staged tree
             continue
         if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh") and path.is_file():
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
@@ -78,7 +78,7 @@ class Lines:
         self.write("plan", "planned", ids=list(ids))
 
     def environment(self, device: str) -> None:
-        from bench import environment
+        from maefast.bench import environment
 
         self.write("environment", "environment", environment=environment.describe(device))
 

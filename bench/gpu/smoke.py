@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-from bench.gpu import lines, pool
+from maefast.bench.gpu import lines, pool
 
 
 def plan(rehearse: bool) -> list[str]:
     """The ids of the stage, in order."""
-    from bench.gpu import cases, trainings
+    from maefast.bench.gpu import cases, trainings
 
     kernels = [run.id for run in _runs(rehearse)]
     dtypes = [str(dtype)[6:] for dtype in trainings.DTYPES if not (rehearse and dtype.itemsize == 2)]
@@ -29,7 +29,7 @@ def plan(rehearse: bool) -> list[str]:
 
 
 def _runs(rehearse: bool):
-    from bench.gpu import cases
+    from maefast.bench.gpu import cases
 
     backends = ("triton",) if rehearse else ("triton", "cuda")
     return cases.runs(cases.TOY if rehearse else cases.REAL, backends)
@@ -41,8 +41,8 @@ def make(rehearse: bool) -> pool.Work:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
-    from bench.environment import exact_float32
-    from bench.gpu import cases, compare, trainings
+    from maefast.bench.environment import exact_float32
+    from maefast.bench.gpu import cases, compare, trainings
 
     torch.set_num_threads(1)
     exact_float32()
@@ -75,7 +75,7 @@ def make(rehearse: bool) -> pool.Work:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m bench.gpu.smoke", description=__doc__)
+    parser = argparse.ArgumentParser("python -m maefast.bench.gpu.smoke", description=__doc__)
     parser.add_argument("--lines", type=Path, required=True, help="the file that lines are appended to")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.gpu import lines
+from maefast.bench.gpu import lines
 
 STEP_PEERS = ("plain", "plain_cudnn", "hf", "plain_compiled", "maefast_compiled", "maefast_graphed")
 TUNED_PEERS = ("plain", "plain_autotuned", "plain_cudagraphs", "maefast_graphed")  # minutes of autotuning
@@ -48,7 +48,7 @@ def step_item(
     name = f"step/{preset}/b{batch}/{dtype}{more}"
 
     def run(write: Write) -> None:
-        from bench import step
+        from maefast.bench import step
 
         def records(found: list[dict]) -> None:
             for record in found:
@@ -65,8 +65,8 @@ def step_item(
 
 def warm(device: str) -> None:
     """Compile the peers of the ViT-B steps, into torch's cache on disk: meant to run beside the smoke stage."""
-    from bench import step
     from maefast import models
+    from maefast.bench import step
 
     chosen = step.PRESETS["vit_b"]
     model = models.create(**chosen["model"])
@@ -93,7 +93,7 @@ def case_item(
     case, peers: tuple[str, ...], name: str, extra: dict, rounds: int, bandwidth: Callable[[], float]
 ) -> Item:
     def run(write: Write) -> None:
-        from bench.micro import suite
+        from maefast.bench.micro import suite
 
         for record in suite.one_by_one(case, peers, rounds, bandwidth()):
             write(f"{name}/{record['variant']}", {"record": record, **extra})
@@ -105,8 +105,8 @@ def attention_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
     """Dense self-attention, forward and backward."""
     import torch
 
-    from bench.micro import attention_peers, bench_attention, suite
-    from bench.micro.shapes import VIT_B
+    from maefast.bench.micro import attention_peers, bench_attention, suite
+    from maefast.bench.micro.shapes import VIT_B
 
     more = {k: v for k, v in attention_peers.DENSE.items() if k not in ("sdpa_math", "flex")}
     batches, lengths, heads = ((2,), (5,), ((2, 16),)) if toy else (BATCHES, LENGTHS, HEADS)
@@ -130,8 +130,8 @@ def ragged_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
     """Packed sequences of half to one and a half times a length; `length` is the longest."""
     import torch
 
-    from bench.micro import attention_peers, bench_attention, suite
-    from bench.micro.shapes import VIT_B
+    from maefast.bench.micro import attention_peers, bench_attention, suite
+    from maefast.bench.micro.shapes import VIT_B
 
     more = {k: v for k, v in attention_peers.RAGGED.items() if k != "flex"}
     for middle in (5,) if toy else (33, 42, 131, 171):
@@ -154,8 +154,8 @@ def ragged_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
 def token_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
     import torch
 
-    from bench.micro import suite
-    from bench.micro.shapes import TOY, VIT_B
+    from maefast.bench.micro import suite
+    from maefast.bench.micro.shapes import TOY, VIT_B
 
     shapes = [TOY if toy else replace(VIT_B, batch=256)]
     for case in suite.cases(TOKEN_FAMILIES, shapes, [torch.bfloat16, torch.float32], device):
@@ -171,8 +171,8 @@ def route_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
     """The routes of a convolution over packed cells, 3x3 at stride 1, at each size of a cell."""
     import torch
 
-    from bench.micro import bench_sparse_conv, suite
-    from bench.micro.shapes import RESNET50, TOY_CELLS
+    from maefast.bench.micro import bench_sparse_conv, suite
+    from maefast.bench.micro.shapes import RESNET50, TOY_CELLS
     from maefast.ops import conv_cells
 
     def route(name: str, inputs):
@@ -200,7 +200,7 @@ def route_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
 
 def items(device: str, toy: bool) -> list[Item]:
     """In the order of their weight."""
-    from bench import timing
+    from maefast.bench import timing
 
     @functools.cache
     def bandwidth() -> float:
@@ -257,7 +257,7 @@ def _write(output: lines.Lines, bad: list[str], id: str, fields: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m bench.gpu.speed", description=__doc__)
+    parser = argparse.ArgumentParser("python -m maefast.bench.gpu.speed", description=__doc__)
     parser.add_argument("--lines", type=Path, help="the file that lines are appended to")
     parser.add_argument("--seconds", type=float, default=200.0)
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at toy sizes")
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.warm:
         warm("cuda")
         return 0
-    from bench.environment import exact_float32
+    from maefast.bench.environment import exact_float32
 
     os.environ.pop("TRITON_INTERPRET", None)
     exact_float32()

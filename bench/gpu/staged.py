@@ -12,9 +12,9 @@ import torch
 import maefast
 import maefast.kernels
 import maefast.ops  # loads the libraries
-from bench.environment import ROOT
-from bench.gpu import lines
 from maefast import _native
+from maefast.bench.environment import ROOT
+from maefast.bench.gpu import lines
 
 
 def problem() -> str | None:
@@ -32,7 +32,7 @@ def problem() -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m bench.gpu.staged", description=__doc__)
+    parser = argparse.ArgumentParser("python -m maefast.bench.gpu.staged", description=__doc__)
     parser.add_argument("--lines", type=Path)
     args = parser.parse_args(argv)
     wrong = problem()

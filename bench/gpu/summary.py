@@ -1,6 +1,6 @@
 """What the lines of a window say: what held, what did not run, what was measured, and the exit status. Needs no GPU.
 
-python -m bench.gpu.summary LINES ... [--results FOLDER --name h100]
+python -m maefast.bench.gpu.summary LINES ... [--results FOLDER --name h100]
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import results
-from bench.gpu import lines
+from maefast.bench import results
+from maefast.bench.gpu import lines
 
 SHOWN = 12  # of ids that did not run, and of failures, for each stage
 CORRECTNESS = ("build", "smoke", "all-tests")
@@ -90,7 +90,7 @@ def _is_step(line: lines.Line) -> bool:
 
 
 def documents(found: list[lines.Line], name: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    """(file name, document of `bench.results`) of all that was measured, for docs/results.md."""
+    """(file name, document of `maefast.bench.results`) of all that was measured, for docs/results.md."""
     machine = lines.environment(found)
     micro, steps = [], {}
     for (_, id), line in lines.latest(found).items():
@@ -115,10 +115,10 @@ def documents(found: list[lines.Line], name: str) -> Iterable[tuple[str, dict[st
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m bench.gpu.summary", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m maefast.bench.gpu.summary", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="files of lines, in the order they were written")
     parser.add_argument("--stages", nargs="+", choices=lines.STAGES, help="judge these; default: those with lines")
-    parser.add_argument("--results", type=Path, help="write what was measured into this folder, for bench.report")
+    parser.add_argument("--results", type=Path, help="write what was measured into this folder, for maefast.bench.report")
     parser.add_argument("--name", default="gpu", help="of the device, in the names of these files")
     args = parser.parse_args(argv)
     found = lines.read(*args.files)

@@ -18,7 +18,7 @@ from maefast.models.spark import SparK
 
 # Relative difference of the losses, the second one after an update; and of the norm of all gradients. AdamW's first
 # update is the sign of a gradient, which magnifies the rounding of small ones.
-AGREE = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-2, 5e-2)}  # as bench.step
+AGREE = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-2, 5e-2)}  # as maefast.bench.step
 DTYPES = tuple(AGREE)
 STEPS = 2
 

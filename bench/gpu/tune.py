@@ -1,8 +1,8 @@
 """Stage `tune`: measured lines become dispatch truth, in maefast/ops/dispatch_data.json.
 
-    python -m bench.gpu.tune LINES ...            print what would change
-    python -m bench.gpu.tune LINES ... --write    write it
-    python -m bench.gpu.tune --measure --lines FILE     on a GPU: first measure what the tables need beyond `speed`
+    python -m maefast.bench.gpu.tune LINES ...            print what would change
+    python -m maefast.bench.gpu.tune LINES ... --write    write it
+    python -m maefast.bench.gpu.tune --measure --lines FILE     on a GPU: first measure what the tables need beyond `speed`
 
 Evidence: a kernel of which every smoke result passed, in every dtype it serves, and every gpu test of its family, all
 of the code that ran last. Rules: for each measured length the fastest of what can be chosen; a call is served as the
@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import lines
+from maefast.bench.gpu import lines
 from maefast.ops import _dispatch_data, _registry
 
 KEEP = 0.02  # a gain below this is noise: what served before goes on
@@ -248,7 +248,7 @@ def report(before: dict[str, Any], after: dict[str, Any]) -> Iterable[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m bench.gpu.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m maefast.bench.gpu.tune", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, help="files of lines, in the order they were written")
     parser.add_argument("--write", action="store_true", help="write the tables instead of only printing what changes")
     parser.add_argument("--data", type=Path, default=_dispatch_data.PATH, help="the file that is read and written")
@@ -290,9 +290,9 @@ def measure(path: Path, seconds: float, rehearse: bool) -> int:
     """Ragged attention and the convolution's routes."""
     import functools
 
-    from bench import timing
-    from bench.environment import exact_float32
-    from bench.gpu import speed
+    from maefast.bench import timing
+    from maefast.bench.environment import exact_float32
+    from maefast.bench.gpu import speed
 
     exact_float32()
     device = "cpu" if rehearse else "cuda"

@@ -1,4 +1,4 @@
-"""python -m bench.micro: time the token ops, print ratios, write JSON."""
+"""python -m maefast.bench.micro: time the token ops, print ratios, write JSON."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from bench import environment, results, timing
-from bench.micro import suite, tables
-from bench.micro.shapes import DTYPES, PRESETS
+from maefast.bench import environment, results, timing
+from maefast.bench.micro import suite, tables
+from maefast.bench.micro.shapes import DTYPES, PRESETS
 from maefast.ops import linear_library
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("bench.micro: no CUDA device here", file=sys.stderr)
+        print("maefast.bench.micro: no CUDA device here", file=sys.stderr)
         return 3
     preset = "quick" if args.quick else args.preset
     peers = tuple(args.peers or (suite.PEERS if preset == "full" else suite.QUICK))
@@ -42,7 +42,7 @@ def measure(
     rounds: int = 9,
     budget: float | None = None,
 ) -> dict:
-    """Run the suite; returns the document of `bench.results`.
+    """Run the suite; returns the document of `maefast.bench.results`.
 
     budget: seconds after which no further case is started; the cases left out are counted in the settings.
     """
@@ -74,7 +74,7 @@ def measure(
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m bench.micro", description=__doc__)
+    parser = argparse.ArgumentParser("python -m maefast.bench.micro", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="full")
     parser.add_argument("--quick", action="store_true", help="the same as --preset quick: under a minute")

@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.micro.shapes import Shape
-from bench.micro.suite import Inputs, Op
 from maefast import masking
+from maefast.bench.micro.shapes import Shape
+from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import CellMask, pack_cells, unpack_cells
 from maefast.ops.cells import pack_cells_reference
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.micro.bench_sparse_conv import plan_of
-from bench.micro.shapes import Shape
-from bench.micro.suite import Inputs, Op
+from maefast.bench.micro.bench_sparse_conv import plan_of
+from maefast.bench.micro.shapes import Shape
+from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import depthwise_cells, pack_cells, unpack_cells
 
 KERNEL = 7

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.micro.shapes import Shape
-from bench.micro.suite import Inputs, Op
+from maefast.bench.micro.shapes import Shape
+from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import resize
 
 BOX = (40, 30, 460, 345)  # left, top, right, bottom

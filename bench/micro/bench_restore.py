@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.micro.bench_embed import flat, plan_of
-from bench.micro.shapes import Shape
-from bench.micro.suite import Inputs, Op
+from maefast.bench.micro.bench_embed import flat, plan_of
+from maefast.bench.micro.shapes import Shape
+from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import restore_tokens
 
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.micro.shapes import VOLUME_OPS, Shape
-from bench.micro.suite import Inputs, Op
 from maefast import masking
+from maefast.bench.micro.shapes import VOLUME_OPS, Shape
+from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import CellMask, conv_cells, pack_cells, unpack_cells
 
 

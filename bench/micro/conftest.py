@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import environment
-from bench.micro import suite
-from bench.micro.shapes import DTYPES, PRESETS
+from maefast.bench import environment
+from maefast.bench.micro import suite
+from maefast.bench.micro.shapes import DTYPES, PRESETS
 
 
 class Replay:

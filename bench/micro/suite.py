@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import environment, timing
-from bench.micro.shapes import Shape
+from maefast.bench import environment, timing
+from maefast.bench.micro.shapes import Shape
 from maefast.ops import _dispatch
 
 FAMILIES = (
@@ -118,7 +118,7 @@ class Peer:
 
 
 def ops(family: str) -> list[Op]:
-    return importlib.import_module(f"bench.micro.bench_{family}").OPS
+    return importlib.import_module(f"maefast.bench.micro.bench_{family}").OPS
 
 
 def takes(op: Op, shape: Shape) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from bench.peers.dropin_family import Family, images
+from maefast.bench.peers.dropin_family import Family, images
 
 
 def public_spark(sizes: dict) -> nn.Module:
-    from bench.peers.checkouts import old_timm
+    from maefast.bench.peers.checkouts import old_timm
 
     old_timm()
     from decoder import LightDecoder
@@ -23,8 +23,8 @@ def public_spark(sizes: dict) -> nn.Module:
 
 
 def own_spark(sizes: dict) -> nn.Module:
+    from maefast.bench.peers.public.spark import SparK, converted
     from maefast.models.resnet import DEPTHS, ResNet
-    from tests.integrations.models.spark import SparK, converted
 
     cnn = ResNet(DEPTHS[sizes["encoder"]], drop_path=sizes["drop_path"])
     return SparK(converted(cnn), sizes["img_size"], sizes["decoder_width"])

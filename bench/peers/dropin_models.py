@@ -1,7 +1,7 @@
-"""Other people's masked models, as they are and accelerated: the source of the workers of `bench.dropin`.
+"""Other people's masked models, as they are and accelerated: the source of the workers of `maefast.bench.dropin`.
 
 A model comes from the installed package, from a checkout that the user names, or else from our own description of its
-structure in `tests/integrations/models/`. `origin` in a record says which.
+structure in `bench/peers/public/`. `origin` in a record says which.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench.environment import ROOT, version
-from bench.peers import checkouts, dropin_convnets, dropin_vits
-from bench.peers.dropin_family import Family
-from bench.peers.models import BATCHES, Task
+from maefast.bench.environment import ROOT, version
+from maefast.bench.peers import checkouts, dropin_convnets, dropin_vits
+from maefast.bench.peers.dropin_family import Family
+from maefast.bench.peers.models import BATCHES, Task
 
 # Attention the other way: "tuned" has SDPA put in where the code writes its scores, "written" writes them where the
 # code takes SDPA, which on a CPU is slow in bfloat16.

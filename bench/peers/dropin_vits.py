@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.dropin_family import Family, images
+from maefast.bench.peers.dropin_family import Family, images
 
 VIT_B = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
 TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -90,7 +90,7 @@ def _hf(sizes: dict) -> dict:
 
 
 def public_mae(sizes: dict) -> nn.Module:
-    from bench.peers.checkouts import old_timm
+    from maefast.bench.peers.checkouts import old_timm
 
     old_timm()
     from models_mae import MaskedAutoencoderViT
@@ -99,7 +99,7 @@ def public_mae(sizes: dict) -> nn.Module:
 
 
 def own_mae(sizes: dict) -> nn.Module:
-    from tests.integrations.models.mae import MaskedAutoencoderViT
+    from maefast.bench.peers.public.mae import MaskedAutoencoderViT
 
     return MaskedAutoencoderViT(**sizes, norm_pix_loss=True)
 
@@ -151,7 +151,7 @@ def public_videomae(sizes: dict) -> nn.Module:
 
 def own_videomae(sizes: dict) -> nn.Module:
     """Put together from its parts, because the whole has one size there."""
-    from tests.integrations.models import videomae as parts
+    from maefast.bench.peers.public import videomae as parts
 
     width, decoder_width, tube, patch = (
         sizes[key] for key in ("embed_dim", "decoder_embed_dim", "tubelet_size", "patch_size")
@@ -218,7 +218,7 @@ def timm_vit(sizes: dict) -> nn.Module:
 
 
 def own_timm(sizes: dict) -> nn.Module:
-    from tests.integrations.models.timm_vit import VisionTransformer
+    from maefast.bench.peers.public.timm_vit import VisionTransformer
 
     return VisionTransformer(**sizes)
 
@@ -242,7 +242,7 @@ def public_jepa(sizes: dict) -> nn.Module:
 
 
 def own_jepa(sizes: dict) -> nn.Module:
-    from tests.integrations.models import jepa as parts
+    from maefast.bench.peers.public import jepa as parts
 
     width, patch = sizes["embed_dim"], sizes["patch_size"]
     model = parts.ImageEncoder(width, sizes["depth"], sizes["num_heads"])
@@ -258,7 +258,7 @@ def public_lightly(sizes: dict) -> nn.Module:
 
 
 def own_lightly(sizes: dict) -> nn.Module:
-    from tests.integrations.models.lightly import MaskedVisionTransformerTIMM
+    from maefast.bench.peers.public.lightly import MaskedVisionTransformerTIMM
 
     return MaskedVisionTransformerTIMM(own_timm(sizes))
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.peers import plain_sparse
-from bench.peers.plain_mae import PlainMAE
 from maefast import models
+from maefast.bench.peers import plain_sparse
+from maefast.bench.peers.plain_mae import PlainMAE
 from maefast.models.convert import mae_to_hf
 from maefast.nn import Cells
 from maefast.ops import CellMask

@@ -1,4 +1,4 @@
-"""Two forks of the structure of facebookresearch/mae in plain PyTorch, for `bench.toys`: of spectrograms, and with a
+"""Two forks of the structure of facebookresearch/mae in plain PyTorch, for `maefast.bench.toys`: of spectrograms, and with a
 decoder that looks at the encoder's tokens alone."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.integrations.models.mae import MaskedAutoencoderViT, Mlp
+from maefast.bench.peers.public.mae import MaskedAutoencoderViT, Mlp
 
 
 class SpectrogramMAE(MaskedAutoencoderViT):

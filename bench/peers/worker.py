@@ -1,4 +1,4 @@
-"""One peer in a process of its own, so that its peak memory is its own. `bench.step` and `bench.dropin` talk to it in
+"""One peer in a process of its own, so that its peak memory is its own. `maefast.bench.step` and `maefast.bench.dropin` talk to it in
 JSON lines.
 
     -> {"do": "build", ...}             <- {"loss": ..., "grad_norm": ..., "parameters": ..., notes of the task}
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from bench.environment import exact_float32
+from maefast.bench.environment import exact_float32
 from maefast.graphs import graphed_step
 
 ATTEMPTS = 6
@@ -43,7 +43,7 @@ class Worker:
     ) -> dict:
         self.device, self.bf16, self.part = device, dtype == "bfloat16", part
         exact_float32()
-        module = importlib.import_module(f"bench.peers.{source}")
+        module = importlib.import_module(f"maefast.bench.peers.{source}")
         module.load(peer, config)  # before the baseline: a library in memory is not a step's memory
         self.baseline = resident_bytes()
         self.task = module.task(peer, config=config, batch=batch, device=device, part=part, **what)

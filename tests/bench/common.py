@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import results
+from maefast.bench import results
 
 ENVIRONMENT = {
     "date": "2026-01-02 03:04 UTC",

@@ -1,4 +1,4 @@
-"""bench.block measures what it says."""
+"""maefast.bench.block measures what it says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from bench import block
+from maefast.bench import block
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -25,7 +25,7 @@ def test_measure(dtype):
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(block, "CALL", {**block.CALL, "rounds": 1})
     monkeypatch.setattr(block, "STACKS", block.STACKS[:0])
-    monkeypatch.setattr(sys, "argv", ["bench.block", "--json", str(tmp_path / "block.json")])
+    monkeypatch.setattr(sys, "argv", ["maefast.bench.block", "--json", str(tmp_path / "block.json")])
     block.main()
     assert "x eager" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "block.json").read_text())["records"]) == 2

@@ -1,4 +1,4 @@
-"""`bench.data`: every loader goes through all files."""
+"""`maefast.bench.data`: every loader goes through all files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ pytest.importorskip("skimage")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    from bench.data import write_files
+    from maefast.bench.data import write_files
 
     folder = tmp_path_factory.mktemp("photos")
     return folder, write_files(folder, 3)
 
 
 def test_all_sides_run(files):
-    from bench.data import sides
+    from maefast.bench.data import sides
 
     timed = sides(*files)
     assert ("datasets" in timed) == (importlib.util.find_spec("datasets") is not None)
@@ -33,7 +33,7 @@ def test_datasets_as_the_transforms_on_pillows_images(files):
     pytest.importorskip("datasets")
     import torch
 
-    from bench.data import _datasets
+    from maefast.bench.data import _datasets
 
     seen = []
     side = _datasets(files[1], lambda image: seen.append(image.size) or torch.zeros(3, 4, 5))
@@ -43,7 +43,7 @@ def test_datasets_as_the_transforms_on_pillows_images(files):
 
 
 def test_without_datasets_it_says_so(files, monkeypatch, capsys):
-    from bench.data import _datasets
+    from maefast.bench.data import _datasets
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert _datasets(files[1], None) == {}

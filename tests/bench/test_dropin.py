@@ -8,8 +8,8 @@ from torch import nn
 
 pytest.importorskip("rich")
 
-from bench import dropin, report, results, step
-from bench.peers import checkouts, dropin_models, worker
+from maefast.bench import dropin, report, results, step
+from maefast.bench.peers import checkouts, dropin_models, worker
 from tests.bench.common import ENVIRONMENT
 
 FAMILIES = dropin_models.families()
@@ -56,7 +56,7 @@ def test_measure(tmp_path, capsys):
     assert theirs["ratio"] > 0
     assert ours["last_loss"] == pytest.approx(theirs["last_loss"], rel=1e-3)
     assert doc["settings"]["origin"] == "structure"
-    assert doc["settings"]["code"] == "tests/integrations/models/mae.py"
+    assert doc["settings"]["code"] == "bench/peers/public/mae.py"
     text = report.dropin({**doc, "file": "dropin.json"})
     assert "MAE, toy" in text
     assert "as it is" in text

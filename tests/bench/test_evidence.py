@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
-from bench import evidence
+from maefast.bench import evidence
 from tests.train.common import TINY
 
 

@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench.environment import ROOT
-from bench.gpu import lines
+from maefast.bench.environment import ROOT
+from maefast.bench.gpu import lines
 
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
 needs_tools = pytest.mark.skipif(

@@ -15,8 +15,8 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench.environment import ROOT
-from bench.gpu import all_tests, cases, compare, lines, pool, smoke, trainings
+from maefast.bench.environment import ROOT
+from maefast.bench.gpu import all_tests, cases, compare, lines, pool, smoke, trainings
 from maefast.ops import _registry
 
 # --- lines -----------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def test_the_last_result_counts_and_other_code_does_not(tmp_path, monkeypatch):
 
 def test_lines_of_several_processes_do_not_mix(tmp_path):
     code = (
-        "import sys; from bench.gpu import lines; out = lines.Lines(sys.argv[1], 'smoke')\n"
+        "import sys; from maefast.bench.gpu import lines; out = lines.Lines(sys.argv[1], 'smoke')\n"
         "for i in range(50): out.write(f'{sys.argv[2]}-{i}', 'passed', error='y' * 300)"
     )
     processes = [
@@ -242,7 +242,7 @@ def test_smoke_writes_what_it_finds(tmp_path):
     """One kernel in the interpreter, in a process of its own, and again: nothing is left to do."""
     pytest.importorskip("triton")
     path = tmp_path / "lines"
-    command = [sys.executable, "-m", "bench.gpu.smoke", "--rehearse", "--lines", str(path), "--processes", "1"]
+    command = [sys.executable, "-m", "maefast.bench.gpu.smoke", "--rehearse", "--lines", str(path), "--processes", "1"]
     command += ["--only", "bias_gelu-no bias", "--seconds", "300"]
     for text in ("3 passed", "nothing left to do; 3 were done before"):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench import results
-from bench.gpu import lines, summary, tune
 from maefast import ops
+from maefast.bench import results
+from maefast.bench.gpu import lines, summary, tune
 from maefast.ops import _attention_table, _conv_table, _dispatch, _dispatch_data
 from tests.bench.common import ENVIRONMENT, SHAPE
 

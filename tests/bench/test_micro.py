@@ -12,10 +12,10 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench import environment, results, timing
-from bench.micro import __main__ as micro
-from bench.micro import attention_peers, bench_attention, suite, tables
-from bench.micro.shapes import PRESETS, TOY, VIDEOMAE_B, VIT_B
+from maefast.bench import environment, results, timing
+from maefast.bench.micro import __main__ as micro
+from maefast.bench.micro import attention_peers, bench_attention, suite, tables
+from maefast.bench.micro.shapes import PRESETS, TOY, VIDEOMAE_B, VIT_B
 
 CASES = list(suite.cases(suite.FAMILIES, PRESETS["toy"]["cpu"], [torch.float32, torch.bfloat16], "cpu"))
 

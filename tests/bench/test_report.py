@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("rich")
 
-from bench import report, results
+from maefast.bench import report, results
 from tests.bench.common import micro_document, step_document
 
 
 def test_the_committed_page_is_up_to_date():
-    assert report.main(["--check"]) == 0, "run python -m bench.report"
+    assert report.main(["--check"]) == 0, "run python -m maefast.bench.report"
 
 
 def test_tables(tmp_path):

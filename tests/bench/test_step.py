@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench import results, step
-from bench.peers import models, worker
+from maefast.bench import results, step
+from maefast.bench.peers import models, worker
 
 
 def test_measure(tmp_path, capsys):

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 pytest.importorskip("rich")
 
-from bench import timing
-from bench.micro import suite
-from bench.micro.shapes import PRESETS
+from maefast.bench import timing
+from maefast.bench.micro import suite
+from maefast.bench.micro.shapes import PRESETS
 from maefast.ops import _checks
 
 CASES = list(suite.cases(suite.FAMILIES, PRESETS["toy"]["cpu"], [torch.float32], "cpu"))

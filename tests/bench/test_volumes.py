@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import volumes
+from maefast.bench import volumes
 
 
 def test_all_networks_are_the_same():

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import maefast
+from maefast.bench.peers.public.timm_vit import Block
 from maefast.integrations import _swap, transformer
 from tests.integrations.common import gradient_error, relative
-from tests.integrations.models.timm_vit import Block
 
 DIM = 32
 

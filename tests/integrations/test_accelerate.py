@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import maefast
+from maefast.bench.peers.public.mae import MaskedAutoencoderViT
 from maefast.integrations import _swap, _verify, mae
 from maefast.integrations._report import Report
 from tests.integrations.common import relative
-from tests.integrations.models.mae import MaskedAutoencoderViT
 from tests.integrations.test_mae import SIZES, images
 
 

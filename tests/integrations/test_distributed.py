@@ -25,9 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import maefast
 from maefast import ops
+from maefast.bench.peers.public.mae import Block, MaskedAutoencoderViT
 from maefast.integrations import _worth
 from tests.integrations.common import relative
-from tests.integrations.models.mae import Block, MaskedAutoencoderViT
 
 WORLD, STEPS, BATCH = 2, 3, 2
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}  # of what three steps change in the parameters

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import maefast
+from maefast.bench.peers.public.fcmae import small
 from maefast.models import create
 from maefast.models.convnames import fcmae_to_sparse, sparse_to_fcmae
 from maefast.models.public_fcmae import PublicFCMAE, public_fcmae
 from tests.integrations.common import DropIn, gradient_error, relative
-from tests.integrations.models.fcmae import small
 
 NAME = "facebookresearch/ConvNeXt-V2 FCMAE"
 

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 import maefast
+from maefast.bench.peers.public.mae import MaskedAutoencoderViT
 from maefast.integrations import _code, _swap
 from maefast.integrations._guards import Guards
 from maefast.integrations._sites import Unguarded
 from tests.integrations import test_hf_videomae, test_hf_vitmae, test_mae
 from tests.integrations.common import gradient_error, relative
-from tests.integrations.models.mae import MaskedAutoencoderViT
 from tests.integrations.test_mae import SIZES, images
 
 ROOT = MaskedAutoencoderViT

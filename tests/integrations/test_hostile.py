@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import maefast
+from maefast.bench.peers.public.timm_vit import Block
 from tests.integrations.common import gradient_error, relative
-from tests.integrations.models.timm_vit import Block
 from tests.integrations.test_guards import ROOT, build, fork, images, pair, runs, same
 
 # --- forks --------------------------------------------------------------------------------------------------

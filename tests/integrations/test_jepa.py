@@ -8,9 +8,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import maefast
+from maefast.bench.peers.public import jepa as models
 from maefast.integrations import jepa
 from tests.integrations.common import DropIn, gradient_error, relative
-from tests.integrations.models import jepa as models
 
 
 def images(batch=2, dtype=torch.float32, frames=None, size=16):

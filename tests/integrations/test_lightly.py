@@ -10,10 +10,10 @@ from torch import nn
 
 import maefast
 from maefast import ops
+from maefast.bench.peers.public.lightly import MAEDecoderTIMM, MaskedVisionTransformerDecoderTIMM
+from maefast.bench.peers.public.lightly import MaskedVisionTransformerTIMM as Encoder
+from maefast.bench.peers.public.timm_vit import VisionTransformer
 from tests.integrations.common import DropIn, relative
-from tests.integrations.models.lightly import MAEDecoderTIMM, MaskedVisionTransformerDecoderTIMM
-from tests.integrations.models.lightly import MaskedVisionTransformerTIMM as Encoder
-from tests.integrations.models.timm_vit import VisionTransformer
 
 
 def split(batch: int = 3, length: int = 17, keep: int = 6) -> tuple[torch.Tensor, torch.Tensor]:

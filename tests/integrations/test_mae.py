@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import maefast
+from maefast.bench.peers.public.mae import MaskedAutoencoderViT
 from tests.integrations.common import DropIn, relative
-from tests.integrations.models.mae import MaskedAutoencoderViT
 
 SIZES = {
     "img_size": 32,

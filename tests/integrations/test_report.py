@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import maefast
+from maefast.bench.peers.public.mae import MaskedAutoencoderViT
+from maefast.bench.peers.public.timm_vit import Attention, Block
 from maefast.integrations import _layers
 from maefast.integrations._report import Report
 from tests.integrations.blocks import DIM, accelerated, build, compare, pretend, tokens
-from tests.integrations.models.mae import MaskedAutoencoderViT
-from tests.integrations.models.timm_vit import Attention, Block
 from tests.integrations.test_mae import SIZES, images
 from tests.integrations.test_transformer_changes import Gated
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import maefast
+from maefast.bench.peers.public import spark as public
 from tests.integrations.common import DropIn, gradient_error, relative
-from tests.integrations.models import spark as public
 
 NAME = "keyu-tian/SparK"
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import maefast
 from maefast import ops
+from maefast.bench.peers.public.timm_vit import PatchDropout, VisionTransformer
 from tests.integrations.common import DropIn, relative
-from tests.integrations.models.timm_vit import PatchDropout, VisionTransformer
 
 
 def images(dtype: torch.dtype = torch.float32, batch: int = 3) -> torch.Tensor:

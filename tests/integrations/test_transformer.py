@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import maefast
+from maefast.bench.peers.public.timm_vit import Block
 from tests.integrations.blocks import DIM, accelerated, build, compare, is_fast, is_fused, pretend, tokens
 from tests.integrations.common import gradient_error, relative
-from tests.integrations.models.timm_vit import Block
 
 # --- layouts ------------------------------------------------------------------------------------------------
 

@@ -14,10 +14,10 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import maefast
+from maefast.bench.peers.public.timm_vit import Attention, Block, LayerScale
 from maefast.integrations import transformer
 from tests.integrations.blocks import DIM, accelerated, build, compare, is_fast, is_fused, pretend, run, tokens
 from tests.integrations.common import gradient_error, relative
-from tests.integrations.models.timm_vit import Attention, Block, LayerScale
 
 # --- what somebody does to a block afterwards ---------------------------------------------------------------
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import maefast
+from maefast.bench.peers.public.videomae import Encoder, VideoMAE, VideoMAE2, engine_target
 from maefast.integrations import videomae
 from tests.integrations.common import DropIn, gradient_error, relative
-from tests.integrations.models.videomae import Encoder, VideoMAE, VideoMAE2, engine_target
 
 N = 32
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import maefast
-from bench import worth
+from maefast.bench import worth
+from maefast.bench.peers.public.mae import MaskedAutoencoderViT
+from maefast.bench.peers.public.timm_vit import Block
 from maefast.integrations import _worth
 from tests.integrations.common import relative
-from tests.integrations.models.mae import MaskedAutoencoderViT
-from tests.integrations.models.timm_vit import Block
 from tests.integrations.test_mae import SIZES, images
 
 SMALL, LARGE = "ran as it was once because below", "ran fast once"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.peers.plain_mae import PlainMAE
 from maefast import models
+from maefast.bench.peers.plain_mae import PlainMAE
 from maefast.models import MaskedAutoencoderViT
 from maefast.nn import Encoder, PatchEmbed, position_table
 from maefast.ops import _dispatch

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import maefast
-from bench.peers import plain_sparse
 from maefast import models
+from maefast.bench.peers import plain_sparse
 from maefast.models.convnext import ConvNeXt
 from maefast.models.fcmae import FCMAE
 from maefast.models.resnet import ResNet

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bench.peers.plain_sparse import Active, masked
 from maefast import Cells
+from maefast.bench.peers.plain_sparse import Active, masked
 from maefast.ops import CellMask
 
 

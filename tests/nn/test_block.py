@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench.peers.plain_mae import TransformerBlock
 from maefast import masking
+from maefast.bench.peers.plain_mae import TransformerBlock
 from maefast.nn import Block, Packing
 
 

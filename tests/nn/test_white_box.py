@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.peers.plain import parameters
-from bench.peers.recipes.crate_mae import compress, expand, mssa
+from maefast.bench.peers.plain import parameters
+from maefast.bench.peers.recipes.crate_mae import compress, expand, mssa
 from maefast.nn import ISTA, MSSA, CompressBlock, ExpandBlock, Packing
 
 

@@ -20,7 +20,7 @@ from tests.train.common import losses, rows
 
 
 class RecipeTests:
-    """A subclass sets `name` and `toy`, and defines `batch`. It is held against `bench.peers.recipes.<name>.reference`,
+    """A subclass sets `name` and `toy`, and defines `batch`. It is held against `maefast.bench.peers.recipes.<name>.reference`,
     the terms of the loss in plain PyTorch.
 
     Attributes:
@@ -40,7 +40,7 @@ class RecipeTests:
 
     @property
     def reference(self) -> Callable[[Recipe, View], Mapping[str, Tensor]]:
-        return importlib.import_module(f"bench.peers.recipes.{self.name}").reference
+        return importlib.import_module(f"maefast.bench.peers.recipes.{self.name}").reference
 
     def make(self, **changes: Any) -> Recipe:
         torch.manual_seed(0)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.peers.recipes.cha_maevit import padded
 from maefast import recipes
+from maefast.bench.peers.recipes.cha_maevit import padded
 from maefast.data.channels import ChannelBatch, Channels, filled, made_channels, read_channels, standardised
 from maefast.data.images.files import shipped_photographs
 from maefast.recipe import View

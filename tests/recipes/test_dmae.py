@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from bench.peers.plain import blocks, parameters
-from bench.peers.recipes.dmae import encoder_input
 from maefast import models, recipes
+from maefast.bench.peers.plain import blocks, parameters
+from maefast.bench.peers.recipes.dmae import encoder_input
 from maefast.data.images.batch import ImageBatch
 from maefast.errors import ConfigError
 from maefast.nn.teachers import Frozen

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.peers.plain import parameters
-from bench.peers.recipes.dmae import autoencoder, patches
 from maefast import recipes
+from maefast.bench.peers.plain import parameters
+from maefast.bench.peers.recipes.dmae import autoencoder, patches
 from maefast.data.annotated import AnnotatedBatch
 from maefast.data.images.batch import ImageBatch
 from maefast.data.shapes_on_textures import shapes_on_texture

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from bench.peers.plain import parameters
 from bench.peers.recipes.g2sd import decoder_states
 from maefast import models, recipes
+from maefast.bench.peers.plain import parameters
 from maefast.data.images.batch import ImageBatch
 from tests.recipes.common import RecipeTests, equal_to_reference
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.peers.plain import parameters
-from bench.peers.recipes.graphmae import attention
 from maefast import masking, recipes
+from maefast.bench.peers.plain import parameters
+from maefast.bench.peers.recipes.graphmae import attention
 from maefast.data.graphs import GraphBatch, block_model, read_graph
 from maefast.nn.graph import attention_layer, decoder_edges
 from tests.recipes.common import RecipeTests, scatter

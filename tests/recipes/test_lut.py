@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.peers.plain import parameters
-from bench.peers.recipes.lut import apart, encode
 from maefast import recipes
+from maefast.bench.peers.plain import parameters
+from maefast.bench.peers.recipes.lut import apart, encode
 from maefast.data.images.batch import ImageBatch
 from maefast.data.images.photometric import NUMBERS, blur, grey, second_view, turned
 from maefast.nn.teachers import Averaged, cosine_decay

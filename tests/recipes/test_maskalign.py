@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.peers.plain import blocks, linear, norm, parameters
-from bench.peers.recipes.dmae import encoder_input
 from maefast import models, recipes
+from maefast.bench.peers.plain import blocks, linear, norm, parameters
+from maefast.bench.peers.recipes.dmae import encoder_input
 from maefast.data.images.batch import ImageBatch
 from maefast.nn.teachers import ImageTeacher
 from tests.recipes.common import RecipeTests, equal_to_reference

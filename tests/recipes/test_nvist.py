@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.peers.plain import parameters
-from bench.peers.recipes.dmae import autoencoder, patches
 from maefast import recipes
+from maefast.bench.peers.plain import parameters
+from maefast.bench.peers.recipes.dmae import autoencoder, patches
 from maefast.data.images.batch import ImageBatch
 from maefast.data.scenes import Scenes, sphere_scene
 from tests.recipes.common import RecipeTests, equal_to_reference, scatter

@@ -40,7 +40,7 @@ def test_a_few_steps_leave_everything(demo, tmp_path, monkeypatch, capsys):
 
 
 def test_the_benchmark_times_this_model(demo, tmp_path):
-    from bench.step import PRESETS
+    from maefast.bench.step import PRESETS
 
     config = demo.demo_config(tmp_path, 1000)
     config.check()

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.plain import below, linear, norm, parameters
-from bench.peers.recipes.dmae import batch, patches
+from maefast.bench.peers.plain import below, linear, norm, parameters
+from maefast.bench.peers.recipes.dmae import batch, patches
 from maefast.recipe import View
 
 __all__ = ["batch", "compress", "expand", "ista", "mssa", "reference"]

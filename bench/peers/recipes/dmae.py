@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.plain import blocks, linear, norm, parameters
+from maefast.bench.peers.plain import blocks, linear, norm, parameters
 from maefast.data.images.batch import ImageBatch
 from maefast.recipe import View
 

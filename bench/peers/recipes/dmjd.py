@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.plain import below, blocks, linear, norm, parameters
-from bench.peers.recipes.dmae import batch
+from maefast.bench.peers.plain import below, blocks, linear, norm, parameters
+from maefast.bench.peers.recipes.dmae import batch
 from maefast.recipe import View
 
 __all__ = ["batch", "encode", "reference"]

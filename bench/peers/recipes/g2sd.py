@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.plain import blocks, linear, norm, parameters
-from bench.peers.recipes.dmae import batch, encoder_input
+from maefast.bench.peers.plain import blocks, linear, norm, parameters
+from maefast.bench.peers.recipes.dmae import batch, encoder_input
 from maefast.recipe import View
 
 __all__ = ["batch", "decoder_states", "reference"]

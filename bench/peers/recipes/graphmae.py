@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.plain import below, parameters
+from maefast.bench.peers.plain import below, parameters
 from maefast.data.graphs import Graph, GraphBatch
 from maefast.recipe import View
 

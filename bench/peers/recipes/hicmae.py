@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.plain import below, block, blocks, linear, norm, parameters
+from maefast.bench.peers.plain import below, block, blocks, linear, norm, parameters
 from maefast.data.audiovisual import AudioVisualBatch
 from maefast.recipe import View
 

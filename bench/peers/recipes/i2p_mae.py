@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.plain import blocks, linear, norm, parameters
-from bench.peers.recipes.point_mae import group_tokens, mlp
+from maefast.bench.peers.plain import blocks, linear, norm, parameters
+from maefast.bench.peers.recipes.point_mae import group_tokens, mlp
 from maefast.data.points import PointBatch
 from maefast.recipe import View
 

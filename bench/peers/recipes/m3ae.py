@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.plain import attention, below, linear, norm, parameters
-from bench.peers.recipes.dmae import patches
+from maefast.bench.peers.plain import attention, below, linear, norm, parameters
+from maefast.bench.peers.recipes.dmae import patches
 from maefast.data.captioned_images import CaptionBatch
 from maefast.recipe import View
 

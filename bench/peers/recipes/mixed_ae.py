@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.plain import below, blocks, linear, norm, parameters
-from bench.peers.plain import block as ordinary
-from bench.peers.recipes.dmae import batch as images
-from bench.peers.recipes.dmae import encoder_input, patches
+from maefast.bench.peers.plain import below, blocks, linear, norm, parameters
+from maefast.bench.peers.plain import block as ordinary
+from maefast.bench.peers.recipes.dmae import batch as images
+from maefast.bench.peers.recipes.dmae import encoder_input, patches
 from maefast.data.images.batch import ImageBatch
 from maefast.recipe import View
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bench.peers.plain import below, blocks, linear, norm, parameters
-from bench.peers.recipes import dmjd
-from bench.peers.recipes.dmae import batch, encoder_input, patches
+from maefast.bench.peers.plain import below, blocks, linear, norm, parameters
+from maefast.bench.peers.recipes import dmjd
+from maefast.bench.peers.recipes.dmae import batch, encoder_input, patches
 from maefast.recipe import View
 
 __all__ = ["batch", "reference"]

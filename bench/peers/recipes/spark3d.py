@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.plain import below, parameters
+from maefast.bench.peers.plain import below, parameters
 from maefast.data.volumes import VolumeBatch
 from maefast.recipe import View
 

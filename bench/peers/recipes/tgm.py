@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.plain import linear, parameters
-from bench.peers.recipes.videomae import embedded, latents, predictions, targets
+from maefast.bench.peers.plain import linear, parameters
+from maefast.bench.peers.recipes.videomae import embedded, latents, predictions, targets
 from maefast.data.captioned_clips import CaptionedClipBatch
 from maefast.recipe import View
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bench.peers.plain import parameters
-from bench.peers.recipes.videomae import batch, embedded, latents, predictions, targets
+from maefast.bench.peers.plain import parameters
+from maefast.bench.peers.recipes.videomae import batch, embedded, latents, predictions, targets
 from maefast.recipe import View
 
 __all__ = ["batch", "reference"]

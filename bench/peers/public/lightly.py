@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from tests.integrations.models.timm_vit import Block, VisionTransformer
+from maefast.bench.peers.public.timm_vit import Block, VisionTransformer
 
 
 def pick(tokens: Tensor, index: Tensor) -> Tensor:

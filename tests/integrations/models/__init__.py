@@ -1,1 +1,0 @@
-"""Models of other projects, in our own words (structure, names, maths), to accelerate without installing them."""
