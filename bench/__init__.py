@@ -1,1 +1,1 @@
-"""Benchmarks of maefast: token ops (`maefast.bench.micro`), one training step (`maefast.bench.step`), and the report of both."""
+"""Benchmarks of maefast: token ops (`bench.micro`), one training step (`bench.step`), and the report of both."""

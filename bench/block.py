@@ -1,4 +1,4 @@
-"""A transformer block, forward and backward, beside an eager one with SDPA: `python -m maefast.bench.block [--json FILE]`.
+"""A transformer block, forward and backward, beside an eager one with SDPA: `python -m bench.block [--json FILE]`.
 
 Two questions. What a call costs where there is nothing to compute (width 32, 4 tokens, one thread), and what a stack of
 blocks of a real width takes and keeps for the backward. Timed in turn; the ratio is of the fastest of each.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
-# The checkout that this file is in, as bench/ or (in the tree of gpu_check.sh) maefast/bench/; an installed one has none.
+# The checkout that this file is in (bench/, or maefast/bench/ in the tree of gpu_check.sh); an installed one has none.
 CHECKOUT = next((path for path in HERE.parents[:2] if (path / "pyproject.toml").is_file()), None)
 ROOT = CHECKOUT or HERE.parents[1]
 # A change outside these cannot move a figure.

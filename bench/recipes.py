@@ -3,7 +3,7 @@
     python -m maefast.bench.recipes [NAME ...] [--batch 2] [--dtype float32|bfloat16] [--json FILE]
 
 Both sides compute forward and backward of one view, made once, from the same parameters. The plain side is
-`maefast.bench.peers.recipes`: scaled_dot_product_attention, only visible tokens encoded, boolean indexing as authors' code does
+`bench.peers.recipes`: scaled_dot_product_attention, only visible tokens encoded, boolean indexing as authors' code does
 it; ragged samples padded. Steps are timed in turn and the least times taken; memory is what a process that runs one
 side alone needs above what it held before its first step.
 

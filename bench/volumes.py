@@ -4,7 +4,7 @@
 
 One forward and backward pass of the encoder of a residual 3-D U-Net: a 3x3x3 stem, then blocks of two 3x3x3
 convolutions with batch norms, 32 to 256 channels, each stage half the size of the last; cells of 16 sites a side. The
-peer (`maefast.bench.peers.plain_sparse`) runs in both memory formats, and the faster one counts. Both are timed in turn; the
+peer (`bench.peers.plain_sparse`) runs in both memory formats, and the faster one counts. Both are timed in turn; the
 least time of all rounds is taken.
 """
 

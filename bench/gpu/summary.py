@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m maefast.bench.gpu.summary", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="files of lines, in the order they were written")
     parser.add_argument("--stages", nargs="+", choices=lines.STAGES, help="judge these; default: those with lines")
-    parser.add_argument("--results", type=Path, help="write what was measured into this folder, for maefast.bench.report")
+    parser.add_argument("--results", type=Path, help="write what was measured into this folder, for bench.report")
     parser.add_argument("--name", default="gpu", help="of the device, in the names of these files")
     args = parser.parse_args(argv)
     found = lines.read(*args.files)

@@ -2,7 +2,7 @@
 
     python -m maefast.bench.gpu.tune LINES ...            print what would change
     python -m maefast.bench.gpu.tune LINES ... --write    write it
-    python -m maefast.bench.gpu.tune --measure --lines FILE     on a GPU: first measure what the tables need beyond `speed`
+    python -m bench.gpu.tune --measure --lines FILE     on a GPU: first measure what the tables need beyond `speed`
 
 Evidence: a kernel of which every smoke result passed, in every dtype it serves, and every gpu test of its family, all
 of the code that ran last. Rules: for each measured length the fastest of what can be chosen; a call is served as the

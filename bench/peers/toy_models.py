@@ -1,4 +1,4 @@
-"""Two forks of the structure of facebookresearch/mae in plain PyTorch, for `maefast.bench.toys`: of spectrograms, and with a
+"""Two forks of the structure of facebookresearch/mae in plain PyTorch, for `bench.toys`: of spectrograms, and with a
 decoder that looks at the encoder's tokens alone."""
 
 from __future__ import annotations

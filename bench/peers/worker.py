@@ -1,4 +1,4 @@
-"""One peer in a process of its own, so that its peak memory is its own. `maefast.bench.step` and `maefast.bench.dropin` talk to it in
+"""One peer in a process of its own, so that its peak memory is its own. `bench.step` and `bench.dropin` talk to it in
 JSON lines.
 
     -> {"do": "build", ...}             <- {"loss": ..., "grad_norm": ..., "parameters": ..., notes of the task}

@@ -1,6 +1,6 @@
 """When accelerated code is worth it: below some size its checks cost more than its kernels save.
 
-`LEAST` is what `python -m maefast.bench.worth` measured on transformer blocks, for each kind of device and arithmetic: (power,
+`LEAST` is what `python -m bench.worth` measured on transformer blocks, for each kind of device and arithmetic: (power,
 size), so that no block was slower than it was before where tokens x width ** power (1 or 2) is at least that size.
 Smaller ones run as they were, and so do the methods of their model, whose tokens are counted after masking. A kind of
 device that was not measured has no limits, and neither has torch.compile, after which no checks are left.

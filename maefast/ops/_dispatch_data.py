@@ -1,4 +1,4 @@
-"""What was measured and tested, in one generated file: `dispatch_data.json`, which `python -m maefast.bench.gpu.tune` writes.
+"""What was measured and tested, in one generated file: `dispatch_data.json`, which `python -m bench.gpu.tune` writes.
 
     {"schema": 1,
      "evidence": {"cuda": {op: {"device", "commit", "date", "faster"}}, "triton": {op: ...}},

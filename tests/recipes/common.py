@@ -20,7 +20,7 @@ from tests.train.common import losses, rows
 
 
 class RecipeTests:
-    """A subclass sets `name` and `toy`, and defines `batch`. It is held against `maefast.bench.peers.recipes.<name>.reference`,
+    """A subclass sets `name` and `toy`, and defines `batch`. It is held against `bench.peers.recipes.<name>.reference`,
     the terms of the loss in plain PyTorch.
 
     Attributes:
