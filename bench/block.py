@@ -11,7 +11,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +96,8 @@ def measure(width, heads, batch, tokens, depth, dtype, threads=None, rounds=30, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m maefast.bench.block", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
+    parser = argparse.ArgumentParser("maefast bench block", description=__doc__.splitlines()[0])
+    results.add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=7, help="of a stack")
     args = parser.parse_args()
     records = measure(**CALL, calls=40)
@@ -108,9 +107,8 @@ def main() -> None:
         what = f"{r['width']:4} wide, {r['batch']:2} x {r['tokens']:3} tokens, {r['depth']} deep, {r['dtype']:8}"
         took = f"{r['best_s'] * 1e3:9.3f} ms ({r['time_to_eager']:.2f}x eager)"
         print(f"{r['peer']:8} {what} {took}, keeps {r['kept_bytes'] / 2**20:.1f} MB")
-    if args.json:
-        doc = {"environment": environment.describe("cpu"), "records": records}
-        results.save(args.json, doc)
+    doc = results.document("block", environment.describe("cpu"), {"rounds": args.rounds}, ["maefast", "eager"], records)
+    results.keep(args, doc, "block")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Images a second that loaders give on one core: photographs of 500 x 375 pixels as JPEG files, crops of 224 x 224.
 
-    python -m maefast.bench.data [--images 200] [--rounds 5] [--workers 1 2] [--json FILE]
+    maefast bench data [--images 200] [--rounds 5] [--workers 1 2] [--json FILE]
 
 Beside ours, in turn, the least time of each:
 
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--json", type=Path)
+    results.add_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -176,9 +176,10 @@ def main() -> None:
         loaders = {workers: loader_speed(folder, workers) for workers in args.workers}
         for workers, rate in loaders.items():
             print(f"loader, {workers} workers: {rate:.0f} images/s")
-    if args.json:
-        record = {"environment": environment.describe("cpu"), "images_per_s": speed, "loader_images_per_s": loaders}
-        results.save(args.json, record)
+    records = [{"side": side, "workers": 0, "images_per_s": rate} for side, rate in speed.items()]
+    records += [{"side": "maefast", "workers": workers, "images_per_s": rate} for workers, rate in loaders.items()]
+    settings = {"images": args.images, "rounds": args.rounds}
+    results.keep(args, results.document("data", environment.describe("cpu"), settings, list(speed), records), "data")
 
 
 if __name__ == "__main__":

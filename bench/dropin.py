@@ -105,7 +105,7 @@ def compiled(records: list[dict]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m maefast.bench.dropin", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("maefast bench dropin", description=__doc__.splitlines()[0])
     known = families()
     parser.add_argument("--family", choices=tuple(known), required=True)
     parser.add_argument("--preset", choices=tuple(BUDGET), default="base")
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             budget=args.budget,
         )
 
-    return step.finish("maefast.bench.dropin", args, run, show)
+    return step.finish("maefast bench dropin", args, run, show, f"dropin-{args.family}-{args.dtype}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import subprocess
 from functools import cache
 from importlib import metadata
@@ -48,7 +49,7 @@ def describe(device: str) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         info["cuda"] = torch.version.cuda
         info["capability"] = f"{properties.major}.{properties.minor}"
-        info["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        info["driver"] = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return info
 
 
@@ -84,6 +85,11 @@ def cpu_model() -> str:
     return f"{name}, {cores} cores"
 
 
+def slug(device: str) -> str:
+    """A device's name as that of a folder: "amd-epyc-family-25-model-1-2-cores"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 @cache
 def cache_bytes(device: str) -> int:
     """Size of the last cache in front of memory."""
@@ -101,13 +107,14 @@ def _commit() -> tuple[str | None, bool | None]:
     and MAEFAST_DIRTY (0 or 1)."""
     if commit := os.environ.get("MAEFAST_COMMIT"):
         return commit, {"0": False, "1": True}.get(os.environ.get("MAEFAST_DIRTY", ""))
-    commit = _output("git", "rev-parse", "--short=12", "HEAD") if CHECKOUT else None
+    commit = output("git", "rev-parse", "--short=12", "HEAD") if CHECKOUT else None
     if commit is None:
         return None, None
-    return commit, bool(_output("git", "status", "--porcelain", "--", *CODE))
+    return commit, bool(output("git", "status", "--porcelain", "--", *CODE))
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
+    """What a command prints, or None where it cannot run or fails."""
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

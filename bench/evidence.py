@@ -1,7 +1,7 @@
 """Whether pre-training teaches anything: probes of small models before and after it, on data that need no download.
 
-    python -m maefast.bench.evidence                      # all, some minutes on two cores
-    python -m maefast.bench.evidence --only digits/vit --seeds 1
+    maefast bench evidence                      # all, some minutes on two cores
+    maefast bench evidence --only digits/vit --seeds 1
 
 Two sets: scikit-learn's digits (1797 scans of 8 x 8, enlarged), and shapes that are drawn here, with known factors
 (shape, colour, place), each on a background of its own. Two models: a small ViT-MAE and a small FCMAE. For each of

@@ -1,6 +1,6 @@
 """Whether fine-tuning gains from pre-training: scikit-learn's digits, with all classes known and with a tenth of them.
 
-    python -m maefast.bench.finetuning [--seeds 3]        # some minutes on one core
+    maefast bench finetuning [--seeds 3]        # some minutes on one core
 
 For each seed a small ViT-MAE is pre-trained as in `maefast.bench.evidence`, and fine-tuned by
 `maefast finetune`; so are the random weights that it began with. docs/evidence.md has the figures. Settings are the

@@ -1,6 +1,6 @@
 """What the names of a large data set cost: memory of the main process and of each loader worker, and time.
 
-    python -m maefast.bench.names [--count 1000000 10000000] [--json FILE]
+    maefast bench names [--count 1000000 10000000] [--json FILE]
 
 Two ways to keep them: "tuple", of str, as before; "buffer", `maefast.data.images.files.Names`, one buffer with offsets.
 Each is measured in a fresh process, which sorts the names as a search does, forks one worker as a loader does, and lets

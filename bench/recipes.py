@@ -1,6 +1,6 @@
 """Time and memory of a training step of recipes beside the same in plain PyTorch, at published sizes.
 
-    python -m maefast.bench.recipes [NAME ...] [--batch 2] [--dtype float32|bfloat16] [--json FILE]
+    maefast bench recipes [NAME ...] [--batch N] [--dtype float32|bfloat16] [--quick]
 
 Both sides compute forward and backward of one view, made once, from the same parameters. The plain side is
 `bench.peers.recipes`: scaled_dot_product_attention, only visible tokens encoded, boolean indexing as authors' code does
@@ -29,10 +29,18 @@ from maefast.bench import environment, results
 from maefast.bench.peers import worker
 from maefast.bench.peers.plain import parameters
 from maefast.bench.peers.recipes.dmae import autoencoder
-from maefast.bench.worth import fastest, settle_memory
+from maefast.bench.worth import fastest, in_turn, settle_memory
 from maefast.ops import TokenMask
 
 SIDES = ("plain", "maefast")
+QUICK = ("videomae", "mr_mae", "point_mae")
+# Samples of a step; 2 for the others.
+BATCHES = {
+    **dict.fromkeys(("bird_mae", "cha_maevit", "colormae", "g2sd"), 4),
+    **dict.fromkeys(("lv_mae", "point_cmae", "point_mae"), 8),
+    **dict.fromkeys(("graphmae", "videomae", "videomae_v2", "mixed_ae", "tgm", "cross_video_mae", "hicmae"), 1),
+    **dict.fromkeys(("m3ae", "mfm", "nvist", "q_former_ae", "spark3d"), 1),
+}
 
 
 def make_step(name: str, size: str | None, batch: int, side: str, dtype: str) -> Callable[[], float]:
@@ -135,7 +143,8 @@ def compare(name: str, size: str | None, batch: int, dtype: str, rounds: int) ->
     plain, mine = (step() for step in steps[:2])
     if abs(plain - mine) > (1e-4 if dtype == "float32" else 3e-2) * abs(plain):
         raise SystemExit(f"{name}: the two sides disagree: loss {plain} in plain PyTorch, {mine} here")
-    best = fastest(steps, rounds)
+    samples = in_turn(steps, rounds)
+    best = [min(row) for row in samples]
     ways = {side: seconds / best[1] for side, seconds in zip(others, best[2:])}
     ways |= teacher_ways(name, size, batch, rounds, best[:2])
     used = [memory(name, size, batch, side, dtype) for side in SIDES]
@@ -145,6 +154,7 @@ def compare(name: str, size: str | None, batch: int, dtype: str, rounds: int) ->
         "batch": batch,
         "dtype": dtype,
         "ms": [1e3 * t for t in best[:2]],
+        "samples_s": dict(zip(SIDES, samples)),
         "ratio": best[0] / best[1],
         "other_ways": ways,
         "memory_mib": used,
@@ -156,18 +166,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=[], metavar="NAME")
     parser.add_argument("--size")
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, help="what two cores step through in seconds")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}, two rounds")
+    results.add_arguments(parser)
     args = parser.parse_args()
     settle_memory()
     folder = Path(__file__).parent / "peers" / "recipes"
-    names = args.names or sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    every = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    names = args.names or (QUICK if args.quick else every)
+    if unknown := [name for name in names if name not in every]:
+        parser.error(f"no recipe {', '.join(unknown)}; there are: {', '.join(every)}")
+    rounds = args.rounds or (2 if args.quick else 5)
     found = []
     for name in names:
-        found.append(compare(name, args.size, args.batch, args.dtype, args.rounds))
-        row = found[-1]
+        row = compare(name, args.size, args.batch or BATCHES.get(name, 2), args.dtype, rounds)
+        found.append(row)
+        if args.results:  # each as it is measured: all of them take an hour
+            keep(args, rounds, [row], f"recipes/{name}-{args.dtype}")
         print(
             f"{name:12} {row['size']:6} batch {row['batch']} {row['dtype']}: plain {row['ms'][0]:.0f} ms, "
             f"maefast {row['ms'][1]:.0f} ms, {row['ratio']:.2f}x; memory {row['memory_mib'][0]:.0f} MiB, "
@@ -176,8 +193,12 @@ def main() -> None:
             flush=True,
         )
     if args.json:
-        record = {"environment": environment.describe("cpu"), "results": found}
-        results.save(args.json, record)
+        keep(args, rounds, found, "")
+
+
+def keep(args: argparse.Namespace, rounds: int, rows: list[dict], label: str) -> None:
+    doc = results.document("recipes", environment.describe("cpu"), {"rounds": rounds}, list(SIDES), rows)
+    results.keep(args, doc, label)
 
 
 if __name__ == "__main__":

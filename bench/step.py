@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from maefast.bench import environment, results, timing
 from maefast.bench.peers.models import CUDA_PEERS, NAMES, PEERS
@@ -227,6 +226,7 @@ def _records(
                 "low_s": low,
                 "high_s": high,
                 "rounds": len(samples[name]),
+                "samples_s": samples[name],
                 "images_per_s": batch / median,
                 **memory[name],
                 "memory_ratio": memory[name]["peak_bytes"] / memory[ours]["peak_bytes"],
@@ -389,10 +389,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, help="timed steps a round")
     parser.add_argument("--budget", type=float, help="seconds for the timed rounds, where --rounds is not given")
-    parser.add_argument("--json", type=Path)
+    results.add_arguments(parser)
 
 
-def finish(name: str, args: argparse.Namespace, run: Callable[[], dict], show: Callable[[dict], None]) -> int:
+def finish(
+    name: str, args: argparse.Namespace, run: Callable[[], dict], show: Callable[[dict], None], label: str
+) -> int:
     """Run, print and write; the exit status."""
     if args.device == "cuda":
         import torch
@@ -406,13 +408,12 @@ def finish(name: str, args: argparse.Namespace, run: Callable[[], dict], show: C
         print(f"{name}: {error}", file=sys.stderr)
         return results.WRONG if isinstance(error, Disagreement) else 1
     show(doc)
-    if args.json:
-        print(f"written: {results.write(args.json, doc)}")
+    results.keep(args, doc, label + (f"-b{args.batch}" if args.batch else ""))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m maefast.bench.step", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("maefast bench step", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=tuple(PRESETS), default="demo")
     parser.add_argument("--peers", nargs="+", choices=(*PEERS, "cuda"), help=f"cuda: {' '.join(CUDA_PEERS)}")
     parser.add_argument("--compile", action="store_true", help="also time the torch.compile'd plain model")
@@ -422,9 +423,11 @@ def main(argv: list[str] | None = None) -> int:
     peers = tuple(name for peer in asked for name in (CUDA_PEERS if peer == "cuda" else (peer,)))
     peers = (*peers, "plain_compiled") if args.compile else peers
     given = {"peers": peers, "rounds": args.rounds, "steps": args.steps, "budget": args.budget}
-    return finish(
-        "maefast.bench.step", args, lambda: measure(args.preset, args.batch, args.dtype, args.device, **given), show
-    )
+
+    def run() -> dict:
+        return measure(args.preset, args.batch, args.dtype, args.device, **given)
+
+    return finish("maefast bench step", args, run, show, f"step-{args.preset}-{args.dtype}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Models too small for kernels, as they are and accelerated: `accelerate` must not make them slower.
 
-    python -m maefast.bench.toys [--threads N] [--rounds N] [--json FILE]
+    maefast bench toys [--threads N] [--rounds N] [--json FILE]
 
 96 wide, 3 blocks, batch 4, 32 x 32 images in patches of 4: I-JEPA, ViT for masked image modelling, DINOv2 and
 ViTMAE of transformers, the structure of facebookresearch/mae, a fork of it for spectrograms and one with a
@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", type=Path)
+    results.add_arguments(parser)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -118,9 +117,9 @@ def main() -> None:
             found.append(compare(name, dtype, args.rounds))
             plain, fast = found[-1]["ms"]
             print(f"{dtype:9} {name:36} {plain:7.2f} ms as it is {fast:7.2f} ms accelerated {found[-1]['ratio']:5.2f}x")
-    if args.json:
-        record = {"environment": environment.describe("cpu"), "results": found}
-        results.save(args.json, record)
+    peers = ["as it is", "accelerated"]
+    doc = results.document("toys", environment.describe("cpu"), {"rounds": args.rounds}, peers, found)
+    results.keep(args, doc, f"toys-{torch.get_num_threads()}-threads")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A 3-D ResNet over the visible cells of a masked volume, against the same network over the whole one times the mask.
 
-    python -m maefast.bench.volumes [--batch 2] [--side 96] [--ratio 0.6] [--dtype float32] [--rounds 3] [--json FILE]
+    maefast bench volumes [--batch 2] [--side 96] [--ratio 0.6] [--dtype float32] [--rounds 3] [--json FILE]
 
 One forward and backward pass of the encoder of a residual 3-D U-Net: a 3x3x3 stem, then blocks of two 3x3x3
 convolutions with batch norms, 32 to 256 channels, each stage half the size of the last; cells of 16 sites a side. The
@@ -14,7 +14,6 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +98,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.6)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    results.add_arguments(parser)
     args = parser.parse_args()
     settle_memory()
     calls = runs(args.batch, args.side, args.ratio, getattr(torch, args.dtype))
@@ -113,14 +112,12 @@ def main() -> None:
             print(f"{name}: {best[name]:.2f} s, {found[name]:.5f}", flush=True)
         if max(found.values()) - min(found.values()) > TOLERANCE[args.dtype] * max(found.values()):
             raise SystemExit(f"the networks disagree: {found}")
-    ratio = min(seconds for name, seconds in best.items() if name != "maefast") / best["maefast"]
-    print(f"{ratio:.2f}x")
-    if args.json:
-        settings = {"batch": args.batch, "side": args.side, "ratio": args.ratio, "dtype": args.dtype, "cell": CELL}
-        settings |= {"widths": WIDTHS, "rounds": args.rounds}
-        results.save(args.json, {
-            "environment": environment.describe("cpu"), "settings": settings, "seconds": best, "ratio": ratio,
-        })  # fmt: skip
+    base = {"batch": args.batch, "side": args.side, "mask_ratio": args.ratio, "dtype": args.dtype}
+    records = [{"peer": n, **base, "best_s": s, "ratio": s / best["maefast"]} for n, s in best.items()]
+    print(f"{min(record['ratio'] for record in records[1:]):.2f}x")
+    settings = {"cell": CELL, "widths": WIDTHS, "rounds": args.rounds}
+    doc = results.document("volumes", environment.describe("cpu"), settings, list(best), records)
+    results.keep(args, doc, f"volumes-{args.dtype}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """From which size on an accelerated transformer block is no slower than it was: the table of
 `maefast/integrations/_worth.py`.
 
-    python -m maefast.bench.worth [--device cpu] [--threads N] [--json FILE]
+    maefast bench worth [--device cpu] [--threads N] [--json FILE]
 
 A pre-norm block in timm's layout, as it is (SDPA) and accelerated, at several widths and numbers of tokens; training is
 forward and backward. Each pair is timed in turn, 15 rounds; the ratio is that of the minima, which a busy machine
@@ -66,16 +66,18 @@ def ratio(width: int, tokens: int, kind: str, training: bool, device: str, round
 
 
 def fastest(steps: list[Callable[[], None]], rounds: int, least: float = 1e-3) -> list[float]:
-    """Seconds of each step, timed in turn, at least about `least` seconds at a time."""
-    best = [float("inf")] * len(steps)
+    """The least seconds of each step in `in_turn`."""
+    return [min(samples) for samples in in_turn(steps, rounds, least)]
+
+
+def in_turn(steps: list[Callable[[], None]], rounds: int, least: float = 1e-3) -> list[list[float]]:
+    """Seconds of each step in each round, timed in turn, at least about `least` seconds at a time."""
     for _ in range(3):
         for step in steps:
             step()
     inner = max(1, int(least / _seconds(steps[0], 3)))
-    for _ in range(rounds):
-        for i, step in enumerate(steps):
-            best[i] = min(best[i], _seconds(step, inner))
-    return best
+    rows = [[_seconds(step, inner) for step in steps] for _ in range(rounds)]
+    return [list(samples) for samples in zip(*rows)]
 
 
 def _step(net: nn.Module, x: Tensor, kind: str, training: bool) -> Callable[[], None]:

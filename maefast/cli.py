@@ -485,7 +485,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
     module.report(as_json=as_json)
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+# --help, too, is passed on: each benchmark has its own.
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
 def bench(
     ctx: typer.Context,
     name: Annotated[str | None, typer.Argument(help="What to run; without it, the list.", show_default=False)] = None,
@@ -493,9 +494,9 @@ def bench(
     """List the benchmarks, or run one; further arguments are passed on to it."""
 
     def run() -> int:
-        from .train.benchmarks import run_benchmark
+        from .bench import menu
 
-        return run_benchmark(name, ctx.args, typer.echo)
+        return menu.run(name, ctx.args, typer.echo)
 
     raise typer.Exit(_run(run) or 0)
 

@@ -88,24 +88,31 @@ def warm(device: str) -> None:
 
 # --- single ops ------------------------------------------------------------------------------------------------
 
+Limits = Callable[[], dict]  # what `machine.measure` finds, once, when the first item asks
 
-def case_item(
-    case, peers: tuple[str, ...], name: str, extra: dict, rounds: int, bandwidth: Callable[[], float]
-) -> Item:
+
+def device_limits(device: str) -> Limits:
+    from maefast.bench import machine
+
+    return functools.cache(lambda: machine.measure(device) if device == "cuda" else machine.UNKNOWN)
+
+
+def case_item(case, peers: tuple[str, ...], name: str, extra: dict, rounds: int, limits: Limits) -> Item:
     def run(write: Write) -> None:
         from maefast.bench.micro import suite
 
-        for record in suite.one_by_one(case, peers, rounds, bandwidth()):
+        for record in suite.one_by_one(case, peers, rounds, limits()):
             write(f"{name}/{record['variant']}", {"record": record, **extra})
 
     return Item(name, run, 1.5)
 
 
-def attention_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
+def attention_items(device: str, toy: bool, limits: Limits) -> Iterator[Item]:
     """Dense self-attention, forward and backward."""
     import torch
 
-    from maefast.bench.micro import attention_peers, bench_attention, suite
+    from maefast.bench.micro import attention_peers, bench_attention
+    from maefast.bench.micro.op import BOTH, Case
     from maefast.bench.micro.shapes import VIT_B
 
     more = {k: v for k, v in attention_peers.DENSE.items() if k not in ("sdpa_math", "flex")}
@@ -119,18 +126,19 @@ def attention_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
 
                 op = replace(bench_attention.OPS[0], name="attention", make=make, more=more)
                 shape = replace(VIT_B, name=f"s{length}-{count}x{width}", batch=batch)
-                case = suite.Case(op, shape, torch.bfloat16, suite.BOTH, device)
+                case = Case(op, shape, torch.bfloat16, BOTH, device)
                 extra = {"attention": {"batch": batch, "length": length, "heads": count, "width": width}}
                 extra["attention"] |= {"packed": False, "dtype": "bfloat16"}
                 name = f"attention/b{batch}/{length}/{count}x{width}"
-                yield case_item(case, ("eager", "library"), name, extra, 3 if toy else 7, bandwidth)
+                yield case_item(case, ("eager", "library"), name, extra, 3 if toy else 7, limits)
 
 
-def ragged_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
+def ragged_items(device: str, toy: bool, limits: Limits) -> Iterator[Item]:
     """Packed sequences of half to one and a half times a length; `length` is the longest."""
     import torch
 
-    from maefast.bench.micro import attention_peers, bench_attention, suite
+    from maefast.bench.micro import attention_peers, bench_attention
+    from maefast.bench.micro.op import BOTH, Case
     from maefast.bench.micro.shapes import VIT_B
 
     more = {k: v for k, v in attention_peers.RAGGED.items() if k != "flex"}
@@ -144,14 +152,14 @@ def ragged_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
 
             op = replace(bench_attention.OPS[2], name="attention (ragged)", make=make, more=more)
             shape = replace(VIT_B, name=f"r{middle}-{count}x{width}", batch=4 if toy else 256, keep=middle, prefix=0)
-            case = suite.Case(op, shape, torch.bfloat16, suite.BOTH, device)
+            case = Case(op, shape, torch.bfloat16, BOTH, device)
             extra = {"attention": {"batch": shape.batch, "length": middle + middle // 2, "heads": count}}
             extra["attention"] |= {"width": width, "packed": True, "dtype": "bfloat16"}
             name = f"ragged/{middle}/{count}x{width}"
-            yield case_item(case, ("tuned", "eager", "library"), name, extra, 3 if toy else 7, bandwidth)
+            yield case_item(case, ("tuned", "eager", "library"), name, extra, 3 if toy else 7, limits)
 
 
-def token_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
+def token_items(device: str, toy: bool, limits: Limits) -> Iterator[Item]:
     import torch
 
     from maefast.bench.micro import suite
@@ -164,14 +172,15 @@ def token_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
         if toy and case.direction != case.op.directions[-1]:
             continue
         rounds = 3 if toy else 9
-        yield case_item(case, ("eager", "tuned"), f"op/{case}", {}, rounds, bandwidth)
+        yield case_item(case, ("eager", "tuned"), f"op/{case}", {}, rounds, limits)
 
 
-def route_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
+def route_items(device: str, toy: bool, limits: Limits) -> Iterator[Item]:
     """The routes of a convolution over packed cells, 3x3 at stride 1, at each size of a cell."""
     import torch
 
-    from maefast.bench.micro import bench_sparse_conv, suite
+    from maefast.bench.micro import bench_sparse_conv
+    from maefast.bench.micro.op import BOTH, Case, Peer
     from maefast.bench.micro.shapes import RESNET50, TOY_CELLS
     from maefast.ops import conv_cells
 
@@ -182,17 +191,15 @@ def route_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
         return "Triton only" if case.device == "cpu" and name == "implicit" else None
 
     names = ("halo", "taps", "dense", "implicit")
-    more = {f"maefast-{n}": suite.Peer(functools.partial(route, n), functools.partial(unable, n)) for n in names}
+    more = {f"maefast-{n}": Peer(functools.partial(route, n), functools.partial(unable, n)) for n in names}
     shape = TOY_CELLS if toy else replace(RESNET50, batch=128)
     for op in bench_sparse_conv.OPS:
         if not op.name.startswith("conv_cells (3x3 stage"):
             continue
         level = 2 ** (1 + int(op.name[-2]))
-        case = suite.Case(replace(op, more=more), shape, torch.bfloat16, suite.BOTH, device)
+        case = Case(replace(op, more=more), shape, torch.bfloat16, BOTH, device)
         extra = {"conv": {"cell": shape.patch[0] // level, "grouped": False, "dtype": "bfloat16"}}
-        yield case_item(
-            case, ("eager", "library"), f"route/{shape.patch[0] // level}", extra, 3 if toy else 7, bandwidth
-        )
+        yield case_item(case, ("eager", "library"), f"route/{shape.patch[0] // level}", extra, 3 if toy else 7, limits)
 
 
 # --- the stage -------------------------------------------------------------------------------------------------
@@ -200,19 +207,15 @@ def route_items(device: str, toy: bool, bandwidth) -> Iterator[Item]:
 
 def items(device: str, toy: bool) -> list[Item]:
     """In the order of their weight."""
-    from maefast.bench import timing
-
-    @functools.cache
-    def bandwidth() -> float:
-        return timing.copy_bandwidth(device) if device == "cuda" else 1e9
+    limits = device_limits(device)
 
     convnets = (("fcmae_toy", 2),) if toy else (("fcmae_t", 64), ("spark_r50", 64))
     steps = [("toy", 2)] if toy else [("vit_b", batch) for batch in BATCHES[:2]]
     peers = ("plain", "hf") if toy else STEP_PEERS
     return [
         *(step_item(preset, batch, device, peers, toy) for preset, batch in steps),
-        *attention_items(device, toy, bandwidth),
-        *token_items(device, toy, bandwidth),
+        *attention_items(device, toy, limits),
+        *token_items(device, toy, limits),
         *(step_item(preset, batch, device, None, toy, 40.0) for preset, batch in convnets),
         *(step_item(preset, 64, device, TUNED_PEERS, toy, 180.0, "/tuned") for preset, _ in steps[1:]),
     ]

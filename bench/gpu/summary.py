@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from maefast.bench import results
+from maefast.bench import machine, results
 from maefast.bench.gpu import lines
 
 SHOWN = 12  # of ids that did not run, and of failures, for each stage
@@ -76,7 +76,7 @@ def speeds(found: list[lines.Line]) -> Iterable[str]:
     for line in (line for line in records if not _is_step(line) and "attention" not in line and "conv" not in line):
         r = line["record"]
         if r["variant"].startswith("maefast") and r["variant"] != "maefast-reference":
-            share = f"{r['copy_share']:.0%} of copy" if r.get("copy_share") else "-"
+            share = f"{r['limit_share']:.0%} of {r['limit']}" if r.get("limit_share") else "-"
             eager = f"{r['ratios']['eager']:.2f}x eager" if "eager" in r["ratios"] else ""
             yield f"op {r['op']} {r['dtype']} {r['direction']} {r['variant']}: {share}, {eager}"
 
@@ -91,7 +91,7 @@ def _is_step(line: lines.Line) -> bool:
 
 def documents(found: list[lines.Line], name: str) -> Iterable[tuple[str, dict[str, Any]]]:
     """(file name, document of `maefast.bench.results`) of all that was measured, for docs/results.md."""
-    machine = lines.environment(found)
+    env = lines.environment(found)
     micro, steps = [], {}
     for (_, id), line in lines.latest(found).items():
         record = line.get("record")
@@ -103,14 +103,14 @@ def documents(found: list[lines.Line], name: str) -> Iterable[tuple[str, dict[st
         elif "conv" not in line:
             micro.append(record)
     if micro:
-        settings = {"rounds": max(r.get("rounds", 0) for r in micro), "copy_gb_s": 0.0, "cases_left_out": 0}
-        shares = [r["gb_s"] / r["copy_share"] for r in micro if r.get("copy_share")]
-        settings["copy_gb_s"] = shares[0] if shares else 0.0
+        settings = {"rounds": max(r.get("rounds", 0) for r in micro), "cases_left_out": 0}
+        copies = [r["gb_s"] / r["limit_share"] for r in micro if r.get("limit") == "memory"]
+        settings["machine"] = {**machine.UNKNOWN, "copy_gb_s": copies[0] if copies else None}
         peers = list(dict.fromkeys(r["variant"] for r in micro if not r["variant"].startswith("maefast")))
-        yield f"micro-{name}.json", results.document("micro", machine, settings, peers, micro)
+        yield f"micro-{name}.json", results.document("micro", env, settings, peers, micro)
     for (preset, dtype, batch), (records, settings) in steps.items():
         records = sorted(records, key=lambda record: record["peer"] != "maefast")
-        doc = results.document("step", machine, settings, [r["peer"] for r in records], records)
+        doc = results.document("step", env, settings, [r["peer"] for r in records], records)
         yield f"step-{preset}-{dtype}-{batch}-{name}.json", doc
 
 
@@ -123,9 +123,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     found = lines.read(*args.files)
     stages = args.stages or [stage for stage in lines.STAGES if any(line["stage"] == stage for line in found)]
-    machine = lines.environment(found)
-    if machine:
-        print(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}")
+    env = lines.environment(found)
+    if env:
+        print(f"{env['device']}, torch {env['torch']}, commit {env['commit']}, {env['date']}")
     for row in (*speeds(found), *table(found)):
         print(row)
     if args.results:

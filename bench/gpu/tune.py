@@ -288,16 +288,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(path: Path, seconds: float, rehearse: bool) -> int:
     """Ragged attention and the convolution's routes."""
-    import functools
-
-    from maefast.bench import timing
     from maefast.bench.environment import exact_float32
     from maefast.bench.gpu import speed
 
     exact_float32()
     device = "cpu" if rehearse else "cuda"
-    bandwidth = functools.cache(lambda: timing.copy_bandwidth(device) if device == "cuda" else 1e9)
-    chosen = [*speed.ragged_items(device, rehearse, bandwidth), *speed.route_items(device, rehearse, bandwidth)]
+    limits = speed.device_limits(device)
+    chosen = [*speed.ragged_items(device, rehearse, limits), *speed.route_items(device, rehearse, limits)]
     return speed.run("tune", path, chosen, device, seconds)
 
 

@@ -1,15 +1,14 @@
-"""python -m maefast.bench.micro: time the token ops, print ratios, write JSON."""
+"""maefast bench ops | attention | cells: time the token ops, print ratios, write JSON."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-from maefast.bench import environment, results, timing
+from maefast.bench import environment, machine, results
 from maefast.bench.micro import suite, tables
 from maefast.bench.micro.shapes import DTYPES, PRESETS
 from maefast.ops import linear_library
@@ -28,8 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     dtypes = [DTYPES[name] for name in args.dtype or DTYPES]
     doc = measure(args.device, preset, args.family or suite.FAMILIES, dtypes, peers, rounds, args.budget)
     tables.show(doc)
-    if args.json:
-        print(f"written: {results.write(args.json, doc)}")
+    results.keep(args, doc, args.label or f"micro-{preset}")
     return results.WRONG if any("WRONG RESULT" in r.get("error", "") for r in doc["records"]) else 0
 
 
@@ -48,7 +46,7 @@ def measure(
     """
     environment.exact_float32()
     start = time.monotonic()
-    bandwidth = timing.copy_bandwidth(device)
+    limits = machine.measure(device)
     records: list[dict] = []
     skipped = 0
     for case in suite.cases(families, PRESETS[preset][device], list(dtypes), device):
@@ -56,7 +54,7 @@ def measure(
             skipped += 1
             continue
         try:
-            new, _ = suite.run(case, peers, rounds, bandwidth)
+            new, _ = suite.run(case, peers, rounds, limits)
         except Exception as error:  # what was measured so far must not be lost
             new = [{**suite.describe(case), "variant": "all", "error": f"{type(error).__name__}: {error}"[:200]}]
         records += new
@@ -64,7 +62,7 @@ def measure(
     settings = {
         "preset": preset,
         "rounds": rounds,
-        "copy_gb_s": bandwidth / 1e9,
+        "machine": limits,
         "cases_left_out": skipped,
         "seconds": round(time.monotonic() - start, 1),
     }
@@ -74,7 +72,7 @@ def measure(
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m maefast.bench.micro", description=__doc__)
+    parser = argparse.ArgumentParser("maefast bench ops", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="full")
     parser.add_argument("--quick", action="store_true", help="the same as --preset quick: under a minute")
@@ -84,7 +82,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--budget", type=float, help="seconds after which no further case starts")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--label", help="the name of the file in --results")
+    results.add_arguments(parser)
     return parser.parse_args(argv)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from maefast.bench.micro.suite import BOTH, Case, Inputs, Peer
+from maefast.bench.micro.op import BOTH, Case, Inputs, Peer
 
 HALF = (torch.float16, torch.bfloat16)
 

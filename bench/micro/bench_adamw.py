@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import maefast
+from maefast.bench.micro.op import Inputs, Op, Peer
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op, Peer
 from maefast.optim import AdamW
 
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.05}

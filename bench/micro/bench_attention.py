@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.bench.micro import attention_peers as peers
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import attention
 
 
@@ -95,13 +97,59 @@ def packed(inputs: Inputs, backend: str | None) -> Tensor:
     return attention(inputs["qkv"], cu_seqlens_q=inputs["cu"], max_seqlen_q=inputs["longest"], backend=backend)
 
 
+# --- what it takes ------------------------------------------------------------------------------------------------
+
+
+def encoder_rows(shape: Shape) -> tuple[int, float, int]:
+    """(rows, the sum over samples of their squared length, width)."""
+    length = shape.prefix + shape.keep
+    return shape.batch * length, shape.batch * length**2, shape.width
+
+
+def decoder_rows(shape: Shape) -> tuple[int, float, int]:
+    length = shape.prefix + shape.tokens
+    return shape.batch * length, shape.batch * length**2, shape.decoder_width
+
+
+def ragged_rows(shape: Shape) -> tuple[int, float, int]:
+    """The square in expectation: lengths are drawn evenly from `least` to `most` (`ragged`)."""
+    middle = shape.prefix + shape.keep
+    count = middle + middle // 2 - (middle + 1) // 2 + 1
+    return shape.batch * middle, shape.batch * (middle**2 + (count**2 - 1) / 12), shape.width
+
+
+def flops(rows, shape: Shape) -> tuple[int, int]:
+    """Two products forward; five backward, the scores once more among them."""
+    _, squares, width = rows(shape)
+    return int(4 * squares * width), int(10 * squares * width)
+
+
+def traffic(rows, shape: Shape, item: int) -> tuple[int, int]:
+    """q, k, v in and the result out; those four and its gradient in, three gradients out."""
+    count, _, width = rows(shape)
+    return 4 * count * width * item, 8 * count * width * item
+
+
 RAW = ("attention", "attention_backward")
 OPS = [
-    Op(name, RAW, make, plain, better, call, leaves=("qkv",), more=more, automatic=("cuda",), waits=waits)
-    for name, make, plain, better, call, more, waits in (
-        ("attention (encoder)", encoder, eager, tuned, ours, peers.DENSE, ()),
-        ("attention (decoder)", decoder, eager, tuned, ours, peers.DENSE, ()),
-        ("attention (ragged)", ragged, one_by_one, padded, packed, peers.RAGGED, ("maefast-reference",)),
+    Op(
+        name,
+        RAW,
+        make,
+        plain,
+        better,
+        call,
+        leaves=("qkv",),
+        traffic=partial(traffic, rows),
+        flops=partial(flops, rows),
+        more=more,
+        automatic=("cuda",),
+        waits=waits,
+    )
+    for name, rows, make, plain, better, call, more, waits in (
+        ("attention (encoder)", encoder_rows, encoder, eager, tuned, ours, peers.DENSE, ()),
+        ("attention (decoder)", decoder_rows, decoder, eager, tuned, ours, peers.DENSE, ()),
+        ("attention (ragged)", ragged_rows, ragged, one_by_one, padded, packed, peers.RAGGED, ("maefast-reference",)),
     )
 ]
 

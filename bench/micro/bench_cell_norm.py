@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.bench.micro.bench_sparse_conv import plan_of
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import batch_norm_act, grn, pack_cells, unpack_cells
 
 RAW = ("segment_stats", "norm_act", "norm_act_sums", "norm_act_backward")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from maefast import masking
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import CellMask, pack_cells, unpack_cells
 from maefast.ops.cells import pack_cells_reference
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import chamfer
 
 POINTS = 32
@@ -32,6 +32,16 @@ def tuned(inputs: Inputs) -> Tensor:
     return nearest((inputs["a"][:, :, None] - inputs["b"][:, None]).square().sum(-1))
 
 
+def traffic(shape: Shape, item: int) -> tuple[int, int]:
+    values = 2 * shape.batch * shape.masked * POINTS * 3 * item
+    return values, 2 * values
+
+
+def flops(shape: Shape) -> tuple[int, int]:
+    """Eight a pair: three differences, three products, two sums."""
+    return 8 * shape.batch * shape.masked * POINTS**2, 0
+
+
 OPS = [
     Op(
         "chamfer",
@@ -42,6 +52,8 @@ OPS = [
         lambda inputs, backend: chamfer(inputs["a"], inputs["b"], backend=backend),
         leaves=("a", "b"),
         dtypes=(torch.float32,),
+        traffic=traffic,
+        flops=flops,
         named=True,
     )
 ]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.bench.micro.bench_sparse_conv import plan_of
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import conv_transpose_cells, pack_cells, unpack_cells
 
 
@@ -42,6 +42,20 @@ def layer(name: str, level: int, wide_in: int, wide_out: int, kernel: int, paddi
         x, plan, weight = (inputs[name] for name in ("x", "plan", "weight"))
         return conv_transpose_cells(x, plan, weight, None, 2, padding, backend=backend)
 
+    def sizes(shape: Shape) -> tuple[int, int]:
+        """(active sites in, values of the weight)."""
+        sites = shape.batch * shape.keep * (shape.patch[0] // level) * (shape.patch[1] // level)
+        return sites, wide_in * wide_out * (shape.width * kernel) ** 2
+
+    def flops(shape: Shape) -> tuple[int, int]:
+        sites, weight = sizes(shape)
+        return 2 * sites * weight, 4 * sites * weight
+
+    def traffic(shape: Shape, item: int) -> tuple[int, int]:
+        sites, weight = sizes(shape)
+        x, y = sites * wide_in * shape.width, 4 * sites * wide_out * shape.width
+        return (x + weight + y) * item, (y + 2 * x + 2 * weight) * item
+
     return Op(
         f"conv_transpose_cells ({name})",
         (),
@@ -50,6 +64,8 @@ def layer(name: str, level: int, wide_in: int, wide_out: int, kernel: int, paddi
         tuned,
         ours,
         leaves=("x", "weight"),
+        traffic=traffic,
+        flops=flops,
         maps={"x": "map"},
         pack=lambda inputs, full: pack_cells(full, inputs["plan"]),
         cells=True,

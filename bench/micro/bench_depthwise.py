@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.bench.micro.bench_sparse_conv import plan_of
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import depthwise_cells, pack_cells, unpack_cells
 
 KERNEL = 7
@@ -60,6 +60,12 @@ def layer(name: str, level: int) -> Op:
         one = sites * channels_of(shape, level) * item
         return 2 * one, 4 * one  # x, y; grad y twice, x, grad x
 
+    def flops(shape: Shape) -> tuple[int, int]:
+        """Held against the rate of matrix products, which a GPU's kernel cannot use: there a bound that is too low."""
+        sites = shape.batch * shape.keep * (shape.patch[0] // level) * (shape.patch[1] // level)
+        one = 2 * sites * channels_of(shape, level) * KERNEL**2
+        return one, 2 * one
+
     return Op(
         f"depthwise_cells ({name})",
         ("depthwise", "depthwise_grad_weight"),
@@ -69,6 +75,7 @@ def layer(name: str, level: int) -> Op:
         ours,
         leaves=("x", "weight", "bias"),
         traffic=traffic,
+        flops=flops,
         maps={"x": "map"},
         pack=lambda inputs, full: pack_cells(full, inputs["plan"]),
         cells=True,

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import gather_tokens, patch_embed, token_mask
 
 
@@ -84,6 +84,18 @@ def ours_embed(inputs: Inputs, backend: str) -> Tensor:
     return patch_embed(*(inputs[n] for n in names), pos=inputs["pos"], prefix=inputs["prefix"], backend=backend)
 
 
+def embed_flops(shape: Shape) -> tuple[int, int]:
+    """Of the visible patches; backward, of the weight alone."""
+    product = 2 * shape.batch * shape.keep * shape.values * shape.width
+    return product, product
+
+
+def embed_traffic(shape: Shape, item: int) -> tuple[int, int]:
+    pixels, weight = shape.batch * shape.keep * shape.values, shape.values * shape.width
+    tokens = shape.batch * (shape.prefix + shape.keep) * shape.width
+    return (pixels + weight + shape.tokens * shape.width + tokens) * item, (tokens + pixels + weight) * item
+
+
 # --- gather_tokens -----------------------------------------------------------------------------------------
 
 
@@ -120,6 +132,8 @@ OPS = [
         tuned_embed,
         ours_embed,
         leaves=("weight", "bias", "prefix"),
+        traffic=embed_traffic,
+        flops=embed_flops,
     ),
     Op(
         "gather_tokens",

@@ -9,24 +9,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import linear
 
 
 def layer(part: str, wide_in: int, wide_out: int) -> Op:
     """A layer of the encoder or the decoder, wide_in to wide_out times its width, over all its tokens."""
 
-    def make(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    def sizes(shape: Shape) -> tuple[int, int, int]:
+        """(rows of a sample, values of each, values of each result)."""
         encoder = part == "encoder"
         width, tokens = (shape.width, shape.keep) if encoder else (shape.decoder_width, shape.tokens)
+        return shape.prefix + tokens, wide_in * width, wide_out * width
 
+    def flops(shape: Shape) -> tuple[int, int]:
+        rows, k, n = sizes(shape)
+        return 2 * shape.batch * rows * k * n, 4 * shape.batch * rows * k * n
+
+    def traffic(shape: Shape, item: int) -> tuple[int, int]:
+        rows, k, n = sizes(shape)
+        x, out = shape.batch * rows * k, shape.batch * rows * n
+        return (x + k * n + out) * item, (out + 2 * x + 2 * k * n) * item
+
+    def make(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         def normal(*sizes):
             return torch.randn(sizes, generator=generator, device=generator.device).to(dtype)
 
-        k, n = wide_in * width, wide_out * width
+        rows, k, n = sizes(shape)
         return {
-            "x": normal(shape.batch, shape.prefix + tokens, k),
+            "x": normal(shape.batch, rows, k),
             "weight": normal(n, k) * k**-0.5,
             "bias": normal(n),
         }
@@ -40,6 +52,8 @@ def layer(part: str, wide_in: int, wide_out: int) -> Op:
         eager,
         ours,
         leaves=("x", "weight", "bias"),
+        traffic=traffic,
+        flops=flops,
         dtypes=(torch.float32,),
         devices=("cpu",),
     )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from maefast.bench.micro.bench_embed import flat, patches, plan_of
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import patch_loss
 
 EPS = 1e-6

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import TokenMask, token_mask
 
 

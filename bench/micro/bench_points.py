@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import farthest_points, knn
 
 NEIGHBOURS = 32
@@ -49,6 +49,11 @@ def tuned_knn(inputs: Inputs) -> Tensor:
     return distance.topk(NEIGHBOURS, largest=False).values
 
 
+def flops(shape: Shape) -> tuple[int, int]:
+    """Eight a pair: three differences, three products, two sums. Sixteen points a token."""
+    return 8 * shape.batch * 16 * shape.tokens**2, 0
+
+
 OPS = [
     Op(
         "farthest_points",
@@ -58,6 +63,7 @@ OPS = [
         eager_farthest,
         lambda inputs, backend: farthest_points(inputs["points"], inputs["count"], backend=backend),
         dtypes=(torch.float32,),
+        flops=flops,
         view=lambda out: (out.double(),),
         named=True,
     ),
@@ -69,6 +75,7 @@ OPS = [
         tuned_knn,
         lambda inputs, backend: knn(inputs["centers"], inputs["points"], NEIGHBOURS, backend=backend)[1],
         dtypes=(torch.float32,),
+        flops=flops,
         named=True,
     ),
 ]

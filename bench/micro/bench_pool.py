@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.bench.micro.bench_cells import map_of, to_cells
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import avg_pool_cells, global_pool_cells, max_pool_cells
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import resize
 
 BOX = (40, 30, 460, 345)  # left, top, right, bottom
@@ -39,6 +39,12 @@ def ours(inputs: Inputs, backend: str | None) -> Tensor:
     return out
 
 
+def traffic(shape: Shape, item: int) -> tuple[int, int]:
+    """Bytes of the crop in, bytes of the image out."""
+    left, top, right, bottom = BOX
+    return 3 * shape.batch * ((right - left) * (bottom - top) + shape.size[0] * shape.size[1]), 0
+
+
 OPS = [
     Op(
         "resize",
@@ -48,6 +54,7 @@ OPS = [
         pillow,
         ours,
         dtypes=(torch.float32,),  # of nothing: all are bytes
+        traffic=traffic,
         view=lambda out: (out.double(),),
         devices=("cpu",),
         named=True,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from maefast.bench.micro.bench_embed import flat, plan_of
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import restore_tokens
 
 

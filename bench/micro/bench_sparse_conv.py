@@ -7,13 +7,15 @@ maps stand unpacked and ours packed before the clock starts; results and gradien
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from maefast import masking
+from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import VOLUME_OPS, Shape
-from maefast.bench.micro.suite import Inputs, Op
 from maefast.ops import CellMask, conv_cells, pack_cells, unpack_cells
 
 
@@ -57,6 +59,23 @@ def layer(name: str, level: int, wide_in: int, wide_out: int, kernel: int, strid
         x, plan, weight = (inputs[name] for name in ("x", "plan", "weight"))
         return conv_cells(x, plan, weight, None, stride, kernel // 2, backend=backend)
 
+    def sizes(shape: Shape) -> tuple[int, int, int, int]:
+        """(active sites in, active sites out, values of the weight, channels in)."""
+        sites = shape.batch * shape.keep * prod(patch // level for patch in shape.patch)
+        channels = wide_in * shape.width or shape.channels
+        weight = channels * wide_out * shape.width * kernel ** len(shape.patch)
+        return sites, sites // stride ** len(shape.patch), weight, channels
+
+    def flops(shape: Shape) -> tuple[int, int]:
+        """Whole windows at active sites; backward twice, or once where the image needs no gradient."""
+        _, out, weight, _ = sizes(shape)
+        return 2 * out * weight, (4 if wide_in else 2) * out * weight
+
+    def traffic(shape: Shape, item: int) -> tuple[int, int]:
+        sites, out, weight, channels = sizes(shape)
+        x, y = sites * channels, out * wide_out * shape.width
+        return (x + weight + y) * item, (y + x + weight + (x + weight if wide_in else 0)) * item
+
     return Op(
         name,
         (),
@@ -65,6 +84,8 @@ def layer(name: str, level: int, wide_in: int, wide_out: int, kernel: int, strid
         tuned,
         ours,
         leaves=("x", "weight") if wide_in else ("weight",),
+        traffic=traffic,
+        flops=flops,
         maps={"x": "map"} if wide_in else {},
         pack=lambda inputs, full: pack_cells(full, inputs["plan"]),
         cells=True,

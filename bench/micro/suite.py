@@ -1,17 +1,18 @@
-"""Runs one op at one shape in all its variants, side by side. The ops stand in bench_<family>.py."""
+"""Runs one op at one shape in all its variants, side by side. The ops stand in bench_<family>.py, what they are in
+op.py."""
 
 from __future__ import annotations
 
 import importlib
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maefast.bench import environment, timing
+from maefast.bench import environment, machine, timing
+from maefast.bench.micro.op import BOTH, FORWARD, Case, Inputs, Op
 from maefast.bench.micro.shapes import Shape
 from maefast.ops import _dispatch
 
@@ -43,78 +44,6 @@ PEERS = ("eager", "tuned", "compile", "compile_tuned", "library", "compile_libra
 QUICK = ("eager", "tuned", "compile", "library")
 # ||out - eager|| / ||eager||; bfloat16 rounds at 2^-9 and the two sides may round in a different order.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-FORWARD, BOTH = "forward", "forward+backward"
-
-Inputs = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Op:
-    """A public op, the eager PyTorch it replaces, and the fewest bytes it must move.
-
-    make: random inputs of a shape. leaves: names of the inputs that need gradients (none: forward only).
-    eager, tuned: inputs -> output. ours: (inputs, backend) -> output. view: makes both sides' outputs comparable.
-    traffic: (shape, bytes of an element) -> (forward, backward) bytes, each input read and each output written
-    once; None where a matrix product dominates. raw: the raw ops that a backend must have; () for an op without
-    backends. more: further peers by name. devices: where it is worth a measurement. automatic: devices on which the
-    call without a backend is timed too, because more than our own kernels may serve it. cells: it takes the shapes of
-    masked convnets. named: it takes only shapes that name it in `Shape.only`. waits: the variants that read back from
-    the device, which no CUDA graph can hold (`compile` goes with `eager`, `compile_tuned` with `tuned`). maps: the
-    input (a dense map) that the peers take for a leaf of ours (packed cells); pack: (inputs, such a map, or an output
-    of the peers) -> packed.
-    """
-
-    name: str
-    raw: tuple[str, ...]
-    make: Callable[[Shape, torch.dtype, torch.Generator], Inputs]
-    eager: Callable[[Inputs], Any]
-    tuned: Callable[[Inputs], Any]
-    ours: Callable[[Inputs, str | None], Any]
-    leaves: tuple[str, ...] = ()
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    traffic: Callable[[Shape, int], tuple[int, int]] | None = None
-    view: Callable[[Any], tuple[Tensor, ...]] = field(default=lambda out: (out,))
-    more: dict[str, Peer] = field(default_factory=dict)
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    automatic: tuple[str, ...] = ()
-    cells: bool = False
-    named: bool = False
-    waits: tuple[str, ...] = ()
-    maps: dict[str, str] = field(default_factory=dict)
-    pack: Callable[[Inputs, Tensor], Tensor] | None = None
-
-    @property
-    def directions(self) -> tuple[str, ...]:
-        return (FORWARD, BOTH) if self.leaves else (FORWARD,)
-
-
-@dataclass(frozen=True)
-class Case:
-    op: Op
-    shape: Shape
-    dtype: torch.dtype
-    direction: str
-    device: str
-
-    def __str__(self) -> str:
-        return f"{self.op.name}-{self.shape}-{str(self.dtype)[6:]}-{self.direction}"
-
-
-@dataclass(frozen=True)
-class Peer:
-    """What else computes an op. run: inputs -> output. unable: why it cannot take a case, or None.
-
-    compiled: it needs torch.compile, so that --no-compile leaves it out. waits: it reads back from the device.
-    """
-
-    run: Callable[[Inputs], Any]
-    unable: Callable[[Case], str | None] = lambda case: None
-    compiled: bool = False
-    waits: bool = False
-
-    @property
-    def group(self) -> str:
-        return "compile_library" if self.compiled else "library"
 
 
 def ops(family: str) -> list[Op]:
@@ -262,12 +191,12 @@ def _input_sets(case: Case) -> list[Inputs]:
 
 
 def run(
-    case: Case, peers: tuple[str, ...], rounds: int, bandwidth: float | None = None, warmup: float = 0.05
+    case: Case, peers: tuple[str, ...], rounds: int, limits: dict | None = None, warmup: float = 0.05
 ) -> tuple[list[dict], dict[str, list[float]]]:
     """Time every variant that runs here. Returns (records, samples of each variant).
 
-    A variant whose result differs from the eager one gets no time, only an error. `bandwidth`: of a copy on this
-    device, for the share that each variant reaches. warmup: seconds before the first sample, on a CPU.
+    A variant whose result differs from the eager one gets no time, only an error. limits: what `machine.measure` found
+    on this device, for the share of it that each variant reaches. warmup: seconds before the first sample, on a CPU.
     """
     if any(peer.startswith("compile") for peer in peers):
         torch._dynamo.reset()  # shapes are static, and one function compiles for a limited number of them
@@ -281,6 +210,7 @@ def run(
     expected = _packed(case.op, sets[0], _call(case, "eager", sets, grads)(0), case.direction)
 
     errors: dict[str, str] = {}
+    peaks: dict[str, int] = {}
     samplers: dict[str, timing.HostSampler | timing.GraphSampler] = {}
     for name, reason in variants(case, peers).items():
         if reason is not None:
@@ -292,16 +222,17 @@ def run(
             if problem := _check(case, result, expected):
                 errors[name] = f"WRONG RESULT, not timed: {problem}"
                 continue
+            peaks[name] = machine.peak_bytes(lambda call=call: call(0), case.device)
             samplers[name] = timing.sampler(call, len(sets), case.device, warmup, waits(case.op, name))
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
     del expected
     samples = timing.interleave(samplers, rounds)
-    return _records(case, samplers, samples, errors, bandwidth), samples
+    return _records(case, samplers, samples, errors, peaks, limits), samples
 
 
 def one_by_one(
-    case: Case, peers: tuple[str, ...], rounds: int, bandwidth: float | None = None, warmup: float = 0.05
+    case: Case, peers: tuple[str, ...], rounds: int, limits: dict | None = None, warmup: float = 0.05
 ) -> Iterator[dict]:
     """The records of `run`, each as soon as it is measured, the eager peer's first. Only one variant's outputs are in
     memory at a time, so large shapes fit; drift of the machine does not cancel."""
@@ -325,7 +256,7 @@ def one_by_one(
             try:
                 clock = timing.sampler(call, len(sets), case.device, warmup)
                 samples = [clock() for _ in range(rounds)]
-                (record,) = _records(case, {name: clock}, {name: samples}, {}, bandwidth)
+                (record,) = _records(case, {name: clock}, {name: samples}, {}, {}, limits)
                 medians[name] = record["median_s"]
                 if name.startswith("maefast"):
                     ours = record["median_s"]
@@ -351,12 +282,12 @@ def describe(case: Case) -> dict:
     }
 
 
-def _records(case: Case, samplers, samples, errors, bandwidth) -> list[dict]:
+def _records(case: Case, samplers, samples, errors, peaks, limits) -> list[dict]:
     base = describe(case)
-    moved = None
-    if case.op.traffic is not None:
-        forward, backward = case.op.traffic(case.shape, case.dtype.itemsize)
-        moved = forward + (backward if case.direction == BOTH else 0)
+    backward = case.direction == BOTH
+    moved = _needed(case.op.traffic and case.op.traffic(case.shape, case.dtype.itemsize), backward)
+    flops = _needed(case.op.flops and case.op.flops(case.shape), backward)
+    least, by = machine.limit(limits, base["dtype"], moved, flops)
     records = [{**base, "variant": name, "error": reason} for name, reason in errors.items()]
     for name, seconds in samples.items():
         low, high = timing.quartiles(seconds)
@@ -368,13 +299,18 @@ def _records(case: Case, samplers, samples, errors, bandwidth) -> list[dict]:
             "low_s": low,
             "high_s": high,
             "rounds": len(seconds),
+            "samples_s": [float(f"{value:.4g}") for value in seconds],
             "calls_a_round": samplers[name].inner * (samplers[name].sets if case.device == "cuda" else 1),
             "input_sets": samplers[name].sets,
             "min_bytes": moved,
+            "flops": flops,
         }
+        if name in peaks:
+            record["peak_bytes"] = peaks[name]
         if moved is not None:
             record["gb_s"] = moved / median / 1e9
-            record["copy_share"] = moved / median / bandwidth if bandwidth else None
+        if least is not None:
+            record |= {"limit": by, "limit_share": least / median}
         if samplers[name].note:
             record["note"] = samplers[name].note
         if name.startswith("maefast"):
@@ -383,3 +319,8 @@ def _records(case: Case, samplers, samples, errors, bandwidth) -> list[dict]:
             record["ratios"] = {peer: timing.ratio(samples[peer], seconds) for peer in peers}
         records.append(record)
     return records
+
+
+def _needed(each: tuple[int, int] | None, backward: bool) -> int | None:
+    """Of a pass, from (forward, backward)."""
+    return each and each[0] + (each[1] if backward else 0)

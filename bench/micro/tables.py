@@ -80,6 +80,29 @@ def times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
 
+def spread(record: dict) -> str:
+    """Half of the distance between the quartiles, as a share of the median."""
+    return f"{(record['high_s'] - record['low_s']) / 2 / record['median_s']:.0%}"
+
+
+def of_limit(record: dict) -> str:
+    """The share of the machine's limit that was reached, and which limit."""
+    share = record.get("limit_share")
+    return "-" if share is None else f"{share:.0%} {record['limit']}"
+
+
+def megabytes(count: int | None) -> str:
+    if count is None:
+        return "-"
+    value = count / 2**20
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def gigaflops(record: dict) -> str:
+    """A second."""
+    return f"{record['flops'] / record['median_s'] / 1e9:.0f}" if record.get("flops") else "-"
+
+
 def line(case, records: list[dict]) -> str:
     """Progress of one case."""
     parts = []
@@ -91,6 +114,14 @@ def line(case, records: list[dict]) -> str:
             f"{record['variant']} {milliseconds(record['median_s'])} ms" + (f" ({ratio:.2f}x)" if ratio else "")
         )
     return f"{case}: " + ", ".join(parts)
+
+
+def limits(settings: dict) -> str:
+    """What the machine was found to do, in a sentence."""
+    found = settings["machine"]
+    rates = ", ".join(f"{rate:.3g} TFLOP/s in {dtype}" for dtype, rate in found["matrix_tflops"].items())
+    copied = f"a copy moves {found['copy_gb_s']:.0f} GB/s" if found["copy_gb_s"] else "copies were not timed"
+    return f"Limits of this machine: {copied}{', products do ' + rates if rates else ''}."
 
 
 def show(doc: dict) -> None:
@@ -107,27 +138,30 @@ def show(doc: dict) -> None:
         table.add_column(HEADINGS[peer], justify="right", style="bold" if peer == "eager" else None)
     for name in ("op", "pass", "dtype", "shape", "backend"):
         table.add_column(name, no_wrap=True)
-    for name in ("ms", "eager ms", "GB/s", "of copy"):
+    for name in ("ms", "±", "eager ms", "GB/s", "GFLOP/s", "of limit", "peak MB"):
         table.add_column(name, justify="right")
     for row in rows(doc):
         if row["variant"] == "maefast-reference" and not gpu and not row["default"]:
             continue
-        share, rate = row.get("copy_share"), row.get("gb_s")
+        rate = row.get("gb_s")
         table.add_row(
             *(times(row["ratios"].get(peer)) for peer in peers),
             *what(row),
             backend(row) + (" *" if row["default"] else ""),
             milliseconds(row["median_s"]),
+            spread(row),
             milliseconds(row["times"].get("eager")),
             "-" if rate is None else f"{rate:.0f}",
-            "-" if share is None else f"{share:.0%}",
+            gigaflops(row),
+            of_limit(row),
+            megabytes(row.get("peak_bytes")),
         )
     console = Console(width=None if Console().is_terminal else 170)
     dirty = ", uncommitted changes" if env["dirty"] else ""
     console.print(
         f"{env['device']}, {env['cpu_threads']} threads, torch {env['torch']}, maefast {env['commit']}{dirty}. "
-        f"Ratio: how many times longer the peer takes. Medians of {settings['rounds']} rounds; copy "
-        f"{settings['copy_gb_s']:.0f} GB/s; * = chosen automatically.",
+        f"Ratio: how many times longer the peer takes. Medians of {settings['rounds']} rounds. {limits(settings)} "
+        "* = chosen automatically.",
         highlight=False,
     )
     console.print(table)

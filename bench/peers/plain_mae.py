@@ -153,18 +153,23 @@ class PlainMAE(nn.Module):
         mask[:, :keep] = 0
         return x, torch.gather(mask, 1, restore), restore
 
-    def forward(
+    def encode(
         self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> loss, pred [B, N, K], mask [B, N] with 1 where removed."""
+        """-> latents [B, 1 + keep, D], mask [B, N] with 1 where removed, ids_restore [B, N]."""
         x = self.patch_embed(images) + self.pos_embed[:, 1:]
         x, mask, restore = self.random_masking(x, mask_ratio, noise)
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x)
+        return self.norm(x), mask, restore
 
+    def forward(
+        self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> loss, pred [B, N, K], mask [B, N] with 1 where removed."""
+        x, mask, restore = self.encode(images, mask_ratio, noise)
         x = self.decoder_embed(x)
         b, n = restore.shape
         fill = self.mask_token.repeat(b, n + 1 - x.shape[1], 1)

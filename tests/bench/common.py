@@ -22,13 +22,13 @@ SHAPE = {"name": "vit_b", "batch": 16}
 
 def micro_document(ratio: float = 3.0, share: float = 0.5, kind: str = "cpu") -> dict:
     base = {"op": "gather_tokens", "shape": SHAPE, "dtype": "float32", "direction": "forward"}
-    clock = {"low_s": 1e-3, "high_s": 1e-3, "gb_s": 10.0, "copy_share": share}
+    clock = {"low_s": 1e-3, "high_s": 1e-3, "gb_s": 10.0, "limit": "memory", "limit_share": share}
     records = [
         {**base, **clock, "variant": "eager", "median_s": ratio * 1e-3},
         {**base, **clock, "variant": "maefast-cpu", "median_s": 1e-3, "ratios": {"eager": ratio}, "default": True},
         {**base, "variant": "compile", "error": "no compiler"},
     ]
-    settings = {"rounds": 3, "copy_gb_s": 20.0, "cases_left_out": 0}
+    settings = {"rounds": 3, "machine": {"copy_gb_s": 20.0, "matrix_tflops": {}}, "cases_left_out": 0}
     environment = {**ENVIRONMENT, "kind": kind}
     return results.document("micro", environment, settings, ["eager", "compile"], records)
 

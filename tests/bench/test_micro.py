@@ -15,9 +15,12 @@ pytest.importorskip("rich")
 from maefast.bench import environment, results, timing
 from maefast.bench.micro import __main__ as micro
 from maefast.bench.micro import attention_peers, bench_attention, suite, tables
+from maefast.bench.micro.op import BOTH, FORWARD, Case, Op, Peer
 from maefast.bench.micro.shapes import PRESETS, TOY, VIDEOMAE_B, VIT_B
 
 CASES = list(suite.cases(suite.FAMILIES, PRESETS["toy"]["cpu"], [torch.float32, torch.bfloat16], "cpu"))
+
+LIMITS = {"copy_gb_s": 10.0, "matrix_tflops": {"float32": 0.1, "bfloat16": 0.1}}
 
 
 def test_shapes_are_those_of_the_papers():
@@ -53,12 +56,12 @@ def test_every_public_token_op_is_there():
         "batch_norm_act",
         "grn",
     }
-    assert {case.direction for case in CASES} == {suite.FORWARD, suite.BOTH}
+    assert {case.direction for case in CASES} == {FORWARD, BOTH}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_case(case):
-    records, samples = suite.run(case, ("eager", "tuned"), rounds=2, bandwidth=1e9, warmup=0)
+    records, samples = suite.run(case, ("eager", "tuned"), rounds=2, limits=LIMITS, warmup=0)
     by_name = {record["variant"]: record for record in records}
     # The peers must agree with one another, too: a faulty peer is as misleading as a faulty kernel.
     ours = "maefast-reference" if case.op.raw else "maefast"
@@ -90,12 +93,12 @@ def test_attention_is_measured_where_the_targets_are():
 
 def test_the_automatic_choice_is_timed_where_libraries_may_serve():
     op = suite.ops("attention")[0]
-    case = suite.Case(op, TOY, torch.bfloat16, suite.FORWARD, "cuda")
+    case = Case(op, TOY, torch.bfloat16, FORWARD, "cuda")
     names = suite.variants(case, ("eager", "library"))
     assert names["maefast"] is None
     assert {"maefast-cuda", "maefast-triton", "maefast-reference", "varlen", "sdpa_cudnn"} < names.keys()
     assert suite.default_variant(case) == "maefast"
-    assert "maefast" not in suite.variants(suite.Case(op, TOY, torch.bfloat16, suite.FORWARD, "cpu"), ("eager",))
+    assert "maefast" not in suite.variants(Case(op, TOY, torch.bfloat16, FORWARD, "cpu"), ("eager",))
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=str)
@@ -125,10 +128,10 @@ def test_flex_agrees(op, monkeypatch):
 
     monkeypatch.setattr(attention_peers, "_flex", lambda: flex_attention)
     for direction in op.directions:
-        case = suite.Case(op, TOY, torch.float32, direction, "cpu")
+        case = Case(op, TOY, torch.float32, direction, "cpu")
         records, _ = suite.run(case, ("eager", "compile_library"), rounds=1, warmup=0)
         record = next(r for r in records if r["variant"] == "flex")
-        if direction == suite.BOTH:
+        if direction == BOTH:
             assert record["error"] == "on a CPU FlexAttention has no backward"
         else:
             assert record["median_s"] > 0
@@ -165,17 +168,17 @@ def test_packed_peers_agree(op, monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers.ops", xformers_side)
     monkeypatch.setitem(sys.modules, "xformers.ops.fmha", types.ModuleType("xformers.ops.fmha"))
     monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", types.SimpleNamespace(BlockDiagonalMask=Mask))
-    more = {name: suite.Peer(op.more[name].run) for name in ("varlen", "xformers")}
+    more = {name: Peer(op.more[name].run) for name in ("varlen", "xformers")}
     for direction in op.directions:
-        case = suite.Case(suite.Op(**{**vars(op), "more": more}), TOY, torch.float32, direction, "cpu")
+        case = Case(Op(**{**vars(op), "more": more}), TOY, torch.float32, direction, "cpu")
         _, samples = suite.run(case, ("eager", "library"), rounds=1, warmup=0)
         assert samples.keys() >= more.keys()
 
 
 def test_a_wrong_further_peer_is_refused():
     op = suite.ops("attention")[0]
-    wrong = suite.Peer(lambda inputs: bench_attention.eager(inputs) * 1.01)
-    case = suite.Case(suite.Op(**{**vars(op), "more": {"wrong": wrong}}), TOY, torch.float32, suite.FORWARD, "cpu")
+    wrong = Peer(lambda inputs: bench_attention.eager(inputs) * 1.01)
+    case = Case(Op(**{**vars(op), "more": {"wrong": wrong}}), TOY, torch.float32, FORWARD, "cpu")
     records, samples = suite.run(case, ("eager", "library"), rounds=1, warmup=0)
     assert "WRONG RESULT" in next(r for r in records if r["variant"] == "wrong")["error"]
     assert "wrong" not in samples
@@ -223,8 +226,8 @@ def test_video_shape_agrees():
 
 def test_a_wrong_result_is_refused():
     op = next(op for op in suite.ops("embed") if op.name == "gather_tokens")
-    wrong = suite.Op(**{**vars(op), "ours": lambda inputs, backend: op.ours(inputs, backend) * 1.01})
-    case = suite.Case(wrong, TOY, torch.float32, suite.FORWARD, "cpu")
+    wrong = Op(**{**vars(op), "ours": lambda inputs, backend: op.ours(inputs, backend) * 1.01})
+    case = Case(wrong, TOY, torch.float32, FORWARD, "cpu")
     records, samples = suite.run(case, ("eager",), rounds=1, warmup=0)
     record = next(r for r in records if r["variant"] == "maefast-reference")
     assert "WRONG RESULT" in record["error"]
@@ -239,7 +242,7 @@ def test_a_wrong_gradient_is_refused():
         out = op.ours(inputs, backend)
         return out.detach() + (out - out.detach()) * 2
 
-    case = suite.Case(suite.Op(**{**vars(op), "ours": ours}), TOY, torch.float32, suite.BOTH, "cpu")
+    case = Case(Op(**{**vars(op), "ours": ours}), TOY, torch.float32, BOTH, "cpu")
     records, _ = suite.run(case, ("eager",), rounds=1)
     assert "grad" in next(r for r in records if r["variant"] == "maefast-reference")["error"]
 
@@ -251,7 +254,7 @@ def test_document_and_table(tmp_path, capsys):
     assert doc["kind"] == "micro"
     assert doc["environment"]["torch"] == torch.__version__
     assert doc["environment"]["kind"] == "cpu"
-    assert doc["settings"]["copy_gb_s"] > 0
+    assert doc["settings"]["machine"]["copy_gb_s"] > 0
     assert doc["records"]
     out = capsys.readouterr().out
     assert "restore_tokens" in out
@@ -286,7 +289,7 @@ def test_without_a_gpu_it_says_so(capsys):
 @pytest.mark.parametrize("case", list(suite.cases(suite.FAMILIES, [TOY], [torch.float32], "cuda")), ids=str)
 def test_case_on_a_gpu(case):
     """The CUDA-graph clock captures every kernel: nothing on this path waits for the device."""
-    records, _ = suite.run(case, ("eager", "tuned"), rounds=2, bandwidth=1e9, warmup=0)
+    records, _ = suite.run(case, ("eager", "tuned"), rounds=2, limits=LIMITS, warmup=0)
     for record in records:
         assert "WRONG" not in record.get("error", ""), record
         if record["variant"] in ("maefast-triton", "maefast-cuda"):

@@ -14,6 +14,7 @@ pytest.importorskip("rich")
 
 from maefast.bench import timing
 from maefast.bench.micro import suite
+from maefast.bench.micro.op import BOTH
 from maefast.bench.micro.shapes import PRESETS
 from maefast.ops import _checks
 
@@ -39,7 +40,7 @@ def test_what_waits_for_the_device_is_flagged(case, monkeypatch):
     `resize` is Pillow, which takes no tensors; it is of the host alone.)"""
     monkeypatch.setattr(_checks, "holds", lambda condition, message: None)  # no wait on a GPU
     sets = suite._input_sets(case)[:1]
-    grads = [torch.randn_like(case.op.eager(sets[0])) if case.direction == suite.BOTH else None]
+    grads = [torch.randn_like(case.op.eager(sets[0])) if case.direction == BOTH else None]
     names = [name for name, reason in suite.variants(case, ("eager", "tuned")).items() if reason is None]
     with FakeTensorMode():
         fake = [without_data(sets[0])], [without_data(grads[0])]

@@ -1,0 +1,186 @@
+"""`maefast bench`: what can be run, and running it.
+
+Each benchmark is a module with a `main` of its own, run in a fresh process; this table names it, says what it measures,
+and gives the arguments of its short and its whole form. Whatever else is typed is passed on.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from maefast.errors import TrainError
+
+DEFAULT = Path("out", "bench")  # below the working directory
+TOKENS = ["mask", "embed", "restore", "linear", "norm", "gelu", "adamw", "loss", "points", "chamfer", "feature_loss"]
+TOKENS += ["resize"]
+CELLS = ["cells", "pool", "cell_norm", "depthwise", "sparse_conv", "conv_transpose"]
+DTYPES = ("float32", "bfloat16")
+Arguments = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """quick, full: the arguments of each run. minutes: about what the two take on two cores."""
+
+    module: str
+    what: str
+    quick: tuple[Arguments, ...] = ((),)
+    full: tuple[Arguments, ...] = ((),)
+    minutes: tuple[float, float] = (1, 1)
+
+
+def _ops(label: str, families: list[str]) -> tuple[tuple[Arguments, ...], tuple[Arguments, ...]]:
+    chosen = ("--family", *families)
+    return (("--quick", "--no-compile", "--label", label, *chosen),), (("--preset", "full", "--label", label, *chosen),)
+
+
+def _each(option: str, values: tuple[str, ...], *more: str) -> tuple[Arguments, ...]:
+    return tuple((option, value, "--dtype", dtype, *more) for value in values for dtype in DTYPES)
+
+
+CONVNETS = ("fcmae_t", "spark_r50", "spark_r50_encoder", "spark_cs_encoder")
+FAMILIES = ("hf_vitmae", "mae", "hf_videomae", "videomae", "timm", "jepa", "lightly", "spark", "fcmae")
+BENCHMARKS = {
+    "ops": Benchmark(
+        "micro", "token ops beside eager, tuned and compiled PyTorch", *_ops("ops", TOKENS), minutes=(1, 25)
+    ),
+    "attention": Benchmark(
+        "micro", "attention beside SDPA, varlen, FlexAttention, xformers", *_ops("attention", ["attention"]), (1, 15)
+    ),
+    "cells": Benchmark("micro", "ops of masked convnets beside dense times mask", *_ops("cells", CELLS), (1, 25)),
+    "step": Benchmark(
+        "step",
+        "one training step: ours, plain PyTorch, Hugging Face",
+        (("--preset", "demo"),),
+        (
+            ("--preset", "demo"),
+            *_each("--preset", ("vit_b",), "--compile"),
+            *(("--preset", name) for name in CONVNETS),
+        ),
+        (1, 25),
+    ),
+    "dropin": Benchmark(
+        "dropin",
+        "other people's models, as they are and accelerated",
+        (("--family", "hf_vitmae", "--rounds", "3", "--steps", "1"),),
+        (*_each("--family", FAMILIES[:7]), *(("--family", name) for name in FAMILIES[7:])),
+        (2, 60),
+    ),
+    "recipes": Benchmark(
+        "recipes",
+        "published systems at their sizes beside plain PyTorch",
+        (("--quick",),),
+        tuple(("--dtype", dtype) for dtype in DTYPES),
+        (3, 90),
+    ),
+    "data": Benchmark("data", "loaders of photographs, one core", (("--rounds", "1"),), ((),), (1, 3)),
+    "scaling": Benchmark(
+        "scaling",
+        "an encoder's time against visible tokens and batch",
+        (("--quick",),),
+        tuple(("--full", "--dtype", dtype) for dtype in DTYPES),
+        (1, 10),
+    ),
+    "block": Benchmark("block", "a transformer block, time and what it keeps", (("--rounds", "2"),), ((),), (1, 2)),
+    "volumes": Benchmark(
+        "volumes",
+        "a 3-D ResNet on the visible cells of a volume",
+        (("--side", "64", "--batch", "1", "--rounds", "1"),),
+        tuple(("--batch", "1", "--dtype", dtype) for dtype in DTYPES),
+        (1, 5),
+    ),
+    "toys": Benchmark(
+        "toys",
+        "models too small for kernels: none may get slower",
+        (("--rounds", "5"),),
+        (("--threads", "1"), ()),
+        (1, 4),
+    ),
+}
+# Of maintainers: no results for docs/results.md, or files of their own.
+TOOLS = {
+    "report": Benchmark("report", "results to tables and charts"),
+    "compare": Benchmark("compare", "what moved between two runs, beyond the noise"),
+    "evidence": Benchmark("evidence", "no speed: whether pre-training teaches anything", minutes=(25, 25)),
+    "finetuning": Benchmark("finetuning", "no speed: whether fine-tuning gains from it", minutes=(5, 5)),
+    "names": Benchmark("names", "what the names of a large data set cost", minutes=(2, 2)),
+    "worth": Benchmark("worth", "from which size on an accelerated block pays", minutes=(10, 10)),
+}
+
+
+def listing() -> Iterator[str]:
+    """One screen: what can be run."""
+    yield "maefast bench NAME [--quick | --full] [--device cpu|cuda] [--dtype ...] [--peers ...] [--results FOLDER]"
+    yield ""
+    for name, item in BENCHMARKS.items():
+        quick, full = item.minutes
+        yield f"  {name:10} {item.what:58} quick {quick:2.0f} min, full {full:3.0f}"
+    yield f"  {'all':10} every one of these, in turn"
+    yield ""
+    for name, item in TOOLS.items():
+        yield f"  {name:10} {item.what}"
+    yield ""
+    yield "--quick (the default) for a first look, --full for what docs/results.md shows; minutes on two cores."
+    yield "maefast bench NAME --help has each one's own options."
+    yield f"Results are JSON, in {DEFAULT}/DEVICE unless --results or --json says otherwise."
+
+
+def run(name: str | None, arguments: list[str], say: Callable[[str], None]) -> int:
+    """List what there is (name=None), or run one. Returns the exit status: the first of its runs that is not 0.
+
+    Raises:
+        TrainError: there is no benchmark of that name.
+    """
+    if name is None or name in ("-h", "--help"):
+        for text in listing():
+            say(text)
+        return 0
+    if name in TOOLS:
+        return _process(TOOLS[name].module, arguments)
+    if name not in (*BENCHMARKS, "all"):
+        raise TrainError(f"no benchmark {name!r}; there are: {', '.join((*BENCHMARKS, 'all', *TOOLS))}")
+    chosen = BENCHMARKS if name == "all" else {name: BENCHMARKS[name]}
+    if {"-h", "--help"} & set(arguments):
+        return _process(BENCHMARKS[name].module, ["--help"]) if name != "all" else run(None, [], say)
+    full, quick = "--full" in arguments, "--quick" in arguments
+    if full and quick:
+        raise TrainError("give --quick or --full, not both")
+    own = [word for word in arguments if word not in ("--full", "--quick")]
+    if not {"--json", "--results"} & set(own):
+        own += ["--results", str(DEFAULT)]
+    _headline(own, say)
+    status = 0
+    for item in chosen.values():
+        for given in dict.fromkeys(_without(given, own) for given in (item.full if full else item.quick)):
+            status = _process(item.module, [*given, *own]) or status
+    return status
+
+
+def _without(given: Arguments, own: list[str]) -> Arguments:
+    """The table's arguments less the options that were typed: one run for all that then are equal."""
+    kept, skip = [], False
+    for word in given:
+        skip = word in own if word.startswith("-") else skip
+        if not skip:
+            kept.append(word)
+    return tuple(kept)
+
+
+def _headline(arguments: list[str], say: Callable[[str], None]) -> None:
+    from maefast.bench import machine
+
+    device = "cuda" if "cuda" in arguments else "cpu"
+    try:
+        say(machine.headline(device))
+    except (AssertionError, RuntimeError) as error:  # no such device; the benchmark says so itself
+        say(f"{device}: {error}")
+
+
+def _process(module: str, arguments: list[str]) -> int:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.run([sys.executable, "-m", f"maefast.bench.{module}", *arguments], env=env).returncode
