@@ -80,7 +80,8 @@ class FeatureRebuilder(nn.Module):
         x = run_norm(self.norm, *run_blocks(self.blocks, x), dtype=x.dtype)
         x = x.transpose(1, 2).unflatten(2, self.grid)
         return [
-            torch.where(_enlarged(mask, scale)[:, None], project(x).to(given.dtype), given)
+            # The map comes first: the result then has its memory format, and so have the convolutions behind it.
+            torch.where(~_enlarged(mask, scale)[:, None], given, project(x).to(given.dtype))
             for given, project, scale in zip(maps, self.projectors, self.scales)
         ]
 
