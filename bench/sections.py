@@ -303,7 +303,8 @@ def scaling(docs: list[dict]) -> str:
 def volumes(doc: dict) -> str:
     first = doc["records"][0]
     text = f"A 3-D ResNet's encoder on {first['side']}^3 voxels, {first['mask_ratio']:.0%} masked, "
-    text += f"batch {first['batch']}, {first['dtype']}, forward and backward, least of {doc['settings']['rounds']} rounds.\n\n"
+    text += f"batch {first['batch']}, {first['dtype']}, forward and backward, "
+    text += f"least of {doc['settings']['rounds']} rounds.\n\n"
     rows = [[f"{r['ratio']:.2f}x", f"{r['best_s']:.2f}", r["peer"]] for r in doc["records"]]
     text += markdown(["time vs maefast", "s", "network"], rows, 1)
     best = min(r["ratio"] for r in doc["records"][1:])

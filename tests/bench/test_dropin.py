@@ -8,7 +8,7 @@ from torch import nn
 
 pytest.importorskip("rich")
 
-from maefast.bench import dropin, report, results, step
+from maefast.bench import dropin, report, results, sections, step
 from maefast.bench.peers import checkouts, dropin_models, worker
 from tests.bench.common import ENVIRONMENT
 
@@ -57,7 +57,7 @@ def test_measure(tmp_path, capsys):
     assert ours["last_loss"] == pytest.approx(theirs["last_loss"], rel=1e-3)
     assert doc["settings"]["origin"] == "structure"
     assert doc["settings"]["code"] == "bench/peers/public/mae.py"
-    text = report.dropin({**doc, "file": "dropin.json"})
+    text = sections.dropin([{**doc, "file": "dropin.json"}])
     assert "MAE, toy" in text
     assert "as it is" in text
     assert [d["kind"] for d in report.load(tmp_path)] == ["dropin"]
@@ -141,17 +141,17 @@ def document(ratio: float, compiled: float | None, dtype: str = "bfloat16", kind
 
 
 def test_shortfalls_are_named():
-    text = report.dropin(document(1.5, 1.1))
+    text = sections.dropin([document(1.5, 1.1)])
     assert "Short of the aim of 1.6x over the model as it is (1.50x)" in text
     assert "Short of the aim of 1.2x, compiled against compiled (1.10x)" in text
     assert "As it is, torch.compile, vs accelerated, torch.compile: 1.10x." in text
-    assert "Short" not in report.dropin(document(1.7, 1.3))
-    assert "Short" not in report.dropin(document(1.7, None))
+    assert "Short" not in sections.dropin([document(1.7, 1.3)])
+    assert "Short" not in sections.dropin([document(1.7, None)])
     # In float32 the aim depends on the processor.
-    assert "Short" not in report.dropin(document(1.5, None, "float32", "cpu"))
+    assert "Short" not in sections.dropin([document(1.5, None, "float32", "cpu")])
     amd = document(1.5, None, "float32", "cpu")
     amd["environment"] = {**amd["environment"], "cpu": "AMD EPYC"}
-    assert "Short of the aim of 2.2x" in report.dropin(amd)
+    assert "Short of the aim of 2.2x" in sections.dropin([amd])
 
 
 @pytest.mark.gpu

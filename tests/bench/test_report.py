@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("rich")
 
-from maefast.bench import report, results
-from tests.bench.common import micro_document, step_document
+from maefast.bench import charts, report, results, sections
+from tests.bench.common import ENVIRONMENT, micro_document, step_document
 
 
 def test_the_committed_page_is_up_to_date():
-    assert report.main(["--check"]) == 0, "run python -m maefast.bench.report"
+    assert report.main(["--check"]) == 0, "run maefast bench report"
 
 
 def test_tables(tmp_path):
@@ -31,10 +31,10 @@ def test_tables(tmp_path):
 
 def test_shortfalls_are_named():
     doc = {**micro_document(ratio=1.5), "file": "x.json"}
-    assert "gather_tokens forward float32 vit_b b16 (1.50x)" in report.micro(doc)
+    assert "gather_tokens forward float32 vit_b b16 (1.50x)" in sections.micro([doc])
     doc = {**step_document(ratio=1.1), "file": "x.json"}
-    assert "Short of the aim of 2.3x over" in report.step(doc)
-    assert "Short" not in report.step({**step_document(ratio=2.5), "file": "x.json"})
+    assert "Short of the aim of 2.3x over" in sections.step([doc])
+    assert "Short" not in sections.step([{**step_document(ratio=2.5), "file": "x.json"}])
 
 
 def test_newest_result_wins(tmp_path):
@@ -58,34 +58,33 @@ def test_a_later_run_of_some_cases_leaves_the_others(tmp_path):
 
 def test_further_peers_have_a_table():
     doc = {**micro_document(ratio=3.0), "file": "x.json"}
-    assert "Further peers" not in report.micro(doc)
+    assert "Further peers" not in sections.micro([doc])
     ours = next(record for record in doc["records"] if record["variant"] == "maefast-cpu")
     ours["ratios"]["jagged"] = 2.5
     doc["records"].append({**ours, "variant": "varlen", "error": "CUDA only"})
-    text = report.micro(doc)
+    text = sections.micro([doc])
     assert "| 2.50x jagged | 2.50x | gather_tokens | fwd | float32 | vit_b b16 | cpu |" in text
     assert "vs varlen" not in text
     assert "ops.linear" not in text
     doc["settings"]["linear_library"] = "onednn"
-    assert "`ops.linear` chose the library 'onednn' here." in report.micro(doc)
+    assert "`ops.linear` chose the library 'onednn' here." in sections.micro([doc])
     assert "Not timed: varlen: CUDA only (1 cases)." in text
 
 
 def test_page_is_replaced_between_the_markers(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    docs = [{**micro_document(), "file": "x.json"}]
-    assert not report.write(page, docs, check=True)
+    assert not report.write(page, "new", check=True)
     assert "old" in page.read_text()
-    assert not report.write(page, docs)
-    assert report.write(page, docs)
+    assert not report.write(page, "new")
+    assert report.write(page, "new")
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
     page.write_text("no markers")
     with pytest.raises(ValueError, match="lacks the lines"):
-        report.write(page, docs)
+        report.write(page, "new")
 
 
 @pytest.mark.parametrize(
@@ -117,3 +116,102 @@ def test_a_file_that_is_no_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.json"):
         results.read(tmp_path / "x.json")
+
+
+RECIPES = [
+    {
+        "recipe": "videomae",
+        "size": "base",
+        "batch": 1,
+        "dtype": dtype,
+        "ms": [20.0, 10.0],
+        "ratio": 2.0,
+        "memory_mib": [300.0, 200.0],
+        "memory_ratio": 2 / 3,
+        "other_ways": {"padded": 1.5},
+    }
+    for dtype in ("float32", "bfloat16")
+]
+
+
+def scaling_document() -> dict:
+    rows = [
+        {
+            **{"peer": peer, "batch": 4, "visible": visible, "tokens": 196, "dtype": "float32", "ratio": slow},
+            **{"median_s": slow * visible, "low_s": slow * visible, "high_s": slow * visible, "peak_bytes": 2**20},
+        }
+        for visible in (49, 196)
+        for peer, slow in (("maefast", 1.0), ("plain", 1.25))
+    ]
+    rows += [{**row, "batch": 8, "visible": 49} for row in rows[:2]]
+    settings = {"model": "mae_base", "part": "encoder", "rounds": 3, "batch": 4}
+    return results.document("scaling", ENVIRONMENT, settings, ["maefast", "plain"], rows)
+
+
+def every_kind() -> list[dict]:
+    micro = micro_document()
+    micro["settings"]["machine"]["matrix_tflops"] = {"float32": 0.1}
+    for record in micro["records"]:
+        record |= {"flops": 10**9, "min_bytes": 10**7}
+    volume = {"batch": 1, "side": 96, "mask_ratio": 0.6, "dtype": "float32"}
+    volumes = [{**volume, "peer": name, "best_s": s, "ratio": s} for name, s in (("maefast", 1.0), ("dense", 1.25))]
+    shape = {"width": 32, "batch": 1, "tokens": 4, "depth": 1, "dtype": "float32", "threads": 1}
+    blocks = [
+        {**shape, "peer": name, "best_s": 1e-3, "time_to_eager": ratio, "kept_bytes": 100 * ratio}
+        for name, ratio in (("maefast", 0.5), ("eager", 1.0))
+    ]
+    toys = [{"model": "HF ViTMAE", "dtype": "float32", "ms": [2.0, 1.0], "ratio": 2.0}]
+    loaders = [
+        {"side": side, "workers": n, "images_per_s": 100} for side, n in (("maefast", 0), ("timm", 0), ("maefast", 2))
+    ]
+    made = {
+        "recipes": RECIPES,
+        "volumes": volumes,
+        "block": blocks,
+        "toys": toys,
+        "data": loaders,
+    }
+    docs = [results.document(kind, ENVIRONMENT, {"rounds": 3}, [], records) for kind, records in made.items()]
+    return [micro, step_document(), scaling_document(), *docs]
+
+
+def test_every_kind_has_a_section_and_its_charts(tmp_path):
+    for number, doc in enumerate(every_kind()):
+        results.write(tmp_path / "deep" / f"{number}.json", doc)
+    (tmp_path / "evidence.json").write_text('{"kind": "evidence"}')  # other JSON is left alone
+    assert report.main(["--results", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("\n## Test CPU\n") == 1
+    for title, _ in report.SECTIONS.values():
+        assert (f"### {title}\n" in text) == (not title.startswith("Drop-in"))
+    assert (
+        "| 2.00x | 20 | 10 | 0.67x | 300 | 200 | 2.00x | 20 | 10 | 0.67x | 300 | 200 | videomae | base, batch 1 |"
+        in text
+    )
+    assert "| 1.50x | videomae | bfloat16 | padded |" in text
+    assert "| 25% | 4 | 1.25x |" in text
+    assert "Short of the aim of 1.5x (1.25x)" in text
+    drawn = {path.stem for path in (tmp_path / "charts" / "test-cpu").iterdir()}
+    assert drawn == set(charts.CHARTS)
+    for name in drawn:
+        assert f"(charts/test-cpu/{name}.png)" in text
+    before = {path: path.read_bytes() for path in (tmp_path / "charts" / "test-cpu").iterdir()}
+    assert report.main(["--results", str(tmp_path), "--check"]) == 0
+    assert report.main(["--results", str(tmp_path)]) == 0
+    assert all(path.read_bytes() == data for path, data in before.items()), "the same results, another picture"
+    (tmp_path / "deep" / "0.json").unlink()
+    assert report.main(["--results", str(tmp_path), "--check"]) == 1
+
+
+def test_without_results_it_says_so(tmp_path, capsys):
+    assert report.main(["--results", str(tmp_path)]) == 2
+    assert "no results in" in capsys.readouterr().err
+    (tmp_path / "x.json").write_text("{")
+    assert report.main(["--results", str(tmp_path)]) == 2
+
+
+def test_committed_results_stand_in_the_folder_of_their_device():
+    from maefast.bench.environment import slug
+
+    for doc in results.read_all(results.RESULTS):
+        assert doc["file"].split("/")[0] == slug(doc["environment"]["device"])

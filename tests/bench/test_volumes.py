@@ -22,8 +22,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     volumes.main()
     assert capsys.readouterr().out.rstrip().endswith("x")
     found = json.loads((tmp_path / "volumes.json").read_text())
-    assert found["settings"]["side"] == 32
-    assert found["seconds"].keys() == {"maefast", "dense"}
+    assert [(r["peer"], r["side"]) for r in found["records"]] == [("maefast", 32), ("dense", 32)]
     monkeypatch.setattr(
         volumes, "runs", lambda *args: {"maefast": lambda: torch.ones(()), "dense": lambda: torch.zeros(())}
     )
