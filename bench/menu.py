@@ -183,4 +183,5 @@ def _headline(arguments: list[str], say: Callable[[str], None]) -> None:
 
 def _process(module: str, arguments: list[str]) -> int:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    env.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler says on stderr that it was there
     return subprocess.run([sys.executable, "-m", f"maefast.bench.{module}", *arguments], env=env).returncode
