@@ -27,7 +27,7 @@ test: $(STAMP)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 bench: $(STAMP)
-	$(PY) -m maefast.bench.micro
+	$(PY) -m maefast.cli bench ops
 
 lint: $(STAMP)
 	@status=0; \

@@ -29,7 +29,9 @@ def draw(device: str, docs: list[dict], folder: Path) -> list[tuple[str, Path]]:
         figure = chart(docs)
         if figure is None:
             continue
-        figure.suptitle(f"{title}\n{device}", fontsize=11)
+        axes = figure.axes[0]
+        lines = [title, device, *filter(None, [axes.get_title()])]
+        axes.set_title("\n".join(lines), fontsize=10, pad=26 if axes.get_legend() is None else 8)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.png"
         # No date and no version inside: the same results give the same file.
@@ -70,7 +72,16 @@ def _bars(bars: list[Bar], label: str) -> Figure | None:
     axes.set_xlabel(label)
     axes.set_ylim(-0.6, len(names) - 0.4)
     handles = [axes.barh(0, 0, color=COLOURS[dtype]) for dtype in COLOURS]
-    axes.legend(handles, COLOURS, loc="lower right", fontsize=8)
+    figure.legend(
+        handles,
+        COLOURS,
+        ncols=2,
+        fontsize=8,
+        frameon=False,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        bbox_transform=axes.transAxes,
+    )  # fmt: skip  above the bars, which may be as long as the chart is wide
     return figure
 
 

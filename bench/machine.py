@@ -18,7 +18,7 @@ import torch
 from maefast.bench import environment, timing
 from maefast.ops import linear
 
-SIDE = {"cpu": 1536, "cuda": 8192}  # of the matrices
+SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices
 UNKNOWN: dict[str, Any] = {"condition": {}, "copy_gb_s": None, "matrix_tflops": {}}  # for runs that judge no speed
 BUSY = 0.5  # cores that others use, above which times do not mean much
 

@@ -254,21 +254,22 @@ def recipes(docs: list[dict]) -> str:
     for doc in docs:
         for record in doc["records"]:
             found.setdefault((record["recipe"], record["size"], record["batch"]), {})[record["dtype"]] = record, doc
+    dtypes = [dtype for dtype in ("float32", "bfloat16") if any(dtype in of for of in found.values())]
     rows, ways = [], []
-    for (name, size, batch), each_dtype in sorted(found.items()):
+    for (name, size, batch), of in sorted(found.items()):
         row = []
-        for dtype in ("float32", "bfloat16"):
-            if dtype not in each_dtype:
+        for dtype in dtypes:
+            if dtype not in of:
                 row += ["-"] * 6
                 continue
-            r = each_dtype[dtype][0]
+            r = of[dtype][0]
             row += [f"{r['ratio']:.2f}x", f"{r['ms'][0]:.0f}", f"{r['ms'][1]:.0f}"]
             row += [f"{r['memory_ratio']:.2f}x", f"{r['memory_mib'][0]:.0f}", f"{r['memory_mib'][1]:.0f}"]
             ways += [[f"{value:.2f}x", name, dtype, way] for way, value in r["other_ways"].items()]
-        commits = dict.fromkeys(str(doc["environment"]["commit"]) for _, doc in each_dtype.values())
+        commits = dict.fromkeys(str(doc["environment"]["commit"]) for _, doc in of.values())
         rows.append([*row, name, f"{size}, batch {batch}", ", ".join(commits)])
-    heads = ["time", "plain ms", "ours ms", "memory", "plain MiB", "ours MiB"]
-    heads += [f"bf16 {head}" for head in heads]
+    one = ["time", "plain ms", "ours ms", "memory", "plain MiB", "ours MiB"]
+    heads = [f"{'' if dtype == 'float32' else 'bf16 '}{head}" for dtype in dtypes for head in one]
     env = docs[0]["environment"]
     text = f"{env['device']}, {env['cpu_threads']} threads, torch {env['torch']}; the commit stands in each row.\n\n"
     text += markdown([*heads, "recipe", "size", "commit"], rows, 3)

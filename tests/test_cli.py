@@ -213,33 +213,14 @@ def test_doctor():
     assert run("doctor").exit_code == 0
 
 
-def test_bench_lists_and_runs(tmp_path, monkeypatch):
-    from maefast.train import benchmarks
+def test_bench_lists_and_passes_on(monkeypatch):
+    """The rest is in tests/bench/test_menu.py."""
+    from maefast.bench import menu
 
-    folder = tmp_path / "bench"
-    (folder / "micro").mkdir(parents=True)
-    (folder / "__init__.py").touch()
-    (folder / "helper.py").write_text('"""No benchmark."""\n')
-    (folder / "step.py").write_text(
-        '"""One step of every peer."""\nimport sys\n\n\ndef main():\n    sys.exit(len(sys.argv) - 1)\n\n\n'
-        'if __name__ == "__main__":\n    main()\n'
-    )
-    (folder / "micro" / "__main__.py").write_text('"""Every op."""\n')
-    monkeypatch.setattr(benchmarks, "bench_folder", lambda: folder)
-    text = run("bench").output
-    assert "step" in text
-    assert "One step of every peer." in text
-    assert "Every op." in text
-    assert "helper" not in text
-    assert run("bench", "step", "--preset", "demo").exit_code == 2  # its own exit status: two arguments arrived
+    assert "other people's models" in run("bench").output
     assert run("bench", "nothing").exit_code == 1
-
-
-def test_bench_outside_a_checkout(monkeypatch, tmp_path):
-    from maefast.train import benchmarks
-
-    monkeypatch.setattr(benchmarks, "__file__", str(tmp_path / "site" / "maefast" / "train" / "benchmarks.py"))
-    monkeypatch.chdir(tmp_path)
-    result = run("bench")
-    assert result.exit_code == 1
-    assert "checkout" in result.output
+    runs = []
+    monkeypatch.setattr(menu, "_process", lambda *what: runs.append(what) or 4)
+    assert run("bench", "step", "--help").exit_code == 4  # of the benchmark, not of this command
+    assert run("bench", "compare", "a", "--all").exit_code == 4
+    assert runs == [("step", ["--help"]), ("compare", ["a", "--all"])]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maefast.bench import machine, results
+from maefast.bench.environment import slug
 from maefast.bench.gpu import lines
 
 SHOWN = 12  # of ids that did not run, and of failures, for each stage
@@ -130,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
         print(row)
     if args.results:
         for name, doc in documents(found, args.name):
-            print(f"written: {results.write(args.results / name, doc)}")
+            folder = args.results / slug(doc["environment"]["device"])
+            print(f"written: {results.write(folder / name, doc)}")
     wrong, trouble = verdict(found, stages)
     for text in trouble:
         print(f"does not count: {text}")

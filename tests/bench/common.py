@@ -17,6 +17,7 @@ ENVIRONMENT = {
     "dirty": False,
     "isa": "avx2",
 }
+LIMITS = {"condition": {}, "copy_gb_s": 10.0, "matrix_tflops": {"float32": 0.1, "bfloat16": 0.1}}
 SHAPE = {"name": "vit_b", "batch": 16}
 
 

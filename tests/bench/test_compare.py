@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("scipy")
 
-from maefast.bench import compare, results
+from maefast.bench import compare, machine, results
 from maefast.bench.micro import __main__ as micro
 from maefast.bench.micro import bench_restore
-from tests.bench.common import micro_document
+from tests.bench.common import LIMITS, micro_document
 
 
 def run_of(seed: int, slow: float = 1.0, machine: float = 1.0, ops: int = 20, rounds: int = 21) -> dict:
@@ -87,6 +87,8 @@ def test_nothing_in_common():
 
 def test_a_slowed_kernel_is_caught(tmp_path, monkeypatch, capsys):
     """Measured by the suite itself: the same code twice, then with a pause in our kernel."""
+
+    monkeypatch.setattr(machine, "measure", lambda device: LIMITS)
 
     def measured(name: str) -> str:
         path = tmp_path / name

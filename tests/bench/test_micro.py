@@ -12,23 +12,22 @@ import torch
 
 pytest.importorskip("rich")
 
-from maefast.bench import environment, results, timing
+from maefast.bench import environment, machine, results, timing
 from maefast.bench.micro import __main__ as micro
 from maefast.bench.micro import attention_peers, bench_attention, suite, tables
 from maefast.bench.micro.op import BOTH, FORWARD, Case, Op, Peer
 from maefast.bench.micro.shapes import PRESETS, TOY, VIDEOMAE_B, VIT_B
+from tests.bench.common import LIMITS
 
 CASES = list(suite.cases(suite.FAMILIES, PRESETS["toy"]["cpu"], [torch.float32, torch.bfloat16], "cpu"))
 
 
 @pytest.fixture(autouse=True)
-def two_sets_of_inputs(monkeypatch):
-    """Not as many as fill a cache: in bfloat16 some of torch's convolutions take half a second a call on processors that
-    lack the instructions."""
+def light(monkeypatch):
+    """Two sets of inputs, not as many as fill a cache: in bfloat16 some of torch's convolutions take long on processors
+    that lack the instructions. And the machine's limits are not what is tested here."""
     monkeypatch.setattr(environment, "cache_bytes", lambda device: 1)
-
-
-LIMITS = {"copy_gb_s": 10.0, "matrix_tflops": {"float32": 0.1, "bfloat16": 0.1}}
+    monkeypatch.setattr(machine, "measure", lambda device: LIMITS)
 
 
 def test_shapes_are_those_of_the_papers():
