@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from maefast.bench import environment, results, step
+import torch
+
+from maefast.bench import environment, machine, results, step
 from maefast.bench.peers.dropin_models import NAMES, families
 
 BUDGET = {"toy": 2.0, "base": 120.0}
@@ -71,8 +73,11 @@ def measure(
         "shape": {"batch": batch, "img_size": [sizes["num_frames"], *size] if "num_frames" in sizes else size},
     }
     request = {"source": "dropin_models", "config": config, "batch": batch, "dtype": dtype, "device": device}
-    records = step.race(names, request, base, "as_is", rounds, steps, budget, len(PEERS))
+    limits = machine.measure(device, (getattr(torch, dtype),))
+    counted = None if chosen.convnet else limits
+    records = step.race(names, request, base, "as_is", rounds, steps, budget, len(PEERS), limits=counted)
     settings = {
+        "machine": limits,
         "steps_a_round": steps,
         "budget_s": budget,
         "title": chosen.title,

@@ -143,6 +143,7 @@ def peers_table(doc: dict, names: dict[str, str]) -> str:
                 "1" if one else f"{r['memory_ratio']:.2f}x",
                 f"{r['step_s'] * 1e3:.1f}",
                 f"{r['low_s'] * 1e3:.1f}-{r['high_s'] * 1e3:.1f}",
+                tables.of_limit(r),
                 f"{r['images_per_s']:.1f}",
                 f"{r['peak_bytes'] / 2**20:.0f}",
                 f"{r['step_bytes'] / 2**20:.0f}" if "step_bytes" in r else "-",
@@ -151,7 +152,16 @@ def peers_table(doc: dict, names: dict[str, str]) -> str:
             ]
         )
     text = f"Medians of {timed[0]['rounds']} rounds of {doc['settings']['steps_a_round']} steps.\n\n"
-    heads = [f"time vs {ours}", f"memory vs {ours}", "step ms", "quartiles", "images/s", "peak MB", "MB a step"]
+    heads = [
+        f"time vs {ours}",
+        f"memory vs {ours}",
+        "step ms",
+        "quartiles",
+        "of limit",
+        "images/s",
+        "peak MB",
+        "MB a step",
+    ]
     text += markdown([*heads, "first loss", "model"], rows, 1)
     for r in records:
         if "error" in r:

@@ -16,7 +16,9 @@ import sys
 import time
 from collections.abc import Callable
 
-from maefast.bench import environment, results, timing
+import torch
+
+from maefast.bench import environment, machine, results, timing
 from maefast.bench.peers.models import CUDA_PEERS, NAMES, PEERS
 
 # preset -> model, default batch; and where they differ from the ViT's: share masked, peers, what is timed ("step", or
@@ -142,8 +144,12 @@ def measure(
         "dtype": dtype,
         "shape": {"batch": request["batch"], "img_size": list(model.img_size), "patch_size": list(model.patch_size)},
     }
-    records = race(names, request, base, "plain", rounds, steps, budget, progress=progress)
+    limits = machine.measure(device, (getattr(torch, dtype),))
+    # A dense network times a mask computes more than is needed, so a convnet's peer says nothing of that.
+    counted = None if chosen.get("peers") else limits
+    records = race(names, request, base, "plain", rounds, steps, budget, progress=progress, limits=counted)
     settings = {
+        "machine": limits,
         "steps_a_round": steps,
         "budget_s": budget,
         "model": model.config,
@@ -164,6 +170,7 @@ def race(
     budget: float,
     required: int = 1,
     progress: Callable[[list[dict]], None] | None = None,
+    limits: dict | None = None,
 ) -> list[dict]:
     """Build the named peers, each in its process, compare them, time them in turn; one record a peer.
 
@@ -172,6 +179,8 @@ def race(
             built has an "error" in its record.
         request: for the workers' `build`. base: goes into every record. reference: the peer whose losses are right.
         rounds, steps, budget, progress: see `measure`.
+        limits: what `machine.measure` found: records then say the FLOPs that the reference's step has, as what is
+            needed, and the share of the limit that each peer reached.
     """
     dtype = request["dtype"]
     workers = {name: Peer(name) for name in names}
@@ -185,7 +194,14 @@ def race(
             return _records(names, request["batch"], base, first, failed, samples, losses, memory)
 
         early = None if progress is None else lambda *found: progress(records(*found))
-        return records(*_time(workers, rounds, steps, budget, early))
+        done = records(*_time(workers, rounds, steps, budget, early))
+        if limits is not None and reference in workers:
+            flops = workers[reference].ask(do="flops")["flops"]
+            least, by = machine.limit(limits, dtype, None, flops)
+            for record in done:
+                if "error" not in record and least is not None:
+                    record |= {"flops": flops, "limit": by, "limit_share": least / record["step_s"]}
+        return done
     finally:
         for worker in workers.values():
             worker.close()
@@ -352,7 +368,17 @@ def print_table(doc: dict, title: str, what: str, names: dict[str, str]) -> None
     first = records[0]
     ours = names[first["peer"]]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (f"time vs {ours}", "step ms", "images/s", "peak MB", f"memory vs {ours}", "MB a step", f"vs {ours}"):
+    for name in (
+        f"time vs {ours}",
+        "step ms",
+        "±",
+        "of limit",
+        "images/s",
+        "peak MB",
+        f"memory vs {ours}",
+        "MB a step",
+        f"vs {ours}",
+    ):
         table.add_column(name, justify="right")
     table.add_column(what)
     for r in sorted((r for r in records if "error" not in r), key=lambda r: r["ratio"]):
@@ -360,6 +386,8 @@ def print_table(doc: dict, title: str, what: str, names: dict[str, str]) -> None
         table.add_row(
             "1" if one else f"{r['ratio']:.2f}x",
             f"{r['step_s'] * 1e3:.1f}",
+            f"{(r['high_s'] - r['low_s']) / 2 / r['step_s']:.0%}",
+            f"{r['limit_share']:.0%} {r['limit']}" if "limit_share" in r else "-",
             f"{r['images_per_s']:.{0 if r['images_per_s'] >= 10 else 1}f}",
             f"{r['peak_bytes'] / 2**20:.0f}",
             "1" if one else f"{r['memory_ratio']:.2f}x",
@@ -396,12 +424,9 @@ def finish(
     name: str, args: argparse.Namespace, run: Callable[[], dict], show: Callable[[dict], None], label: str
 ) -> int:
     """Run, print and write; the exit status."""
-    if args.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            print(f"{name}: no CUDA device here", file=sys.stderr)
-            return 3
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(f"{name}: no CUDA device here", file=sys.stderr)
+        return 3
     try:
         doc = run()
     except RuntimeError as error:

@@ -4,6 +4,7 @@ JSON lines.
     -> {"do": "build", ...}             <- {"loss": ..., "grad_norm": ..., "parameters": ..., notes of the task}
     -> {"do": "run", "steps": 2}        <- {"seconds": [...], "loss": ...}
     -> {"do": "memory"}                 <- {"peak_bytes": ...}
+    -> {"do": "flops"}                  <- {"flops": of the products, convolutions and attention of a step}
 An exception comes back as {"error": "..."}. What is trained comes from a module of this package, the `source`:
 load(peer, **request) imports what it needs, task(peer, ...) -> Task builds it.
 """
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from maefast.bench.environment import exact_float32
 from maefast.graphs import graphed_step
@@ -111,6 +113,12 @@ class Worker:
         self._wait()
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_bytes()
         return {**found, "step_bytes": max(peak - before, 1)}
+
+    def flops(self) -> dict:
+        self.optimizer.zero_grad(set_to_none=True)
+        with FlopCounterMode(display=False) as counter:
+            self._backward()
+        return {"flops": counter.get_total_flops()}
 
     def _step(self) -> torch.Tensor:
         if self.graphed is not None:

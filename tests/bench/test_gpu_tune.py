@@ -313,8 +313,10 @@ def test_summary_of_a_good_window(tmp_path, capsys):
                  "not run in speed: step/vit_l"):  # fmt: skip
         assert part in out
     assert out.strip().endswith("CORRECTNESS HELD IN WHAT RAN")
-    assert results.read(tmp_path / "out" / "micro-test.json")["records"]
-    assert results.read(tmp_path / "out" / "step-vit_b-bfloat16-b256-test.json")["peers"] == ["maefast", "plain"]
+    (folder,) = (tmp_path / "out").iterdir()  # of the device
+    assert folder.name == "nvidia-test"
+    assert results.read(folder / "micro-test.json")["records"]
+    assert results.read(folder / "step-vit_b-bfloat16-b256-test.json")["peers"] == ["maefast", "plain"]
 
 
 @pytest.mark.parametrize(
