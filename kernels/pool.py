@@ -93,15 +93,14 @@ def pool_bwd_kernel(
         there, row, column = _read(table, cell, y // SH, x // SW, starts, out_h, out_w, SIDE)
         at = (there.to(tl.int64) * out_h + row) * out_w + column
         mask = (there >= 0)[:, None] & in_row
-        if MAX:
-            chosen = tl.load(argmax + at[:, None] * channels + col[None, :], mask=mask, other=0)
-            mask = mask & (chosen.to(tl.int32) == k)
         value = tl.load(grad + at[:, None] * channels + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        if not MAX:
-            if INCLUDE_PAD:
-                value = value / (KH * KW)
-            else:
-                value = value / tl.load(counts + at, mask=there >= 0, other=1).to(tl.float32)[:, None]
+        if MAX:  # chosen after the load: a mask that changes within a row would make it an element at a time
+            chosen = tl.load(argmax + at[:, None] * channels + col[None, :], mask=mask, other=0)
+            value = tl.where(chosen.to(tl.int32) == k, value, 0.0)
+        elif INCLUDE_PAD:
+            value = value / (KH * KW)
+        else:
+            value = value / tl.load(counts + at, mask=there >= 0, other=1).to(tl.float32)[:, None]
         total += value
     target = site.to(tl.int64)[:, None] * channels + col[None, :]
     tl.store(grad_x + target, total.to(grad_x.dtype.element_ty), mask=inside[:, None] & in_row)

@@ -1,30 +1,27 @@
 """Compile every Triton kernel for sm_80, sm_90 and sm_100 without a GPU: `python -m tests.kernels.compile_all`.
 
 The launchers run on meta tensors and their launches are recorded, not executed, so exactly what they would launch
-(their own block sizes, warps and specialisations) is compiled. Printed for each: registers a thread, stack bytes
-(spills), static + dynamic shared memory, and the widest global load and store in the PTX. Exit status 1 where a
-kernel does not compile or a variant of a common shape spills.
+(their own block sizes, warps and specialisations) is compiled. What the machine code takes is printed for each launch
+and each kernel of CUDA C++, and shown by docs/kernels.md, which is written anew where it showed something else. Exit
+status 1 where a kernel does not compile, a variant of a common shape spills, or the page was out of date.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import torch
 
+from tests.kernels import cuda_variants, page, resources
 from tests.kernels.compile_cases import CASES
+from tests.kernels.variants import TARGETS, Variant, with_accesses
 
-TARGETS = (80, 90, 100)
-MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TILES = ("BLOCK", "COLS", "PARTS", "PIX", "REGISTERS", "ROWS", "SITES", "TAPS", "TENSORS", "UNIT", "WARPS")
 
 
 class Launch(NamedTuple):
@@ -38,16 +35,17 @@ class Launch(NamedTuple):
     attributes: dict
     options: dict
 
+    def family(self) -> str:
+        return self.module.rpartition(".")[2].removesuffix("_kernel").strip("_")
 
-class Result(NamedTuple):
-    launch: Launch
-    target: int
-    registers: int
-    stack: int
-    shared: int
-    load: int
-    store: int
-    error: str
+    def text(self) -> str:
+        """The case, and what the launcher chose for it: tiles and switches."""
+        chosen = [
+            name if value is True else f"{name} {value}"
+            for name, value in self.constants.items()
+            if name.isupper() and value is not False and (value is True or name.split("_")[0] in TILES)
+        ]
+        return "; ".join(filter(None, (self.case.strip(), ", ".join(chosen))))
 
 
 DIVISIBLE = [["tt.divisibility", 16]]
@@ -104,92 +102,95 @@ def record(full: bool) -> list[Launch]:
     return list(seen.values())
 
 
-def compile_one(job: tuple[Launch, int]) -> Result:
+def compile_one(job: tuple[int, Launch, int]) -> Variant:
     import importlib
 
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    launch, target = job
+    number, launch, target = job
+    made = Variant(launch.family(), launch.kernel, launch.text(), number, target, launch.options["num_warps"])
     try:
         function = getattr(importlib.import_module(launch.module), launch.kernel)
         source = ASTSource(function, launch.signature, launch.constants, launch.attributes)
         kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=launch.options)
     except Exception as error:
-        return Result(launch, target, 0, 0, 0, 0, 0, f"{type(error).__name__}: {error}")
-    registers, stack, static = resources(kernel.asm["cubin"])
-    ptx = kernel.asm["ptx"]
-    shared = static + kernel.metadata.shared
-    return Result(launch, target, registers, stack, shared, widest(ptx, "ld"), widest(ptx, "st"), "")
+        return made._replace(error=f"{type(error).__name__}: {error}")
+    columns = getattr(kernel.metadata, "tmem_size", None) or 0
+    made = made._replace(dynamic=kernel.metadata.shared, columns=columns)
+    if resources.tools() is None:
+        return made
+    code = resources.load(kernel.asm["cubin"])[kernel.metadata.name]
+    return made._replace(found=code.resources, code=code.instructions)
 
 
-def resources(cubin: bytes) -> tuple[int, int, int]:
-    """(registers, stack bytes, static shared bytes); -1 each where no cuobjdump is at hand."""
-    tool = cuobjdump()
-    if tool is None:
-        return -1, -1, 0
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    usage = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", text))
-    if not usage:
-        return -1, -1, 0
-    return int(usage["REG"]), int(usage["STACK"]), int(usage["SHARED"])
-
-
-def cuobjdump() -> str | None:
+def compilers() -> str:
+    """Triton and the assemblers that it calls, with their versions."""
     import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
 
-    bundled = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    home = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "cuobjdump")
-    return next((path for path in (bundled, shutil.which("cuobjdump"), home) if path and os.path.exists(path)), None)
+    named = {}
+    for target in TARGETS:
+        release = re.search(r"V(\d[\d.]*)", make_backend(GPUTarget("cuda", target, 32)).hash())
+        named.setdefault(release.group(1) if release else "unknown", []).append(f"sm_{target}")
+    assemblers = ", ".join(f"ptxas {release} for {' and '.join(kinds)}" for release, kinds in named.items())
+    return f"Triton {triton.__version__}, {assemblers}"
 
 
-def widest(ptx: str, kind: str) -> int:
-    """Bytes of the widest global access of this kind."""
-    found = re.findall(rf"\b{kind}\.global(?:\.[a-z:0-9_]+)*?(?:\.v(\d))?\.b(\d+) ", ptx)
-    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
-
-
-def run_all(full: bool = False, targets=TARGETS, jobs: int = 2) -> list[Result]:
-    work = [(launch, target) for launch in record(full) for target in targets]
+def run_all(full: bool = False, targets=TARGETS, jobs: int = 2, nvcc: bool = True) -> list[Variant]:
+    """Those of Triton in the order of the cases, then those of CUDA C++."""
+    work = [(number, launch, target) for number, launch in enumerate(record(full)) for target in targets]
     with ProcessPoolExecutor(jobs) as pool:
-        return list(pool.map(compile_one, work, chunksize=2))
+        others = []
+        if resources.tools() is not None:
+            others = [pool.submit(cuda_variants.variants, target, nvcc) for target in targets]
+        made = list(pool.map(compile_one, work, chunksize=2))
+        made += [variant for other in others for variant in other.result()]
+        groups = [[v for v in made if v.target == target] for target in targets]
+        done = [variant for group in pool.map(with_accesses, groups) for variant in group]
+    return sorted(done, key=lambda v: (v.language != "triton", v.launch, targets.index(v.target)))
 
 
-def problem(result: Result) -> str:
-    """Why this result is not acceptable, or ''."""
-    if result.error:
-        return result.error.splitlines()[0]
-    if result.shared > MAX_SHARED[result.target]:
-        return f"{result.shared} bytes of shared memory"
-    if result.stack > 0 and "(large)" not in result.launch.case:
-        return f"spills: {result.stack} bytes of stack"
-    return ""
+def show(v: Variant) -> str:
+    if v.found is None:
+        return f"{v.kernel:28} {v.target:4} {v.warps:5}{'':38}  {v.case}"
+    widest = [max(widths, default=0) for widths in (v.found.loads, v.found.stores)]
+    numbers = f"{v.warps:5} {v.found.registers:4} {v.found.spilled:5} {v.shared:6} {v.occupancy.share:4.0%}"
+    return f"{v.kernel:28} {v.target:4} {numbers} {widest[0]:4} {widest[1]:5}  {v.case}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS)
+    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--full", action="store_true", help="every dtype, size and flag; ten minutes on two cores")
+    parser.add_argument("--check", action="store_true", help="say if docs/kernels.md is out of date, do not write it")
+    parser.add_argument("--no-nvcc", action="store_true", help="CUDA C++ only from the library, if one was built")
+    parser.add_argument("--adopt", action="store_true", help="write it with these compilers, whichever it names")
     args = parser.parse_args()
     start = time.perf_counter()
-    results = run_all(args.full, args.targets, args.jobs)
-    print(f"{'kernel':28} {'sm':>4} {'warps':>5} {'regs':>4} {'stack':>5} {'shared':>6} {'load':>4} {'store':>5}  case")
-    for r in results:
-        warps = r.launch.options["num_warps"]
-        numbers = f"{warps:5} {r.registers:4} {r.stack:5} {r.shared:6} {r.load:4} {r.store:5}"
-        wrong = "  <-- " + problem(r) if problem(r) else ""
-        print(f"{r.launch.kernel:28} {r.target:4} {numbers}  {r.launch.case}{wrong}")
-    bad = [r for r in results if problem(r)]
-    if any(r.registers < 0 for r in results):
+    made = run_all(args.full, args.targets, args.jobs, not args.no_nvcc)
+    print(f"{'kernel':28} {'sm':>4} warps regs spill shared  occ load store  case")
+    for v in made:
+        print(show(v) + ("  <-- " + v.problem() if v.problem() else ""))
+    bad = [v for v in made if v.problem()]
+    status = 1 if bad else 0
+    if resources.tools() is None:
         print("no cuobjdump found: registers and spills are not known")
-    total, took = len(results), time.perf_counter() - start
-    print(f"compiled {total - len(bad)} of {total} (kernel, target) pairs in {took:.0f} s, {len(bad)} problems")
-    return 1 if bad else 0
+    elif not bad and not args.full and set(args.targets) == set(TARGETS):
+        named = {"triton": compilers(), "cuda": cuda_variants.compiler()}
+        sections = [page.Section(name, what, [v for v in made if v.language == name]) for name, what in named.items()]
+        fresh, notes = page.update(sections, write=not args.check, adopt=args.adopt)
+        print(*notes, sep="\n")
+        status = 0 if fresh else 1
+    print(
+        f"compiled {len(made) - len(bad)} of {len(made)} (kernel, target) pairs, "
+        f"{sum(v.language == 'cuda' for v in made)} of them CUDA C++, "
+        f"in {time.perf_counter() - start:.0f} s, {len(bad)} problems"
+    )
+    return status
 
 
 if __name__ == "__main__":

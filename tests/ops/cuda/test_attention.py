@@ -5,20 +5,13 @@ Without a GPU: `test_attention_emulated.py`.
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 
-import maefast
-from maefast import ops
+from maefast import _native, ops
 from maefast.ops import _attention_table, _dispatch
-from tests.kernels import compile_all
+from tests.kernels import cuda_variants, resources
 from tests.kernels.attention_case import Case, random_calls
 from tests.ops.common import property_test
 
@@ -115,11 +108,10 @@ def test_what_it_does_not_take():
 
 def test_no_kernel_spills():
     """By the compiler's own account, in the library as it is built."""
-    library = Path(maefast.__file__).with_name("_cuda.so")
-    tool = shutil.which("cuobjdump") if importlib.util.find_spec("triton") is None else compile_all.cuobjdump()
-    if tool is None or not library.exists():
+    library = _native.find_library("cuda")
+    if library is None or resources.tools() is None:
         pytest.skip("needs _cuda.so and cuobjdump")
-    text = subprocess.run([tool, "--dump-resource-usage", library], capture_output=True, text=True).stdout
-    found = re.findall(r"Function (\S*attention\S*):\s+REG:(\d+) STACK:(\d+)", text)
+    codes = [resources.extract(library, architecture) for architecture in cuda_variants.ARCHITECTURES.values()]
+    found = [(name, code.resources) for each in codes for name, code in each.items() if "attention" in name]
     assert found
-    assert [(name, registers) for name, registers, stack in found if int(stack) > 0] == []
+    assert [(name, used.stack) for name, used in found if used.stack > 0] == []

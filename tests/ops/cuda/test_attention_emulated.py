@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maefast.ops import _attention_table
+from tests.kernels import cuda_variants
 from tests.kernels.attention_case import Case, random_calls
 from tests.ops.common import property_test
 from tests.ops.cuda import emulation
@@ -104,6 +107,21 @@ def test_everything_fits_every_device():
             assert emulated.bytes <= LIMITS["sm_86"]
             emulated.backward(case.grad, None, None, None, case.q, None, *out, *case.cu, *case.sizes, None, None, False)
             assert emulated.bytes <= LIMITS["sm_86"]
+
+
+@pytest.mark.parametrize("width", range(16, 129, 16))
+def test_launches_are_those_that_the_page_of_kernels_takes(width):
+    """docs/kernels.md gives occupancy for the threads and the shared memory that the launchers choose."""
+    for limit, length in itertools.product(LIMITS.values(), (16, 50, 64, 65, 197, LONGEST)):
+        emulated, sizes = Emulated(limit=limit), (width, length)
+        forward = cuda_variants.forward_launch(*sizes, limit), cuda_variants.short_launch(*sizes, False)
+        backward = cuda_variants.backward_launch(*sizes, limit), cuda_variants.short_launch(*sizes, True)
+        case = Case(torch.float16, width, [1], heads=1, packed=True)
+        case.sizes = (1, length, length, *case.sizes[3:])
+        out = emulated.forward(case.q, None, *case.cu, *case.sizes, None, None, False)
+        assert (emulated.threads, emulated.bytes) == forward[length <= 64]
+        emulated.backward(case.grad, None, None, None, case.q, None, *out, *case.cu, *case.sizes, None, None, False)
+        assert (emulated.threads, emulated.bytes) == backward[length <= 64]
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1.0])
