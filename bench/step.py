@@ -396,7 +396,7 @@ def print_table(doc: dict, title: str, what: str, names: dict[str, str]) -> None
             names[r["peer"]],
             style="bold" if one else None,
         )
-    console = Console(width=None if Console().is_terminal else 130)
+    console = Console(width=None if Console().is_terminal else 170)
     console.print(
         f"{title}, batch {first['shape']['batch']}, {first['dtype']}"
         f"{' autocast' if first['dtype'] != 'float32' else ''}; {env['device']}, {env['cpu_threads']} threads, "
