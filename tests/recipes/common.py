@@ -26,12 +26,14 @@ class RecipeTests:
     Attributes:
         name: of the recipe. toy: arguments that make it small, two blocks of 16 or so channels.
         run: options of a run on the demo's data with these arguments.
+        demo_share: of a long demo's steps, enough to beat the baseline; users run all of them.
         taught: a teacher's states are the target. mask_of_teacher: it says what is masked, too.
     """
 
     name: str
     toy: Mapping[str, Any]
     run: Mapping[str, Any] = {}
+    demo_share = 1.0
     taught = mask_of_teacher = False
 
     def batch(self, recipe: Recipe, size: int = 3) -> Batch:
@@ -154,6 +156,7 @@ class RecipeTests:
             pytest.skip("a demo takes up to a minute; MAEFAST_ALL_EXAMPLES=1 runs them")
         torch.set_num_threads(1)
         options = {**recipe_options(self.name, demo=True), "output_dir": str(tmp_path), "tensorboard": False}
+        options["steps"] = round(self.demo_share * options["steps"])
         result = pretrain(PretrainConfig(**options, device="cpu", workers=0))
         loss, trivial = result.baseline
         assert loss < trivial
