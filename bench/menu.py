@@ -25,13 +25,12 @@ Arguments = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """quick, full: the arguments of each run. minutes: about what the two take on two cores."""
+    """quick, full: the arguments of each run."""
 
     module: str
     what: str
     quick: tuple[Arguments, ...] = ((),)
     full: tuple[Arguments, ...] = ((),)
-    minutes: tuple[float, float] = (1, 1)
 
 
 def _ops(label: str, families: list[str]) -> tuple[tuple[Arguments, ...], tuple[Arguments, ...]]:
@@ -46,13 +45,11 @@ def _each(option: str, values: tuple[str, ...], *more: str) -> tuple[Arguments, 
 CONVNETS = ("fcmae_t", "spark_r50", "spark_r50_encoder", "spark_cs_encoder")
 FAMILIES = ("hf_vitmae", "mae", "hf_videomae", "videomae", "timm", "jepa", "lightly", "spark", "fcmae")
 BENCHMARKS = {
-    "ops": Benchmark(
-        "micro", "token ops beside eager, tuned and compiled PyTorch", *_ops("ops", TOKENS), minutes=(1, 25)
-    ),
+    "ops": Benchmark("micro", "token ops beside eager, tuned and compiled PyTorch", *_ops("ops", TOKENS)),
     "attention": Benchmark(
-        "micro", "attention beside SDPA, varlen, FlexAttention, xformers", *_ops("attention", ["attention"]), (1, 15)
+        "micro", "attention beside SDPA, varlen, FlexAttention, xformers", *_ops("attention", ["attention"])
     ),
-    "cells": Benchmark("micro", "ops of masked convnets beside dense times mask", *_ops("cells", CELLS), (1, 25)),
+    "cells": Benchmark("micro", "ops of masked convnets beside dense times mask", *_ops("cells", CELLS)),
     "step": Benchmark(
         "step",
         "one training step: ours, plain PyTorch, Hugging Face",
@@ -62,54 +59,48 @@ BENCHMARKS = {
             *_each("--preset", ("vit_b",), "--compile"),
             *(("--preset", name) for name in CONVNETS),
         ),
-        (1, 25),
     ),
     "dropin": Benchmark(
         "dropin",
         "other people's models, as they are and accelerated",
         (("--family", "hf_vitmae", "--rounds", "3", "--steps", "1"),),
         (*_each("--family", FAMILIES[:7]), *(("--family", name) for name in FAMILIES[7:])),
-        (2, 60),
     ),
     "recipes": Benchmark(
         "recipes",
         "published systems at their sizes beside plain PyTorch",
         (("--quick",),),
         tuple(("--dtype", dtype) for dtype in DTYPES),
-        (3, 90),
     ),
-    "data": Benchmark("data", "loaders of photographs, one core", (("--rounds", "1"),), ((),), (1, 3)),
+    "data": Benchmark("data", "loaders of photographs, one core", (("--rounds", "1"),), ((),)),
     "scaling": Benchmark(
         "scaling",
         "an encoder's time against visible tokens and batch",
         (("--quick",),),
         tuple(("--full", "--dtype", dtype) for dtype in DTYPES),
-        (1, 10),
     ),
-    "block": Benchmark("block", "a transformer block, time and what it keeps", (("--rounds", "2"),), ((),), (1, 2)),
+    "block": Benchmark("block", "a transformer block, time and what it keeps", (("--rounds", "2"),), ((),)),
     "volumes": Benchmark(
         "volumes",
         "a 3-D ResNet on the visible cells of a volume",
         (("--side", "64", "--batch", "1", "--rounds", "1"),),
         tuple(("--batch", "1", "--dtype", dtype) for dtype in DTYPES),
-        (1, 5),
     ),
     "toys": Benchmark(
         "toys",
         "models too small for kernels: none may get slower",
         (("--rounds", "5"),),
         (("--threads", "1"), ()),
-        (1, 4),
     ),
 }
 # Of maintainers: no results for docs/results.md, or files of their own.
 TOOLS = {
     "report": Benchmark("report", "results to tables and charts"),
     "compare": Benchmark("compare", "what moved between two runs, beyond the noise"),
-    "evidence": Benchmark("evidence", "no speed: whether pre-training teaches anything", minutes=(25, 25)),
-    "finetuning": Benchmark("finetuning", "no speed: whether fine-tuning gains from it", minutes=(5, 5)),
-    "names": Benchmark("names", "what the names of a large data set cost", minutes=(2, 2)),
-    "worth": Benchmark("worth", "from which size on an accelerated block pays", minutes=(10, 10)),
+    "evidence": Benchmark("evidence", "no speed: whether pre-training teaches anything"),
+    "finetuning": Benchmark("finetuning", "no speed: whether fine-tuning gains from it"),
+    "names": Benchmark("names", "what the names of a large data set cost"),
+    "worth": Benchmark("worth", "from which size on an accelerated block pays"),
 }
 
 
@@ -118,14 +109,13 @@ def listing() -> Iterator[str]:
     yield "maefast bench NAME [--quick | --full] [--device cpu|cuda] [--dtype ...] [--peers ...] [--results FOLDER]"
     yield ""
     for name, item in BENCHMARKS.items():
-        quick, full = item.minutes
-        yield f"  {name:10} {item.what:58} quick {quick:2.0f} min, full {full:3.0f}"
+        yield f"  {name:10} {item.what}"
     yield f"  {'all':10} every one of these, in turn"
     yield ""
     for name, item in TOOLS.items():
         yield f"  {name:10} {item.what}"
     yield ""
-    yield "--quick (the default) for a first look, --full for what docs/results.md shows; minutes on two cores."
+    yield "--quick (the default) for a first look, in minutes; --full for what docs/results.md shows, in hours."
     yield "maefast bench NAME --help has each one's own options."
     yield f"Results are JSON, in {DEFAULT}/DEVICE unless --results or --json says otherwise."
 
