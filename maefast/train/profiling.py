@@ -1,0 +1,105 @@
+"""`maefast profile`: where the time of a training step of a run goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from maefast import seeds
+from maefast.errors import ConfigError
+from maefast.profiling import Report
+from maefast.profiling.feed import Feed
+from maefast.profiling.run import Options, measure
+from maefast.recipe import START, Batch
+from maefast.seeds import Draw
+
+from . import schedule
+from .accelerator import make_accelerator
+from .build import build_recipe
+from .config import PretrainConfig
+from .data import Loader, Positions
+from .graph import problem
+from .streamed import Streams
+
+_BATCHES = 2**20  # more than anybody waits for
+
+
+def profile_run(
+    config: PretrainConfig, steps: int = 5, trace: Path | None = None, say: Callable[[str], object] = print
+) -> Report:
+    """Profile the training step of a run. Nothing is written but `trace`.
+
+    Without `config.data` one batch of what ships with the recipe (or of the shipped photographs) is kept for all steps.
+
+    Args:
+        config: of the run. steps: how many are timed.
+    """
+    if trace is not None and not trace.absolute().parent.is_dir():
+        raise ConfigError(f"--trace {trace}: there is no such folder")
+    if steps < 1:
+        raise ConfigError(f"--steps must be at least 1, not {steps}")
+    kept = not config.data
+    data = config.data or ("skimage" if config.recipe is None else "demo")
+    config = replace(config, data=data, steps=config.steps or 1, workers=0 if kept else config.workers)
+    config.check()
+    torch.manual_seed(config.seed)
+    recipe = build_recipe(config)
+    source = recipe.wants.open(config)
+    for note in source.notes:
+        say(note)
+    loader = _loader(source, config)
+    try:
+        if kept:
+            feed = Feed([loader.next()])
+            say(f"one batch of {config.batch_size} {source.unit}s of {source.name}, kept: --data times others")
+        else:
+            feed = Feed(_batches(loader), ahead=1 + 4 * config.workers)
+            say(f"batches of {config.batch_size} {source.unit}s of {source.name}, {config.workers} worker(s)")
+        return _profiled(recipe, config, feed, steps, trace)
+    finally:
+        loader.close()
+
+
+def _loader(source, config: PretrainConfig) -> Loader:
+    """As a run has it."""
+    samples, pin = source.samples(), config.device != "cpu" and torch.cuda.is_available()
+    if config.stream:
+        streams = Streams(source, config, rank=0, world=1)
+        return Loader(streams.samples(samples), streams.positions(0, _BATCHES), workers=config.workers, pin=pin)
+    positions = Positions(
+        len(source), config.seed, batch=config.batch_size, rank=0, world=1, start=0, micro_batches=_BATCHES
+    )
+    return Loader(samples, positions, workers=config.workers, pin=pin)
+
+
+def _batches(loader: Loader) -> Iterator[Batch]:
+    while True:
+        yield loader.next()
+
+
+def _profiled(recipe, config: PretrainConfig, feed: Feed, steps: int, trace: Path | None) -> Report:
+    accelerator = make_accelerator(config)
+    recipe.to(accelerator.device).train()
+    optimizer = schedule.make_optimizer(recipe.network, config.weight_decay, config.betas, config.optim_state)
+
+    def step(batch: Batch) -> None:
+        batch = batch.to(accelerator.device)
+        with accelerator.autocast():
+            view = recipe.prepared(batch, Draw(config.seed, batch.key, seeds.MASK), START)
+            loss = recipe(view).loss
+        accelerator.backward(loss)
+        if config.clip is not None:
+            accelerator.clip_grad_norm_(recipe.network.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    options = Options(
+        command=True,
+        workers=config.workers,
+        narrow=config.optim_state == "bf16",
+        graphed=config.graph == "auto" and problem(config, accelerator) is None,
+    )
+    return measure(step, recipe, feed, steps, 2, optimizer, trace, options)

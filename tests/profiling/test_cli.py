@@ -1,0 +1,69 @@
+"""`maefast profile`."""
+
+# ruff: noqa: E402 (skipped before the imports that need the extra)
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+for package in ("typer", "accelerate", "PIL", "matplotlib", "safetensors", "yaml"):
+    pytest.importorskip(package, reason="the command line's tests need maefast[train]")
+
+from typer.testing import CliRunner
+
+from maefast import cli
+from tests.train.common import TINY, write_photos
+
+MODEL = [f"--model-arg={name}={value}" for name, value in TINY.items()]
+SMALL = ["--model", "mae", *MODEL, "--img-size", "16", "--patch-size", "4", "--device", "cpu", "--batch-size", "2"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["profile", *map(str, arguments)])
+
+
+def test_a_model_on_files(tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    out, trace = tmp_path / "found.json", tmp_path / "trace.json"
+    result = run("--data", photos, *SMALL, "--workers", 0, "--steps", 2, "--json", out, "--trace", trace)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    names = [stage["name"] for stage in found["stages"]]
+    assert names[0] == "data"
+    for name in ("mask", "embed", "encoder attention", "restore", "decoder MLP", "loss", "optimizer"):
+        assert name in names
+        assert name in result.output
+    assert sum(stage["seconds"] for stage in found["stages"]) == pytest.approx(found["seconds"])
+    assert found["machine"] in result.output
+    assert found["advice"]["sentence"] in result.output.replace("\n", " ")
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "photos", "trace.json"]
+
+
+def test_a_recipe_without_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("--recipe", "point_mae", "--demo", "--steps", 1, "--batch-size", 2, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "one batch of 2 " in result.output
+    assert "prepare" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--trace", "nowhere/step.json"], "--trace nowhere/step.json: there is no such folder"),
+        (["--json", "nowhere/step.json"], "--json nowhere/step.json: there is no such folder"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--recipe", "nothing"], "unknown recipe 'nothing'"),
+    ],
+)
+def test_bad_options(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*([] if "--recipe" in arguments else SMALL), *arguments)
+    assert result.exit_code == 1
+    assert said in result.output
+    assert "Traceback" not in result.output
