@@ -3,14 +3,16 @@ add up to the step."""
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .calls import OP, C, Call, Memory, is_product, self_times
-from .places import AUTOGRAD, HOST_TO_DEVICE, OTHER, Place, Places, is_backward, parts_of_block
+from .places import AUTOGRAD, DECODER, HOST_TO_DEVICE, LOSS, OTHER, Place, Places, is_backward, parts_of_block
 
-TINY = 5_000  # nanoseconds: an op below is mostly its own call
+TINY = 10_000  # nanoseconds: an op below is mostly its own call
 LONG = 50_000  # nanoseconds: a C function above does something (sleeps, decodes, numpy), it is no overhead
 
 
@@ -28,25 +30,30 @@ class Times:
         return self.forward + self.backward + self.python
 
 
+class Piece(NamedTuple):
+    """An op's own nanoseconds, its stage, whether it is a product, and of which dtype."""
+
+    spent: float
+    stage: str
+    product: bool
+    dtype: str | None
+
+
 @dataclass
 class Account:
-    """What one step, or several together, came to; nanoseconds.
+    """What one step came to; nanoseconds.
 
     Attributes:
-        stages: by name. tiny: in ops too small to be anything but their call. products: in larger matrix products,
-            convolutions and attention. moving: in all other ops, by stage. elsewhere: in C functions that are no ops,
-            by their names. ops: how many were called; on a GPU, kernels.
-        dtypes: of the products, by time. memory: (stage, allocation or release), in order of time. turned: when the
-            backward began.
+        stages: by name. pieces: of ops (on a GPU, of kernels). elsewhere: in C functions that are no ops, by their
+            names.
+        ops: how many are called from Python or autograd, not counting those that they call; on a GPU, kernels.
+        memory: (stage, allocation or release), in order of time. turned: when the backward began.
     """
 
     stages: dict[str, Times] = field(default_factory=dict)
-    products: float = 0.0
-    tiny: float = 0.0
-    moving: Counter[str] = field(default_factory=Counter)
+    pieces: list[Piece] = field(default_factory=list)
     elsewhere: Counter[str] = field(default_factory=Counter)
     ops: int = 0
-    dtypes: Counter[str] = field(default_factory=Counter)
     memory: list[tuple[str, Memory]] = field(default_factory=list)
     turned: int | None = None
 
@@ -60,6 +67,30 @@ class Account:
 
     def of(self, stage: str) -> Times:
         return self.stages.setdefault(stage, Times())
+
+
+@dataclass
+class Groups:
+    """Nanoseconds of ops: `tiny`, in ops below `TINY`; `products`, in larger matrix products, convolutions and
+    attention, by dtype; `moving`, in all others, by stage."""
+
+    tiny: float = 0.0
+    products: Counter[str] = field(default_factory=Counter)
+    moving: Counter[str] = field(default_factory=Counter)
+
+
+def grouped(account: Account, scale: float, small: bool) -> Groups:
+    """The ops of an account whose times are to be multiplied by `scale`; small: whether there are tiny ones."""
+    found = Groups()
+    for spent, stage, product, dtype in account.pieces:
+        spent *= scale
+        if small and spent < TINY:
+            found.tiny += spent
+        elif product:
+            found.products[dtype or ""] += spent
+        else:
+            found.moving[stage] += spent
+    return found
 
 
 Kernels = Mapping[int, Sequence[tuple[str, int]]]  # of an op's correlation: names and nanoseconds on the device
@@ -78,17 +109,22 @@ def account(
 
 def _walk(root: Call, places: Places, cost, kernels: Kernels | None, found: Account, made: dict[int, Place]) -> None:
     alone = _is_node(root)  # a thread of autograd's own
-    todo = [(root, Place(AUTOGRAD) if alone else Place(), None, alone)]
+    todo = [(root, Place(AUTOGRAD) if alone else Place(), None, alone, False)]
+    decoded = False
     while todo:
-        call, around, before, backward = todo.pop()
+        call, around, before, backward, inside = todo.pop()
         if is_backward(call):
             found.turned = call.start if found.turned is None else found.turned
-            place, backward = Place(AUTOGRAD), True
+            place, backward, decoded = Place(AUTOGRAD), True, False
         elif backward and _is_node(call):
             found.turned = call.start if found.turned is None else found.turned
             place = made.get(_sequence(call), around)
         else:
             place = places.inside(around, call)
+            if not backward:
+                decoded = decoded or place.area == DECODER
+                if decoded and not place.area:
+                    place = Place(LOSS)
         if call.kind == OP and call.sequence >= 0 and not backward:
             made[call.sequence] = place  # the last op before the number rises is the one that made the node
         name = place.stage
@@ -100,30 +136,31 @@ def _walk(root: Call, places: Places, cost, kernels: Kernels | None, found: Acco
         elif call.kind == OP:
             for kernel, nanoseconds in kernels.get(call.correlation, ()):
                 _device(call, kernel, nanoseconds, name, found, backward)
+        found.ops += kernels is None and not inside and _is_op(call)
         inner = parts_of_block(call, place)
         inner = [place] * len(call.calls) if inner is None else inner
-        todo += [(each, at, name, backward) for each, at in zip(reversed(call.calls), reversed(inner))]
+        within = inside or _is_op(call)
+        todo += [(each, at, name, backward, within) for each, at in zip(reversed(call.calls), reversed(inner))]
 
 
 def _host(call: Call, spent: float, stage: str, found: Account, backward: bool) -> None:
-    if call.kind == OP and _is_op(call):
-        found.ops += 1
-        if spent < TINY:
-            found.tiny += spent
-        else:
-            _large(call, spent, stage, found)
+    if _is_op(call):
+        _piece(call, spent, stage, found, backward)
     elif call.kind == C and spent >= LONG and "run_backward" not in call.name:
         found.elsewhere[call.name] += spent
+        _add(found.of(stage), spent, backward)
     else:
         found.of(stage).python += spent
-        return
-    _add(found.of(stage), spent, backward)
 
 
 def _device(call: Call, kernel: str, spent: float, stage: str, found: Account, backward: bool) -> None:
-    stage = HOST_TO_DEVICE if "HtoD" in kernel else stage
     found.ops += 1
-    _large(call, spent, stage, found)
+    _piece(call, spent, HOST_TO_DEVICE if "HtoD" in kernel else stage, found, backward)
+
+
+def _piece(call: Call, spent: float, stage: str, found: Account, backward: bool) -> None:
+    dtype = None if call.dtype is None else str(call.dtype).removeprefix("torch.")
+    found.pieces.append(Piece(spent, stage, is_product(call.name), dtype))
     _add(found.of(stage), spent, backward)
 
 
@@ -134,18 +171,9 @@ def _add(times: Times, spent: float, backward: bool) -> None:
         times.forward += spent
 
 
-def _large(call: Call, spent: float, stage: str, found: Account) -> None:
-    if not is_product(call.name):
-        found.moving[stage] += spent
-        return
-    found.products += spent
-    if call.dtype is not None:
-        found.dtypes[str(call.dtype).removeprefix("torch.")] += spent
-
-
 def _is_op(call: Call) -> bool:
     """Not autograd's own code, nor the call of an `autograd.Function`, which is named without a namespace."""
-    return "::" in call.name and not call.name.startswith(("autograd::", "torch::autograd"))
+    return call.kind == OP and "::" in call.name and not call.name.startswith(("autograd::", "torch::autograd"))
 
 
 def _is_node(call: Call) -> bool:
@@ -161,26 +189,19 @@ def _sequence(call: Call) -> int:
 # --- several steps, memory ----------------------------------------------------------------------------------
 
 
-def merged(accounts: Sequence[Account]) -> Account:
-    """The mean of the times of several steps, stages without any left out; calls, memory and its times of the last
-    one."""
-    count, last, mean = len(accounts), accounts[-1], Account()
-    for each in accounts:
-        for name, times in each.stages.items():
-            into = mean.of(name)
-            into.forward += times.forward / count
-            into.backward += times.backward / count
-            into.python += times.python / count
-        mean.products += each.products / count
-        mean.tiny += each.tiny / count
-        for into, counted in ((mean.moving, each.moving), (mean.elsewhere, each.elsewhere)):
-            for name, spent in counted.items():
-                into[name] += spent / count
-        mean.dtypes.update(each.dtypes)
-    for name, times in last.stages.items():
-        mean.of(name).calls = times.calls
-    mean.ops, mean.memory, mean.turned = last.ops, last.memory, last.turned
-    return mean
+def middle(accounts: Sequence[Account]) -> tuple[dict[str, Times], Account]:
+    """The median of the times of each stage, so that what interrupts one step is no part of a stage; and the step whose
+    total is in the middle."""
+    stages = {}
+    typical = sorted(accounts, key=lambda each: each.total)[len(accounts) // 2]
+    for name in dict.fromkeys(name for each in accounts for name in each.stages):
+        parts = [[getattr(each.stages.get(name, Times()), part) for each in accounts] for part in _PARTS]
+        calls = typical.stages.get(name, Times()).calls
+        stages[name] = Times(*map(statistics.median, parts), calls)
+    return stages, typical
+
+
+_PARTS = ("forward", "backward", "python")
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,22 @@ by module, and a profile should be of what runs without it.
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
 
+import numpy as np
 import torch
 from torch._C._profiler import RecordScope, _EventType, _TensorMetadata
 from torch.profiler import ProfilerActivity
 
+_MOST = 5.0
+LEVEL = "KINETO_LOG_LEVEL"
 PYTHON, C, OP = "Python", "C", "op"
+FREE = {PYTHON: 0.0, C: 0.0, OP: 0.0}
 # Work that runs at the rate of the arithmetic units where it is large. Parts of names of ops.
 PRODUCTS = (
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "_convolution", "convolution_",
@@ -65,11 +71,28 @@ class Memory:
 def recorded(run: Callable[[], object], device: str = "cpu") -> torch.profiler.profile:
     """The profiler behind a call of `run`."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with torch.profiler.profile(
-        activities=activities, record_shapes=True, profile_memory=True, with_stack=True
-    ) as profiler:
+    with (
+        _quiet(),
+        torch.profiler.profile(
+            activities=activities, record_shapes=True, profile_memory=True, with_stack=True
+        ) as profiler,
+    ):
         run()
     return profiler
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines that torch's profiler prints whenever it starts and stops, unless somebody asks for them. It
+    reads the variable when it is first used."""
+    if LEVEL in os.environ:
+        yield
+        return
+    os.environ[LEVEL] = "6"
+    try:
+        yield
+    finally:
+        del os.environ[LEVEL]
 
 
 def read(profiler: torch.profiler.profile) -> list[Call]:
@@ -101,7 +124,8 @@ def _call(event) -> Call | None:
         return Call(PYTHON, name, *span, file=site.file_name, function=site.function_name, module=mine)
     if tag == _EventType.PyCCall:
         return Call(C, event.name, *span)
-    if tag != _EventType.TorchOp:
+    # A range of `record_function` begins inside one Python call and ends inside another: it holds no calls.
+    if tag != _EventType.TorchOp or fields.scope == RecordScope.USER_SCOPE:
         return None
     node = fields.scope == RecordScope.BACKWARD_FUNCTION
     dtype = _dtype(fields.inputs) if is_product(event.name) else None
@@ -119,15 +143,16 @@ def _dtype(inputs: list) -> torch.dtype | None:
     return next((value.dtype for value in inputs if isinstance(value, _TensorMetadata)), None)
 
 
-def of(roots: list[Call], function: FunctionType) -> Call:
-    """The call of a Python function, by its name and file; the outermost, the first."""
-    code, todo = function.__code__, list(reversed(roots))
+def of(roots: list[Call], function: FunctionType) -> list[Call]:
+    """The calls of a Python function, by its name and file, in order; those inside of them left out."""
+    code, todo, found = function.__code__, list(reversed(roots)), []
     while todo:
         call = todo.pop()
         if call.function == code.co_name and call.file and code.co_filename.endswith(call.file):
-            return call
-        todo += reversed(call.calls)
-    raise RuntimeError(f"torch's profiler recorded no call of {code.co_name}")
+            found.append(call)
+        else:
+            todo += reversed(call.calls)
+    return found
 
 
 # --- what recording itself takes ----------------------------------------------------------------------------
@@ -179,5 +204,36 @@ def _count(roots: list[Call], kind: str) -> int:
 def self_times(call: Call, cost: dict[str, float]) -> float:
     """Nanoseconds in the call itself, not in calls inside, without what recording takes: half of it falls into the
     call, half into the one around it."""
-    inside = sum(inner.end - inner.start + cost[inner.kind] / 2 for inner in call.calls)
-    return max(0.0, call.end - call.start - inside - cost[call.kind] / 2)
+    return max(0.0, _alone(call) - _share(call, cost))
+
+
+def _alone(call: Call) -> int:
+    return call.end - call.start - sum(inner.end - inner.start for inner in call.calls)
+
+
+def _share(call: Call, cost: dict[str, float]) -> float:
+    return (cost[call.kind] + sum(cost[inner.kind] for inner in call.calls)) / 2
+
+
+def fitted(call: Call, cost: dict[str, float], wanted: float) -> dict[str, float]:
+    """`cost` as it was in this recording, of calls that take `wanted` nanoseconds without one: in the middle of a step
+    recording takes longer than in a loop of nothing. Up to `_MOST` times `cost`; where the two runs differ by more, it
+    was for another reason, and `cost` stays."""
+    alone, shares, todo = [], [], [call]
+    while todo:
+        at = todo.pop()
+        alone.append(_alone(at))
+        shares.append(_share(at, cost))
+        todo += at.calls
+    alone, shares = np.array(alone, dtype=float), np.array(shares)
+
+    def too_much(factor: float) -> bool:
+        return np.maximum(0.0, alone - factor * shares).sum() > wanted
+
+    low, high = 1.0, _MOST
+    if not too_much(low) or too_much(high):
+        return cost
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if too_much(middle) else (low, middle)
+    return {kind: high * value for kind, value in cost.items()}

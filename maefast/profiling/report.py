@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -95,7 +96,7 @@ class Report:
         """Print it on a `rich.console.Console` (default: standard output)."""
         from rich.console import Console
 
-        console = console or Console()
+        console = console or Console(width=None if sys.stdout.isatty() else 120)
 
         def say(text: str, **style: Any) -> None:
             console.print(text, highlight=False, markup=False, soft_wrap=True, **style)
@@ -115,7 +116,7 @@ class Report:
         last = "idle" if self.device == "cuda" else "Python"
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for title in ("stage", "ms", "share", "forward", "backward", last, "calls", "kept MiB"):
-            table.add_column(title, justify="left" if title == "stage" else "right")
+            table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
         for stage in self.stages:
             parts = (_ms(part) for part in (stage.forward, stage.backward, stage.python))
             calls = str(stage.calls) if stage.calls else ""

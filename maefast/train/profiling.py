@@ -12,7 +12,8 @@ from maefast import seeds
 from maefast.errors import ConfigError
 from maefast.profiling import Report
 from maefast.profiling.feed import Feed
-from maefast.profiling.run import Options, measure
+from maefast.profiling.run import measure
+from maefast.profiling.summary import Options
 from maefast.recipe import START, Batch
 from maefast.seeds import Draw
 

@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from maefast.profiling.attribution import LONG, TINY, account, memory, merged
-from maefast.profiling.calls import OP, PYTHON, C, Call, Memory, self_times
+from maefast.profiling.attribution import LONG, TINY, account, grouped, memory, middle
+from maefast.profiling.calls import FREE, OP, PYTHON, C, Call, Memory, fitted, of, read, recorded, self_times
 from maefast.profiling.places import Places
-
-FREE = {PYTHON: 0.0, C: 0.0, OP: 0.0}
 
 
 class Model(nn.Module):
@@ -70,6 +68,26 @@ def test_the_backward_belongs_to_the_stage_of_the_forward():
     assert stages["autograd"].python == (490 - 110 - 310) * US
 
 
+def test_a_real_recording_adds_up():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step():
+        with torch.profiler.record_function("a range, which is no call"):
+            model(torch.ones(4, 8)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    roots = of(read(recorded(lambda: [step() for _ in range(3)])), step)
+    assert len(roots) == 3
+    for root in roots:
+        found = account([root], Places(model), FREE)
+        assert found.total == pytest.approx(root.end - root.start, rel=1e-6)
+        assert found.stages["linear"].backward > 0
+        assert found.stages["norms"].backward > 0
+        assert found.stages["optimizer"].python > 0
+
+
 def test_products_small_ops_and_other_code():
     root = python(0, 1000,
         op("aten::mm", 0, 100, dtype=torch.bfloat16),
@@ -79,10 +97,12 @@ def test_products_small_ops_and_other_code():
         Call(C, "<built-in function len>", 700 * US, 701 * US),
     )  # fmt: skip
     found = account([root], PLACES, FREE)
-    assert found.products == 100 * US
-    assert dict(found.dtypes) == {"bfloat16": 100 * US}
-    assert found.tiny == (TINY // US - 1) * US
-    assert dict(found.moving) == {"other": 200 * US}
+    groups = grouped(found, 1.0, small=True)
+    assert dict(groups.products) == {"bfloat16": 100 * US}
+    assert groups.tiny == (TINY // US - 1) * US
+    assert dict(groups.moving) == {"other": 200 * US}
+    assert grouped(found, 0.01, small=True).tiny == pytest.approx(0.01 * (300 + TINY // US - 1) * US)
+    assert grouped(found, 1.0, small=False).tiny == 0
     assert dict(found.elsewhere) == {"<built-in function sleep>": 200 * US + LONG}
     assert found.ops == 3
     assert found.total == 1000 * US
@@ -97,14 +117,26 @@ def test_what_recording_takes_is_taken_off():
     assert self_times(inner, {**cost, OP: 100.0}) == 0.0
 
 
-def test_several_steps_are_averaged():
-    twice = [account([step()], PLACES, FREE), account([step()], PLACES, FREE)]
-    twice[1].of("loss").forward = 50.0
-    found = merged(twice)
-    assert found.of("encoder linear").forward == 300 * US
-    assert found.of("encoder linear").calls == 1
-    assert found.of("loss").forward == 25.0
-    assert found.total == pytest.approx(1000 * US + 25)
+def test_what_recording_takes_is_fitted_to_the_step():
+    root = python(0, 100, *(op("aten::add", at, at + 1) for at in range(0, 100, 2)))
+    cost = {PYTHON: 0.0, C: 0.0, OP: 200.0}  # 51 calls, of which 50 took 0.2 us or more: 10 us
+    assert fitted(root, cost, 95 * US) is cost  # not all of it
+    twice = fitted(root, cost, 80 * US)
+    assert twice[OP] == pytest.approx(400, rel=1e-3)
+    assert account([root], PLACES, twice).total == pytest.approx(80 * US, rel=1e-3)
+    assert fitted(root, cost, 10 * US) is cost  # it was something else
+
+
+def test_what_disturbs_one_of_several_steps_is_left_out():
+    several = [account([step()], PLACES, FREE) for _ in range(3)]
+    several[0].of("loss").forward = 50.0
+    several[1].of("encoder linear").forward += 4000 * US
+    stages, typical = middle(several)
+    assert stages["encoder linear"].forward == 300 * US
+    assert stages["encoder linear"].calls == 1
+    assert stages["loss"].total == 0
+    assert sum(stage.total for stage in stages.values()) == 1000 * US
+    assert typical is several[0]
 
 
 def test_on_a_device_the_times_are_those_of_the_kernels():

@@ -43,12 +43,12 @@ def test_vitmae(vitmae, accelerated):
 
 
 def test_that_a_model_can_be_accelerated_is_seen(vitmae):
-    from maefast.profiling.run import _replaceable
+    from maefast.profiling.summary import replaceable
 
-    assert _replaceable(vitmae)
-    assert not _replaceable(maefast.accelerate(vitmae))
-    assert not _replaceable(torch.nn.Linear(1, 1))
-    assert not _replaceable(maefast.models.create("mae_tiny", img_size=32))
+    assert replaceable(vitmae)
+    assert not replaceable(maefast.accelerate(vitmae))
+    assert not replaceable(torch.nn.Linear(1, 1))
+    assert not replaceable(maefast.models.create("mae_tiny", img_size=32))
 
 
 def test_a_recipe():

@@ -226,7 +226,10 @@ def test_stages_of_a_masked_autoencoder():
     names = [stage.name for stage in report.stages]
     assert names.index("mask") < names.index("encoder attention") < names.index("restore") < names.index("optimizer")
     assert report.stage("encoder attention").bytes > 0
-    assert report.memory.optimizer == pytest.approx(2 * report.memory.gradients, rel=0.01)
+    assert report.memory.gradients == 0  # dropped at the end of a step
+    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    assert report.memory.optimizer == pytest.approx(2 * trained, rel=0.01)
+    assert report.memory.peak > trained
     other = sum(stage.share for stage in report.stages if stage.name in ("other", "autograd"))
     assert other < 0.3
     assert summed(report) == pytest.approx(report.seconds, rel=1e-6)
@@ -239,7 +242,7 @@ def test_the_report_in_words_and_as_json():
     report = profile(step, model, optimizer=optimizer, steps=1)
     console = Console(width=120, file=io.StringIO())
     report.show(console)
-    lines = console.file.getvalue().splitlines()
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
     assert lines[0] == report.machine
     assert lines[-1] == report.advice.sentence
     assert lines[1].startswith(f"one step: {1e3 * report.seconds:.1f} ms")
@@ -264,7 +267,7 @@ def test_a_chrome_trace(tmp_path):
     assert any(event.get("name") == "aten::addmm" for event in events)
 
 
-def test_a_data_loader_is_begun_again_and_its_stock_is_used_up():
+def test_a_data_loader_is_begun_again():
     model, seen = nn.Linear(2, 1), []
 
     def step(batch):
@@ -273,7 +276,7 @@ def test_a_data_loader_is_begun_again_and_its_stock_is_used_up():
 
     data = DataLoader(torch.arange(6.0).view(3, 2), batch_size=1)
     profile(step, model, data=data, steps=2, warmup=1)
-    assert [first for (first,) in seen] == [0.0, 2.0, 4.0, 0.0, 2.0]
+    assert [first for (first,) in seen] == [0.0, 2.0, 4.0, 0.0, 2.0, 4.0]  # warm-up, two, one more and two
 
 
 def test_bad_input(tmp_path):
