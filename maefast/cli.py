@@ -223,7 +223,7 @@ def profile(
         report = profile_run(_configured(given), steps, trace, typer.echo)
         if json is not None:
             json.write_text(report.json() + "\n")
-        report.show()
+        report.show(heading=False)  # which was said at the start
 
     _run(run)
 

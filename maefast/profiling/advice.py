@@ -157,7 +157,7 @@ def _accelerate(facts: Facts) -> Remedy | None:
 def _more_cpus(facts: Facts) -> Remedy | None:
     if facts.device != "cpu" or not facts.idle_cpus:
         return None
-    return f"torch leaves {facts.idle_cpus} CPUs unused: raise OMP_NUM_THREADS", "OMP_NUM_THREADS"
+    return f"torch uses {facts.cpus - facts.idle_cpus} of {facts.cpus} CPUs: raise OMP_NUM_THREADS", "OMP_NUM_THREADS"
 
 
 def _nothing(what: str) -> Remedy:

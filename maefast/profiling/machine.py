@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from maefast import doctor
@@ -20,6 +22,14 @@ def describe(device: str) -> str:
 def cpus() -> int:
     """How many may be used."""
     return doctor.cpu()["usable"]
+
+
+def load() -> float | None:
+    """Processes that wanted to run, on average over the last minute; None where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
 
 
 def idle_cpus() -> int:

@@ -98,6 +98,7 @@ _OURS = (
     ("nn/encoder.py", "encoder_states", ENCODER),
     ("nn/decoder.py", "run_decoder", DECODER),
     ("nn/decoder.py", "decoder_states", DECODER),
+    ("nn/cells.py", "dense", RESTORE),
     ("nn/teachers.py", "__call__", TEACHER),
     ("nn/teachers.py", "states", TEACHER),
     ("recipe.py", "to", HOST_TO_DEVICE),

@@ -63,6 +63,8 @@ class Report:
             "memory" (all other ops), "elsewhere" (C functions that are no ops).
         waits: how often the host waited for the device, by the line that made it; None: on a CPU there is nothing to
             wait for.
+        load: of the machine, processes that wanted to run in the last minute (this one too); None: it does not tell.
+        cpus: how many there are to use.
         slowdown: how many times as long a step took under the profiler. scale: what its times were multiplied by to add
             up to `seconds`, after what recording takes was taken off; near 1, or the two runs differed.
     """
@@ -78,6 +80,8 @@ class Report:
     shares: Mapping[str, float]
     memory: Memory
     waits: Mapping[str, int] | None
+    load: float | None
+    cpus: int
     slowdown: float
     scale: float
     advice: Advice
@@ -92,8 +96,8 @@ class Report:
     def json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
 
-    def show(self, console: Any = None) -> None:
-        """Print it on a `rich.console.Console` (default: standard output)."""
+    def show(self, console: Any = None, heading: bool = True) -> None:
+        """Print it on a `rich.console.Console` (default: standard output); without `heading`, not the machine."""
         from rich.console import Console
 
         console = console or Console(width=None if sys.stdout.isatty() else 120)
@@ -101,7 +105,8 @@ class Report:
         def say(text: str, **style: Any) -> None:
             console.print(text, highlight=False, markup=False, soft_wrap=True, **style)
 
-        say(self.machine)
+        if heading:
+            say(self.machine)
         least, most = (f"{1e3 * seconds:.1f}" for seconds in self.spread)
         say(f"one step: {1e3 * self.seconds:.1f} ms (of {self.steps}: {least} to {most})\n")
         console.print(self._table())
@@ -151,6 +156,11 @@ class Report:
             )
         lines.append(f"a step took {self.slowdown:.2f} times as long under the profiler; its times were scaled by "
                      f"{self.scale:.2f}")  # fmt: skip
+        if self.load is not None and self.load > self.cpus + 0.5:
+            lines.append(
+                f"other programs were running (load {self.load:.1f} on {self.cpus} CPUs): the times are not those of a "
+                "quiet machine, least of all those between ops"
+            )
         return lines
 
 

@@ -88,6 +88,8 @@ def summary(
         shares=shares,
         memory=Memory(peak.peak, peak.stage, sum(peak.kept.values()), *sizes),
         waits=waits,
+        load=machine.load(),
+        cpus=machine.cpus(),
         slowdown=statistics.median(recorded.seconds) / clock.step,
         scale=scale,
         advice=advise(facts),

@@ -10,7 +10,7 @@ import torch
 
 from maefast import seeds
 from maefast.errors import ConfigError
-from maefast.profiling import Report
+from maefast.profiling import Report, machine
 from maefast.profiling.feed import Feed
 from maefast.profiling.run import measure
 from maefast.profiling.summary import Options
@@ -46,6 +46,7 @@ def profile_run(
     data = config.data or ("skimage" if config.recipe is None else "demo")
     config = replace(config, data=data, steps=config.steps or 1, workers=0 if kept else config.workers)
     config.check()
+    say(machine.describe("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"))
     torch.manual_seed(config.seed)
     recipe = build_recipe(config)
     source = recipe.wants.open(config)
@@ -54,12 +55,12 @@ def profile_run(
     loader = _loader(source, config)
     try:
         if kept:
-            feed = Feed([loader.next()])
+            feed, batch = Feed(None), loader.next()
             say(f"one batch of {config.batch_size} {source.unit}s of {source.name}, kept: --data times others")
         else:
-            feed = Feed(_batches(loader), ahead=1 + 4 * config.workers)
+            feed, batch = Feed(_batches(loader), ahead=1 + 4 * config.workers), None
             say(f"batches of {config.batch_size} {source.unit}s of {source.name}, {config.workers} worker(s)")
-        return _profiled(recipe, config, feed, steps, trace)
+        return _profiled(recipe, config, feed, batch, steps, trace)
     finally:
         loader.close()
 
@@ -81,12 +82,12 @@ def _batches(loader: Loader) -> Iterator[Batch]:
         yield loader.next()
 
 
-def _profiled(recipe, config: PretrainConfig, feed: Feed, steps: int, trace: Path | None) -> Report:
+def _profiled(recipe, config: PretrainConfig, feed: Feed, kept: Batch | None, steps: int, trace: Path | None) -> Report:
     accelerator = make_accelerator(config)
     recipe.to(accelerator.device).train()
     optimizer = schedule.make_optimizer(recipe.network, config.weight_decay, config.betas, config.optim_state)
 
-    def step(batch: Batch) -> None:
+    def step(batch: Batch | None = kept) -> None:
         batch = batch.to(accelerator.device)
         with accelerator.autocast():
             view = recipe.prepared(batch, Draw(config.seed, batch.key, seeds.MASK), START)

@@ -99,7 +99,7 @@ def test_hundreds_of_tiny_ops():
 
     report = profile(step, model, steps=3)
     assert report.advice.kind == "launch-bound"
-    assert report.ops >= 600
+    assert 300 <= report.ops < 330  # the fill of the gradient and the sum too
     assert report.python > 0.1 * report.seconds
     assert summed(report) == pytest.approx(report.seconds, rel=1e-6)
 
