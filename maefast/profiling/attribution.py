@@ -190,10 +190,10 @@ def _sequence(call: Call) -> int:
 
 
 def middle(accounts: Sequence[Account]) -> tuple[dict[str, Times], Account]:
-    """The median of the times of each stage, so that what interrupts one step is no part of a stage; and the step whose
-    total is in the middle."""
+    """The median of the times of each stage, so that what interrupts one step is no part of a stage; and the step that
+    was interrupted least, the shortest."""
     stages = {}
-    typical = sorted(accounts, key=lambda each: each.total)[len(accounts) // 2]
+    typical = min(accounts, key=lambda each: each.total)
     for name in dict.fromkeys(name for each in accounts for name in each.stages):
         parts = [[getattr(each.stages.get(name, Times()), part) for each in accounts] for part in _PARTS]
         calls = typical.stages.get(name, Times()).calls

@@ -8,24 +8,19 @@ from pathlib import Path
 
 import torch
 
-from maefast import seeds
 from maefast.errors import ConfigError
 from maefast.profiling import Report, machine
 from maefast.profiling.feed import Feed
 from maefast.profiling.run import measure
 from maefast.profiling.summary import Options
-from maefast.recipe import START, Batch
-from maefast.seeds import Draw
+from maefast.recipe import Batch, Recipe
 
-from . import schedule
 from .accelerator import make_accelerator
 from .build import build_recipe
 from .config import PretrainConfig
-from .data import Loader, Positions
+from .data import Loader
 from .graph import problem
-from .streamed import Streams
-
-_BATCHES = 2**20  # more than anybody waits for
+from .trial import make_step, open_loader
 
 
 def profile_run(
@@ -46,13 +41,14 @@ def profile_run(
     data = config.data or ("skimage" if config.recipe is None else "demo")
     config = replace(config, data=data, steps=config.steps or 1, workers=0 if kept else config.workers)
     config.check()
-    say(machine.describe("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"))
+    gpu = config.device != "cpu" and torch.cuda.is_available()
+    say(machine.describe("cuda" if gpu else "cpu"))
     torch.manual_seed(config.seed)
     recipe = build_recipe(config)
     source = recipe.wants.open(config)
     for note in source.notes:
         say(note)
-    loader = _loader(source, config)
+    loader = open_loader(source, config, pin=gpu)
     try:
         if kept:
             feed, batch = Feed(None), loader.next()
@@ -65,43 +61,20 @@ def profile_run(
         loader.close()
 
 
-def _loader(source, config: PretrainConfig) -> Loader:
-    """As a run has it."""
-    samples, pin = source.samples(), config.device != "cpu" and torch.cuda.is_available()
-    if config.stream:
-        streams = Streams(source, config, rank=0, world=1)
-        return Loader(streams.samples(samples), streams.positions(0, _BATCHES), workers=config.workers, pin=pin)
-    positions = Positions(
-        len(source), config.seed, batch=config.batch_size, rank=0, world=1, start=0, micro_batches=_BATCHES
-    )
-    return Loader(samples, positions, workers=config.workers, pin=pin)
-
-
 def _batches(loader: Loader) -> Iterator[Batch]:
     while True:
         yield loader.next()
 
 
-def _profiled(recipe, config: PretrainConfig, feed: Feed, kept: Batch | None, steps: int, trace: Path | None) -> Report:
-    accelerator = make_accelerator(config)
-    recipe.to(accelerator.device).train()
-    optimizer = schedule.make_optimizer(recipe.network, config.weight_decay, config.betas, config.optim_state)
-
-    def step(batch: Batch | None = kept) -> None:
-        batch = batch.to(accelerator.device)
-        with accelerator.autocast():
-            view = recipe.prepared(batch, Draw(config.seed, batch.key, seeds.MASK), START)
-            loss = recipe(view).loss
-        accelerator.backward(loss)
-        if config.clip is not None:
-            accelerator.clip_grad_norm_(recipe.network.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-
+def _profiled(
+    recipe: Recipe, config: PretrainConfig, feed: Feed, kept: Batch | None, steps: int, trace: Path | None
+) -> Report:
+    step, optimizer = make_step(recipe, config)
     options = Options(
         command=True,
         workers=config.workers,
         narrow=config.optim_state == "bf16",
-        graphed=config.graph == "auto" and problem(config, accelerator) is None,
+        graphed=config.graph == "auto" and problem(config, make_accelerator(config)) is None,
     )
-    return measure(step, recipe, feed, steps, 2, optimizer, trace, options)
+    run = step if kept is None else lambda: step(kept)
+    return measure(run, recipe, feed, steps, 2, optimizer, trace, options)

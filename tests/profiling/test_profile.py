@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+import maefast
 from maefast import models
 from maefast.profiling import profile
 
@@ -47,7 +48,7 @@ class Sleeper(nn.Module):
 class Sleepers(nn.Module):
     def __init__(self):
         super().__init__()
-        self.encoder, self.decoder = Sleeper(0.04, 0.06), Sleeper(0.02, 0.01)
+        self.encoder, self.decoder = Sleeper(0.10, 0.15), Sleeper(0.05, 0.02)
         self.weight = nn.Parameter(torch.ones(3))
 
     def forward(self):
@@ -60,12 +61,12 @@ def summed(report):
 
 def test_times_of_stages_that_sleep():
     model = Sleepers()
-    report = profile(lambda: model().backward(), model, steps=2, warmup=1)
+    report = profile(lambda: model().backward(), model, steps=3, warmup=1)
     encoder, decoder = report.stage("encoder other"), report.stage("decoder other")
     found = [encoder.forward, encoder.backward, decoder.forward, decoder.backward]
-    assert found == pytest.approx([0.04, 0.06, 0.02, 0.01], rel=0.2, abs=0.004)
+    assert found == pytest.approx([0.10, 0.15, 0.05, 0.02], rel=0.2, abs=0.01)
     assert summed(report) == pytest.approx(report.seconds, rel=1e-6)
-    assert report.seconds == pytest.approx(0.13, rel=0.25)
+    assert report.seconds == pytest.approx(0.32, rel=0.25)
     assert sum(stage.share for stage in report.stages) == pytest.approx(1)
     assert sum(report.shares.values()) == pytest.approx(1, abs=1e-6)
     assert 0.8 < report.scale < 1.25
@@ -97,7 +98,7 @@ def test_hundreds_of_tiny_ops():
             x = x + 1.0
         x.sum().backward()
 
-    report = profile(step, model, steps=3)
+    report = profile(step, model, steps=9)
     assert report.advice.kind == "launch-bound"
     assert 300 <= report.ops < 330  # the fill of the gradient and the sum too
     assert report.python > 0.1 * report.seconds
@@ -147,10 +148,18 @@ def test_memory_that_a_stage_keeps():
     assert report.memory.weights == 256 * 256 * 4 == report.memory.gradients
 
 
-def training():
+OPTIMIZERS = {
+    "torch": lambda parameters: torch.optim.AdamW(parameters, lr=0.1),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "narrow": lambda parameters: maefast.optim.AdamW(parameters, lr=0.1, state_dtype=torch.bfloat16),
+    "shadow": lambda parameters: maefast.optim.AdamW(parameters, lr=0.1, shadow=torch.bfloat16),
+}
+
+
+def training(kind="torch"):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = OPTIMIZERS[kind](model.parameters())
 
     def step():
         x = torch.randn(6, 4) + random.random() + np.random.rand()  # noqa: NPY002
@@ -163,11 +172,11 @@ def training():
     return model, optimizer, step
 
 
-@pytest.mark.parametrize("before", [0, 2])
-def test_nothing_is_left_behind(before):
+@pytest.mark.parametrize(("kind", "before"), [("torch", 0), *((kind, 2) for kind in OPTIMIZERS)])
+def test_nothing_is_left_behind(kind, before):
     ends = []
     for profiled in (False, True):
-        model, optimizer, step = training()
+        model, optimizer, step = training(kind)
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002
         for _ in range(before):
@@ -181,7 +190,7 @@ def test_nothing_is_left_behind(before):
             assert len(optimizer.state) == (0 if before == 0 else len(gradients))
         for _ in range(3):
             step()
-        state = [value for entry in optimizer.state.values() for value in entry.values()]
+        state = [value for entry in optimizer.state.values() for value in entry.values() if value is not None]
         ends.append([*model.state_dict().values(), *state, torch.rand(1)])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
