@@ -117,14 +117,18 @@ def _graph(facts: Facts) -> Remedy:
 
 def _gemm(facts: Facts) -> Parts:
     why = f"{facts.products:.0%} of a step is matrix products, convolutions and attention, in {facts.dtype}"
-    return why, *(_bfloat16(facts) or _accelerate(facts) or _more_cpus(facts) or _nothing("multiplies faster"))
+    return why, *(
+        _float32(facts) or _bfloat16(facts) or _accelerate(facts) or _more_cpus(facts) or _nothing("multiplies faster")
+    )
 
 
 def _memory(facts: Facts) -> Parts:
     why = f"{facts.memory:.0%} of a step is ops that move much and compute little, most of it in {facts.largest}"
     if facts.largest == "optimizer":
         return why, *_narrower(facts)
-    return why, *(_accelerate(facts) or _bfloat16(facts) or _more_cpus(facts) or _nothing("moves less"))
+    return why, *(
+        _float32(facts) or _accelerate(facts) or _bfloat16(facts) or _more_cpus(facts) or _nothing("moves less")
+    )
 
 
 def _host(facts: Facts) -> Parts:
@@ -138,6 +142,13 @@ def _narrower(facts: Facts) -> Remedy:
     if facts.command:
         return "--optim-state bf16 halves what AdamW keeps and moves", "--optim-state"
     return "maefast.optim.AdamW(state_dtype=torch.bfloat16) halves what it keeps and moves", "maefast.optim.AdamW"
+
+
+def _float32(facts: Facts) -> Remedy | None:
+    if facts.dtype not in ("bfloat16", "float16") or facts.device != "cpu" or facts.bfloat16:
+        return None
+    said = "this processor has no instructions for them, and float32 is faster on it"
+    return (f"{said}: --amp no", "--amp") if facts.command else (f"{said}: leave out autocast", None)
 
 
 def _bfloat16(facts: Facts) -> Remedy | None:
