@@ -6,8 +6,9 @@ import pytest
 from torch import nn
 
 from maefast import models
-from maefast.profiling.calls import OP, PYTHON, Call
-from maefast.profiling.places import Place, Places, order, parts_of_block
+from maefast.profiling.attribution import account
+from maefast.profiling.calls import FREE, OP, PYTHON, Call
+from maefast.profiling.places import KINDS, Place, Places, order, parts_of_block
 
 TINY = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1,
         "decoder_num_heads": 2, "img_size": 16, "patch_size": 4}  # fmt: skip
@@ -123,18 +124,30 @@ def test_the_fused_blocks_backward():
     assert Places(MAE).inside(mlp, op("maefast::add_norm_backward")).stage == "decoder norms"
 
 
-def test_stages_have_one_order():
+def test_every_stage_has_its_row():
     names = order()
     assert len(names) == len(set(names))
-    for wanted in (
-        "data",
-        "mask",
-        "embed",
-        "encoder attention",
-        "restore",
-        "decoder MLP",
-        "loss",
-        "optimizer",
-        "other",
-    ):
-        assert wanted in names
+    for area in ("data", "prepare", "teacher", "mask", "embed", "restore", "loss", "autograd", "optimizer"):
+        assert Place(area).stage in names
+    for area in ("encoder", "decoder", ""):
+        for kind in (*KINDS, ""):
+            assert Place(area, kind).stage in names
+
+
+@pytest.mark.parametrize("area", ["teacher", "loss", "optimizer", "mask", "restore", "host to device"])
+def test_nothing_begins_inside(area):
+    assert Place(area).enter("encoder") == Place(area)
+    assert Place(area).turn("norms") == Place(area)
+
+
+def test_what_runs_behind_the_decoder_is_the_loss():
+    def at(name, start, m=None):
+        return Call(PYTHON, name, start, start + 1, "user.py", name, None if m is None else id(m))
+
+    back = Call(PYTHON, "backward", 4, 5, "torch/_tensor.py", "backward")
+    inside = [at("before", 1), at("Linear", 2, MAE.decoder_pred), at("my_own_distance", 3), back, at("after", 6)]
+    step = Call(PYTHON, "step", 0, 10, "user.py", "step", calls=inside)
+    found = account([step], Places(MAE), FREE).stages
+    assert found["loss"].python == 1
+    assert found["decoder linear"].python == 1
+    assert found["other"].python == 10 - 5 + 2
