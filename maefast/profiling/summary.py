@@ -56,8 +56,10 @@ def summary(
     if kind == "cuda":  # the device's times are its own; what is left of a step it waits
         scale = min(1.0, scale)
         idle = clock.step - scale * total
-    groups = attribution.grouped(typical, scale, small=kind == "cpu")
-    shares = _shares(clock, typical, groups, scale, idle)
+    # An op that is small in the shortest step is small, whatever interrupted the steps that the clock saw.
+    fraction = min(1.0, scale)
+    groups = attribution.grouped(typical, fraction, small=kind == "cpu")
+    shares = _shares(clock, typical, groups, fraction, idle)
     peak = attribution.memory(typical, kind)
     facts = Facts(
         device=kind,
