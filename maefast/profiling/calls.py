@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,11 +120,13 @@ def _call(event) -> Call | None:
     span = event.start_time_ns, event.end_time_ns
     if tag == _EventType.PyCall:
         module, site = fields.module, fields.callsite
-        name = event.name if module is None else module.cls_name
+        name = _text(event, "name") if module is None else _text(module, "cls_name")
         mine = None if module is None else module.self_ptr
-        return Call(PYTHON, name, *span, file=site.file_name, function=site.function_name, module=mine)
+        return Call(
+            PYTHON, name, *span, file=_text(site, "file_name"), function=_text(site, "function_name"), module=mine
+        )
     if tag == _EventType.PyCCall:
-        return Call(C, event.name, *span)
+        return Call(C, _text(event, "name"), *span)
     # A range of `record_function` begins inside one Python call and ends inside another: it holds no calls.
     if tag != _EventType.TorchOp or fields.scope == RecordScope.USER_SCOPE:
         return None
@@ -133,6 +136,15 @@ def _call(event) -> Call | None:
         OP, event.name, *span, sequence=fields.sequence_number, backward=node, correlation=event.correlation_id,
         dtype=dtype,
     )  # fmt: skip
+
+
+def _text(event: Any, name: str) -> str:
+    """An attribute that is text. Torch reads those of functions after the step, when a function that was made within it
+    may be gone, and its name with it: such a one has none."""
+    try:
+        return getattr(event, name)
+    except UnicodeDecodeError:
+        return ""
 
 
 def is_product(name: str) -> bool:

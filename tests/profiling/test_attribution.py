@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from maefast.profiling.attribution import LONG, TINY, account, grouped, memory, middle
-from maefast.profiling.calls import FREE, OP, PYTHON, C, Call, Memory, fitted, of, read, recorded, self_times
+from maefast.profiling.calls import FREE, OP, PYTHON, C, Call, Memory, _text, fitted, of, read, recorded, self_times
 from maefast.profiling.places import Places
 
 
@@ -86,6 +86,16 @@ def test_a_real_recording_adds_up():
         assert found.stages["linear"].backward > 0
         assert found.stages["norms"].backward > 0
         assert found.stages["optimizer"].python > 0
+
+
+def test_a_name_that_is_gone():
+    class Gone:
+        @property
+        def name(self):
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    assert _text(Gone(), "name") == ""
+    assert _text(nn.Linear, "__name__") == "Linear"
 
 
 def test_products_small_ops_and_other_code():
