@@ -15,7 +15,7 @@ from .ops import backend
 
 __version__ = "0.1.0"
 
-_LAZY = ("doctor", "graphs", "integrations", "kernels", "masking", "models", "nn", "optim", "recipes")
+_LAZY = ("doctor", "graphs", "integrations", "kernels", "masking", "models", "nn", "optim", "profiling", "recipes")
 _FROM = {
     "Cells": "nn",
     "sparsify": "nn",
@@ -41,6 +41,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "profiling",
     "recipes",
     "report",
     "restore",
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import doctor, graphs, integrations, kernels, masking, models, nn, optim, recipes
+    from . import doctor, graphs, integrations, kernels, masking, models, nn, optim, profiling, recipes
     from .graphs import GraphCaptureError, graphed_step
     from .integrations import accelerate, report, restore
     from .nn import Cells, sparsify

@@ -1,4 +1,4 @@
-"""The command line: `maefast pretrain | data-speed | recipes | reconstruct | probe | finetune | export | ...`.
+"""The command line: `maefast pretrain | data-speed | profile | recipes | reconstruct | probe | finetune | ...`.
 
 Only what a command needs is imported, when it runs, so that `maefast --help` and `maefast doctor` work without the
 training extra.
@@ -170,6 +170,60 @@ def data_speed(
         from .train.data_speed import data_speed as measure
 
         measure(_configured(given), seconds, typer.echo)
+
+    _run(run)
+
+
+@app.command()
+def profile(
+    ctx: typer.Context,
+    data: Annotated[
+        str, typer.Option(help="As of pretrain; without it, one batch of what ships is kept.", show_default=False)
+    ] = "",
+    recipe: Annotated[str | None, option("recipe")] = None,
+    size: Annotated[str | None, option("size")] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="The recipe in the size of its demo.")] = False,
+    model: Annotated[str, option("model")] = "mae_base",
+    model_arg: Annotated[list[str] | None, option("model_arg")] = None,
+    img_size: Annotated[str | None, option("img_size")] = None,
+    patch_size: Annotated[int | None, option("patch_size")] = None,
+    mask_ratio: Annotated[float | None, option("mask_ratio")] = None,
+    recompute: Annotated[bool, option("recompute")] = False,
+    column: Annotated[str | None, option("column")] = None,
+    stream: Annotated[bool, option("stream")] = False,
+    channels: Annotated[int | None, option("channels")] = None,
+    batch_size: Annotated[int, option("batch_size")] = 64,
+    clip: Annotated[float | None, option("clip")] = None,
+    optim_state: Annotated[OptimState, option("optim_state")] = OptimState.fp32,
+    workers: Annotated[int | None, option("workers")] = None,
+    cache_mb: Annotated[int, option("cache_mb")] = 512,
+    skip_bad: Annotated[bool, option("skip_bad")] = False,
+    amp: Annotated[Amp, option("amp")] = Amp.no,
+    device: Annotated[Device, option("device")] = Device.auto,
+    config: Annotated[Path | None, option("config")] = None,
+    steps: Annotated[int, typer.Option(help="How many are timed, and as many recorded.")] = 5,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the last step as a Chrome trace (.json, .json.gz).", show_default=False)
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write what was found as JSON.", show_default=False)] = None,
+) -> None:
+    """Say where a training step's time and memory go, what bounds it, and which option would help.
+
+    Example: maefast profile --data photos/ --model mae_base --amp bf16 --trace step.json
+    """
+    own = ("steps", "trace", "json")
+    given = {name: value for name, value in ctx.params.items() if _was_given(ctx, name) and name not in own}
+
+    def run() -> None:
+        from .errors import ConfigError
+        from .train.profiling import profile_run
+
+        if json is not None and not json.absolute().parent.is_dir():
+            raise ConfigError(f"--json {json}: there is no such folder")
+        report = profile_run(_configured(given), steps, trace, typer.echo)
+        if json is not None:
+            json.write_text(report.json() + "\n")
+        report.show(heading=False)  # which was said at the start
 
     _run(run)
 

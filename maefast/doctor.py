@@ -36,7 +36,7 @@ def collect() -> Info:
     """
     info: Info = {
         "versions": _versions(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "gpus": _gpus(),
         "build": dict(_native.C.build_info()) if _native.C is not None else {},
         "native": {key: value for key, value in _native.status().items() if key != "paths"},
@@ -157,7 +157,8 @@ def _driver_cuda() -> int | None:
         return None
 
 
-def _cpu() -> Info:
+def cpu() -> Info:
+    """The processor: name, threads, those that may be used and those that torch uses, features, instruction sets."""
     native = _native.C
     usable = native.usable_cpus() if native else len(os.sched_getaffinity(0))
     if quota := _cpu_quota():

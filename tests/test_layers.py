@@ -17,10 +17,12 @@ READS = {
     "recipe": {"nn", "data"},
     "models": {"data", "nn"},
     "integrations": {"models"},
+    "doctor": {"ops"},
+    "profiling": {"integrations", "doctor"},
     "recipes": {"models", "recipe", "data"},
     "probe": {"recipes"},
     "finetune": {"probe"},
-    "train": {"finetune", "optim"},
+    "train": {"finetune", "optim", "profiling"},
 }
 LEAVES = {"errors", "names", "seeds", "_native"}
 

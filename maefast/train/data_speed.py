@@ -9,19 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from maefast import seeds
 from maefast.errors import ConfigError
-from maefast.recipe import START, Batch
-from maefast.seeds import Draw
+from maefast.recipe import Batch, Recipe
 
-from . import schedule
-from .accelerator import make_accelerator
 from .build import build_recipe
 from .config import PretrainConfig
-from .data import Loader, Positions
-from .streamed import Streams
-
-_BATCHES = 2**20  # more than anybody waits for
+from .trial import make_step, open_loader
 
 
 @dataclass(frozen=True)
@@ -84,15 +77,7 @@ def data_speed(config: PretrainConfig, seconds: float = 5.0, say: Callable[[str]
 
 def _loaded(source, config: PretrainConfig, workers: int, seconds: float) -> tuple[float, Batch]:
     """Samples a second, after the batches that were fetched ahead; and a batch."""
-    samples = source.samples()
-    if config.stream:
-        streams = Streams(source, replace(config, workers=workers), rank=0, world=1)
-        samples, positions = streams.samples(samples), streams.positions(0, _BATCHES)
-    else:
-        positions = Positions(
-            len(source), config.seed, batch=config.batch_size, rank=0, world=1, start=0, micro_batches=_BATCHES
-        )
-    loader = Loader(samples, positions, workers=workers, pin=False)
+    loader = open_loader(source, replace(config, workers=workers))
     threads = torch.get_num_threads()
     try:
         if workers == 0:
@@ -110,22 +95,14 @@ def _loaded(source, config: PretrainConfig, workers: int, seconds: float) -> tup
         loader.close()
 
 
-def _step(recipe, batch: Batch, config: PretrainConfig, seconds: float) -> float:
+def _step(recipe: Recipe, batch: Batch, config: PretrainConfig, seconds: float) -> float:
     """Seconds of a training step on a batch, the median."""
-    accelerator = make_accelerator(config)
-    device = accelerator.device
-    recipe.to(device).train()
-    optimizer = schedule.make_optimizer(recipe.network, config.weight_decay, config.betas, config.optim_state)
+    step, _ = make_step(recipe, config)
+    device = next(recipe.network.parameters()).device
     batch, taken = batch.to(device), []
     while len(taken) < 4 or (sum(taken) < seconds and len(taken) < 50):
         began = time.perf_counter()
-        with accelerator.autocast():
-            view = recipe.prepared(batch, Draw(config.seed, batch.key, seeds.MASK), START)
-            loss = recipe(view).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()  # waits for the device
+        step(batch).item()  # waits for the device
         if device.type != "cpu":
             torch.accelerator.synchronize()
         taken.append(time.perf_counter() - began)
