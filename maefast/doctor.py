@@ -84,7 +84,7 @@ def render(info: Info, console: Any = None) -> None:
 
     native = table("Native libraries", "", "")
     status, build = info["native"], info["build"]
-    for key, label in (("C", "_C (pybind11)"), ("cpu", "_cpu (CPU ops)"), ("cuda", "_cuda (CUDA ops)")):
+    for key, label in (("C", "_C (what was built)"), ("cpu", "_cpu (CPU ops)"), ("cuda", "_cuda (CUDA ops)")):
         note = status["cuda_note"] if key == "cuda" else status["error"]
         native.add_row(label, "loaded" if status[key] else f"not loaded: {note or 'not asked for'}")
     for key, value in build.items():
@@ -171,6 +171,7 @@ def cpu() -> Info:
         "features": dict(native.cpu_features()) if native else {},
         "isa": native.current_isa() if _native.has_cpu_ops and native else "no native kernels",
         "best_isa": native.supported_isa() if native else "unknown",
+        "machine_isa": native.machine_isa() if native else "unknown",
     }
 
 
@@ -269,6 +270,11 @@ def _warnings(info: Info) -> list[str]:
         )
     if info["cpu"]["isa"] != info["cpu"]["best_isa"] and _native.has_cpu_ops:
         found.append(f"the CPU kernels use {cpu['isa']} though {cpu['best_isa']} is there (MAEFAST_CPU_ISA)")
+    if cpu["machine_isa"] != cpu["best_isa"] and _native.has_cpu_ops:
+        found.append(
+            f"this CPU has {cpu['machine_isa']}, and the CPU kernels were built for {build['cpu_isas']}: "
+            "install maefast on this machine, or with MAEFAST_ISAS=all"
+        )
     if cpu["features"].get("avx512bf16") is False:
         found.append("this CPU has no bfloat16 instructions: autocast to bfloat16 is slower on it than float32")
     return found

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -137,6 +139,55 @@ def test_forced_backend_does_not_fall_back():
     result = python(GATHER.format(backend="cpu"), check=False, MAEFAST_DISABLE_NATIVE="1")
     assert result.returncode != 0
     assert "MAEFAST_DISABLE_NATIVE" in result.stderr
+
+
+# --- one build for every torch and Python -------------------------------------------------------------------------
+
+
+def undefined(library: Path) -> set[str]:
+    """What a library takes from others; not the weak symbols, which may be missing."""
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    return {line.split()[-1] for line in listed.splitlines() if line.split()[-2] == "U"}
+
+
+@native
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_of_torch_only_the_stable_interface_of_2_10_is_used(name):
+    """Its C functions, none of which came later: the library loads beside every torch from 2.10 on."""
+    library = _native.find_library(name)
+    if library is None:
+        pytest.skip(f"_{name}.so is not built")
+    old, later = "", ""
+    for header in ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h", "inductor/aoti_torch/generated/c_shim_aten.h"):
+        block = 10
+        for line in Path(torch.__file__).with_name("include").joinpath("torch/csrc", header).read_text().splitlines():
+            if begins := re.match(r"#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_(\d+)_0", line):
+                block = int(begins.group(1))
+            elif re.match(r"#endif.*TORCH_FEATURE_VERSION", line):
+                block = 10
+            elif block <= 10:
+                old += line + "\n"
+            else:
+                later += line + "\n"
+    used = {symbol for symbol in undefined(library) if re.search("torch|c10|at_", symbol)}
+    assert "torch_call_dispatcher" in used
+    for symbol in used:
+        assert re.search(rf"\b{symbol}\(", old), f"{symbol} is no function of torch's C interface of 2.10"
+        assert not re.search(rf"\b{symbol}\(", later), f"{symbol} came after torch 2.10"
+
+
+@native
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_module_belongs_to_no_python():
+    """By the limited API: `_C.abi3.so`, which takes no private name of the interpreter."""
+    module = Path(_native.C.__file__)
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        pytest.skip("a free-threaded Python has a file of its own")
+    assert module.name == "_C.abi3.so"
+    assert not [symbol for symbol in undefined(module) if symbol.startswith("_Py") and symbol != "_Py_Dealloc"]
 
 
 # --- the build backend ---------------------------------------------------------------------------------------------

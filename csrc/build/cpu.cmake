@@ -1,5 +1,6 @@
 # csrc/cpu/<family>.cpp         host code, compiled once
 # csrc/cpu/<family>_kernel.cpp  loops, compiled once per instruction set; chosen at run time (csrc/cpu/isa.h)
+# Which sets: csrc/build/choice.py (MAEFAST_ISAS).
 file(GLOB _kernels CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/csrc/cpu/*_kernel.cpp")
 file(GLOB _host CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/csrc/cpu/*.cpp")
 list(REMOVE_ITEM _host ${_kernels})
@@ -14,18 +15,33 @@ set(MAEFAST_KERNEL_FLAGS
   # `#pragma omp simd` without an OpenMP runtime.
   -fopenmp-simd)
 
-set(MAEFAST_ISAS plain)
+set(_compiles plain)
 set(MAEFAST_ISA_DEFINITIONS "")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  list(APPEND MAEFAST_ISAS avx2 avx512)
+  list(APPEND _compiles avx2 avx512)
   list(APPEND MAEFAST_ISA_DEFINITIONS MAEFAST_X86=1)
   include(CheckCXXCompilerFlag)
   check_cxx_compiler_flag(-mavx512bf16 MAEFAST_COMPILES_AVX512BF16)
   if(MAEFAST_COMPILES_AVX512BF16)
-    list(APPEND MAEFAST_ISAS avx512bf16)
-    list(APPEND MAEFAST_ISA_DEFINITIONS MAEFAST_X86_BF16=1)
+    list(APPEND _compiles avx512bf16)
   endif()
 endif()
+execute_process(
+  COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/choice.py" cpu
+    "--isas=${MAEFAST_ISAS}" "--compiles=${_compiles}"
+  OUTPUT_VARIABLE _choice OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE _status ERROR_VARIABLE _error)
+if(NOT _status EQUAL 0)
+  message(FATAL_ERROR "maefast: ${_error}")
+endif()
+string(REGEX MATCH "^([^|]*)[|](.*)$" _choice "${_choice}")
+set(MAEFAST_ISAS_USED "${CMAKE_MATCH_1}")
+set(MAEFAST_CPU_CHOICE "${CMAKE_MATCH_2}")
+list(JOIN MAEFAST_ISAS_USED ", " _shown)
+message(STATUS "maefast: CPU ops: for ${_shown}: ${MAEFAST_CPU_CHOICE}")
+foreach(_isa IN LISTS MAEFAST_ISAS_USED)
+  string(TOUPPER "${_isa}" _upper)
+  list(APPEND MAEFAST_ISA_DEFINITIONS "MAEFAST_HAS_${_upper}=1")
+endforeach()
 set(_isa_flags_plain "")
 set(_isa_flags_avx2 -mavx2 -mfma -mf16c)
 set(_isa_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
@@ -41,8 +57,10 @@ target_compile_options(_cpu PRIVATE -O3 -Wall -Wextra)
 target_link_options(_cpu PRIVATE -Wl,--no-undefined -Wl,--as-needed)
 target_link_libraries(_cpu PRIVATE maefast_torch)
 target_compile_definitions(_cpu PRIVATE ${MAEFAST_ISA_DEFINITIONS})
+# torch's headers cost every file two seconds; read once, a third of one.
+target_precompile_headers(_cpu PRIVATE "${CMAKE_SOURCE_DIR}/csrc/cpu/ops.h" "${CMAKE_SOURCE_DIR}/csrc/cpu/host.h")
 
-foreach(_isa IN LISTS MAEFAST_ISAS)
+foreach(_isa IN LISTS MAEFAST_ISAS_USED)
   if(_isa STREQUAL "avx512bf16")
     add_library(maefast_kernels_${_isa} OBJECT ${_kernels_with_bf16})
   else()

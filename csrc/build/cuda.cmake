@@ -1,59 +1,46 @@
-# The CUDA library is built when a CUDA compiler works, whatever torch is installed and whether or not this
-# machine has a GPU: images are often built without one. MAEFAST_CUDA and MAEFAST_CUDA_ARCHS may also be set in
-# the environment, which wins.
+# The CUDA library. csrc/build/choice.py says whether it is built and for which architectures (MAEFAST_CUDA,
+# MAEFAST_CUDA_ARCHS, in the environment too).
 set(MAEFAST_CUDA_COMPILER_VERSION "")
 set(MAEFAST_CUDA_ARCHS_USED "")
-foreach(_name MAEFAST_CUDA MAEFAST_CUDA_ARCHS)
-  if(NOT "$ENV{${_name}}" STREQUAL "")
-    set(${_name} "$ENV{${_name}}")
-  endif()
-endforeach()
-string(TOLOWER "${MAEFAST_CUDA}" _cuda)
-if(NOT _cuda MATCHES "^(auto|on|off)$")
-  message(FATAL_ERROR "MAEFAST_CUDA=${MAEFAST_CUDA}: choose auto, on or off")
-endif()
 file(GLOB _sources CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/csrc/cuda/*.cu" "${CMAKE_SOURCE_DIR}/csrc/cuda/*.cpp")
 list(FILTER _sources EXCLUDE REGEX "/stub\\.cpp$")
-if(_cuda STREQUAL "off" OR NOT _sources)
-  message(STATUS "maefast: CUDA ops: not built (MAEFAST_CUDA=${_cuda})")
+
+set(_nvcc "${CMAKE_CUDA_COMPILER}")
+if(NOT _nvcc AND NOT "$ENV{CUDACXX}" STREQUAL "")
+  separate_arguments(_words UNIX_COMMAND "$ENV{CUDACXX}")  # may bring options, which CMake reads itself
+  list(GET _words 0 _nvcc)
+elseif(NOT _nvcc)
+  find_program(MAEFAST_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin PATHS /usr/local/cuda/bin)
+  if(MAEFAST_NVCC)
+    set(_nvcc "${MAEFAST_NVCC}")
+  endif()
+endif()
+execute_process(
+  COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/choice.py" cuda
+    "--cuda=${MAEFAST_CUDA}" "--archs=${MAEFAST_CUDA_ARCHS}" "--nvcc=${_nvcc}"
+    "--torch-version=${MAEFAST_TORCH_VERSION}" "--torch-cuda=${MAEFAST_TORCH_CUDA}"
+  OUTPUT_VARIABLE _choice OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE _status ERROR_VARIABLE _error)
+if(NOT _status EQUAL 0)
+  message(FATAL_ERROR "maefast: ${_error}")
+endif()
+string(REGEX MATCH "^([^|]*)[|]([^|]*)[|](.*)$" _choice "${_choice}")
+set(_build "${CMAKE_MATCH_1}")
+set(MAEFAST_CUDA_ARCHS_USED "${CMAKE_MATCH_2}")
+set(MAEFAST_CUDA_CHOICE "${CMAKE_MATCH_3}")
+if(NOT _build STREQUAL "on")
+  message(STATUS "maefast: CUDA ops: not built: ${MAEFAST_CUDA_CHOICE}")
   return()
 endif()
 
-if(NOT CMAKE_CUDA_COMPILER AND "$ENV{CUDACXX}" STREQUAL "")
-  find_program(MAEFAST_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin PATHS /usr/local/cuda/bin)
-  if(MAEFAST_NVCC)
-    set(CMAKE_CUDA_COMPILER "${MAEFAST_NVCC}")
-  endif()
+if("$ENV{CUDACXX}" STREQUAL "")
+  set(CMAKE_CUDA_COMPILER "${_nvcc}")
 endif()
 # The architectures are set on the target; this keeps the compiler test from trying one that nvcc lacks.
 set(CMAKE_CUDA_ARCHITECTURES OFF)
-include(CheckLanguage)
-check_language(CUDA)
-if(NOT CMAKE_CUDA_COMPILER)
-  if(_cuda STREQUAL "on")
-    message(FATAL_ERROR "MAEFAST_CUDA=on, but no working CUDA compiler was found")
-  endif()
-  message(STATUS "maefast: CUDA ops: not built (no working CUDA compiler)")
-  return()
-endif()
 enable_language(CUDA)
 set(MAEFAST_CUDA_COMPILER_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
-
-# Ampere, Hopper (with its own instructions), Blackwell; PTX of the last for what comes later.
-if(MAEFAST_CUDA_ARCHS STREQUAL "")
-  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE _known)
-  foreach(_arch 80 90a 100)
-    string(REGEX REPLACE "a$" "" _number "${_arch}")
-    if(_known MATCHES "compute_${_number}[^0-9]")
-      list(APPEND MAEFAST_CUDA_ARCHS_USED "${_arch}-real")
-      set(_last "${_number}")
-    endif()
-  endforeach()
-  list(APPEND MAEFAST_CUDA_ARCHS_USED "${_last}-virtual")
-else()
-  string(REGEX REPLACE "[ ,]+" ";" MAEFAST_CUDA_ARCHS_USED "${MAEFAST_CUDA_ARCHS}")
-endif()
-message(STATUS "maefast: CUDA ops: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${MAEFAST_CUDA_ARCHS_USED}")
+list(JOIN MAEFAST_CUDA_ARCHS_USED ", " _shown)
+message(STATUS "maefast: CUDA ops: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${_shown}: ${MAEFAST_CUDA_CHOICE}")
 
 # Stands in for torch's own library at link time, so that a CPU-only torch will do; never installed.
 add_library(maefast_torch_cuda_stub SHARED csrc/cuda/stub.cpp)

@@ -6,21 +6,31 @@
 
 namespace maefast {
 
-Isa supported_isa() {
+Isa machine_isa() {
 #ifdef MAEFAST_X86
   // __builtin_cpu_supports also checks that the operating system saves the wide registers.
   __builtin_cpu_init();
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#ifdef MAEFAST_X86_BF16
-  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512bf16;
-#endif
-  if (avx2 && avx512) return Isa::avx512;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512bf16;
+  if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::plain;
+}
+
+// The best that was built, up to `limit`.
+static Isa built([[maybe_unused]] Isa limit) {
+  MAEFAST_AVX512BF16(if (limit >= Isa::avx512bf16) return Isa::avx512bf16;)
+  MAEFAST_AVX512(if (limit >= Isa::avx512) return Isa::avx512;)
+  MAEFAST_AVX2(if (limit >= Isa::avx2) return Isa::avx2;)
+  return Isa::plain;
+}
+
+Isa supported_isa() {
+  return built(machine_isa());
 }
 
 const char* isa_name(Isa isa) {
@@ -41,7 +51,7 @@ static Isa choose() {
   const char* asked = std::getenv("MAEFAST_CPU_ISA");
   if (asked == nullptr) return best;
   for (Isa isa : {Isa::plain, Isa::avx2, Isa::avx512, Isa::avx512bf16}) {
-    if (std::strcmp(asked, isa_name(isa)) == 0) return isa < best ? isa : best;
+    if (std::strcmp(asked, isa_name(isa)) == 0) return isa < best ? built(isa) : best;
   }
   return best;  // unknown names are reported by maefast/_native.py
 }

@@ -3,6 +3,7 @@
 // Each csrc/cpu/<family>_kernel.cpp is compiled once per instruction set, with MAEFAST_ISA defined as the
 // namespace its code goes into: plain, avx2 (AVX2 + FMA + F16C) or avx512 (F, BW, DQ, VL). It defines one
 // table of function pointers; MAEFAST_KERNELS in the family's header declares the copies and the chooser.
+// Only those of the machine are built unless asked for (csrc/build/choice.py).
 // The attention has a fourth copy, avx512bf16 (avx512 + bfloat16 products): MAEFAST_KERNELS_WITH_BF16.
 //
 // Rule for kernel files: they may include only <cstddef>, <cstdint>, <immintrin.h> and our own kernel
@@ -16,55 +17,49 @@ namespace maefast {
 
 enum class Isa { plain = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 
-// What the CPU and the operating system support, whatever was asked for.
+// What the CPU and the operating system support, whatever was built.
+Isa machine_isa();
+// The best of those that were built (MAEFAST_ISAS) that the CPU supports.
 Isa supported_isa();
-// What is used: supported_isa(), or a lower one named by MAEFAST_CPU_ISA. Read once.
+// What is used: supported_isa(), or the best that was built up to MAEFAST_CPU_ISA, which is read once.
 Isa current_isa();
 const char* isa_name(Isa isa);
 
 }  // namespace maefast
 
-#ifdef MAEFAST_X86
-#define MAEFAST_KERNELS(Table, name)             \
-  namespace plain {                              \
-  extern const Table name;                       \
-  }                                              \
-  namespace avx2 {                               \
-  extern const Table name;                       \
-  }                                              \
-  namespace avx512 {                             \
-  extern const Table name;                       \
-  }                                              \
-  static inline const Table& name##_chosen() {   \
-    const Isa isa = current_isa();               \
-    if (isa >= Isa::avx512) return avx512::name; \
-    if (isa == Isa::avx2) return avx2::name;     \
-    return plain::name;                          \
-  }
+// MAEFAST_AVX2(text) and its like: `text` where that instruction set is built (MAEFAST_ISAS), else nothing.
+#ifdef MAEFAST_HAS_AVX2
+#define MAEFAST_AVX2(text) text
 #else
-#define MAEFAST_KERNELS(Table, name)           \
-  namespace plain {                            \
-  extern const Table name;                     \
-  }                                            \
-  static inline const Table& name##_chosen() { \
-    return plain::name;                        \
-  }
+#define MAEFAST_AVX2(text)
+#endif
+#ifdef MAEFAST_HAS_AVX512
+#define MAEFAST_AVX512(text) text
+#else
+#define MAEFAST_AVX512(text)
+#endif
+#ifdef MAEFAST_HAS_AVX512BF16
+#define MAEFAST_AVX512BF16(text) text
+#else
+#define MAEFAST_AVX512BF16(text)
 #endif
 
-#ifdef MAEFAST_X86_BF16
-#define MAEFAST_KERNELS_WITH_BF16(Table, name)                     \
-  MAEFAST_KERNELS(Table, name)                                     \
-  namespace avx512bf16 {                                           \
-  extern const Table name;                                         \
-  }                                                                \
-  static inline const Table& name##_chosen_with_bf16() {           \
-    if (current_isa() == Isa::avx512bf16) return avx512bf16::name; \
-    return name##_chosen();                                        \
+#define MAEFAST_KERNELS(Table, name)                                       \
+  namespace plain {                                                        \
+  extern const Table name;                                                 \
+  }                                                                        \
+  MAEFAST_AVX2(namespace avx2 { extern const Table name; })                \
+  MAEFAST_AVX512(namespace avx512 { extern const Table name; })            \
+  static inline const Table& name##_chosen() {                             \
+    MAEFAST_AVX512(if (current_isa() >= Isa::avx512) return avx512::name;) \
+    MAEFAST_AVX2(if (current_isa() >= Isa::avx2) return avx2::name;)       \
+    return plain::name;                                                    \
   }
-#else
-#define MAEFAST_KERNELS_WITH_BF16(Table, name)           \
-  MAEFAST_KERNELS(Table, name)                           \
-  static inline const Table& name##_chosen_with_bf16() { \
-    return name##_chosen();                              \
+
+#define MAEFAST_KERNELS_WITH_BF16(Table, name)                                         \
+  MAEFAST_KERNELS(Table, name)                                                         \
+  MAEFAST_AVX512BF16(namespace avx512bf16 { extern const Table name; })                \
+  static inline const Table& name##_chosen_with_bf16() {                               \
+    MAEFAST_AVX512BF16(if (current_isa() == Isa::avx512bf16) return avx512bf16::name;) \
+    return name##_chosen();                                                            \
   }
-#endif

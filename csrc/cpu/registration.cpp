@@ -1,7 +1,10 @@
 // Index of the CPU ops. Loaded by maefast/_native.py after Python has defined the schemas.
 #include "cpu/ops.h"
 
-STABLE_TORCH_LIBRARY_IMPL(maefast, CPU, m) {
+// The name is a macro's (CMakeLists.txt), which must be replaced before STABLE_TORCH_LIBRARY_IMPL sees it.
+#define REGISTER(...) STABLE_TORCH_LIBRARY_IMPL(__VA_ARGS__)
+
+REGISTER(MAEFAST_NAMESPACE, CPU, m) {
   using namespace maefast::cpu;
   // mask
   m.impl("token_mask", TORCH_BOX(&token_mask));

@@ -2,7 +2,10 @@
 // schemas.
 #include "cuda/ops.h"
 
-STABLE_TORCH_LIBRARY_IMPL(maefast, CUDA, m) {
+// The name is a macro's (CMakeLists.txt), which must be replaced before STABLE_TORCH_LIBRARY_IMPL sees it.
+#define REGISTER(...) STABLE_TORCH_LIBRARY_IMPL(__VA_ARGS__)
+
+REGISTER(MAEFAST_NAMESPACE, CUDA, m) {
   using namespace maefast::cuda;
   // embed
   m.impl("gather_tokens", TORCH_BOX(&gather_tokens));

@@ -31,8 +31,9 @@ FAMILY_OF: dict[str, str] = {}  # op -> family
 CPU_ONLY: set[str] = set()  # families without Triton kernels
 TRITON_ONLY: set[str] = set()  # families without C++ kernels
 
-_cpp = torch.library.Library("maefast", "DEF")
-_triton = torch.library.Library("maefast_triton", "DEF")
+NAMESPACE = "maefast"  # that of csrc/*/registration.cpp
+_cpp = torch.library.Library(NAMESPACE, "DEF")
+_triton = torch.library.Library(f"{NAMESPACE}_triton", "DEF")
 _CPP_OPS: dict[str, torch._ops.OpOverload] = {}
 _TRITON_OPS: dict[str, torch._ops.OpOverload] = {}
 
@@ -61,8 +62,8 @@ def family(name: str, *, cpp: bool = True, triton: bool = True) -> Callable[[str
                 _triton.impl(op, _triton_impl(name, op), key)
             ops[op] = SCHEMAS[op] = schema
             FAMILY_OF[op] = name
-            _CPP_OPS[op] = getattr(torch.ops.maefast, op).default
-            _TRITON_OPS[op] = getattr(torch.ops.maefast_triton, op).default
+            _CPP_OPS[op] = getattr(getattr(torch.ops, _cpp.ns), op).default
+            _TRITON_OPS[op] = getattr(getattr(torch.ops, _triton.ns), op).default
             return fake
 
         return define
@@ -77,7 +78,7 @@ def _triton_impl(family: str, op: str) -> Callable:
     def call(*args):
         nonlocal kernel
         if kernel is None:
-            kernel = importlib.import_module(f"maefast.kernels.{family}").OPS[op]
+            kernel = importlib.import_module(f"..kernels.{family}", __package__).OPS[op]
         return kernel(*args)
 
     return call
@@ -90,7 +91,7 @@ def raw(op: str, backend: str):
 
 def has_kernel(op: str, key: str) -> bool:
     """Whether C++ registered an implementation of `op` for the dispatch key "CPU" or "CUDA"."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"maefast::{op}", key)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
 
 
 __all__ = ["CPU_ONLY", "FAMILIES", "FAMILY_OF", "SCHEMAS", "TRITON_ONLY", "family", "has_kernel", "raw"]
