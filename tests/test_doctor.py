@@ -94,6 +94,17 @@ def test_json_round_trips(capsys, info):
     assert set(json.loads(capsys.readouterr().out)) == set(info)
 
 
+def test_libraries_of_a_lesser_machine_are_told(monkeypatch, info):
+    """Built for what another machine had, or with MAEFAST_ISAS, they serve; the doctor says what that costs."""
+    monkeypatch.setattr(_native, "has_cpu_ops", True)
+    cpu = {**info["cpu"], "isa": "avx2", "best_isa": "avx2", "machine_isa": "avx512bf16"}
+    built = {**info, "cpu": cpu, "build": {**info["build"], "cpu_isas": "plain avx2"}}
+    told = [line for line in doctor._warnings(built) if "MAEFAST_ISAS=all" in line]
+    assert told and "this CPU has avx512bf16, and the CPU kernels were built for plain avx2" in told[0]
+    built["cpu"] = {**cpu, "machine_isa": "avx2"}
+    assert not [line for line in doctor._warnings(built) if "MAEFAST_ISAS=all" in line]
+
+
 def test_warnings_name_the_trouble_and_the_cure(monkeypatch, info):
     monkeypatch.setattr(_native, "build_failure", lambda: "no compiler was found")
     broken = {

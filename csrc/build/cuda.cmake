@@ -59,7 +59,7 @@ target_include_directories(_cuda SYSTEM PRIVATE "${CMAKE_CUDA_TOOLKIT_INCLUDE_DI
 target_compile_definitions(_cuda PRIVATE USE_CUDA)
 target_compile_options(_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-O3 -Wall -Wextra>
-  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall -lineinfo>)
+  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall -lineinfo --threads=2>)  # two architectures at a time
 target_link_options(_cuda PRIVATE -Wl,--no-undefined -Wl,--as-needed)
 target_link_libraries(_cuda PRIVATE maefast_torch maefast_torch_cuda_stub)
 install(TARGETS _cuda LIBRARY DESTINATION maefast)
