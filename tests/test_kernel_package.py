@@ -92,6 +92,15 @@ def test_folder_for_older_versions_gives_the_same(variant):
     assert python(code + "print(len(kernel.__all__) > 30)") == "True"
 
 
+def test_beside_maefast_itself(script, tmp_path):
+    """Ops are registered under the kernel's own name, or the second registration would fail."""
+    other = script.write(tmp_path, "_maefast_other", _native.find_library("cpu").parent, {"type": "cpu"})
+    code = "import os, sys, importlib.util\nos.environ['MAEFAST_DISABLE_NATIVE'] = '1'\nimport maefast, torch\n"
+    code += LOAD.format(name="_maefast_other", path=str(other / "__init__.py"))
+    code += "plan = kernel.masking.random(2, 9, 0.5)\nprint(kernel.gather_tokens(torch.ones(2, 9, 3), plan).shape[1])\n"
+    assert python(code) == "4"
+
+
 def test_layout_and_metadata(variant):
     assert variant.name == f"torch-stable-abi210-cpu-{platform.machine()}-linux"
     metadata = json.loads((variant / "metadata.json").read_text())

@@ -168,7 +168,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
-@torch.library.custom_op("maefast_onednn::linear", mutates_args=())
+@torch.library.custom_op(f"{_registry.NAMESPACE}_onednn::linear", mutates_args=())
 def _opaque_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`_product` as inductor should see it: its own lowering of the op fails on symbolic sizes."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
