@@ -53,6 +53,8 @@ def unavailable() -> str | None:
     """Why it cannot be built here, or None."""
     if os.name != "posix" or _compiler() is None:
         return "no C++ compiler"
+    if not SOURCES.is_dir():
+        return "needs the source tree"
     return None
 
 
