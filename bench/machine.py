@@ -113,7 +113,7 @@ def headline(device: str) -> str:
     words.append(f"torch {env['torch']}, maefast {env['maefast']}{commit}")
     load = state.get("load")
     if load is not None and load > BUSY:
-        words.append(f"BUSY: {load} processes were running, so times will say little")
+        words.append(f"BUSY: a load of {load} in the last minute, so times may say little")
     return "; ".join(words)
 
 

@@ -50,7 +50,7 @@ def test_headline_names_the_machine_and_says_when_it_is_busy(monkeypatch):
     assert torch.__version__ in line
     assert "BUSY" not in line
     monkeypatch.setattr(machine, "condition", lambda device: {"load": 1.5})
-    assert "BUSY: 1.5 processes were running" in machine.headline("cpu")
+    assert "BUSY: a load of 1.5" in machine.headline("cpu")
 
 
 def test_slug():
