@@ -58,9 +58,8 @@ def commands() -> str:
             words = getattr(param, "help", None) or ""
             default = getattr(param, "show_default", None)
             value = default if isinstance(default, str) else param.default
-            shown = (
-                "" if value in (None, False, "", [], ()) or callable(value) else f"`{getattr(value, 'value', value)}`"
-            )
+            value = getattr(value, "value", value)
+            shown = "" if value in (None, False, "", [], ()) or callable(value) else f"`{value}`"
             names = ", ".join(f"`{opt}`" for opt in (*param.opts, *param.secondary_opts) if opt.startswith("-"))
             rows.append(f"| {names or f'`{param.name.upper()}`'} | {words.replace('|', '&#124;')} | {shown} |")
         if rows:

@@ -144,9 +144,8 @@ def test_the_reference_has_every_public_name(path):
     name = f"maefast.{path.stem}"
     if name in entries:
         package = importlib.import_module(name)
-        hidden = [
-            one for one in getattr(package, "__all__", ()) if (Path(package.__file__).parent / f"{one}.py").exists()
-        ]
+        files = {file.stem for file in Path(package.__file__).parent.glob("*.py")}
+        hidden = [one for one in getattr(package, "__all__", ()) if one in files]
         assert {f"{name}.{one}.{one}" for one in hidden} <= set(entries), f"{path.name} lacks {', '.join(hidden)}"
 
 
