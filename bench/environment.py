@@ -107,7 +107,11 @@ def _commit() -> tuple[str | None, bool | None]:
     and MAEFAST_DIRTY (0 or 1)."""
     if commit := os.environ.get("MAEFAST_COMMIT"):
         return commit, {"0": False, "1": True}.get(os.environ.get("MAEFAST_DIRTY", ""))
-    commit = output("git", "rev-parse", "--short=12", "HEAD") if CHECKOUT else None
+    if CHECKOUT is None:  # what the installed library was built from
+        from maefast import _native
+
+        return (_native.C.build_info().get("commit") or None) if _native.C is not None else None, None
+    commit = output("git", "rev-parse", "--short=12", "HEAD")
     if commit is None:
         return None, None
     return commit, bool(output("git", "status", "--porcelain", "--", *CODE))
