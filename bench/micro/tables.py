@@ -159,7 +159,8 @@ def show(doc: dict) -> None:
     console = Console(width=None if Console().is_terminal else 170)
     dirty = ", uncommitted changes" if env["dirty"] else ""
     console.print(
-        f"{env['device']}, {env['cpu_threads']} threads, torch {env['torch']}, maefast {env['maefast']} at {env['commit']}{dirty}. "
+        f"{env['device']}, {env['cpu_threads']} threads, torch {env['torch']}, maefast {env['maefast']} at "
+        f"{env['commit']}{dirty}. "
         f"Ratio: how many times longer the peer takes. Medians of {settings['rounds']} rounds. {limits(settings)} "
         "* = chosen automatically.",
         highlight=False,
