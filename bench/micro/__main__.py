@@ -25,10 +25,23 @@ def main(argv: list[str] | None = None) -> int:
         peers = tuple(p for p in peers if not p.startswith("compile"))
     rounds = args.rounds or {"toy": 3, "quick": 9}.get(preset, 21)
     dtypes = [DTYPES[name] for name in args.dtype or DTYPES]
+    if args.check:
+        return check(args.device, preset, args.family or suite.FAMILIES, dtypes, peers)
     doc = measure(args.device, preset, args.family or suite.FAMILIES, dtypes, peers, rounds, args.budget)
     tables.show(doc)
     results.keep(args, doc, args.label or f"micro-{preset}")
     return results.WRONG if any("WRONG RESULT" in r.get("error", "") for r in doc["records"]) else 0
+
+
+def check(device: str, preset: str, families, dtypes, peers: tuple[str, ...]) -> int:
+    """Compare all variants and time nothing; the exit status."""
+    environment.exact_float32()
+    cases = list(suite.cases(families, PRESETS[preset][device], dtypes, device))
+    wrong = [record for case in cases for record in suite.check(case, peers)]
+    for record in wrong:
+        print(f"{record['op']} {record['dtype']} {record['direction']}, {record['variant']}: {record['error']}")
+    print(f"{len(cases)} cases compared, {len(wrong)} variants wrong")
+    return results.WRONG if wrong else 0
 
 
 def measure(
@@ -80,6 +93,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES))
     parser.add_argument("--peers", nargs="+", choices=suite.PEERS, help="`eager` is always run as the check")
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")
+    parser.add_argument("--check", action="store_true", help="compare all variants and time nothing")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--budget", type=float, help="seconds after which no further case starts")
     parser.add_argument("--label", help="the name of the file in --results")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from maefast.bench import environment, machine, timing
+from maefast.bench.micro import agree
 from maefast.bench.micro.op import BOTH, FORWARD, Case, Inputs, Op
 from maefast.bench.micro.shapes import Shape
 from maefast.ops import _dispatch
@@ -42,8 +43,6 @@ BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")
 # The last two stand for all further peers of an op (`Op.more`), without and with torch.compile.
 PEERS = ("eager", "tuned", "compile", "compile_tuned", "library", "compile_library")
 QUICK = ("eager", "tuned", "compile", "library")
-# ||out - eager|| / ||eager||; bfloat16 rounds at 2^-9 and the two sides may round in a different order.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def ops(family: str) -> list[Op]:
@@ -145,27 +144,6 @@ def _call(case: Case, variant: str, sets: list[Inputs], grads: list[Any]) -> tim
     return both
 
 
-def _check(case: Case, ours: Any, eager: Any) -> str | None:
-    """What differs between the two results, or None."""
-    if case.direction == BOTH:
-        (ours, ours_grads), (eager, eager_grads) = ours, eager
-        names = (f"grad {i} of {', '.join(case.op.leaves)}" for i in range(len(eager_grads)))
-        pairs = [("output", ours, eager), *zip(names, ours_grads, eager_grads, strict=True)]
-    else:
-        pairs = [("output", a, b) for a, b in zip(case.op.view(ours), case.op.view(eager), strict=True)]
-    for what, a, b in pairs:
-        if a.shape != b.shape:
-            return f"{what}: shape {tuple(a.shape)} instead of {tuple(b.shape)}"
-        if not a.is_floating_point():
-            if not torch.equal(a.long(), b.long()):
-                return f"{what}: indices differ"
-            continue
-        error = (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)
-        if not error < TOLERANCE[case.dtype]:
-            return f"{what}: relative error {float(error):.1e}"
-    return None
-
-
 # --- running -----------------------------------------------------------------------------------------------
 
 
@@ -176,18 +154,61 @@ def _tensors(inputs: Inputs) -> Iterator[Tensor]:
                 yield item
 
 
-def _input_sets(case: Case) -> list[Inputs]:
-    """As many random input sets as it takes to fill the last cache twice (2 to 16)."""
+def _input_sets(case: Case, most: int = 16) -> list[Inputs]:
+    """As many random input sets as it takes to fill the last cache twice (2 to `most`, or 1)."""
     generator = torch.Generator(case.device).manual_seed(0)
     sets = [case.op.make(case.shape, case.dtype, generator)]
     size = sum(t.numel() * t.element_size() for t in _tensors(sets[0]))
-    count = min(16, max(2, -(-2 * environment.cache_bytes(case.device) // max(size, 1))))
+    count = min(most, max(2, -(-2 * environment.cache_bytes(case.device) // max(size, 1))))
     sets += [case.op.make(case.shape, case.dtype, generator) for _ in range(count - 1)]
     for inputs in sets:
         for name in (*case.op.leaves, *case.op.maps.values()):
             if inputs[name] is not None:
                 inputs[name].requires_grad_(True)
     return sets
+
+
+def _gradients(case: Case, sets: list[Inputs]) -> list[Any]:
+    """Of the outputs, where the backward is run. From a generator of their own: the default one belongs to the graphs
+    that are captured."""
+    if case.direction == FORWARD:
+        return [None] * len(sets)
+    generator = torch.Generator(case.device).manual_seed(1)
+    outputs = (case.op.eager(inputs).detach() for inputs in sets)
+    return [torch.empty_like(out).normal_(generator=generator) for out in outputs]
+
+
+def _eager(case: Case, sets: list[Inputs], grads: list[Any]) -> Any:
+    """What the eager peer makes of the first set, in our layout."""
+    return _packed(case.op, sets[0], _call(case, "eager", sets, grads)(0), case.direction)
+
+
+def _wrong(case: Case, variant: str, call: timing.Call, sets: list[Inputs], grads: list[Any], expected) -> str | None:
+    """What a variant computes otherwise than the eager one, or why it fails; None where they agree."""
+
+    def exact() -> Any:
+        return _eager(case, [agree.widened(sets[0])], [grads[0] if grads[0] is None else grads[0].double()])
+
+    try:
+        result = call(0) if variant.startswith("maefast") else _packed(case.op, sets[0], call(0), case.direction)
+        problem = agree.problem(case, result, expected, exact)
+    except Exception as error:
+        return _failure(error)
+    return problem and f"WRONG RESULT, not timed: {problem}"
+
+
+def _failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+
+
+def check(case: Case, peers: tuple[str, ...]) -> list[dict]:
+    """Records of the variants that fail or compute something else, on one set of inputs; nothing is timed."""
+    sets = _input_sets(case, 1)
+    grads = _gradients(case, sets)
+    expected = _eager(case, sets, grads)
+    chosen = [name for name, reason in variants(case, peers).items() if reason is None]
+    found = {name: _wrong(case, name, _call(case, name, sets, grads), sets, grads, expected) for name in chosen}
+    return [{**describe(case), "variant": name, "error": error} for name, error in found.items() if error]
 
 
 def run(
@@ -201,13 +222,8 @@ def run(
     if any(peer.startswith("compile") for peer in peers):
         torch._dynamo.reset()  # shapes are static, and one function compiles for a limited number of them
     sets = _input_sets(case)
-    grads: list[Any] = [None] * len(sets)
-    if case.direction == BOTH:
-        # From a generator of their own: the default one belongs to the graphs that are captured.
-        generator = torch.Generator(case.device).manual_seed(1)
-        outputs = (case.op.eager(inputs).detach() for inputs in sets)
-        grads = [torch.empty_like(out).normal_(generator=generator) for out in outputs]
-    expected = _packed(case.op, sets[0], _call(case, "eager", sets, grads)(0), case.direction)
+    grads = _gradients(case, sets)
+    expected = _eager(case, sets, grads)
 
     errors: dict[str, str] = {}
     peaks: dict[str, int] = {}
@@ -217,15 +233,14 @@ def run(
             errors[name] = reason
             continue
         call = _call(case, name, sets, grads)
+        if problem := _wrong(case, name, call, sets, grads, expected):
+            errors[name] = problem
+            continue
         try:
-            result = call(0) if name.startswith("maefast") else _packed(case.op, sets[0], call(0), case.direction)
-            if problem := _check(case, result, expected):
-                errors[name] = f"WRONG RESULT, not timed: {problem}"
-                continue
             peaks[name] = machine.peak_bytes(lambda call=call: call(0), case.device)
             samplers[name] = timing.sampler(call, len(sets), case.device, warmup, waits(case.op, name))
         except Exception as error:
-            errors[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+            errors[name] = _failure(error)
     del expected
     samples = timing.interleave(samplers, rounds)
     return _records(case, samplers, samples, errors, peaks, limits), samples
@@ -237,21 +252,13 @@ def one_by_one(
     """The records of `run`, each as soon as it is measured, the eager peer's first. Only one variant's outputs are in
     memory at a time, so large shapes fit; drift of the machine does not cancel."""
     sets = _input_sets(case)
-    grads: list[Any] = [None] * len(sets)
-    if case.direction == BOTH:
-        grads = [torch.randn_like(case.op.eager(inputs)) for inputs in sets]
-    expected = _packed(case.op, sets[0], _call(case, "eager", sets, grads)(0), case.direction)
+    grads = _gradients(case, sets)
+    expected = _eager(case, sets, grads)
     medians: dict[str, float] = {}
     for name, reason in sorted(variants(case, peers).items(), key=lambda item: item[0] != "eager"):
         if reason is None:
-            try:
-                call = _call(case, name, sets, grads)
-                result = call(0) if name.startswith("maefast") else _packed(case.op, sets[0], call(0), case.direction)
-                reason = _check(case, result, expected)
-                reason = reason and f"WRONG RESULT, not timed: {reason}"
-                del result
-            except Exception as error:
-                reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+            call = _call(case, name, sets, grads)
+            reason = _wrong(case, name, call, sets, grads, expected)
         if reason is None:
             try:
                 clock = timing.sampler(call, len(sets), case.device, warmup)
@@ -265,7 +272,7 @@ def one_by_one(
                 del clock
                 yield record
             except Exception as error:
-                reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+                reason = _failure(error)
         if reason is not None:
             yield {**describe(case), "variant": name, "error": reason}
         if case.device == "cuda":

@@ -333,3 +333,29 @@ def test_interleave_runs_all_in_each_round():
     assert all(len(s) == 4 for s in samples.values())
     for i in range(4):
         assert set(calls[3 * i : 3 * i + 3]) == set("abc")
+
+
+def test_check_times_nothing_and_finds_what_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(timing, "sampler", lambda *what: pytest.fail("timed"))
+    arguments = ["--preset", "toy", "--family", "restore", "--peers", "eager", "tuned", "--check"]
+    assert micro.main(arguments) == 0
+    assert "4 cases compared, 0 variants wrong" in capsys.readouterr().out
+    (op,) = suite.ops("restore")
+    wrong = Op(**{**vars(op), "tuned": lambda inputs: op.tuned(inputs) * 1.1})
+    monkeypatch.setattr(suite, "ops", lambda family: [wrong])
+    assert micro.main(arguments) == results.WRONG
+    assert "restore_tokens float32 forward, tuned: WRONG RESULT" in capsys.readouterr().out
+
+
+def test_a_peer_that_rounds_does_not_condemn_a_better_result():
+    """Judged in float64 where the two differ; what is farther from that than twice the peer is still wrong."""
+    (op,) = suite.ops("restore")
+
+    def off(by: float):
+        return lambda inputs: op.eager(inputs) * (1.0 if inputs["x"].dtype is torch.float64 else 1.0 + by)
+
+    for direction in op.directions:
+        case = Case(Op(**{**vars(op), "eager": off(1e-4), "tuned": off(3e-4)}), TOY, torch.float32, direction, "cpu")
+        records = suite.check(case, ("eager", "tuned"))
+        assert [record["variant"] for record in records] == ["tuned"], records
+        assert "relative error 2.0e-04" in records[0]["error"]
