@@ -1,4 +1,4 @@
-# make demo | test | timm | bench | lint | format | kernels | docs | native | wheels
+# make demo | test | timm | bench | lint | format | kernels | native | wheels
 #
 # Works in the active virtual environment or, without one, in .venv, which it makes. A torch that is there is used;
 # otherwise torch is installed from PyPI, or from TORCH_INDEX_URL (such as https://download.pytorch.org/whl/cpu).
@@ -19,7 +19,7 @@ NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f -not -name '*.pyc')
 TORCH := $(shell grep '^torch==' requirements-dev.txt)
 TIMM := timm==1.0.31
 
-.PHONY: demo test timm bench lint format kernels docs native wheels install clean
+.PHONY: demo test timm bench lint format kernels native wheels install clean
 demo: $(STAMP)
 	$(PY) examples/demo.py
 
@@ -45,11 +45,6 @@ format: $(STAMP)
 timm: $(STAMP)
 	$(PIP) install $(PIP_ARGS) --no-deps --upgrade --target build/timm '$(TIMM)'
 	PYTHONPATH=build/timm $(PY) -m pytest $(PYTEST_ARGS) tests/nn/test_cells_timm.py
-
-# The documentation as a site, build/site; fails on a link that leads nowhere.
-docs: $(STAMP)
-	$(PIP) install $(PIP_ARGS) -r requirements-docs.txt
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q
 
 # Compiles every Triton kernel for sm_80, sm_90 and sm_100, needs no GPU, and fails on a spill or where docs/kernels.md,
 # which it then writes anew, showed something else.
