@@ -73,7 +73,7 @@ def public_names(package: str) -> tuple[str, ...]:
 
 
 def reference_page(package: str) -> str:
-    head = f"# {package}\n\n::: {package}\n    options:\n      members: false\n"
+    head = f"# {package}\n\n::: {package}\n    options:\n      members: false\n      show_root_heading: false\n      show_root_toc_entry: false\n"
     return head + "".join(f"\n::: {package}.{name}\n" for name in public_names(package))
 
 
