@@ -73,7 +73,8 @@ def public_names(package: str) -> tuple[str, ...]:
 
 
 def reference_page(package: str) -> str:
-    head = f"# {package}\n\n::: {package}\n    options:\n      members: false\n      show_root_heading: false\n      show_root_toc_entry: false\n"
+    quiet = "".join(f"      {option}: false\n" for option in ("members", "show_root_heading", "show_root_toc_entry"))
+    head = f"# {package}\n\n::: {package}\n    options:\n{quiet}"
     return head + "".join(f"\n::: {package}.{name}\n" for name in public_names(package))
 
 

@@ -1,6 +1,6 @@
-"""What the blocks of a page take for granted, as toys. The first function of a page gives the names that are there before
-its first Python block, the second those that join them before the second one, and so on. `small` makes published models
-toys while blocks run."""
+"""What the blocks of a page take for granted, as toys. The first function of a page gives the names that are there
+before its first Python block, the second those that join them before the second one, and so on. `small` makes published
+models toys while blocks run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import maefast
 from maefast import models
 
-TINY = {"embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+TINY = {
+    "embed_dim": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "decoder_embed_dim": 32,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+}
 
 
 @contextmanager
@@ -24,7 +32,7 @@ def small(monkeypatch: Any) -> Iterator[None]:
     """`mae_base` and the sizes of recipes are tiny, under the same names and with all their arguments."""
     for name in ("mae_base", "mae_small"):
         cls, preset = models._PRESETS[name]
-        monkeypatch.setitem(models._PRESETS, name, (cls, {**preset, **TINY, "decoder_embed_dim": 32}))
+        monkeypatch.setitem(models._PRESETS, name, (cls, {**preset, **TINY}))
     real = maefast.recipes.arguments_of
 
     def tiny(spec: Any, size: str | None = None) -> dict[str, Any]:
@@ -57,6 +65,15 @@ def resnet() -> nn.Module:
             return self.net(images).last_hidden_state
 
     return Maps()
+
+
+def plain() -> dict[str, Any]:
+    return {"maefast": maefast, "torch": torch}
+
+
+def weights_of_mae_base() -> dict[str, Any]:
+    save_file(models.create("mae_base").state_dict(), "model.safetensors")
+    return plain()
 
 
 def readme() -> dict[str, Any]:
@@ -161,6 +178,8 @@ NAMES: dict[str, tuple[Callable[[], dict[str, Any]], ...]] = {
     "docs/optimizer.md": (optimizer,),
     "docs/probe.md": (run_with_classes,),
     "docs/profile.md": (profile,),
+    **{f"docs/questions/{name}.md": (plain,) for name in ("non-square-images", "channels")},
+    "docs/questions/fine-tuning.md": (weights_of_mae_base,),
     "docs/recipes/graphmae.md": (graphmae,),
     "docs/recipes/mfm.md": (mfm, trainer_of_domains),
     "examples/README.md": (lambda: {"maefast": maefast, "model": vitmae()},),

@@ -1,7 +1,7 @@
 """Every ```python block of the documentation runs, in the order of its page and in one namespace, on toys.
 
-A page that takes names for granted (`model`, `images`) has them from stand_ins.py. A block that cannot run here says why
-in a comment that readers do not see, `<!-- no test: why -->`, on the line before; it must compile all the same.
+A page that takes names for granted (`model`, `images`) has them from stand_ins.py. A block that cannot run here says
+why in a comment that readers do not see, `<!-- no test: why -->`, on the line before; it must compile all the same.
 """
 
 from __future__ import annotations

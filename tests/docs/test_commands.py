@@ -16,12 +16,8 @@ from maefast.errors import ConfigError
 from .pages import PAGES, ROOT, inline_code, shell_lines
 
 ROOT_COMMAND = typer.main.get_command(app)
-# Options of other programs, and of `python -m bench...`, that pages name.
-FOREIGN = set(
-    "--max-restarts --signals-to-handle --standalone --no-build-isolation --preset --peers --full --budget --rounds"
-    " --results --family --checkout --memory-format --no-compile --arch --rehearse --build-only --dry-run --lines --json"
-    " --write --libraries --benchmark-autosave --benchmark-compare --signal".split()
-)
+# Options of other programs that pages name.
+FOREIGN = {"--family", "--max-restarts", "--signals-to-handle", "--standalone"}
 # Pages about the benchmarks' own options.
 OTHERS = {"bench/README.md", "docs/gpu.md", "docs/results.md", "docs/kernels.md", "docs/releasing.md", "CHANGELOG.md"}
 PLACEHOLDER = re.compile(r"(?<![\w./-])[A-Z][A-Z]*(?![\w./-])")
@@ -31,7 +27,9 @@ def commands(line: str) -> list[str]:
     """The arguments of `maefast` in a line of a shell, or [] where it is another command."""
     line = line.split(" #")[0].strip().removeprefix("$ ").removesuffix("&").strip()
     line = re.sub(r"\b([\w.]+)(?:\|[\w.]+)+", r"\1", re.sub(r"[\[\]]", "", line))  # a|b, [--maybe]
-    match = re.match(r"(?:[A-Z_]+=\S+ )*(?:(?:torchrun|accelerate launch|srun)\b.*)?(?:-m maefast\.cli|maefast) (?=[a-z-])", line)
+    match = re.match(
+        r"(?:[A-Z_]+=\S+ )*(?:(?:torchrun|accelerate launch|srun)\b.*)?(?:-m maefast\.cli|maefast) (?=[a-z-])", line
+    )
     return shlex.split(line[match.end() :]) if match else []
 
 
@@ -99,9 +97,13 @@ def test_modules_and_targets_exist(page):
 
 
 def test_what_is_wrong_is_found():
-    assert commands("torchrun --nproc-per-node 8 -m maefast.cli pretrain --data a/  # eight") == ["pretrain", "--data", "a/"]
+    assert commands("torchrun --nproc-per-node 8 -m maefast.cli pretrain --data a/  # eight") == [
+        "pretrain",
+        "--data",
+        "a/",
+    ]
     assert commands("pip install maefast") == []
     for line in ("pretrain --data a/ --mask 0.5", "pretrain --data a/ --amp bf61", "pretrain --amp bf16",
-                 "pretrain --data a/ --mean 1", "probe out/", "pretrian --data a/", "pretrain --recipe mea --demo"):  # fmt: skip
+                 "pretrain --data a/ --mean 1", "probe out/", "pretrian --data a/"):  # fmt: skip
         assert complaint(line.split(), whole=True), line
     assert complaint(["reconstruct", "RUN", "--count", "N"], whole=False) is None

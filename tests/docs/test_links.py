@@ -76,7 +76,9 @@ def test_links_on_the_site():
     assert hooks.site_target("../../README.md", "docs/recipes/cae.md") == "../index.md"
     assert hooks.site_target("../maefast/ops", "docs/data.md") is None
     text = "[`ops`](maefast/ops), `[not](a-link.md)` and ![a](docs/images/demo.png)\n```\n[nor](this.md)\n```\n"
-    assert hooks.rewrite(text, "README.md") == text.replace("[`ops`](maefast/ops)", "`ops`").replace("docs/images", "images")
+    assert hooks.rewrite(text, "README.md") == text.replace("[`ops`](maefast/ops)", "`ops`").replace(
+        "docs/images", "images"
+    )
     there = hooks.rewrite("[demo](demo.py)", "examples/README.md", "https://example.org/maefast/")
     assert there == "[demo](https://example.org/maefast/blob/HEAD/examples/demo.py)"
 
