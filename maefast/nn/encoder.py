@@ -81,7 +81,8 @@ def run_encoder(
 
     Args:
         parts, plan: what `patch_embed` takes, which embeds the visible tokens (plan None: all).
-        cls_token: [..., P, D], the P prefix tokens, or None. pos_embed: a table [1, P + N, D], a module `parts -> [B, N, D]`, or None.
+        cls_token: [..., P, D], the P prefix tokens, or None.
+        pos_embed: a table [1, P + N, D], a module `parts -> [B, N, D]`, or None.
     """
     x, packing, each = _embed(parts, plan, patch_embed, cls_token, pos_embed)
     x, delta = run_blocks(blocks, x, packing, recompute, each=each, taps=taps)
