@@ -1,4 +1,4 @@
-# make demo | test | timm | bench | lint | format | kernels | native | wheels
+# make demo | test | timm | bench | lint | format | kernels | native | wheels | docs
 #
 # Works in the active virtual environment or, without one, in .venv, which it makes. A torch that is there is used;
 # otherwise torch is installed from PyPI, or from TORCH_INDEX_URL (such as https://download.pytorch.org/whl/cpu).
@@ -19,7 +19,7 @@ NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f -not -name '*.pyc')
 TORCH := $(shell grep '^torch==' requirements-dev.txt)
 TIMM := timm==1.0.31
 
-.PHONY: demo test timm bench lint format kernels native wheels install clean
+.PHONY: demo test timm bench lint format kernels native wheels docs install clean
 demo: $(STAMP)
 	$(PY) examples/demo.py
 
@@ -50,6 +50,10 @@ timm: $(STAMP)
 # which it then writes anew, showed something else.
 kernels: $(STAMP)
 	$(PY) -m tests.kernels.compile_all
+
+# The documentation as a site, without the network: build/site. Warnings are errors.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 install: $(STAMP)
 

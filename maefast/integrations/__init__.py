@@ -255,7 +255,8 @@ def report(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `accelerate`: every module gets its own class and methods back. Returns the same object."""
+    """Undo `accelerate`: every module of `model` gets its own class and methods back. Returns the same object; a
+    model that was not accelerated is left as it is."""
     for module in model.modules():
         _swap.unswap(module)
         module.__dict__.pop(_REPORT, None)

@@ -24,6 +24,11 @@
 
 Your own sampler is `from_scores(scores, keep)`. With `noise` given, nothing is drawn, so that a run can be
 replayed; with `generator`, only that generator is advanced.
+
+Arguments that samplers share: `batch`, the number of samples; `ratio`, the share that is masked, or `keep`, the number
+that stays, one of them; `device`, where noise is drawn and the plan lies (that of `noise` or `generator`, if given);
+`rule`, how a share becomes a count (`keep_count`); `backend`, as of the ops. What does not fit raises TypeError or
+ValueError.
 """
 
 from maefast.masking.blocks import block, enlarge, grid

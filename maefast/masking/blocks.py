@@ -24,7 +24,10 @@ def grid(
     backend: str | None = None,
 ) -> TokenMask:
     """Tokens at rows ``offset[0] + i*stride[0]`` and columns ``offset[1] + j*stride[1]`` stay visible, all others
-    are masked. Stride 2 masks three quarters.
+    are masked. Stride 2 masks three quarters. Nothing is drawn.
+
+    Args:
+        grid_size: (rows, columns) of tokens. stride, offset: of both, or (rows, columns).
     """
     height, width = _checks.grid("grid_size", grid_size)
     check_size(batch, height * width)

@@ -61,6 +61,7 @@ class Attention(nn.Module):
     """Multi-head self-attention with one qkv projection (weight [3D, D], rows q, k, v) and an output projection.
 
     Args:
+        dim, num_heads: D, a multiple of the number of heads (else ValueError).
         bias: what is shifted: "qkv", all of them; "qv", queries and values by parameters of their own, `q_bias` and
             `v_bias` [D], as BEiT and VideoMAE do (a shift of the keys changes no softmax); "none".
     """

@@ -17,7 +17,8 @@ from maefast.ops import TokenMask
 
 
 def position_table(positions: str, width: int, grid: tuple[int, int], prefix: int = 1) -> nn.Parameter:
-    """[1, prefix + N, width] with the prefix tokens' rows first: frozen sine-cosine (those rows zero), or learned."""
+    """[1, prefix + N, width] for the N cells of `grid` (rows, columns), the prefix tokens' rows first. `positions`:
+    "sincos", frozen (those rows zero), or "learned"; ValueError for another."""
     if positions == "sincos":
         return nn.Parameter(sincos_2d(width, grid, prefix=prefix)[None], requires_grad=False)
     if positions == "learned":
@@ -36,7 +37,7 @@ def run_blocks(
     each: Tensor | None = None,
     taps: dict[int, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """x through all blocks, as a pending sum (x, delta); see `maefast.nn.block`.
+    """x, [B, N, D] or by `packing` [T, D], through all blocks, as a pending sum (x, delta); see `maefast.nn.block`.
 
     With `recompute`, blocks keep their input alone for the backward. `each`, in the shape of x, is added to the input
     of every block (positions, as Point-MAE does). The outputs of the blocks whose indices are keys of `taps` are
@@ -56,7 +57,7 @@ def run_blocks(
 
 
 def run_norm(norm: LayerNorm, x: Tensor, delta: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """norm(x + delta)."""
+    """norm(x + delta), in `dtype` (None: as `add_norm` has it)."""
     return norm(x, dtype=dtype) if delta is None else norm(x, delta, dtype)[1]
 
 
@@ -76,7 +77,12 @@ def run_encoder(
     """Latents of the prefix tokens and the visible tokens: [B, P + keep, D], or packed [B*P + T, D] for a ragged plan.
 
     Under autocast they come in its dtype, for the matrix product that follows; as `features`, in that of the residual
-    stream. `taps`: see `run_blocks`.
+    stream. `taps`, `recompute`: see `run_blocks`.
+
+    Args:
+        parts, plan: what `patch_embed` takes, which embeds the visible tokens (plan None: all).
+        cls_token: [..., P, D], the P prefix tokens, or None.
+        pos_embed: a table [1, P + N, D], a module `parts -> [B, N, D]`, or None.
     """
     x, packing, each = _embed(parts, plan, patch_embed, cls_token, pos_embed)
     x, delta = run_blocks(blocks, x, packing, recompute, each=each, taps=taps)
@@ -110,7 +116,7 @@ def encoder_states(
     blocks: nn.ModuleList,
 ) -> list[Tensor]:
     """Outputs of the blocks `at` (from 0), before any final norm, as `run_encoder` lays tokens out. Blocks behind the
-    last of them are not run."""
+    last of them are not run. The other arguments are those of `run_encoder`. ValueError: `at` names no block."""
     if not at or not all(0 <= index < len(blocks) for index in at):
         raise ValueError(f"at must name some of the {len(blocks)} blocks, from 0, got {list(at)}")
     x, packing, each = _embed(parts, plan, patch_embed, cls_token, pos_embed)
@@ -124,7 +130,8 @@ def encode_together(
 ) -> list[Tensor]:
     """Tokens that several encoders make, through the same `blocks` and each encoder's own norm.
 
-    All sequences, of whatever lengths, are one packed batch. Returns what each encoder would, had it these blocks.
+    All sequences, of whatever lengths, are one packed batch. `parts` and `plans`: what each encoder is called with.
+    Returns what each encoder would, had it these blocks. ValueError: an encoder adds positions in every block.
     """
     made = [
         _embed(some, plan, e.patch_embed, e.cls_token, e.pos_embed) for e, some, plan in zip(encoders, parts, plans)
@@ -146,8 +153,8 @@ def encode_together(
 
 
 def pool_visible(latent: Tensor, plan: TokenMask, prefix: int = 0) -> Tensor:
-    """The mean of the visible tokens of each sample, [B, D], of latents as an encoder lays them out, without the prefix
-    tokens. A sample that shows none has zeros."""
+    """The mean of the visible tokens of each sample, [B, D], of latents as an encoder lays them out, [B, prefix + keep,
+    D] or packed [B*prefix + T, D] by `plan`, without the prefix tokens. A sample that shows none has zeros."""
     if latent.ndim == 3:
         return latent[:, prefix:].mean(1)
     sample = torch.div(plan.visible.long(), plan.num_tokens, rounding_mode="floor")

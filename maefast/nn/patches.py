@@ -13,7 +13,8 @@ from maefast.ops.loss import EPS, NORMS
 
 
 class Reconstruction(NamedTuple):
-    """Pictures in the shape and scale of the images or clips that were given; `mask` is bool, True where removed."""
+    """Pictures in the shape and scale of the images or clips that were given; `mask` is bool, True where removed.
+    `pasted` is the original with the removed parts of the `reconstruction`."""
 
     original: Tensor
     masked: Tensor

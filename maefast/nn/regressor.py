@@ -57,7 +57,8 @@ class RegressorBlock(nn.Module):
 
 
 class Regressor(nn.Module):
-    """Blocks, and a norm. `drop_path` rises linearly to the value given."""
+    """`depth` blocks of width `dim`, and a norm. `drop_path` rises linearly to the value given; `layer_scale` is where
+    the scale of each branch starts."""
 
     def __init__(
         self,

@@ -1,5 +1,8 @@
 """Fused ops for masked autoencoders. Each family's file holds contract, checks, plain definition,
-autograd, and the schemas and fakes of its raw ops."""
+autograd, and the schemas and fakes of its raw ops.
+
+Every op takes `backend`: None chooses (`cuda`, `triton`, `cpu`, `reference`, the first that serves the call); a name
+forces one, and RuntimeError says why it cannot serve. ``with maefast.backend(name)`` does so for all calls inside."""
 
 from maefast.ops import _dispatch
 from maefast.ops._dispatch import backend

@@ -226,7 +226,8 @@ def instance_norm_cells(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """InstanceNorm with the statistics of each sample's active sites: `group_norm_cells` with one channel a group."""
+    """InstanceNorm with the statistics of each sample's active sites: `group_norm_cells` with one channel a group,
+    whose arguments, result and errors these are."""
     channels = _check_cells(x, plan, eps)
     return group_norm_cells(x, plan, channels, weight, bias, eps, backend=backend)
 

@@ -51,5 +51,5 @@ def load_weights(recipe: Recipe, path: str | os.PathLike, *, ema: bool = False) 
 
 
 def public_weights(recipe: Recipe) -> dict[str, Tensor]:
-    """The state_dict under the names of the public checkpoints."""
+    """The state_dict of a recipe's network under the names of the authors' public checkpoints (`Recipe.names`)."""
     return recipe.names.to_public(recipe.network.state_dict())

@@ -16,7 +16,14 @@ __all__ = [
 
 
 def pretrain(config: PretrainConfig, **kwargs):
-    """Run `maefast pretrain` from Python; see `maefast.train.loop.pretrain`."""
+    """Run `maefast pretrain` from Python; see `maefast.train.loop.pretrain`.
+
+    Args:
+        config: a `PretrainConfig`. kwargs: `create_model`, for a model or recipe of your own.
+
+    Returns:
+        A `maefast.train.loop.Result`. Raises TrainError, saying what to do.
+    """
     from .loop import pretrain as run
 
     return run(config, **kwargs)

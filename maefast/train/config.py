@@ -18,7 +18,8 @@ from .parse import parse_numbers
 
 @dataclass
 class PretrainConfig:
-    """Options of `maefast pretrain`, with its defaults. Counts of steps are optimizer steps."""
+    """Options of `maefast pretrain`, with its defaults; `maefast pretrain --help` says what each is. Counts of
+    steps are optimizer steps. ConfigError: an option that makes no sense, here or in `check`."""
 
     data: str = ""
     column: str | None = None
