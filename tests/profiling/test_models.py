@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ import maefast
 from maefast import recipes
 from maefast.integrations import _worth
 from maefast.profiling import profile
+from tests.profiling.common import patient
 
 
 @pytest.fixture
@@ -28,8 +31,9 @@ def vitmae():
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
+@patient
 def test_vitmae(vitmae, accelerated):
-    model = maefast.accelerate(vitmae) if accelerated else vitmae
+    model = maefast.accelerate(copy.deepcopy(vitmae)) if accelerated else vitmae
     images = torch.randn(8, 3, 64, 64)
     with _worth.always():
         report = profile(lambda: model(images).loss.backward(), model, steps=2)
@@ -54,6 +58,7 @@ def test_that_a_model_can_be_accelerated_is_seen(vitmae):
     assert not replaceable(maefast.models.create("mae_tiny", img_size=32))
 
 
+@patient
 def test_a_recipe():
     from maefast.data.points import PointBatch
 

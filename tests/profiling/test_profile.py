@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import maefast
 from maefast import models
 from maefast.profiling import profile
+from tests.profiling.common import patient
 
 MIB = 2**20
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 32, "decoder_depth": 2,
@@ -59,6 +60,7 @@ def summed(report):
     return sum(stage.seconds for stage in report.stages)
 
 
+@patient
 def test_times_of_stages_that_sleep():
     model = Sleepers()
     report = profile(lambda: model().backward(), model, steps=3, warmup=1)
@@ -74,6 +76,7 @@ def test_times_of_stages_that_sleep():
     assert "sleep" in report.advice.sentence
 
 
+@patient
 def test_a_slow_loader():
     model = nn.Linear(4, 4)
 
@@ -88,6 +91,7 @@ def test_a_slow_loader():
     assert summed(report) == pytest.approx(report.seconds, rel=1e-6)
 
 
+@patient
 def test_hundreds_of_tiny_ops():
     weight = nn.Parameter(torch.ones(2))
     model = nn.ParameterList([weight])
@@ -105,6 +109,7 @@ def test_hundreds_of_tiny_ops():
     assert summed(report) == pytest.approx(report.seconds, rel=1e-6)
 
 
+@patient
 def test_big_products():
     model = nn.Sequential(nn.Linear(768, 768), nn.ReLU(), nn.Linear(768, 768))
     x = torch.randn(512, 768)
@@ -116,6 +121,7 @@ def test_big_products():
     assert linear.calls == 2
 
 
+@patient
 def test_big_elementwise():
     model = nn.ParameterList([nn.Parameter(torch.ones(MIB))])
 
@@ -211,6 +217,7 @@ def test_it_is_put_back_when_a_step_fails():
     assert not optimizer.state
 
 
+@patient
 def test_stages_of_a_masked_autoencoder():
     torch.manual_seed(0)
     model = models.create("mae", **TINY)
