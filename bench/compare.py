@@ -90,7 +90,7 @@ def cases(docs: list[dict]) -> Iterator[tuple[Case, Rounds]]:
         groups: dict[Case, dict[str, dict]] = {}
         for record in doc["records"]:
             if "error" not in record:
-                groups.setdefault(_what(doc["kind"], record), {})[_who(record)] = record
+                groups.setdefault(_what(record), {})[_who(record)] = record
         for what, group in groups.items():
             peer = next((group[name] for name in ("eager", "plain", "as_is") if name in group), None)
             for who, record in group.items():
@@ -104,7 +104,7 @@ def cases(docs: list[dict]) -> Iterator[tuple[Case, Rounds]]:
                     yield case, Rounds(samples["maefast"], [ours / plain for ours, plain in pairs])
 
 
-def _what(kind: str, record: dict) -> Case:
+def _what(record: dict) -> Case:
     shape = record.get("shape", {})
     names = ("op", "family", "preset", "dtype", "direction", "batch", "visible", "side", "width", "tokens", "depth")
     return (*(str(record[name]) for name in names if name in record), shape.get("name", ""), shape.get("batch", ""))

@@ -7,7 +7,6 @@ FLOPs over the product's (the roofline of Williams, Waterman and Patterson, 2009
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from maefast.bench import environment, timing
 from maefast.ops import linear
+from maefast.profiling.machine import load
 
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices
 UNKNOWN: dict[str, Any] = {"condition": {}, "copy_gb_s": None, "matrix_tflops": {}}  # for runs that judge no speed
@@ -83,8 +83,8 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
 def condition(device: str) -> dict[str, Any]:
     """What is known of how busy, fast and hot the machine is now; keys that the system does not tell are absent."""
     found: dict[str, Any] = {}
-    if hasattr(os, "getloadavg"):
-        found["load"] = round(os.getloadavg()[0], 2)
+    if (busy := load()) is not None:
+        found["load"] = round(busy, 2)
     if device == "cuda":
         names = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
         told = environment.output("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits")
@@ -111,9 +111,9 @@ def headline(device: str) -> str:
         words.append(f"{env['cpu_threads']} threads, kernels {env['isa'] or 'none (reference alone)'}")
     commit = f" at {env['commit']}{' with changes' if env['dirty'] else ''}" if env["commit"] else ""
     words.append(f"torch {env['torch']}, maefast {env['maefast']}{commit}")
-    load = state.get("load")
-    if load is not None and load > BUSY:
-        words.append(f"BUSY: a load of {load} in the last minute, so times may say little")
+    busy = state.get("load")
+    if busy is not None and busy > BUSY:
+        words.append(f"BUSY: a load of {busy} in the last minute, so times may say little")
     return "; ".join(words)
 
 

@@ -77,7 +77,7 @@ BENCHMARKS = {
         "scaling",
         "an encoder's time against visible tokens and batch",
         (("--quick",),),
-        tuple(("--full", "--dtype", dtype) for dtype in DTYPES),
+        tuple(("--dtype", dtype) for dtype in DTYPES),
     ),
     "block": Benchmark("block", "a transformer block, time and what it keeps", (("--rounds", "2"),), ((),)),
     "volumes": Benchmark(

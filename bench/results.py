@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +113,22 @@ def read_all(folder: str | Path) -> list[dict]:
     folder = Path(folder)
     found = []
     for path in sorted(folder.rglob("*.json")):
-        doc = json.loads(path.read_text())
-        if isinstance(doc, dict) and doc.get("kind") in KINDS:
-            found.append({**read(path), "file": path.relative_to(folder).as_posix()})
+        doc = _read(path, lambda doc: isinstance(doc, dict) and doc.get("kind") in KINDS)
+        if doc is not None:
+            found.append({**doc, "file": path.relative_to(folder).as_posix()})
     return found
 
 
 def read(path: str | Path) -> dict:
+    return _read(path, lambda doc: True)
+
+
+def _read(path: str | Path, wanted: Callable[[Any], bool]) -> dict | None:
+    """A checked result, or None where it is not wanted. ValueError: what is wrong, and with which file."""
     try:
         doc = json.loads(Path(path).read_text())
+        if not wanted(doc):
+            return None
         validate(doc)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -106,7 +106,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--quick", action="store_true", help="three shares, three rounds")
-    parser.add_argument("--full", action="store_true", help="all shares and batches (the default)")
     results.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 
 from maefast.bench import environment, machine, results, timing
+from maefast.bench.micro import tables
 from maefast.bench.peers.models import CUDA_PEERS, NAMES, PEERS
 
 # preset -> model, default batch; and where they differ from the ViT's: share masked, peers, what is timed ("step", or
@@ -386,8 +387,8 @@ def print_table(doc: dict, title: str, what: str, names: dict[str, str]) -> None
         table.add_row(
             "1" if one else f"{r['ratio']:.2f}x",
             f"{r['step_s'] * 1e3:.1f}",
-            f"{(r['high_s'] - r['low_s']) / 2 / r['step_s']:.0%}",
-            f"{r['limit_share']:.0%} {r['limit']}" if "limit_share" in r else "-",
+            tables.spread(r),
+            tables.of_limit(r),
             f"{r['images_per_s']:.{0 if r['images_per_s'] >= 10 else 1}f}",
             f"{r['peak_bytes'] / 2**20:.0f}",
             "1" if one else f"{r['memory_ratio']:.2f}x",

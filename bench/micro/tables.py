@@ -82,7 +82,8 @@ def times(value: float | None) -> str:
 
 def spread(record: dict) -> str:
     """Half of the distance between the quartiles, as a share of the median."""
-    return f"{(record['high_s'] - record['low_s']) / 2 / record['median_s']:.0%}"
+    median = record["step_s"] if "step_s" in record else record["median_s"]
+    return f"{(record['high_s'] - record['low_s']) / 2 / median:.0%}"
 
 
 def of_limit(record: dict) -> str:
