@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._common import ceil_div, check_dtypes, guard, power
+from .attention_bias_kernel import attention_bias_bwd_kernel
 from .attention_kernel import attention_bwd_kernel, attention_bwd_tiled_kernel, attention_fwd_kernel
 
 PROGRAMS = 1024  # fill any GPU of today
@@ -35,7 +36,8 @@ class Tile(NamedTuple):
 # - forward above 128 keys: Tile(64, 32, 4), Tile(64, 64, 4), Tile(32, 256, 8, True); 1 stage against 2.
 
 
-def forward_tile(dtype: torch.dtype, block_d: int, max_q: int, max_k: int) -> Tile:
+def forward_tile(dtype: torch.dtype, block_d: int, max_q: int, max_k: int, placed: bool = False) -> Tile:
+    """`placed`: a bias of pairs or a rotation, whose tiles take registers."""
     w = 2 if block_d > 64 else 1
     if dtype is torch.float32:  # no tensor cores: blocks are small, or registers spill
         tiles, rest = (
@@ -44,12 +46,13 @@ def forward_tile(dtype: torch.dtype, block_d: int, max_q: int, max_k: int) -> Ti
         )
     else:
         tiles = (Tile(16, 16, w), Tile(32, 32, 2 * w), Tile(64, 64, 4), Tile(32, 128, 4 * w))
-        rest = Tile(64, 32, 4 * w, False, 2)
+        rest = Tile(32, 32, 4 * w, False) if placed else Tile(64, 32, 4 * w, False, 2)
+        tiles = tiles[:3] if placed else tiles
     return _fit(tiles, rest, max_q, max_k)
 
 
-def backward_tile(dtype: torch.dtype, block_d: int, max_q: int, max_k: int, extras: bool) -> Tile:
-    """`extras`: key bias, statistics or causal, whose rows and masks take registers."""
+def backward_tile(dtype: torch.dtype, block_d: int, max_q: int, max_k: int, extras: bool, placed: bool = False) -> Tile:
+    """`extras`: key bias, statistics or causal, whose rows and masks take registers; `placed` as in the forward."""
     w = 2 if block_d > 64 else 1
     if dtype is torch.float32:
         tiles = (Tile(16, 16, 2 * w), Tile(32, 32, 8), Tile(16, 64, 8), Tile(16, 128, 8))
@@ -58,6 +61,8 @@ def backward_tile(dtype: torch.dtype, block_d: int, max_q: int, max_k: int, extr
         tiles = (Tile(16, 16, w), Tile(32, 32, max(2, block_d // 16)))
         if w == 2:
             tiles, rest = (*tiles, Tile(16, 64, 8, stages=2)), Tile(16, 64, 8, False, 2)
+        elif placed:
+            tiles, rest = (*tiles, Tile(16, 64, 4)), Tile(16, 64, 8, False)
         elif extras:
             tiles, rest = (*tiles, Tile(16, 64, 4), Tile(16, 128, 8, stages=2)), Tile(32, 64, 4, False, 2)
         else:
@@ -87,6 +92,10 @@ def attention(
     key_bias: Tensor | None,
     marked: Tensor | None,
     stats: bool,
+    bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """qkv [T, 3, H, D], or q [Tq, H, D] and kv [Tk, 2, H, D] -> out [Tq, H, D], lse, entropy, mass [Tq, H] or [0].
 
@@ -100,7 +109,8 @@ def attention(
     if out.numel() == 0:
         return out, lse, entropy, mass
     block_d = max(16, power(width))
-    tile = forward_tile(q.dtype, block_d, max_q, max_k)
+    placed = bias is not None or cos is not None
+    tile = forward_tile(q.dtype, block_d, max_q, max_k, placed)
     blocks = ceil_div(max_q, tile.queries)
     # A sequence's keys stay close (shared memory, L1) while a program goes through its blocks of queries.
     parts = blocks if max_k > 256 else min(blocks, ceil_div(PROGRAMS, batch * heads))
@@ -112,6 +122,9 @@ def attention(
             cu_k,
             key_bias,
             marked.view(torch.uint8) if mass.numel() else None,
+            bias,
+            cos,
+            sin,
             out,
             lse,
             entropy if stats else None,
@@ -119,10 +132,13 @@ def attention(
             max_q,
             max_k,
             heads,
+            1 if bias is None else bias.shape[0],
             parts,
             scale * LOG2E,
             CROSS=kv is not None,
             CAUSAL=bool(causal),
+            SHARED=shared(cos, q),
+            INTERLEAVED=bool(interleaved),
             ONE_PASS=tile.one_pass,
             ONE_BLOCK=tile.one_pass and blocks == 1,
             D=width,
@@ -135,6 +151,11 @@ def attention(
             enable_fp_fusion=True,
         )
     return out, lse, entropy, mass
+
+
+def shared(cos: Tensor | None, q: Tensor) -> bool:
+    """Whether the rows of cos and sin are those of every sequence."""
+    return cos is not None and cos.shape[0] != q.shape[0]
 
 
 def attention_backward(
@@ -157,9 +178,15 @@ def attention_backward(
     causal: bool,
     key_bias: Tensor | None,
     marked: Tensor | None,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """grad [Tq, H, D] -> grad_q (like q, interleaved), grad_kv (like kv or [0]), grad_bias [Tk, H] or [0].
+    need_key_bias: bool,
+    bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+    need_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad [Tq, H, D] -> grad_q (like q, interleaved), grad_kv (like kv or [0]), grad_key_bias [Tk, H] or [0],
+    grad_bias like bias or [0].
 
     With all keys in one program it moves (3 Tq + 4 Tk) * H * D elements and 4 bytes a query and head.
     """
@@ -170,21 +197,29 @@ def attention_backward(
     new = lambda shape, dtype: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
     grad_q = new(q.shape, q.dtype)
     grad_kv = new((0,) if kv is None else kv.shape, q.dtype)
-    grad_bias = new(key_bias.shape if need_bias else (0,), torch.float32)
+    grad_key_bias = new(key_bias.shape if need_key_bias else (0,), torch.float32)
+    grad_bias = new(bias.shape if need_bias else (0,), torch.float32)
     if q.shape[0] == 0 or (kv is not None and kv.shape[0] == 0):
-        return grad_q.zero_(), grad_kv.zero_(), grad_bias.zero_()
+        return tuple(t.zero_() for t in (grad_q, grad_kv, grad_key_bias, grad_bias))
     block_d = max(16, power(width))
-    extras = causal or key_bias is not None or any(g is not None for g in (grad_lse, grad_entropy, grad_mass))
-    tile = backward_tile(q.dtype, block_d, max_q, max_k, extras)
+    extras = (
+        causal
+        or any(x is not None for x in (key_bias, bias, cos))
+        or any(g is not None for g in (grad_lse, grad_entropy, grad_mass))
+    )
+    tile = backward_tile(q.dtype, block_d, max_q, max_k, extras, bias is not None or cos is not None)
     query_blocks, key_blocks = ceil_div(max_q, tile.queries), ceil_div(max_k, tile.keys)
     own = out if q.dtype is torch.float32 else None
     stats = grad_lse, grad_entropy, grad_mass
     saved = lse, None if grad_entropy is None else entropy, None if grad_mass is None else mass
-    rows = cu_q, cu_k, key_bias, None if grad_mass is None else marked.view(torch.uint8)
-    grads = grad_q, grad_q if kv is None else grad_kv, grad_bias if need_bias else None
+    marks = None if grad_mass is None else marked.view(torch.uint8)
+    rows = cu_q, cu_k, key_bias, marks, bias, cos, sin
+    grads = grad_q, grad_q if kv is None else grad_kv, grad_key_bias if need_key_bias else None
     options = {
         "CROSS": kv is not None,
         "CAUSAL": bool(causal),
+        "SHARED": shared(cos, q),
+        "INTERLEAVED": bool(interleaved),
         "D": width,
         "BLOCK_D": block_d,
         "BLOCK_M": tile.queries,
@@ -194,7 +229,8 @@ def attention_backward(
         "num_stages": tile.stages,
         "enable_fp_fusion": True,
     }
-    inputs, sizes, scales = (q, q if kv is None else kv), (max_q, max_k, heads), (scale, scale * LOG2E)
+    groups = 1 if bias is None else bias.shape[0]
+    inputs, sizes, scales = (q, q if kv is None else kv), (max_q, max_k, heads, groups), (scale, scale * LOG2E)
     with guard(q):
         if tile.one_pass:
             attention_bwd_kernel[(batch * heads,)](
@@ -215,7 +251,16 @@ def attention_backward(
             attention_bwd_tiled_kernel[(batch * heads * blocks,)](
                 grad, *stats, *inputs, out, *saved, *rows, *grads, *sizes, key_blocks, blocks, *scales, **options
             )
-    return grad_q, grad_kv, grad_bias
+        if need_bias:
+            # Not yet measured: 32 x 32 keeps every tile of float32 in registers, and fills a GPU from a few windows on.
+            options.update(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
+            columns = ceil_div(max_k, 32)
+            tiles = columns * ceil_div(max_q, 32)
+            attention_bias_bwd_kernel[(groups * heads * tiles,)](
+                grad, *stats, *inputs, out, *saved, key_bias, marks, bias, cos, sin, grad_bias, *sizes, batch // groups,
+                columns, tiles, scale * LOG2E, **options,
+            )  # fmt: skip
+    return grad_q, grad_kv, grad_key_bias, grad_bias
 
 
 OPS = {"attention": attention, "attention_backward": attention_backward}

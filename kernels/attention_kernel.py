@@ -15,60 +15,25 @@ import math
 import triton
 import triton.language as tl
 
-LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2.0))
+from .attention_loads import (
+    LOG2_E,
+    load_bias,
+    load_marked,
+    load_offset,
+    load_rows,
+    load_turned,
+    matrix,
+    sequence,
+    store_rows,
+    turned_back,
+)
 
-# --- pieces shared by forward and backward -------------------------------------------------------------------
-
-
-@triton.jit
-def sequence(cu, b, longest):
-    """First row (int64) and length of sequence b; equal lengths are not looked up."""
-    if cu is None:
-        return b.to(tl.int64) * longest, longest
-    else:
-        first = tl.load(cu + b)
-        return first.to(tl.int64), tl.load(cu + b + 1) - first
-
-
-@triton.jit
-def load_rows(base, first, n, count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows first + n, n < count, of D elements `stride` apart -> [N, BLOCK_D], zero elsewhere."""
-    d = tl.arange(0, BLOCK_D)
-    inside = (n < count)[:, None]
-    if D < BLOCK_D:
-        inside = inside & (d < D)[None, :]
-    return tl.load(base + first * stride + n[:, None] * stride + d[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def store_rows(base, value, first, n, count, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    inside = (n < count)[:, None]
-    if D < BLOCK_D:
-        inside = inside & (d < D)[None, :]
-    at = base + first * stride + n[:, None] * stride + d[None, :]
-    tl.store(at, value.to(base.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def load_offset(key_bias, first, n, count, heads):
-    """What is added to the base-2 scores of each key: its bias, or -inf where there is no key."""
-    if key_bias is None:
-        return tl.where(n < count, 0.0, float("-inf"))
-    else:
-        bias = tl.load(key_bias + first * heads + n * heads, mask=n < count, other=float("-inf"))
-        return bias * LOG2_E
-
-
-@triton.jit
-def load_marked(marked, first, n, count):
-    return (tl.load(marked + first + n, mask=n < count, other=0) != 0).to(tl.float32)
-
+LN_2 = tl.constexpr(math.log(2.0))
 
 # --- forward -------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["max_q", "max_k", "parts"])
+@triton.jit(do_not_specialize=["max_q", "max_k", "groups", "parts"])
 def attention_fwd_kernel(
     q,
     kv,
@@ -76,6 +41,9 @@ def attention_fwd_kernel(
     cu_k,
     key_bias,
     marked,
+    bias,
+    cos,
+    sin,
     out,
     lse,
     entropy,
@@ -83,10 +51,13 @@ def attention_fwd_kernel(
     max_q,
     max_k,
     heads,
+    groups,
     parts,
     scale2,
     CROSS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SHARED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     ONE_PASS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     D: tl.constexpr,
@@ -114,8 +85,10 @@ def attention_fwd_kernel(
         key += heads * D
     value = key + heads * D
     n = tl.arange(0, BLOCK_N)
+    turn = 0 if SHARED else first_q
+    pairs = matrix(bias, b, h, groups, heads, max_q, max_k) if bias is not None else None
     if ONE_PASS:
-        k = load_rows(key, first_k, n, len_k, heads * KV_STRIDE, D, BLOCK_D)
+        k = load_turned(key, first_k, n, len_k, heads * KV_STRIDE, cos, sin, turn, D, BLOCK_D, INTERLEAVED)
         v = load_rows(value, first_k, n, len_k, heads * KV_STRIDE, D, BLOCK_D)
         offset = load_offset(key_bias + h if key_bias is not None else None, first_k, n, len_k, heads)
     if ONE_BLOCK:  # a loop of one constant turn is no loop
@@ -126,9 +99,12 @@ def attention_fwd_kernel(
         row = first_q + i * BLOCK_M
         m = tl.arange(0, BLOCK_M)
         left = len_q - i * BLOCK_M
-        x = load_rows(q + h * D, row, m, left, heads * Q_STRIDE, D, BLOCK_D)
+        at_row = turn + i * BLOCK_M
+        x = load_turned(q + h * D, row, m, left, heads * Q_STRIDE, cos, sin, at_row, D, BLOCK_D, INTERLEAVED)
         if ONE_PASS:
             s = tl.dot(x, tl.trans(k), input_precision=PRECISION) * scale2 + offset[None, :]
+            if bias is not None:
+                s += load_bias(pairs, i * BLOCK_M + m[:, None], n[None, :], len_q, len_k, max_k)
             if CAUSAL:
                 s = tl.where(n[None, :] <= i * BLOCK_M + m[:, None], s, float("-inf"))
             top = tl.max(s, axis=1)
@@ -151,10 +127,14 @@ def attention_fwd_kernel(
             if CAUSAL:
                 last = tl.minimum(len_k, (i + 1) * BLOCK_M)
             for j in range(0, last, BLOCK_N):
-                k = load_rows(key, first_k + j, n, len_k - j, heads * KV_STRIDE, D, BLOCK_D)
+                k = load_turned(
+                    key, first_k + j, n, len_k - j, heads * KV_STRIDE, cos, sin, turn + j, D, BLOCK_D, INTERLEAVED
+                )
                 v = load_rows(value, first_k + j, n, len_k - j, heads * KV_STRIDE, D, BLOCK_D)
                 offset = load_offset(key_bias + h if key_bias is not None else None, first_k + j, n, len_k - j, heads)
                 s = tl.dot(x, tl.trans(k), input_precision=PRECISION) * scale2 + offset[None, :]
+                if bias is not None:
+                    s += load_bias(pairs, i * BLOCK_M + m[:, None], j + n[None, :], len_q, len_k, max_k)
                 if CAUSAL:
                     s = tl.where(j + n[None, :] <= i * BLOCK_M + m[:, None], s, float("-inf"))
                 higher = tl.maximum(top, tl.max(s, axis=1))
@@ -233,7 +213,7 @@ def with_stats(dp, log_p, g_entropy, g_mass, mark):
     return dp
 
 
-@triton.jit(do_not_specialize=["max_q", "max_k"])
+@triton.jit(do_not_specialize=["max_q", "max_k", "groups"])
 def attention_bwd_kernel(
     grad,
     grad_lse,
@@ -249,16 +229,22 @@ def attention_bwd_kernel(
     cu_k,
     key_bias,
     marked,
+    bias,
+    cos,
+    sin,
     grad_q,
     grad_kv,
-    grad_bias,
+    grad_key_bias,
     max_q,
     max_k,
     heads,
+    groups,
     scale,
     scale2,
     CROSS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SHARED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -286,20 +272,23 @@ def attention_bwd_kernel(
     to_value = to_key + heads * D
     n = tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
-    k = load_rows(kv + to_key, first_k, n, len_k, kv_stride, D, BLOCK_D)
+    turn = 0 if SHARED else first_q
+    pairs = matrix(bias, b, h, groups, heads, max_q, max_k) if bias is not None else None
+    k = load_turned(kv + to_key, first_k, n, len_k, kv_stride, cos, sin, turn, D, BLOCK_D, INTERLEAVED)
     v = load_rows(kv + to_value, first_k, n, len_k, kv_stride, D, BLOCK_D)
     offset = load_offset(key_bias + h if key_bias is not None else None, first_k, n, len_k, heads)[:, None]
     mark = load_marked(marked, first_k, n, len_k)[:, None] if grad_mass is not None else None
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if grad_bias is not None:
+    if grad_key_bias is not None:
         db = tl.zeros([BLOCK_N], tl.float32)
     blocks = 1 if ONE_BLOCK else tl.cdiv(len_q, BLOCK_M)
     for i in range(0, blocks):
         row = first_q + i * BLOCK_M
         left = len_q - i * BLOCK_M
         inside = m < left
-        x = load_rows(q + h * D, row, m, left, q_stride, D, BLOCK_D)
+        at_row = turn + i * BLOCK_M
+        x = load_turned(q + h * D, row, m, left, q_stride, cos, sin, at_row, D, BLOCK_D, INTERLEAVED)
         do = load_rows(grad + h * D, row, m, left, heads * D, D, BLOCK_D)
         at = row * heads + m * heads + h
         lse2 = load_lse(lse, at, inside)
@@ -307,7 +296,10 @@ def attention_bwd_kernel(
         g_entropy = load_grad(grad_entropy, at, inside, lse2)[None, :] if grad_entropy is not None else None
         g_mass = load_grad(grad_mass, at, inside, lse2)[None, :] if grad_mass is not None else None
         s = tl.dot(k, tl.trans(x), input_precision=PRECISION)
-        p, log_p = probabilities(s, scale2, offset, lse2[None, :], i * BLOCK_M + m[None, :], n[:, None], CAUSAL)
+        added = offset
+        if bias is not None:
+            added += load_bias(pairs, i * BLOCK_M + m[None, :], n[:, None], len_q, len_k, max_k)
+        p, log_p = probabilities(s, scale2, added, lse2[None, :], i * BLOCK_M + m[None, :], n[:, None], CAUSAL)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if out is None:
             shift += tl.sum(p * dp, axis=0)
@@ -322,16 +314,18 @@ def attention_bwd_kernel(
             dq = tl.trans(tl.dot(tl.trans(k), small, input_precision=PRECISION))
         else:
             dq = tl.dot(tl.trans(small), k, input_precision=PRECISION)
-        store_rows(grad_q + h * D, dq * scale, row, m, left, q_stride, D, BLOCK_D)
-        if grad_bias is not None:
+        dq = turned_back(dq * scale, m, left, cos, sin, at_row, D, BLOCK_D, INTERLEAVED)
+        store_rows(grad_q + h * D, dq, row, m, left, q_stride, D, BLOCK_D)
+        if grad_key_bias is not None:
             db += tl.sum(ds, axis=1)
-    store_rows(grad_kv + to_key, dk * scale, first_k, n, len_k, kv_stride, D, BLOCK_D)
+    dk = turned_back(dk * scale, n, len_k, cos, sin, turn, D, BLOCK_D, INTERLEAVED)
+    store_rows(grad_kv + to_key, dk, first_k, n, len_k, kv_stride, D, BLOCK_D)
     store_rows(grad_kv + to_value, dv, first_k, n, len_k, kv_stride, D, BLOCK_D)
-    if grad_bias is not None:
-        tl.store(grad_bias + first_k * heads + n * heads + h, db, mask=n < len_k)
+    if grad_key_bias is not None:
+        tl.store(grad_key_bias + first_k * heads + n * heads + h, db, mask=n < len_k)
 
 
-@triton.jit(do_not_specialize=["max_q", "max_k", "key_blocks", "blocks"])
+@triton.jit(do_not_specialize=["max_q", "max_k", "groups", "key_blocks", "blocks"])
 def attention_bwd_tiled_kernel(
     grad,
     grad_lse,
@@ -347,18 +341,24 @@ def attention_bwd_tiled_kernel(
     cu_k,
     key_bias,
     marked,
+    bias,
+    cos,
+    sin,
     grad_q,
     grad_kv,
-    grad_bias,
+    grad_key_bias,
     max_q,
     max_k,
     heads,
+    groups,
     key_blocks,
     blocks,
     scale,
     scale2,
     CROSS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SHARED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -381,11 +381,13 @@ def attention_bwd_tiled_kernel(
     to_value = to_key + heads * D
     n = tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
+    turn = 0 if SHARED else first_q
+    pairs = matrix(bias, b, h, groups, heads, max_q, max_k) if bias is not None else None
     if block < key_blocks:
         n0 = block * BLOCK_N
         first_k += n0
         keys = len_k - n0
-        k = load_rows(kv + to_key, first_k, n, keys, kv_stride, D, BLOCK_D)
+        k = load_turned(kv + to_key, first_k, n, keys, kv_stride, cos, sin, turn + n0, D, BLOCK_D, INTERLEAVED)
         v = load_rows(kv + to_value, first_k, n, keys, kv_stride, D, BLOCK_D)
         offset = load_offset(key_bias + h if key_bias is not None else None, first_k, n, keys, heads)[:, None]
         mark = load_marked(marked, first_k, n, keys)[:, None] if grad_mass is not None else None
@@ -397,7 +399,7 @@ def attention_bwd_tiled_kernel(
         for i in range(m_start, m_stop, BLOCK_M):
             row = first_q + i
             inside = m < len_q - i
-            x = load_rows(q + h * D, row, m, len_q - i, q_stride, D, BLOCK_D)
+            x = load_turned(q + h * D, row, m, len_q - i, q_stride, cos, sin, turn + i, D, BLOCK_D, INTERLEAVED)
             do = load_rows(grad + h * D, row, m, len_q - i, heads * D, D, BLOCK_D)
             o = load_rows(out + h * D, row, m, len_q - i, heads * D, D, BLOCK_D)
             at = row * heads + m * heads + h
@@ -407,23 +409,27 @@ def attention_bwd_tiled_kernel(
             g_entropy = load_grad(grad_entropy, at, inside, lse2)[None, :] if grad_entropy is not None else None
             g_mass = load_grad(grad_mass, at, inside, lse2)[None, :] if grad_mass is not None else None
             s = tl.dot(k, tl.trans(x), input_precision=PRECISION)
-            p, log_p = probabilities(s, scale2, offset, lse2[None, :], i + m[None, :], n0 + n[:, None], CAUSAL)
+            added = offset
+            if bias is not None:
+                added += load_bias(pairs, i + m[None, :], n0 + n[:, None], len_q, len_k, max_k)
+            p, log_p = probabilities(s, scale2, added, lse2[None, :], i + m[None, :], n0 + n[:, None], CAUSAL)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             ds = p * (with_stats(dp, log_p, g_entropy, g_mass, mark) - shift[None, :])
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
             dk = tl.dot(ds.to(x.dtype), x, dk, input_precision=PRECISION)
-            if grad_bias is not None:
+            if grad_key_bias is not None:
                 db += tl.sum(ds, axis=1)
-        store_rows(grad_kv + to_key, dk * scale, first_k, n, keys, kv_stride, D, BLOCK_D)
+        dk = turned_back(dk * scale, n, keys, cos, sin, turn + n0, D, BLOCK_D, INTERLEAVED)
+        store_rows(grad_kv + to_key, dk, first_k, n, keys, kv_stride, D, BLOCK_D)
         store_rows(grad_kv + to_value, dv, first_k, n, keys, kv_stride, D, BLOCK_D)
-        if grad_bias is not None:
-            tl.store(grad_bias + first_k * heads + n * heads + h, db, mask=n < keys)
+        if grad_key_bias is not None:
+            tl.store(grad_key_bias + first_k * heads + n * heads + h, db, mask=n < keys)
     else:
         m0 = (block - key_blocks) * BLOCK_M
         row = first_q + m0
         left = len_q - m0
         inside = m < left
-        x = load_rows(q + h * D, row, m, left, q_stride, D, BLOCK_D)
+        x = load_turned(q + h * D, row, m, left, q_stride, cos, sin, turn + m0, D, BLOCK_D, INTERLEAVED)
         do = load_rows(grad + h * D, row, m, left, heads * D, D, BLOCK_D)
         o = load_rows(out + h * D, row, m, left, heads * D, D, BLOCK_D)
         at = row * heads + m * heads + h
@@ -438,13 +444,17 @@ def attention_bwd_tiled_kernel(
             n_stop = tl.minimum(n_stop, m0 + BLOCK_M)
         for j in range(0, n_stop, BLOCK_N):
             keys = len_k - j
-            k = load_rows(kv + to_key, first_k + j, n, keys, kv_stride, D, BLOCK_D)
+            k = load_turned(kv + to_key, first_k + j, n, keys, kv_stride, cos, sin, turn + j, D, BLOCK_D, INTERLEAVED)
             v = load_rows(kv + to_value, first_k + j, n, keys, kv_stride, D, BLOCK_D)
             offset = load_offset(key_bias + h if key_bias is not None else None, first_k + j, n, keys, heads)[None, :]
             mark = load_marked(marked, first_k + j, n, keys)[None, :] if grad_mass is not None else None
             s = tl.dot(x, tl.trans(k), input_precision=PRECISION)
-            p, log_p = probabilities(s, scale2, offset, lse2[:, None], m0 + m[:, None], j + n[None, :], CAUSAL)
+            added = offset
+            if bias is not None:
+                added += load_bias(pairs, m0 + m[:, None], j + n[None, :], len_q, len_k, max_k)
+            p, log_p = probabilities(s, scale2, added, lse2[:, None], m0 + m[:, None], j + n[None, :], CAUSAL)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             ds = p * (with_stats(dp, log_p, g_entropy, g_mass, mark) - shift[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        store_rows(grad_q + h * D, dq * scale, row, m, left, q_stride, D, BLOCK_D)
+        dq = turned_back(dq * scale, m, left, cos, sin, turn + m0, D, BLOCK_D, INTERLEAVED)
+        store_rows(grad_q + h * D, dq, row, m, left, q_stride, D, BLOCK_D)

@@ -5,7 +5,8 @@ what cannot be loaded is recorded in `status()` and reported by one `NativeWarni
 Triton) serve instead. Only MAEFAST_REQUIRE_NATIVE=1 turns that warning into an ImportError.
 
 Environment: MAEFAST_DISABLE_NATIVE=1 loads nothing (no warning: it was asked for); MAEFAST_NATIVE_DIR names
-another directory with the libraries; MAEFAST_CPU_ISA (plain, avx2, avx512, avx512bf16) lowers the CPU instruction set.
+another directory with the libraries; MAEFAST_CPU_ISA (plain, avx2, avx512, avx512bf16, amx) lowers the CPU instruction
+set; MAEFAST_HUGE_PAGES=off has large results of CPU kernels on pages of the usual size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-ISAS = ("plain", "avx2", "avx512", "avx512bf16")
+ISAS = ("plain", "avx2", "avx512", "avx512bf16", "amx")
 
 has_cpu_ops = False
 has_cuda_ops = False

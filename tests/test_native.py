@@ -68,6 +68,31 @@ def reference() -> list[str]:
     return python(GATHER.format(backend="reference")).stdout.split()[1:]
 
 
+PAGES = """
+import torch, maefast
+x = torch.randn({rows}, 1024, generator=torch.Generator().manual_seed(0))
+out = maefast.ops.bias_gelu(x, torch.zeros(1024), backend="cpu")
+found = ""
+for line in open("/proc/self/smaps"):
+    ends = line.split(" ")[0].split("-")
+    if len(ends) == 2 and all(c in "0123456789abcdef" for c in ends[0] + ends[1]):
+        inside = int(ends[0], 16) <= out.data_ptr() + out.nbytes // 2 < int(ends[1], 16)
+    elif line.startswith("VmFlags:") and inside:
+        found = line
+print("hg" in found.split(), float(out.double().sum()).hex())
+"""
+
+
+@native
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="a system without huge pages")
+def test_large_results_ask_for_huge_pages():
+    asked = python(PAGES.format(rows=20000)).stdout.split()
+    without = python(PAGES.format(rows=20000), MAEFAST_HUGE_PAGES="off").stdout.split()
+    assert (asked[0], without[0]) == ("True", "False")
+    assert asked[1] == without[1]
+    assert python(PAGES.format(rows=500)).stdout.split()[0] == "False"
+
+
 @native
 @pytest.mark.parametrize("isa", _native.ISAS)
 def test_every_instruction_set_computes_the_same(isa, reference):
@@ -82,7 +107,7 @@ def test_every_instruction_set_computes_the_same(isa, reference):
 @native
 def test_unknown_instruction_set_is_reported():
     result = python("import maefast; print(maefast._native.C.current_isa())", MAEFAST_CPU_ISA="avx9")
-    assert "MAEFAST_CPU_ISA='avx9' is not one of plain, avx2, avx512, avx512bf16" in result.stderr
+    assert "MAEFAST_CPU_ISA='avx9' is not one of plain, avx2, avx512, avx512bf16, amx" in result.stderr
     assert result.stdout.strip() == _native.C.supported_isa()
 
 

@@ -20,11 +20,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ISAS = ("plain", "avx2", "avx512", "avx512bf16")  # csrc/cpu/isa.h
+ISAS = ("plain", "avx2", "avx512", "avx512bf16", "amx")  # csrc/cpu/isa.h
 # What the system calls the extensions that each set uses (csrc/build/cpu.cmake).
 _AVX2 = {"avx2", "fma", "f16c"}
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-NEEDS = {"plain": set(), "avx2": _AVX2, "avx512": _AVX512, "avx512bf16": _AVX512 | {"avx512_bf16"}}
+_BF16 = _AVX512 | {"avx512_bf16"}
+NEEDS = {"plain": set(), "avx2": _AVX2, "avx512": _AVX512, "avx512bf16": _BF16, "amx": _BF16 | {"amx_tile", "amx_bf16"}}
 # Ampere, Hopper (with its own instructions), Blackwell; PTX of the last for what comes later.
 CUDA_ARCHS = ("80", "90a", "100")
 OLDEST = 80  # bfloat16 and the matrix instructions that the kernels use
@@ -60,6 +61,7 @@ def choose_isas(asked: str, compiles: list[str], cpu: set[str] | None) -> tuple[
             raise ValueError(f"MAEFAST_ISAS: no instruction set {name!r}; choose native, all or of {', '.join(ISAS)}")
         if name not in known:
             raise ValueError(f"MAEFAST_ISAS: the compiler has no {name} for this processor")
+    names += ["avx512bf16"] * ("amx" in names)  # where the system gives no leave for tiles
     names += ["plain"] + ["avx512"] * ("avx512bf16" in names)  # whose copies are of attention alone
     return tuple(isa for isa in known if isa in names), "asked for by MAEFAST_ISAS"
 

@@ -145,6 +145,58 @@ std::pair<int64_t, int64_t> read_sequences(Sequences& s, const Tensor& q, const 
   return {queries, keys};
 }
 
+// The tables of `rope`, rows of the width of a head.
+void read_turn(Sequences& s, bool cross, int64_t queries, const std::optional<Tensor>& cos,
+               const std::optional<Tensor>& sin, bool interleaved) {
+  s.cos = s.sin = nullptr;
+  s.interleaved = interleaved;
+  if (!cos && !sin) return;
+  MAEFAST_CHECK(cos && sin && !cross, "attention: cos and sin go together, with self-attention");
+  s.shared_turn = cos->size(0) != queries;
+  for (const auto& [x, name, rows] : {std::tuple{&*cos, "cos", &s.cos}, std::tuple{&*sin, "sin", &s.sin}}) {
+    MAEFAST_CHECK(x->scalar_type() == ScalarType::Float && x->dim() == 2 && x->size(1) == s.width &&
+                      (s.shared_turn ? s.cu_q == nullptr && x->size(0) == s.max_q : x->size(0) == queries),
+                  "attention: ", name, " must be float32 [Tq, D] or, for equal lengths, [Sq, D]");
+    *rows = static_cast<const float*>(data(*x, name));
+  }
+}
+
+int64_t matrices(const Sequences& s) {
+  return s.groups * s.heads;
+}
+
+// Of a matrix of the bias, a pass over it.
+int64_t matrix_bytes(const Sequences& s) {
+  return 8 * s.max_q * s.max_k;
+}
+
+// The bias as the kernels read it; the result has to live as long as `s` is used.
+std::optional<Tensor> read_bias(Sequences& s, const std::optional<Tensor>& bias) {
+  s.bias = nullptr;
+  s.groups = 1;
+  s.bias_row = (s.max_q + 15) / 16 * 16;  // whole vectors of every instruction set
+  if (!bias) return std::nullopt;
+  MAEFAST_CHECK(bias->scalar_type() == ScalarType::Float && bias->dim() == 4 && bias->size(1) == s.heads &&
+                    bias->size(2) == s.max_q && bias->size(3) == s.max_k && !s.cu_q && !s.cu_k,
+                "attention: bias must be float32 [G, H, Sq, Sk], for equal lengths");
+  s.groups = bias->size(0);
+  MAEFAST_CHECK(s.groups > 0 && s.batch % s.groups == 0, "attention: the groups of bias do not divide ",
+                s.batch, " sequences");
+  Tensor columns = empty({s.groups, s.heads, s.max_k, s.bias_row}, ScalarType::Float, *bias);
+  const AttentionBiasArgs args{s.max_q,
+                               s.max_k,
+                               s.bias_row,
+                               1,
+                               0,
+                               static_cast<const float*>(data(*bias, "bias")),
+                               static_cast<float*>(columns.mutable_data_ptr())};
+  const AttentionBiasKernels& kernels = attention_bias_kernels_chosen();
+  parallel_rows(matrices(s), matrix_bytes(s),
+                [&](int64_t begin, int64_t end) { kernels.columns(args, begin, end); });
+  s.bias = args.to;
+  return columns;
+}
+
 // Of one matrix product over all sequences.
 int64_t product_flops(const Sequences& s, int64_t queries) {
   return 2 * queries * s.max_k * s.heads * s.width;
@@ -152,18 +204,20 @@ int64_t product_flops(const Sequences& s, int64_t queries) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q, const std::optional<Tensor>& kv,
-                                                     const std::optional<Tensor>& cu_q,
-                                                     const std::optional<Tensor>& cu_k, int64_t batch,
-                                                     int64_t max_q, int64_t max_k, double scale, bool causal,
-                                                     const std::optional<Tensor>& key_bias,
-                                                     const std::optional<Tensor>& marked, bool stats) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
+    const Tensor& q, const std::optional<Tensor>& kv, const std::optional<Tensor>& cu_q,
+    const std::optional<Tensor>& cu_k, int64_t batch, int64_t max_q, int64_t max_k, double scale, bool causal,
+    const std::optional<Tensor>& key_bias, const std::optional<Tensor>& marked, bool stats,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+    bool interleaved) {
   AttentionArgs args;
   const auto [queries, keys] =
       read_sequences(args, q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal, key_bias, marked);
   const auto row = [&](bool wanted) {
     return wanted ? empty({queries, args.heads}, ScalarType::Float, q) : empty({0}, ScalarType::Float, q);
   };
+  read_turn(args, kv.has_value(), queries, cos, sin, interleaved);
+  const std::optional<Tensor> columns = read_bias(args, bias);
   Tensor out = empty({queries, args.heads, args.width}, q.scalar_type(), q);
   Tensor lse = row(true), entropy = row(stats), mass = row(stats && marked);
   args.out = out.mutable_data_ptr();
@@ -180,13 +234,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q, const std:
   return {out, lse, entropy, mass};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad, const std::optional<Tensor>& grad_lse, const std::optional<Tensor>& grad_entropy,
     const std::optional<Tensor>& grad_mass, const Tensor& q, const std::optional<Tensor>& kv,
     const Tensor& out, const Tensor& lse, const Tensor& entropy, const Tensor& mass,
     const std::optional<Tensor>& cu_q, const std::optional<Tensor>& cu_k, int64_t batch, int64_t max_q,
     int64_t max_k, double scale, bool causal, const std::optional<Tensor>& key_bias,
-    const std::optional<Tensor>& marked, bool need_bias) {
+    const std::optional<Tensor>& marked, bool need_key_bias, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, bool interleaved, bool need_bias) {
   AttentionBackwardArgs args;
   const auto [queries, keys] =
       read_sequences(args, q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal, key_bias, marked);
@@ -207,21 +262,49 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     if (x.dim() == 3) return empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type(), x);
     return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), x);
   };
-  MAEFAST_CHECK(!need_bias || key_bias, "attention_backward: there is no key_bias");
+  read_turn(args, kv.has_value(), queries, cos, sin, interleaved);
+  const std::optional<Tensor> columns = read_bias(args, bias);
+  MAEFAST_CHECK(!need_key_bias || key_bias, "attention_backward: there is no key_bias");
+  MAEFAST_CHECK(!need_bias || bias, "attention_backward: there is no bias");
   Tensor grad_q = like(q);
   Tensor grad_kv = kv ? like(*kv) : empty({0}, q.scalar_type(), q);
-  Tensor grad_bias =
-      need_bias ? empty({keys, heads}, ScalarType::Float, q) : empty({0}, ScalarType::Float, q);
+  Tensor grad_key_bias =
+      need_key_bias ? empty({keys, heads}, ScalarType::Float, q) : empty({0}, ScalarType::Float, q);
   const int64_t inner = heads * args.width * element_size(args.type);
   char* base = static_cast<char*>(grad_q.mutable_data_ptr());
   args.grad_q = base;
   args.grad_k = kv ? static_cast<char*>(grad_kv.mutable_data_ptr()) : base + inner;
   args.grad_v = static_cast<char*>(args.grad_k) + inner;
-  args.grad_bias = optional_out(grad_bias);
+  args.grad_key_bias = optional_out(grad_key_bias);
   const AttentionBackwardKernels& kernels = attention_backward_kernels_chosen_with_bf16();
-  run_tasks(args, batch * heads, 5 * product_flops(args, queries), kernels.scratch_floats(args),
-            kernels.backward);
-  return {grad_q, grad_kv, grad_bias};
+  args.grad_bias = nullptr;
+  int64_t tasks = batch * heads;
+  Tensor grad_bias = empty({0}, ScalarType::Float, q), sums = grad_bias;
+  if (need_bias) {
+    // Enough pieces for many threads; their number depends on the sizes alone, and so does every sum.
+    constexpr int64_t kTasks = 24;
+    const int64_t turns = batch / args.groups, wanted = (kTasks + matrices(args) - 1) / matrices(args);
+    args.pieces = turns < 1 ? 1 : turns < wanted ? turns : wanted;
+    tasks = args.pieces * matrices(args);
+    grad_bias = empty({args.groups, heads, max_q, max_k}, ScalarType::Float, q);
+    sums = empty({tasks, max_k, args.bias_row}, ScalarType::Float, q);
+    args.grad_bias = static_cast<float*>(sums.mutable_data_ptr());
+  }
+  run_tasks(args, tasks, 5 * product_flops(args, queries), kernels.scratch_floats(args), kernels.backward);
+  if (need_bias) {
+    const int64_t piece = matrices(args) * max_k * args.bias_row;
+    const AttentionBiasArgs back{max_q,
+                                 max_k,
+                                 args.bias_row,
+                                 args.pieces,
+                                 piece,
+                                 args.grad_bias,
+                                 static_cast<float*>(grad_bias.mutable_data_ptr())};
+    const AttentionBiasKernels& table = attention_bias_kernels_chosen();
+    parallel_rows(matrices(args), matrix_bytes(args),
+                  [&](int64_t begin, int64_t end) { table.rows(back, begin, end); });
+  }
+  return {grad_q, grad_kv, grad_key_bias, grad_bias};
 }
 
 }  // namespace maefast::cpu

@@ -6,8 +6,10 @@
 // reads what they give.
 #pragma once
 
+#include "cpu/attention_amx.h"
 #include "cpu/attention_kernel.h"
 #include "cpu/attention_tile.h"
+#include "cpu/attention_turn.h"
 
 namespace maefast::MAEFAST_ISA {
 namespace {
@@ -57,28 +59,51 @@ struct Head {
   }
 };
 
+// Which sequence, head and chunk of queries a task is. With a bias the sequences that share a matrix follow
+// one another, so that it stays in the cache.
+struct Place {
+  int64_t b, h, chunk;
+};
+MAEFAST_INLINE Place place_of(const Sequences& s, int64_t task, int64_t chunks) {
+  if (!s.bias) return {task / (chunks * s.heads), task % s.heads, task / s.heads % chunks};
+  const int64_t turns = s.batch / s.groups, matrix = task / chunks / turns;
+  return {task / chunks % turns * s.groups + matrix / s.heads, matrix % s.heads, task % chunks};
+}
+
 // Scores as exp2 wants them: times log2(e). -inf where the key comes after the query.
 struct Scores {
   float factor;  // scale * log2(e)
+  const float* key_bias;
+  int64_t key_bias_row;
   const float* bias;
   int64_t bias_row;
   bool causal;
   int64_t ahead;  // first key - first query of the block
 
-  MAEFAST_INLINE Scores(const Sequences& s, int64_t first_key_row, int64_t head, int64_t first_key,
+  MAEFAST_INLINE Scores(const Sequences& s, int64_t b, int64_t first_key_row, int64_t head, int64_t first_key,
                         int64_t first_query)
       : factor(s.scale * kLog2E),
-        bias(s.key_bias ? s.key_bias + first_key_row * s.heads + head : nullptr),
-        bias_row(s.heads),
+        key_bias(s.key_bias ? s.key_bias + first_key_row * s.heads + head : nullptr),
+        key_bias_row(s.heads),
+        bias(nullptr),
+        bias_row(s.bias_row),
         causal(s.causal),
-        ahead(first_key - first_query) {}
+        ahead(first_key - first_query) {
+    if (s.bias) {
+      const int64_t matrix = b % s.groups * s.heads + head;
+      bias = s.bias + (matrix * s.max_k + first_key) * bias_row + first_query;
+    }
+  }
 
   // Whether they are but a positive multiple of the products.
-  MAEFAST_INLINE bool plain() const { return bias == nullptr && !causal && factor >= 0; }
+  MAEFAST_INLINE bool plain() const {
+    return key_bias == nullptr && bias == nullptr && !causal && factor >= 0;
+  }
 
   MAEFAST_INLINE vec_f32 of(vec_f32 product, int64_t key, int64_t lane) const {
     vec_f32 s = product * all(factor);
-    if (bias) s = s + all(bias[key * bias_row] * kLog2E);
+    if (key_bias) s = s + all(key_bias[key * key_bias_row] * kLog2E);
+    if (bias) s = s + load<float>(bias + key * bias_row + lane);
     if (causal) {
       vec_i32 query;
       for (int i = 0; i < kLane; ++i) query[i] = i;
@@ -133,6 +158,17 @@ struct Pairs {
     return {reinterpret_cast<const float*>(rows), stride / 2, 1};
   }
 };
+#endif
+
+#if defined(__AMX_BF16__)
+struct PairTiles : Pairs {
+  using Step = TileDot;
+};
+using BFloat16 = PairTiles;
+#elif defined(__AVX512BF16__)
+using BFloat16 = Pairs;
+#else
+using BFloat16 = Wide<bf16>;
 #endif
 
 // Words that n elements along the depth fill.

@@ -7,6 +7,7 @@ namespace {
 
 struct Space {
   float *queries, *scores, *k, *v, *out;
+  float *turned_q, *turned_k;  // rows, rotated
   // of each query: running maximum, sum of exponentials, sum of p t with t relative to the maximum, sum of p
   // over marked keys, and what earlier sums are multiplied with
   float *max, *sum, *entropy, *mass, *rescale;
@@ -21,6 +22,8 @@ struct Space {
     k = cut(keys * padded);
     v = cut(keys * padded);
     out = cut(kQueries * padded);
+    turned_q = cut(a.cos ? least(a.max_q, a.chunk) * a.width : 0);
+    turned_k = cut(a.cos ? a.max_k * a.width : 0);
     max = cut(kQueries);
     sum = cut(kQueries);
     entropy = cut(kQueries);
@@ -136,11 +139,12 @@ template <class Format>
 void forward_task(const AttentionArgs& a, int64_t task, float* scratch) {
   using T = typename Format::Element;
   using Step = typename Format::Step;
-  const int64_t chunk = task / a.heads % a.chunks;
-  const Head<T> head(a, task / (a.chunks * a.heads), task % a.heads);
+  const auto [b, h, chunk] = place_of(a, task, a.chunks);
+  const Head<T> head(a, b, h);
   const int64_t from = chunk * a.chunk;
   const int64_t to = least(head.nq, from + a.chunk);
   if (from >= to) return;
+  Step::begin();
   const Space space(a, scratch);
   const int64_t width = a.width, padded = round_up(width, kLane);
   const bool stats = a.entropy != nullptr;
@@ -148,12 +152,19 @@ void forward_task(const AttentionArgs& a, int64_t task, float* scratch) {
   const int64_t key_block = block_size(head.nk, kMostKeys, 1);
   Ahead ahead(width * int64_t(sizeof(T)));
   if (task + 1 < a.batch * a.heads && a.chunks == 1) {
-    const Head<T> next(a, (task + 1) / a.heads, (task + 1) % a.heads);
+    const Place place = place_of(a, task + 1, 1);
+    const Head<T> next(a, place.b, place.h);
     ahead.add(next.q, a.q_row * int64_t(sizeof(T)), next.nq, false);
     ahead.add(next.k, a.k_row * int64_t(sizeof(T)), next.nk, false);
     ahead.add(next.v, a.k_row * int64_t(sizeof(T)), next.nk, false);
     ahead.add(static_cast<T*>(a.out) + next.q0 * a.out_row + next.offset, a.out_row * int64_t(sizeof(T)),
               next.nq, true);
+  }
+  Rows<T> queries{head.q + from * a.q_row, a.q_row}, key_rows{head.k, a.k_row};
+  if (a.cos) {
+    const int64_t turn = first_turn(a, head.q0);
+    queries = rotate_rows(a, queries, to - from, turn + from, space.turned_q);
+    key_rows = rotate_rows(a, key_rows, head.nk, turn, space.turned_k);
   }
   Left k{};
   Right v{};
@@ -161,7 +172,7 @@ void forward_task(const AttentionArgs& a, int64_t task, float* scratch) {
   for (int64_t i0 = from; i0 < to; i0 += block) {
     const int64_t n = least(block, to - i0);
     const int64_t lanes = round_up(n, kLane), ld = row_stride(lanes);
-    Format::columns(head.q + i0 * a.q_row, a.q_row, n, width, space.queries, ld);
+    Format::columns(queries.p + (i0 - from) * queries.stride, queries.stride, n, width, space.queries, ld);
     for (int64_t i = 0; i < lanes; i += kLane) {
       store<float>(space.max + i, all(-kInfinity));
       store<float>(space.sum + i, vec_f32{});
@@ -172,15 +183,16 @@ void forward_task(const AttentionArgs& a, int64_t task, float* scratch) {
     for (int64_t j0 = 0; j0 < end; j0 += key_block) {
       const int64_t keys = least(key_block, head.nk - j0);
       if (at_keys != j0) {
-        const T* rows = head.k + j0 * a.k_row;
-        const Right wide = Format::kPair == 1 ? Format::right(rows, a.k_row, keys, width, space.k) : Right{};
-        k = Format::left(rows, a.k_row, wide);
+        const auto [first, stride] = key_rows;
+        const T* rows = first + j0 * stride;
+        const Right wide = Format::kPair == 1 ? Format::right(rows, stride, keys, width, space.k) : Right{};
+        k = Format::left(rows, stride, wide);
         v = Format::right(head.v + j0 * a.k_row, a.k_row, keys, width, space.v);
         at_keys = j0;
       }
       multiply<Step>(keys, lanes / kLane, words<Format>(width), k, {space.queries, ld}, space.scores, ld,
                      false, ahead);
-      const Scores scores(a, head.k0 + j0, head.h, j0, i0);
+      const Scores scores(a, b, head.k0 + j0, head.h, j0, i0);
       const uint8_t* marked = a.marked ? a.marked + head.k0 + j0 : nullptr;
       for (int64_t lane = 0; lane < lanes; lane += kLane)
         softmax_column<Format>(space.scores, ld, keys, lane, scores, marked, space, stats);
@@ -193,16 +205,13 @@ void forward_task(const AttentionArgs& a, int64_t task, float* scratch) {
     if (end == 0) zero_row(space.out, n * padded);
     finish<T>(a, space, head.q0 + i0, n, head.h);
   }
+  Step::end();
 }
 
 void forward(const AttentionArgs& a, int64_t task, float* scratch) {
   if (a.type == DType::f32) return forward_task<Wide<float>>(a, task, scratch);
   if (a.type == DType::f16) return forward_task<Wide<f16>>(a, task, scratch);
-#if defined(__AVX512BF16__)
-  forward_task<Pairs>(a, task, scratch);
-#else
-  forward_task<Wide<bf16>>(a, task, scratch);
-#endif
+  forward_task<BFloat16>(a, task, scratch);
 }
 
 int64_t scratch_floats(const AttentionArgs& a) {

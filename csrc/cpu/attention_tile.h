@@ -9,12 +9,16 @@ namespace {
 
 // One step along the depth: sums += a * b for float32 words.
 struct Fma {
+  static MAEFAST_INLINE void begin() {}  // before the products of a task, and after them
+  static MAEFAST_INLINE void end() {}
   static MAEFAST_INLINE vec_f32 step(vec_f32 sum, vec_f32 a, vec_f32 b) { return fma(a, b, sum); }
 };
 
 #if defined(__AVX512BF16__)
 // The same for pairs of bfloat16.
 struct Dot {
+  static MAEFAST_INLINE void begin() {}
+  static MAEFAST_INLINE void end() {}
   static MAEFAST_INLINE vec_f32 step(vec_f32 sum, vec_f32 a, vec_f32 b) { return dot(sum, a, b); }
 };
 #endif

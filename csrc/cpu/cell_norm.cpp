@@ -8,16 +8,18 @@ namespace {
 Segments segments_of(const char* op, const Tensor& x, const std::optional<Tensor>& cu, int64_t sites) {
   MAEFAST_CHECK(x.dim() == 2 && x.size(1) > 0, op, ": x must be [R, C]");
   const int64_t rows = x.size(0);
-  if (!cu) return {nullptr, 1, 1, rows, row_units(rows)};
-  MAEFAST_CHECK(sites > 0 && rows % sites == 0, op, ": rows must be whole cells");
-  const int32_t* starts = cu_data(*cu, rows / sites, rows / sites);
-  const int64_t count = cu->numel() - 1;
   // Enough units for many threads, none shorter than a block of rows on average; from the sizes alone.
   constexpr int64_t kUnits = 64;
   constexpr int64_t kRows = 128;
-  const int64_t wanted = (kUnits + count - 1) / count, most = (rows / count + kRows - 1) / kRows;
-  const int64_t pieces = wanted < most ? wanted : most;
-  return {starts, sites, count, rows, pieces > 0 ? pieces : 1};
+  const auto pieces_of = [&](int64_t count) {
+    const int64_t wanted = (kUnits + count - 1) / count, most = rows / count / kRows;
+    return most < 1 ? 1 : wanted < most ? wanted : most;
+  };
+  if (!cu) return {nullptr, 1, 1, rows, pieces_of(1)};
+  MAEFAST_CHECK(sites > 0 && rows % sites == 0, op, ": rows must be whole cells");
+  const int32_t* starts = cu_data(*cu, rows / sites, rows / sites);
+  const int64_t count = cu->numel() - 1;
+  return {starts, sites, count, rows, pieces_of(count)};
 }
 
 Act act_of(const char* op, int64_t act) {

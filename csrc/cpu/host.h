@@ -12,6 +12,17 @@
 
 namespace maefast::cpu {
 
+// maefast::empty, with huge pages where the system gives them (memory.cpp; MAEFAST_HUGE_PAGES=off: without).
+Tensor empty(const int64_t* sizes, int64_t count, ScalarType dtype, const Tensor& like);
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, like);
+}
+
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  return empty(sizes.data(), static_cast<int64_t>(sizes.size()), dtype, like);
+}
+
 inline DType dtype_of(ScalarType type) {
   switch (type) {
     case ScalarType::Float:

@@ -4,7 +4,8 @@
 // namespace its code goes into: plain, avx2 (AVX2 + FMA + F16C) or avx512 (F, BW, DQ, VL). It defines one
 // table of function pointers; MAEFAST_KERNELS in the family's header declares the copies and the chooser.
 // Only those of the machine are built unless asked for (csrc/build/choice.py).
-// The attention has a fourth copy, avx512bf16 (avx512 + bfloat16 products): MAEFAST_KERNELS_WITH_BF16.
+// The attention has two more copies: avx512bf16 (avx512 + bfloat16 products) and amx (that + tiles):
+// MAEFAST_KERNELS_WITH_BF16.
 //
 // Rule for kernel files: they may include only <cstddef>, <cstdint>, <immintrin.h> and our own kernel
 // headers, whose functions all live in namespace maefast::MAEFAST_ISA. No C++ standard library: an inline
@@ -15,7 +16,7 @@
 
 namespace maefast {
 
-enum class Isa { plain = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
+enum class Isa { plain = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
 
 // What the CPU and the operating system support, whatever was built.
 Isa machine_isa();
@@ -44,6 +45,12 @@ const char* isa_name(Isa isa);
 #define MAEFAST_AVX512BF16(text)
 #endif
 
+#ifdef MAEFAST_HAS_AMX
+#define MAEFAST_AMX(text) text
+#else
+#define MAEFAST_AMX(text)
+#endif
+
 #define MAEFAST_KERNELS(Table, name)                                       \
   namespace plain {                                                        \
   extern const Table name;                                                 \
@@ -59,7 +66,9 @@ const char* isa_name(Isa isa);
 #define MAEFAST_KERNELS_WITH_BF16(Table, name)                                         \
   MAEFAST_KERNELS(Table, name)                                                         \
   MAEFAST_AVX512BF16(namespace avx512bf16 { extern const Table name; })                \
+  MAEFAST_AMX(namespace amx { extern const Table name; })                              \
   static inline const Table& name##_chosen_with_bf16() {                               \
-    MAEFAST_AVX512BF16(if (current_isa() == Isa::avx512bf16) return avx512bf16::name;) \
+    MAEFAST_AMX(if (current_isa() >= Isa::amx) return amx::name;)                      \
+    MAEFAST_AVX512BF16(if (current_isa() >= Isa::avx512bf16) return avx512bf16::name;) \
     return name##_chosen();                                                            \
   }

@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> transpose_sum(const Tensor& x, bool need_sum);
 Tensor bias_gelu(const Tensor& x, const std::optional<Tensor>& bias, bool tanh);
 std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x,
                                                       const std::optional<Tensor>& bias, bool tanh,
-                                                      bool need_bias, bool need_out);
+                                                      bool need_key_bias, bool need_out);
 
 // resize.cpp
 void resize(const Tensor& image, double left, double top, double right, double bottom, bool flip,
@@ -69,19 +69,20 @@ void adamw(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
            const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf);
 
 // attention.cpp
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q, const std::optional<Tensor>& kv,
-                                                     const std::optional<Tensor>& cu_q,
-                                                     const std::optional<Tensor>& cu_k, int64_t batch,
-                                                     int64_t max_q, int64_t max_k, double scale, bool causal,
-                                                     const std::optional<Tensor>& key_bias,
-                                                     const std::optional<Tensor>& marked, bool stats);
-std::tuple<Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
+    const Tensor& q, const std::optional<Tensor>& kv, const std::optional<Tensor>& cu_q,
+    const std::optional<Tensor>& cu_k, int64_t batch, int64_t max_q, int64_t max_k, double scale, bool causal,
+    const std::optional<Tensor>& key_bias, const std::optional<Tensor>& marked, bool stats,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+    bool interleaved);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad, const std::optional<Tensor>& grad_lse, const std::optional<Tensor>& grad_entropy,
     const std::optional<Tensor>& grad_mass, const Tensor& q, const std::optional<Tensor>& kv,
     const Tensor& out, const Tensor& lse, const Tensor& entropy, const Tensor& mass,
     const std::optional<Tensor>& cu_q, const std::optional<Tensor>& cu_k, int64_t batch, int64_t max_q,
     int64_t max_k, double scale, bool causal, const std::optional<Tensor>& key_bias,
-    const std::optional<Tensor>& marked, bool need_bias);
+    const std::optional<Tensor>& marked, bool need_key_bias, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, bool interleaved, bool need_bias);
 
 // loss.cpp
 std::tuple<Tensor, Tensor> patch_loss(const Tensor& pred, const Tensor& images, const Tensor& index,

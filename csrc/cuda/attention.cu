@@ -87,17 +87,17 @@ void run(const Args& p, int64_t batch, bool backward, const Tensor& like) {
   });
 }
 
-constexpr const char* kExtras = "attention: the CUDA kernel has neither key bias nor statistics";
+constexpr const char* kExtras = "attention: the CUDA kernel has no biases, rotation or statistics";
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q_, const std::optional<Tensor>& kv_,
-                                                     const std::optional<Tensor>& cu_q,
-                                                     const std::optional<Tensor>& cu_k, int64_t batch,
-                                                     int64_t max_q, int64_t max_k, double scale, bool causal,
-                                                     const std::optional<Tensor>& key_bias,
-                                                     const std::optional<Tensor>& marked, bool stats) {
-  STD_TORCH_CHECK(!key_bias && !marked && !stats, kExtras);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
+    const Tensor& q_, const std::optional<Tensor>& kv_, const std::optional<Tensor>& cu_q,
+    const std::optional<Tensor>& cu_k, int64_t batch, int64_t max_q, int64_t max_k, double scale, bool causal,
+    const std::optional<Tensor>& key_bias, const std::optional<Tensor>& marked, bool stats,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+    bool interleaved) {
+  STD_TORCH_CHECK(!key_bias && !marked && !stats && !bias && !cos && !sin && !interleaved, kExtras);
   const Tensor q = aligned(q_);
   const std::optional<Tensor> kv = kv_ ? std::optional<Tensor>(aligned(*kv_)) : std::nullopt;
   Args p = arguments(q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal);
@@ -109,14 +109,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q_, const std
   return {out, lse, empty({0}, ScalarType::Float, q), empty({0}, ScalarType::Float, q)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_, const std::optional<Tensor>& grad_lse, const std::optional<Tensor>& grad_entropy,
     const std::optional<Tensor>& grad_mass, const Tensor& q_, const std::optional<Tensor>& kv_,
     const Tensor& out_, const Tensor& lse, const Tensor& /*entropy*/, const Tensor& /*mass*/,
     const std::optional<Tensor>& cu_q, const std::optional<Tensor>& cu_k, int64_t batch, int64_t max_q,
     int64_t max_k, double scale, bool causal, const std::optional<Tensor>& key_bias,
-    const std::optional<Tensor>& marked, bool need_bias) {
-  STD_TORCH_CHECK(!grad_lse && !grad_entropy && !grad_mass && !key_bias && !marked && !need_bias, kExtras);
+    const std::optional<Tensor>& marked, bool need_key_bias, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, bool interleaved, bool need_bias) {
+  STD_TORCH_CHECK(!grad_lse && !grad_entropy && !grad_mass && !key_bias && !marked && !need_key_bias,
+                  kExtras);
+  STD_TORCH_CHECK(!bias && !cos && !sin && !interleaved && !need_bias, kExtras);
   const Tensor q = aligned(q_), grad = aligned(grad_), out = aligned(out_);
   const std::optional<Tensor> kv = kv_ ? std::optional<Tensor>(aligned(*kv_)) : std::nullopt;
   Args p = arguments(q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal);
@@ -132,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   p.dk = kv ? words(grad_kv) : p.dq + (p.v - p.k);
   p.dv = p.dk + (p.v - p.k);
   if (rows > 0 || columns > 0) run(p, batch, true, q);
-  return {grad_q, grad_kv, empty({0}, ScalarType::Float, q)};
+  return {grad_q, grad_kv, empty({0}, ScalarType::Float, q), empty({0}, ScalarType::Float, q)};
 }
 
 }  // namespace maefast::cuda

@@ -22,6 +22,7 @@ from maefast.ops.mask import TokenMask, token_mask
 from maefast.ops.norm import add_norm
 from maefast.ops.points import farthest_points, knn
 from maefast.ops.pool import avg_pool_cells, global_pool_cells, max_pool_cells
+from maefast.ops.positions import Rope, relative_bias
 from maefast.ops.resize import resize
 from maefast.ops.restore import restore_tokens
 from maefast.ops.sparse_conv import conv_cells
@@ -32,6 +33,7 @@ _dispatch.load_kernels()  # the families above have defined their raw ops
 __all__ = [
     "BlockWeights",
     "CellMask",
+    "Rope",
     "TokenMask",
     "adamw",
     "add_norm",
@@ -58,6 +60,7 @@ __all__ = [
     "pack_cells",
     "patch_embed",
     "patch_loss",
+    "relative_bias",
     "resize",
     "restore_tokens",
     "segment_sum",

@@ -36,7 +36,7 @@ class Call(NamedTuple):
     packed: bool
     cross: bool
     causal: bool
-    extras: bool  # key bias or statistics, which no library serves
+    extras: bool  # biases, rotation or statistics, which no library serves
     scaled: bool = False  # by another factor than 1 / sqrt(head_dim)
     repeatable: bool = False  # gradients are wanted, and the same bits at every run
 
@@ -53,14 +53,14 @@ def unavailable(name: str, call: Call) -> str | None:
             return "the C++ attention does not serve float64"
         if name == "cuda":
             if call.extras:
-                return "the CUDA C++ kernel has neither key bias nor statistics"
+                return "the CUDA C++ kernel has no biases, rotation or statistics"
             if max(call.max_q, call.max_k) > CUDA_LONGEST or call.dtype not in (torch.float16, torch.bfloat16):
                 return f"the CUDA C++ kernel takes float16 and bfloat16, up to {CUDA_LONGEST} tokens"
         return _dispatch.unavailable("attention", name, call.device, call.dtype)
     if name == "reference":
         return None
     if call.extras:
-        return f"{name} has neither key bias by head nor statistics"
+        return f"{name} has no biases by head, rotation or statistics"
     if name == "varlen":
         if not call.packed or call.device != "cuda":
             return "varlen_attn takes packed sequences on CUDA"

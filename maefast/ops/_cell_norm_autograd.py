@@ -139,17 +139,22 @@ class Grn(torch.autograd.Function):
 
 
 class SegmentSum(torch.autograd.Function):
+    """Sums over segments, or (counts None) means."""
+
     @staticmethod
     def forward(ctx, x, cu, counts, sites, name):
         mean, _ = _registry.raw("segment_stats", name)(x.reshape(-1, x.shape[-1]).contiguous(), cu, sites)
         if ctx is not None:
             ctx.save_for_backward(cu)
-            ctx.shape, ctx.dtype = x.shape, x.dtype
-        return mean * counts.to(mean.dtype)[:, None]
+            ctx.shape, ctx.dtype, ctx.sites, ctx.mean = x.shape, x.dtype, sites, counts is None
+        return mean if counts is None else mean * counts.to(mean.dtype)[:, None]
 
     @staticmethod
     @_autograd.once("segment_sum")
     def backward(ctx, grad):
         (cu,) = ctx.saved_tensors
-        rows = torch.repeat_interleave(grad.to(ctx.dtype), cu.diff().long(), dim=0, output_size=ctx.shape[0])
+        cells = cu.diff()
+        if ctx.mean:
+            grad = grad / (cells.clamp(min=1) * ctx.sites)[:, None]
+        rows = torch.repeat_interleave(grad.to(ctx.dtype), cells.long(), dim=0, output_size=ctx.shape[0])
         return rows.view(ctx.shape[0], *(1,) * (len(ctx.shape) - 2), ctx.shape[-1]).expand(ctx.shape), *(None,) * 4

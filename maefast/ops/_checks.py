@@ -86,6 +86,8 @@ def device(name: str, value: object) -> torch.device | None:
     if value is None or isinstance(value, torch.device):
         return value
     try:
+        if type(value) is int and not torch.accelerator.is_available():  # a torch for CUDA would fail later
+            raise RuntimeError("there is no accelerator here")
         return torch.device(value)
     except (RuntimeError, TypeError, ValueError) as error:
         kind = ValueError if isinstance(value, (str, int)) else TypeError

@@ -22,28 +22,27 @@ MAX_RADIUS = {2: 7, 3: 3}  # of a neighbour table, by the sides of the map: csrc
 
 
 class Window(NamedTuple):
-    """Where a convolution reads: (rows, columns) each, or (planes, rows, columns)."""
+    """Where a convolution reads: (rows, columns) each, or (planes, rows, columns). No properties here and in `Call`:
+    torch 2.10 does not compile those of a NamedTuple."""
 
     kernel: Sides
     stride: Sides
     padding: Sides
     dilation: Sides
 
-    @property
     def span(self) -> Sides:
         """Sites from the first tap to the last one."""
         return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation))
 
-    @property
     def halo(self) -> Sides:
         """(top, left, bottom, right) sites around a cell that its own outputs read; in volumes (front, top, left,
         back, bottom, right)."""
-        after = (max(0, n - p - s) for n, p, s in zip(self.span, self.padding, self.stride))
+        after = (max(0, n - p - s) for n, p, s in zip(self.span(), self.padding, self.stride))
         return *self.padding, *after
 
     def radius(self, cell: Sides) -> int:
         """How many cells away the halo reaches."""
-        return max(-(-n // size) for n, size in zip(self.halo, cell * 2))
+        return max(-(-n // size) for n, size in zip(self.halo(), cell * 2))
 
     def __str__(self) -> str:
         one = lambda sides: str(sides[0]) if len(set(sides)) == 1 else str(sides)  # noqa: E731
@@ -63,17 +62,14 @@ class Call(NamedTuple):
     out_channels: int
     depthwise: bool  # depthwise_cells serves it
 
-    @property
     def inside(self) -> bool:
         """No tap leaves its own cell."""
-        return not any(self.window.halo)
+        return not any(self.window.halo())
 
-    @property
     def solid(self) -> bool:
         """Whether maps have depth."""
         return len(self.cell) == 3
 
-    @property
     def out_cell(self) -> int:
         """The shorter side of an output cell."""
         return min(size // s for size, s in zip(self.cell, self.window.stride))
@@ -84,12 +80,12 @@ TABLE = _dispatch_data.DATA.conv
 
 def unavailable(route: str, call: Call) -> str | None:
     """Why `route` cannot serve the call whatever the backend, or None."""
-    if route == "rows" and not call.inside:
-        where = "front, top, left, back, bottom, right" if call.solid else "top, left, bottom, right"
-        return f"{call.window} reads {call.window.halo} sites ({where}) beyond its cell"
+    if route == "rows" and not call.inside():
+        where = "front, top, left, back, bottom, right" if call.solid() else "top, left, bottom, right"
+        return f"{call.window} reads {call.window.halo()} sites ({where}) beyond its cell"
     if route == "depthwise" and not call.depthwise:
         return "depthwise_cells takes a 3x3, 5x5 or 7x7 kernel for each channel, undilated, padding k // 2"
-    if route == "implicit" and call.solid:
+    if route == "implicit" and call.solid():
         return "implicit_conv takes maps of two sides"
     if route == "implicit" and call.groups > 1:
         return f"implicit_conv has no groups, and the weight has {call.groups}"
@@ -110,7 +106,7 @@ def choose(call: Call, backend: str | None, asked: str | None) -> tuple[str, str
             raise ValueError(f"route {asked!r} was asked for, but conv_cells cannot use it: {reason}")
         if asked not in RAW:
             return "reference", asked
-        name = _dispatch.choose(RAW[asked], call.device, call.dtype, backend, solid=call.solid)
+        name = _dispatch.choose(RAW[asked], call.device, call.dtype, backend, solid=call.solid())
         if name == "reference":
             reason = "the reference backend has no kernels for it"
             if forced is None and asked == "implicit":
@@ -121,15 +117,15 @@ def choose(call: Call, backend: str | None, asked: str | None) -> tuple[str, str
         return "reference", "reference"
     if call.depthwise:
         return "reference", "depthwise"
-    if call.inside:
+    if call.inside():
         return "reference", "rows"
     for rule in TABLE:
-        fits = rule.device == call.device and rule.sides == len(call.cell) and call.out_cell >= rule.smallest
+        fits = rule.device == call.device and rule.sides == len(call.cell) and call.out_cell() >= rule.smallest
         fits = fits and rule.grouped == (call.groups > 1) and rule.strided in (None, max(call.window.stride) > 1)
         if fits and unavailable(rule.route, call) is None:
             if rule.route not in RAW:
                 break
-            name = _dispatch.choose(RAW[rule.route], call.device, call.dtype, backend, solid=call.solid)
+            name = _dispatch.choose(RAW[rule.route], call.device, call.dtype, backend, solid=call.solid())
             if name != "reference":
                 return name, rule.route
     return "reference", "dense"

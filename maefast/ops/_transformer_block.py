@@ -175,8 +175,9 @@ class _Kept(NamedTuple):
     g: Tensor | None
 
 
-def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, masked, saving):
-    """(r1, delta of the output, _Kept, LibraryAttention or None). starts: (cu_q, cu_k, max_q, max_k)."""
+def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, places, masked, saving):
+    """(r1, delta of the output, _Kept, LibraryAttention or None). starts: (cu_q, cu_k, max_q, max_k). places: (bias,
+    cos, sin, interleaved) of the attention, or ()."""
     low, width, heads = form.low, form.width, form.heads
     qkv_weight, proj_weight, fc1_weight, fc2_weight = lowered
     residual, y1, mean1, rstd1 = form.norm(r0, delta, _to(w[0], form.wide), _to(w[1], form.wide), form.eps1, low)
@@ -193,7 +194,7 @@ def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, masked, sa
     graph = lse = entropy = mass = None
     if form.library is None:
         a, lse, entropy, mass = form.attend(
-            q, kv, cu_q, cu_k, form.batch, max_q, max_k, form.scale, False, None, None, False
+            q, kv, cu_q, cu_k, form.batch, max_q, max_k, form.scale, False, None, None, False, *places
         )
         a = a.view(-1, width)
     else:
@@ -253,12 +254,12 @@ def _through_mlp(form: Form, k: _Kept, grads, grad_r1, grad_out, w, lowered, dro
 
 
 def _gradients(
-    form: Form, k: _Kept, graph, graph_kept, grad_r1, grad_out, w, lowered, drop1, drop2, starts, masked, needs
+    form: Form, k: _Kept, graph, graph_kept, grad_r1, grad_out, w, lowered, drop1, drop2, starts, places, masked, needs
 ):
-    """(grad of r0, grad of delta or None, grads of the weights). needs: (x, delta's dtype or None, each weight). One of
-    the incoming gradients may be None."""
+    """(grad of r0, grad of delta or None, of the bias or None, grads of the weights). needs: (x, delta's dtype or None,
+    bias, each weight). One of the incoming gradients may be None."""
     low, wide, width = form.low, form.wide, form.width
-    need_x, delta_dtype, need = needs
+    need_x, delta_dtype, need_bias, need = needs
     qkv_weight, proj_weight, *_ = lowered
     grads: list[Tensor | None] = [None] * WEIGHTS
     if grad_out is not None:
@@ -271,16 +272,19 @@ def _gradients(
     ends = need[8], need[9] and not shift, need[16]
     grads[8], grad_bias, grads[16] = _last_layer(form.proj, branch.before, k.a, w[8], w[9], w[16], wide, ends)
     grads[9] = grads[9] if shift else grad_bias
-    if not (need_x or delta_dtype is not None or any(need[:8])):
-        return None, None, grads
+    if not (need_x or delta_dtype is not None or need_bias or any(need[:8])):
+        return None, None, None, grads
     grad_a = form.proj.input_gradient(branch.grad, proj_weight)
     del branch, grad_p
+    attention_bias = None
     if graph is None:
         cu_q, cu_k, max_q, max_k = starts
         grad_a = grad_a.view(-1, *form.heads)
         a = k.a.view(grad_a.shape)
-        options = form.batch, max_q, max_k, form.scale, False, None, None, False
-        grad_q, grad_kv, _ = form.attend_backward(
+        options = form.batch, max_q, max_k, form.scale, False, None, None, False, *places
+        if need_bias:
+            options = *options, True
+        grad_q, grad_kv, _, attention_bias = form.attend_backward(
             grad_a, None, None, None, k.q, k.kv, a, k.lse, k.entropy, k.mass, cu_q, cu_k, *options
         )
     else:
@@ -309,7 +313,7 @@ def _gradients(
             grads[at] = tables[at]
     y = k.y1 if k.y1 is not None else y
     _qkv_gradients(form, grads, grad_q, grad_kv, y, w, need, masked)
-    return grad_x, grad_delta, grads
+    return grad_x, grad_delta, attention_bias if need_bias else None, grads
 
 
 def _qkv_gradients(form: Form, grads, grad_q, grad_kv, y, w, need, masked) -> None:
@@ -333,15 +337,19 @@ def _qkv_gradients(form: Form, grads, grad_q, grad_kv, y, w, need, masked) -> No
 
 
 class TransformerBlock(torch.autograd.Function):
-    """x, delta [B, S, D] or [T, D] -> r1, delta. cu_q, cu_k, max_q, max_k: of the attention. w: see WEIGHTS."""
+    """x, delta [B, S, D] or [T, D] -> r1, delta. bias, cos, sin, interleaved, cu_q, cu_k, max_q, max_k: of the
+    attention. w: see WEIGHTS."""
 
     @staticmethod
-    def forward(ctx, form, x, delta, drop1, drop2, cu_q, cu_k, max_q, max_k, masked, *w):
+    def forward(
+        ctx, form, x, delta, bias, cos, sin, interleaved, drop1, drop2, cu_q, cu_k, max_q, max_k, masked, *w
+    ):  # fmt: skip
         starts = cu_q, cu_k, max_q, max_k
+        places = () if bias is None and cos is None else (bias, cos, sin, interleaved)
         lowered = _lower(form, w)
         added = None if delta is None else delta.view(-1, form.width)
         rows, saving = x.view(-1, form.width), ctx is not None and form.keep != "nothing"
-        r1, out, kept, graph = _forward(form, rows, added, w, lowered, drop1, drop2, starts, masked, saving)
+        r1, out, kept, graph = _forward(form, rows, added, w, lowered, drop1, drop2, starts, places, masked, saving)
         if x.ndim == 3 and masked is None:
             # Not views, which nobody could write into; see `norm._AddNorm`.
             shape = (x.shape[0], form.count or form.length, form.width)
@@ -349,7 +357,7 @@ class TransformerBlock(torch.autograd.Function):
         if ctx is not None:
             # x too, whatever is kept: it shows who asks for a second derivative (see `_autograd.once`), and in a stack
             # of blocks it is what the block before keeps.
-            common = (x, drop1, drop2, cu_q, cu_k, *w)
+            common = (x, bias, cos, sin, drop1, drop2, cu_q, cu_k, *w)
             if form.keep == "nothing":
                 ctx.save_for_backward(*common, kept.r0)
                 graph = None
@@ -359,10 +367,11 @@ class TransformerBlock(torch.autograd.Function):
                 more = () if graph is None else graph.taken()
                 ctx.save_for_backward(*common, *kept._replace(r1=r1), *casts, *more)
             ctx.form, ctx.graph, ctx.masked, ctx.longest = form, graph, masked, (max_q, max_k)
+            ctx.interleaved = interleaved
             ctx.shape, ctx.delta_dtype = x.shape, None if delta is None else delta.dtype
             ctx.set_materialize_grads(False)
             need = ctx.needs_input_grad
-            if not (need[1] or need[2] or any(need[-WEIGHTS : -WEIGHTS + 10]) or need[-2]):
+            if not (any(need[1:4]) or any(need[-WEIGHTS : -WEIGHTS + 10]) or need[-2]):
                 ctx.mark_non_differentiable(r1)  # only the MLP is trainable
         return r1, out
 
@@ -378,24 +387,25 @@ class TransformerBlock(torch.autograd.Function):
 
 def _backward(ctx, grad_r1: Tensor, grad_out: Tensor):
     form, masked, graph = ctx.form, ctx.masked, ctx.graph
-    _, drop1, drop2, cu_q, cu_k, *rest = ctx.saved_tensors
+    _, bias, cos, sin, drop1, drop2, cu_q, cu_k, *rest = ctx.saved_tensors
     w, rest = rest[:WEIGHTS], rest[WEIGHTS:]
     starts = cu_q, cu_k, *ctx.longest
+    places = () if bias is None and cos is None else (bias, cos, sin, ctx.interleaved)
     if form.keep == "nothing":
         lowered = _lower(form, w)
-        _, _, kept, graph = _forward(form, rest[0], None, w, lowered, drop1, drop2, starts, masked, True)
+        _, _, kept, graph = _forward(form, rest[0], None, w, lowered, drop1, drop2, starts, places, masked, True)
         more = () if graph is None else graph.taken()
     else:
         fields = len(_Kept._fields)
         kept = _Kept(*rest[:fields])
         kept = kept._replace(r1=kept.r1.view(-1, form.width))
         lowered, more = _lower(form, w, rest[fields : fields + 4]), rest[fields + 4 :]
-    _, need_x, need_delta, *_ = ctx.needs_input_grad
-    needs = need_x, ctx.delta_dtype if need_delta else None, ctx.needs_input_grad[-WEIGHTS:]
+    _, need_x, need_delta, need_bias, *_ = ctx.needs_input_grad
+    needs = need_x, ctx.delta_dtype if need_delta else None, need_bias, ctx.needs_input_grad[-WEIGHTS:]
     flat = [t if t is None else t.contiguous().view(-1, form.width) for t in (grad_r1, grad_out)]
-    grad_x, grad_delta, grads = _gradients(
-        form, kept, graph, more, *flat, w, lowered, drop1, drop2, starts, masked, needs
+    grad_x, grad_delta, grad_bias, grads = _gradients(
+        form, kept, graph, more, *flat, w, lowered, drop1, drop2, starts, places, masked, needs
     )
     grad_x = grad_x.view(ctx.shape) if need_x else None
     grad_delta = grad_delta.view(ctx.shape) if need_delta else None
-    return None, grad_x, grad_delta, *(None,) * 7, *grads
+    return None, grad_x, grad_delta, grad_bias, *(None,) * 10, *grads

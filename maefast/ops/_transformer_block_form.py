@@ -109,8 +109,9 @@ def form_of(x, delta, flat, options, drop1, drop2, cu_seqlens, masked) -> Form |
 
 
 def _checked(
-    x, delta, w, num_heads, eps, scale, approximate, max_seqlen, count, prefix, keep, backend, drop1, drop2, cu, masked
-) -> Form | None:
+    x, delta, w, num_heads, eps, scale, approximate, max_seqlen, count, prefix, keep, placed, backend, drop1, drop2, cu,
+    masked,
+) -> Form | None:  # fmt: skip
     _checks.tensor("x", x, ndim=(2, 3))
     packed, width = x.ndim == 2, x.shape[-1]
     if delta is not None:
@@ -155,7 +156,7 @@ def _checked(
         packed=packed or masked is not None,
         cross=masked is not None or count is not None,
         causal=False,
-        extras=False,
+        extras=placed,
         scaled=scale is not None and scale != (width // num_heads) ** -0.5,
         repeatable=_attention_table.repeatable(x, delta, *w),
     )

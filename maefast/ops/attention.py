@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maefast.ops import _attention_table, _autograd, _checks, _registry
+from maefast.ops.positions import Rope, check_bias, check_device, check_rope, rotated
 
 _raw_op = _registry.family("attention")
 
@@ -38,11 +39,13 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
     key_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    rope: Rope | None = None,
     marked: Tensor | None = None,
     stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
-    """``softmax(q k^T * scale + key_bias) v`` for each head (Vaswani et al., 2017).
+    """``softmax(q k^T * scale + key_bias + bias) v`` for each head (Vaswani et al., 2017).
 
     Args:
         q: self-attention: interleaved qkv, [B, S, 3, H, D] or packed [T, 3, H, D]; cross-attention: queries,
@@ -56,6 +59,12 @@ def attention(
         key_bias: added to the scores of each key and head, [B, Sk, H] or packed [Tk, H]. -inf rules the key out: its
             weight and its gradients are exactly 0. So does what overflows to it on the way to base 2, anything below
             about -2.3e38, such as `torch.finfo(torch.float32).min`. +inf and NaN give NaN.
+        bias: added to the scores of each pair, [G, H, Sq, Sk], [H, Sq, Sk] for G = 1, or with one head for all; float32
+            or the dtype of q, dense input only. Sequence b takes group b % G: the windows of an image (Liu et al.,
+            2021), or one for all (Bao et al., 2022; see `relative_bias`). -inf rules the pair out as with `key_bias`.
+            Its gradient is summed in float32 (float64 for float64), in a fixed order.
+        rope: `Rope`: q and k are rotated before the products, self-attention only. In float32, and rounded once where a
+            kernel multiplies 16-bit numbers.
         marked: bool [B, Sk] or packed [Tk]; with `stats`, their share of the attention is returned.
         stats: also return AttentionStats.
 
@@ -72,7 +81,8 @@ def attention(
 
     Raises:
         TypeError, ValueError: wrong shape, dtype or device; head width not a multiple of 8 or above 128 (backends
-        other than the reference and torch's); packed input without `cu_seqlens`, or one that does not fit.
+        other than the reference and torch's); packed input without `cu_seqlens`, or one that does not fit; `bias` with
+        packed input; `rope` with cross-attention or with tensors that require grad.
     """
     cross = kv is not None
     _check_heads(q, kv)
@@ -91,6 +101,12 @@ def attention(
             raise ValueError(f"q has {batch} sequences and kv {kv.shape[0]}")
     keys = (kv if cross else q).shape[: 1 if packed else 2]
     _check_extras(q, keys, key_bias, marked, stats)
+    if bias is not None or rope is not None:
+        check_device(q, bias, rope)
+    if bias is not None:
+        bias = check_bias(bias, q.dtype, batch, q.shape[-2], max_q, max_k, packed)
+    tokens = q.shape[: 1 if packed else 2]
+    turn = (None, None, False) if rope is None else check_rope(rope, q.dtype, tokens, q.shape[-1], cross)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     else:
@@ -106,7 +122,7 @@ def attention(
         packed=packed,
         cross=cross,
         causal=causal,
-        extras=key_bias is not None or stats,
+        extras=key_bias is not None or bias is not None or rope is not None or stats,
         scaled=scale != q.shape[-1] ** -0.5,
         repeatable=_attention_table.repeatable(q, kv),
     )
@@ -115,11 +131,11 @@ def attention(
         return _attention_table.LIBRARIES[name](q, kv, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, causal)
     if not packed:  # one view of all rows; equal lengths need no cu_seqlens
         q, kv, key_bias, marked = (t if t is None else t.flatten(0, 1) for t in (q, kv, key_bias, marked))
-    args = (q, kv, key_bias, marked, cu_seqlens_q, cu_seqlens_k, batch, max_q, max_k, scale, causal, stats)
+    args = (cu_seqlens_q, cu_seqlens_k, batch, max_q, max_k, scale, causal, stats)
     if name == "reference":
-        out, lse, entropy, mass = attention_reference(*args)
+        out, lse, entropy, mass = attention_reference(q, kv, key_bias, marked, *args, bias, *turn)
     else:
-        out, lse, entropy, mass = _autograd.apply(_Attention, *args, name)
+        out, lse, entropy, mass = _autograd.apply(_Attention, q, kv, key_bias, bias, marked, *args, *turn, name)
     if not packed:
         out = out.unflatten(0, (batch, max_q))
     if not stats:
@@ -227,34 +243,50 @@ def attention_reference(
     scale: float,
     causal: bool,
     stats: bool,
+    bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The definition on packed rows, differentiable: (out [Tq, H, D], lse, entropy, mass [Tq, H]).
 
-    Sequences are attended one by one; equal lengths (no cu_q) in one batch. 16-bit input is computed in float32.
+    Sequences are attended one by one; equal lengths (no cu_q) in one batch. 16-bit input is computed in float32. bias:
+    [G, H, Sq, Sk]. cos, sin: [Tq, D], or [Sq, D] for all sequences.
     """
-    q, k, v = q.unbind(1) if kv is None else (q, *kv.unbind(1))
-    if cu_q is None:
-        keys = [t if t is None else t.unflatten(0, (batch, max_k)) for t in (k, v, key_bias, marked)]
-        results = _attend(q.unflatten(0, (batch, max_q)), *keys, scale, causal)
-        return tuple(t.flatten(0, 1) for t in results)
-    own = [q.split(cu_q.diff().tolist())]
-    lengths_k = (cu_q if kv is None else cu_k).diff().tolist()
-    own += [[None] * batch if t is None else t.split(lengths_k) for t in (k, v, key_bias, marked)]
-    results = [_attend(*(t if t is None else t[None] for t in sample), scale, causal) for sample in zip(*own)]
-    return tuple(torch.cat([t[0] for t in column]) for column in zip(*results))
-
-
-def _attend(q, k, v, key_bias, marked, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One batch of equal lengths: q [B, Sq, H, D], k and v [B, Sk, H, D] -> out, lse, entropy, mass."""
     dtype = q.dtype
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    q, k, v = (t.to(wide) for t in (q.unbind(1) if kv is None else (q, *kv.unbind(1))))
+    if cos is not None:
+        if cu_q is None and cos.shape[0] != q.shape[0]:
+            cos, sin = cos.repeat(batch, 1), sin.repeat(batch, 1)
+        q, k = (rotated(t, cos, sin, interleaved) for t in (q, k))
+    if cu_q is None:
+        keys = [t if t is None else t.unflatten(0, (batch, max_k)) for t in (k, v, key_bias, marked)]
+        results = [t.flatten(0, 1) for t in _attend(q.unflatten(0, (batch, max_q)), *keys, scale, causal, bias)]
+    else:
+        own = [q.split(cu_q.diff().tolist())]
+        lengths_k = (cu_q if kv is None else cu_k).diff().tolist()
+        own += [[None] * batch if t is None else t.split(lengths_k) for t in (k, v, key_bias, marked)]
+        found = [_attend(*(t if t is None else t[None] for t in sample), scale, causal) for sample in zip(*own)]
+        results = [torch.cat([t[0] for t in column]) for column in zip(*found)]
+    return results[0].to(dtype), *results[1:]
+
+
+def _as_added(bias: Tensor, wide: torch.dtype) -> Tensor:
+    """-inf where it is that in base 2, as the kernels add it."""
+    bias = bias.to(wide)
+    return bias.masked_fill(bias.float() * math.log2(math.e) == float("-inf"), float("-inf"))
+
+
+def _attend(q, k, v, key_bias, marked, scale: float, causal: bool, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+    """One batch of equal lengths: q [B, Sq, H, D], k and v [B, Sk, H, D] -> out, lse, entropy, mass."""
     scores = torch.einsum("bqhd,bkhd->bqhk", q, k) * scale
     if key_bias is not None:
-        bias = key_bias.to(wide)
-        in_base_2 = bias.float() * math.log2(math.e)  # as the kernels add it
-        bias = bias.masked_fill(in_base_2 == float("-inf"), float("-inf"))
-        scores = scores + bias.transpose(1, 2)[:, None]
+        scores = scores + _as_added(key_bias, q.dtype).transpose(1, 2)[:, None]
+    if bias is not None:
+        groups = bias.shape[0]
+        scores = scores.unflatten(0, (q.shape[0] // groups, groups)) + _as_added(bias, q.dtype).transpose(1, 2)
+        scores = scores.flatten(0, 1)
     if causal:
         later = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later[:, None], float("-inf"))
@@ -270,14 +302,18 @@ def _attend(q, k, v, key_bias, marked, scale: float, causal: bool) -> tuple[Tens
     lse = top + total.log()
     entropy = total.log() - (p * t).sum(-1)
     mass = torch.zeros_like(lse) if marked is None else (p * marked[:, None, None]).sum(-1)
-    return out.to(dtype), lse, entropy, mass
+    return out, lse, entropy, mass
 
 
 @_raw_op(
     "attention(Tensor q, Tensor? kv, Tensor? cu_q, Tensor? cu_k, SymInt batch, SymInt max_q, SymInt max_k,"
-    " float scale, bool causal, Tensor? key_bias, Tensor? marked, bool stats) -> (Tensor, Tensor, Tensor, Tensor)"
+    " float scale, bool causal, Tensor? key_bias, Tensor? marked, bool stats, Tensor? bias=None, Tensor? cos=None,"
+    " Tensor? sin=None, bool interleaved=False) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-def _attention_fake(q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal, key_bias, marked, stats):
+def _attention_fake(
+    q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal, key_bias, marked, stats, bias=None, cos=None, sin=None,
+    interleaved=False,
+):  # fmt: skip
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
     rows, heads, width = q.shape[0], q.shape[-2], q.shape[-1]
     row = lambda wanted: q.new_empty((rows, heads) if wanted else (0,), dtype=wide)  # noqa: E731
@@ -287,39 +323,44 @@ def _attention_fake(q, kv, cu_q, cu_k, batch, max_q, max_k, scale, causal, key_b
 @_raw_op(
     "attention_backward(Tensor grad, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_mass, Tensor q,"
     " Tensor? kv, Tensor out, Tensor lse, Tensor entropy, Tensor mass, Tensor? cu_q, Tensor? cu_k, SymInt batch,"
-    " SymInt max_q, SymInt max_k, float scale, bool causal, Tensor? key_bias, Tensor? marked, bool need_bias)"
-    " -> (Tensor, Tensor, Tensor)"
+    " SymInt max_q, SymInt max_k, float scale, bool causal, Tensor? key_bias, Tensor? marked, bool need_key_bias,"
+    " Tensor? bias=None, Tensor? cos=None, Tensor? sin=None, bool interleaved=False, bool need_bias=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _attention_backward_fake(
     grad, grad_lse, grad_entropy, grad_mass, q, kv, out, lse, entropy, mass, cu_q, cu_k, batch, max_q, max_k, scale,
-    causal, key_bias, marked, need_bias,
+    causal, key_bias, marked, need_key_bias, bias=None, cos=None, sin=None, interleaved=False, need_bias=False,
 ):  # fmt: skip
     return (
         q.new_empty(q.shape),
         q.new_empty((0,) if kv is None else kv.shape),
-        q.new_empty(key_bias.shape if need_bias else (0,), dtype=torch.float32),
+        q.new_empty(key_bias.shape if need_key_bias else (0,), dtype=torch.float32),
+        q.new_empty(bias.shape if need_bias else (0,), dtype=torch.float32),
     )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, kv, key_bias, marked, cu_q, cu_k, batch, max_q, max_k, scale, causal, stats, name):
+    def forward(
+        ctx, q, kv, key_bias, bias, marked, cu_q, cu_k, batch, max_q, max_k, scale, causal, stats, cos, sin,
+        interleaved, name,
+    ):  # fmt: skip
         q, kv = q.contiguous(), None if kv is None else kv.contiguous()
         key_bias = None if key_bias is None else key_bias.float().contiguous()
         marked = None if marked is None else marked.contiguous()
         args = (batch, max_q, max_k, scale, causal)
         run = _registry.raw("attention", name)
-        out, lse, entropy, mass = run(q, kv, cu_q, cu_k, *args, key_bias, marked, stats)
+        out, lse, entropy, mass = run(q, kv, cu_q, cu_k, *args, key_bias, marked, stats, bias, cos, sin, interleaved)
         if ctx is not None:
-            ctx.save_for_backward(q, kv, out, lse, entropy, mass, cu_q, cu_k, key_bias, marked)
-            ctx.args, ctx.stats, ctx.backend = args, stats, name
+            ctx.save_for_backward(q, kv, out, lse, entropy, mass, cu_q, cu_k, key_bias, marked, bias, cos, sin)
+            ctx.args, ctx.stats, ctx.interleaved, ctx.backend = args, stats, interleaved, name
             ctx.set_materialize_grads(False)
         return out, lse, entropy, mass
 
     @staticmethod
     @_autograd.once("attention")
     def backward(ctx, grad, grad_lse, grad_entropy, grad_mass):
-        q, kv, out, lse, entropy, mass, cu_q, cu_k, key_bias, marked = ctx.saved_tensors
+        q, kv, out, lse, entropy, mass, cu_q, cu_k, key_bias, marked, *places = ctx.saved_tensors
         grad = torch.zeros_like(out) if grad is None else grad.contiguous()
         # Statistics that were not asked for are empty; torch.compile hands their gradients on as zeros all the same.
         given = (ctx.stats, ctx.stats, ctx.stats and marked is not None)
@@ -327,14 +368,11 @@ class _Attention(torch.autograd.Function):
             t.contiguous() if use and t is not None else None
             for use, t in zip(given, (grad_lse, grad_entropy, grad_mass))
         ]
-        need_q, need_kv, need_bias = ctx.needs_input_grad[:3]
+        need_q, need_kv, need_key_bias, need_bias = ctx.needs_input_grad[:4]
         run = _registry.raw("attention_backward", ctx.backend)
-        grad_q, grad_kv, grad_bias = run(
-            grad, *extra, q, kv, out, lse, entropy, mass, cu_q, cu_k, *ctx.args, key_bias, marked, need_bias
-        )
-        return (
-            grad_q if need_q else None,
-            grad_kv if need_kv else None,
-            grad_bias if need_bias else None,
-            *(None,) * 10,
-        )
+        found = run(
+            grad, *extra, q, kv, out, lse, entropy, mass, cu_q, cu_k, *ctx.args, key_bias, marked, need_key_bias,
+            *places, ctx.interleaved, need_bias,
+        )  # fmt: skip
+        needs = need_q, need_kv, need_key_bias, need_bias
+        return *(t if need else None for t, need in zip(found, needs)), *(None,) * 13

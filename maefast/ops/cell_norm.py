@@ -306,6 +306,15 @@ def segment_sum(x: Tensor, plan: CellMask | None, *, backend: str | None = None)
     return _autograd.apply(SegmentSum, x, cu, counts, sites, name)
 
 
+def segment_mean(x: Tensor, plan: CellMask, *, backend: str | None = None) -> Tensor:
+    """`segment_sum` over the number of active sites; zero where there are none."""
+    name = _dispatch.choose("segment_stats", x.device.type, x.dtype, backend)
+    sites = math.prod(x.shape[1:-1])
+    if name == "reference":
+        return segment_sum_reference(x, plan) / (plan.cu_cells.diff().clamp(min=1) * sites)[:, None]
+    return _autograd.apply(SegmentSum, x, plan.cu_cells, None, sites, name)
+
+
 def segment_sum_reference(x: Tensor, plan: CellMask | None) -> Tensor:
     """The definition, differentiable."""
     cells = x.to(_wide(x)).flatten(1, -2).sum(1)

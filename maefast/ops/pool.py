@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maefast.ops import _autograd, _checks, _dispatch, _registry
 from maefast.ops._conv_table import Sides
-from maefast.ops.cell_norm import segment_sum
+from maefast.ops.cell_norm import segment_mean
 from maefast.ops.cells import CellMask, check_cells, pack_cells_reference, times, unpack_cells_reference
 
 _raw_op = _registry.family("pool")
@@ -113,9 +113,7 @@ def global_pool_cells(x: Tensor, plan: CellMask, *, backend: str | None = None) 
         TypeError, ValueError: x does not fit the plan.
     """
     check_cells(plan, x)
-    total = segment_sum(x, plan, backend=backend)
-    count = plan.cu_cells.diff() * math.prod(x.shape[1:-1])
-    return (total / count.clamp(min=1)[:, None]).to(x.dtype)
+    return segment_mean(x, plan, backend=backend).to(x.dtype)
 
 
 def global_pool_cells_reference(x: Tensor, plan: CellMask) -> Tensor:

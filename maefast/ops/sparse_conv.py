@@ -163,7 +163,7 @@ def _rows(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups
     cells, *sites, channels = x.shape
     sites = [size // s for size, s in zip(sites, window.stride)]
     if max(window.stride) > 1:
-        for dim, (size, s, d, n) in enumerate(zip(sites, window.stride, window.dilation, window.span), 1):
+        for dim, (size, s, d, n) in enumerate(zip(sites, window.stride, window.dilation, window.span()), 1):
             x = x.unflatten(dim, (size, s)).movedim(dim + 1, -2)[..., :n:d, :]
     rows = x.reshape(cells * math.prod(sites), math.prod(window.kernel) * channels)
     return product(rows, weight, bias, groups).view(cells, *sites, weight.shape[0])
@@ -190,17 +190,36 @@ def library(x: Tensor) -> Callable:
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
-    stride, run = window.stride, library(x)
+    stride = window.stride
     if max(window.kernel) == 1 and max(stride) > 1:
         # oneDNN's weight gradient of a 1x1 convolution with a stride writes out of bounds (torch 2.13, channels last,
         # few channels), so the sites it skips are left out here.
         for dim, s in enumerate(stride, 2):
             x = x[(slice(None),) * dim + (slice(None, None, s),)]
         stride = (1,) * len(stride)
-    if not library_fails(x, window.dilation, groups):
-        return run(x, weight, bias, stride, window.padding, window.dilation, groups)
-    bias = None if bias is None else bias.float()
-    return run(x.float(), weight.float(), bias, stride, window.padding, window.dilation, groups).to(x.dtype)
+    wide = library_fails(x, window.dilation, groups)
+    return _library_conv(x, weight, bias, stride, window.padding, window.dilation, groups, wide)
+
+
+def _library_conv(x: Tensor, weight, bias, stride, padding, dilation, groups: int, wide: bool) -> Tensor:
+    """torch's convolution, around what oneDNN gets wrong; `wide`: computed in float32."""
+    dtype = x.dtype
+    if wide:
+        x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
+    x, stride, padding = _one_wide(x, weight, stride, padding, dilation)
+    return library(x)(x, weight, bias, stride, padding, dilation, groups).to(dtype)
+
+
+def _one_wide(x: Tensor, weight: Tensor, stride: Sides, padding: Sides, dilation: Sides) -> tuple[Tensor, Sides, Sides]:
+    """Maps, stride and padding of the same convolution without a stride along the last dimension, where the result is
+    one site wide there: by AMX, oneDNN leaves such results in bfloat16 unwritten (torch 2.10 to 2.13)."""
+    if x.device.type != "cpu" or x.dtype is not torch.bfloat16 or stride[-1] == 1:
+        return x, stride, padding
+    span, width = dilation[-1] * (weight.shape[-1] - 1) + 1, x.shape[-1] + 2 * padding[-1]
+    if not span <= width < span + stride[-1]:
+        return x, stride, padding
+    x = F.pad(x, (padding[-1], span - padding[-1] - x.shape[-1]))  # less than nothing cuts off
+    return x, (*stride[:-1], 1), (*padding[:-1], 0)
 
 
 def library_fails(x: Tensor, dilation: Sides, groups: int) -> bool:
@@ -208,7 +227,11 @@ def library_fails(x: Tensor, dilation: Sides, groups: int) -> bool:
     sizes with groups and dilation together (torch 2.13), or volumes are `SLOW`."""
     if x.device.type != "cpu" or x.dtype.itemsize != 2:
         return False
-    return (groups > 1 and max(dilation) > 1) or (x.ndim == 5 and x.dtype in SLOW)
+    return (groups > 1 and max(dilation) > 1) or _slow(x)
+
+
+def _slow(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.ndim == 5 and x.dtype in SLOW
 
 
 @_raw_op("halo_cells(Tensor x, Tensor neighbours, SymInt[] halo) -> Tensor")
@@ -254,7 +277,7 @@ class _Halo(torch.autograd.Function):
         if need_x and not fold:
             grad_x = _framed_conv(grad, neighbours, turned(weight, groups), None, window, groups, name)
         if fold or need_weight:
-            frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo).movedim(-1, 1)
+            frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo()).movedim(-1, 1)
             wide = torch.float32 if library_fails(x, window.dilation, groups) else x.dtype
             inputs = (t.to(wide) for t in (grad.movedim(-1, 1), frames, weight))
             none = (0,) * len(window.kernel)
@@ -263,18 +286,19 @@ class _Halo(torch.autograd.Function):
             folded, grad_weight = (None if t is None else t.to(x.dtype) for t in (folded, grad_weight))
             if fold:
                 folded = folded.movedim(1, -1).contiguous()
-                grad_x = _registry.raw("halo_cells_backward", name)(folded, neighbours, window.halo)
+                grad_x = _registry.raw("halo_cells_backward", name)(folded, neighbours, window.halo())
         grad_bias = grad.flatten(0, -2).sum(0) if need_bias else None
         return grad_x, None, grad_weight if need_weight else None, grad_bias, None, None, None
 
 
 def _framed_conv(x, neighbours, weight, bias, window: Window, groups: int, name: str) -> Tensor:
-    frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo).movedim(-1, 1)
-    dtype = frames.dtype
-    if dtype in SLOW and frames.ndim == 5:
-        frames, weight, bias = (None if t is None else t.float() for t in (frames, weight, bias))
-    out = library(frames)(frames, weight, bias, window.stride, 0, window.dilation, groups)
-    return out.to(dtype).movedim(1, -1).contiguous()
+    frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo()).movedim(-1, 1)
+    none = (0,) * len(window.kernel)
+    wide = _slow(frames)  # of what fails, the backward asks
+    out = _library_conv(frames, weight, bias, window.stride, none, window.dilation, groups, wide).movedim(1, -1)
+    if torch.compiler.is_compiling():  # torch 2.11 loses the gradient of a Function that returns a view
+        return out.clone(memory_format=torch.contiguous_format)
+    return out.contiguous()
 
 
 @_raw_op(

@@ -13,13 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from maefast.ops import _autograd, _checks, _dispatch
 from maefast.ops._transformer_block import TransformerBlock, scaled
-from maefast.ops._transformer_block_form import form_of, goes_with
+from maefast.ops._transformer_block_form import Form, form_of, goes_with
 from maefast.ops.attention import attention, check_starts
 from maefast.ops.embed import gather_tokens
 from maefast.ops.gelu import bias_gelu
 from maefast.ops.linear import linear, linear_reference
 from maefast.ops.mask import TokenMask
 from maefast.ops.norm import add_norm
+from maefast.ops.positions import Rope, check_bias, check_device, check_rope
 
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -59,6 +60,8 @@ def transformer_block(
     count: int | None = None,
     masked: TokenMask | None = None,
     prefix: int = 0,
+    bias: Tensor | None = None,
+    rope: Rope | None = None,
     keep: str = "lean",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -80,6 +83,9 @@ def transformer_block(
             of them is computed. [B, S, D] input only.
         masked: only the masked tokens of this plan are wanted, packed in its order; x is [B, prefix + N, D].
         prefix: tokens in front of the N of `masked`.
+        bias: added to the scores of each pair, [G, H, S, S] or [H, S, S], as `attention` takes it; with `count`
+            [G, H, count, S]. Dense tokens only, and not with `masked`.
+        rope: `Rope`, by which queries and keys are rotated. Not with `count` or `masked`.
         keep: what is kept for the backward. "lean": residual streams, qkv, the attention's output and log-sum-exp, the
             pre-activation of the GELU; the outputs of norms and GELU come out of the backward's own passes once more.
             "all": those too. "nothing": the input alone, from which the backward runs the forward again. The results
@@ -99,11 +105,12 @@ def transformer_block(
         _checks.tensor("x", x, ndim=2)
         max_seqlen = check_starts("cu_seqlens", cu_seqlens, x, max_seqlen)
     eps = eps if isinstance(eps, tuple) else (eps, eps)
-    options = num_heads, eps, scale, approximate, max_seqlen, count, prefix, keep, backend
+    placed = bias is not None or rope is not None
+    options = num_heads, eps, scale, approximate, max_seqlen, count, prefix, keep, placed, backend
     form = form_of(x, delta, flat, options, drop1, drop2, cu_seqlens, masked)
     if form is None:
         options = num_heads, eps, scale, approximate, max_seqlen, count, prefix, backend
-        args = x, delta, flat, *options, drop1, drop2, cu_seqlens, masked
+        args = x, delta, flat, *options, drop1, drop2, cu_seqlens, masked, bias, rope
         if keep == "nothing" and torch.is_grad_enabled():
             return checkpoint(_composed, *args, use_reentrant=False)
         return _composed(*args)
@@ -116,7 +123,22 @@ def transformer_block(
         starts = cu_seqlens, None, max_seqlen, max_seqlen
     else:
         starts = None, None, count or form.length, form.length
-    return _autograd.apply(TransformerBlock, form, x.contiguous(), delta, drop1, drop2, *starts, masked, *flat)
+    places = _places(form, x, bias, rope, cu_seqlens is not None or masked is not None) if placed else NO_PLACES
+    args = form, x.contiguous(), delta, *places, drop1, drop2, *starts, masked
+    return _autograd.apply(TransformerBlock, *args, *flat)
+
+
+NO_PLACES = (None, None, None, False)
+
+
+def _places(form: Form, x: Tensor, bias: Tensor | None, rope: Rope | None, packed: bool) -> tuple:
+    """(bias, cos, sin, interleaved), as the raw op takes them."""
+    check_device(x, bias, rope)
+    heads, width = form.heads
+    if bias is not None:
+        bias = check_bias(bias, form.low, form.batch, heads, form.count or form.length, form.length, packed)
+    turn = NO_PLACES[1:] if rope is None else check_rope(rope, form.low, x.shape[:-1], width, form.some)
+    return bias, *turn
 
 
 def _flatten(weights: BlockWeights) -> tuple[Tensor | None, ...]:
@@ -146,20 +168,22 @@ def _composed(
     drop2,
     cu_seqlens,
     masked,
+    bias,
+    rope,
 ) -> tuple[Tensor, Tensor]:
     """The block op by op, on `backend`."""
     plain = (backend or _dispatch.forced()) == "reference"
     product = linear_reference if plain else linear
     width = x.shape[-1]
     r, y = add_norm(x, delta, w[0], w[1], eps[0], backend=backend)
-    weight, bias = (_side_by_side(w[at : at + 3], width) for at in (2, 5))
+    weight, shift = (_side_by_side(w[at : at + 3], width) for at in (2, 5))
     if count is None and masked is None:
-        q, kv = product(y, weight, bias).unflatten(-1, (3, num_heads, -1)), None
+        q, kv = product(y, weight, shift).unflatten(-1, (3, num_heads, -1)), None
         where = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max_seqlen}
     else:
         # split, not slices: its backward writes the gradient of the weight once.
         (q_weight, kv_weight), (q_bias, kv_bias) = (
-            (None, None) if t is None else t.split([width, 2 * width]) for t in (weight, bias)
+            (None, None) if t is None else t.split([width, 2 * width]) for t in (weight, shift)
         )
         q = product(wanted(y, count, masked, prefix, backend), q_weight, q_bias).unflatten(-1, (num_heads, -1))
         kv = product(y, kv_weight, kv_bias).unflatten(-1, (2, num_heads, -1))
@@ -167,7 +191,7 @@ def _composed(
         if masked is not None:
             kv, where = kv.flatten(0, 1), masked_to_all(masked, x.shape[1])
         r = wanted(r, count, masked, prefix, backend)
-    a = attention(q, kv, **where, scale=scale, backend=backend).flatten(-2)
+    a = attention(q, kv, **where, scale=scale, bias=bias, rope=rope, backend=backend).flatten(-2)
     p = scaled(product(a, w[8], w[9]), w[16], drop1)
     r, y = add_norm(r, p, w[10], w[11], eps[1], backend=backend)
     h = bias_gelu(product(y, w[12]), w[13], approximate, backend=backend)

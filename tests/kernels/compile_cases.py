@@ -241,6 +241,15 @@ def attention_cases(full: bool):
                 saved = (row, row, row) if more else (row, meta(0), meta(0))
                 grads = (out, row, row, row) if more else (out, None, None, None)
                 yield label, attention_backward, (*grads, q, kv, out, *saved, *cu, *sizes, bias, marked, more)
+        for length, width in shapes if full else ():
+            qkv, out, row = meta(8 * length, 3, 4, width, dtype=dtype), meta(8 * length, 4, width, dtype=dtype), meta(1)
+            sizes, empty = (8, length, length, width**-0.5, False, None, None, False), (meta(0), meta(0))
+            for interleaved in (False, True):
+                places = meta(2, 4, length, length), meta(length, width), meta(length, width), interleaved
+                label = f"{name} S={length} D={width} bias rope"
+                yield label, attention, (qkv, None, None, None, *sizes, *places)
+                saved = qkv, None, out, row, *empty, None, None
+                yield label, attention_backward, (out, None, None, None, *saved, *sizes, *places, True)
 
 
 def cells_cases(full: bool):

@@ -28,7 +28,15 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if "device" in getattr(item, "fixturenames", ()) and not INTERPRET:
             item.add_marker(pytest.mark.gpu)
+    if INTERPRET:
+        config.hook.pytest_deselected(items=[item for item in items if _again(item)])
+        items[:] = [item for item in items if not _again(item)]
+
+
+def _again(item: pytest.Item) -> bool:
+    """Whether the interpreter need not run a test, since it does so in float32."""
+    return item.get_closest_marker("blocks") is not None and item.callspec.params["dtype"] is not torch.float32

@@ -11,7 +11,7 @@ from maefast import ops
 from maefast.kernels import attention as kernels
 from tests.kernels.attention_case import BOUND, NEVER, PATTERNS, Case, assert_close, blind_queries, hidden_keys
 from tests.kernels.support import INTERPRET, property_test, random_tensor
-from tests.kernels.test_bounds_kernels import FencedTorch, fenced_empty
+from tests.kernels.test_bounds_kernels import FencedTorch, fenced
 
 WIDTHS = range(16, 129, 8)
 
@@ -49,6 +49,7 @@ def test_short_sequences(device, dtype, case):
     check(Case(dtype, **case), device)
 
 
+@pytest.mark.blocks
 @pytest.mark.parametrize("width", [32, 64, 88])
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "extras"])
 def test_every_tile(device, dtype, width, extras):
@@ -58,6 +59,7 @@ def test_every_tile(device, dtype, width, extras):
         check(Case(dtype, width, [length], heads=1, causal=causal, bias=extras, stats=extras), device)
 
 
+@pytest.mark.blocks
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_long_sequences(device, dtype, causal):
     extras = {"bias": causal, "stats": causal, "causal": causal}
@@ -66,6 +68,7 @@ def test_long_sequences(device, dtype, causal):
     check(Case(dtype, 24, [300, 64, 1], heads=1, **extras), device)
 
 
+@pytest.mark.blocks
 def test_ragged_cross_attention(device, dtype):
     check(Case(dtype, 32, [5, 0, 140, 3], [200, 7, 0, 130], bias=True, stats=True), device)
     check(Case(dtype, 128, [1, 70, 9], [257, 1, 30], heads=1, bias=True), device)
@@ -73,6 +76,7 @@ def test_ragged_cross_attention(device, dtype):
     check(Case(dtype, 16, [1030], [20], heads=1), device)  # too many queries for one program's backward
 
 
+@pytest.mark.blocks
 def test_programs_that_take_several_blocks_of_queries(device, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
     check(Case(dtype, 32, [100, 0, 70], stats=True, bias=True), device)
@@ -133,6 +137,7 @@ def test_ruled_out_keys(device, dtype, case, data):
     check_ruled_out(Case(dtype, **case), hidden, data.draw(st.sampled_from(NEVER)), device)
 
 
+@pytest.mark.blocks
 @pytest.mark.parametrize("stats", [False, True], ids=["plain", "stats"])
 def test_ruled_out_blocks_of_keys(device, dtype, stats):
     # One head for each pattern. Above 128 keys whole blocks come before or behind those that are seen.
@@ -160,6 +165,7 @@ def test_large_scores(device, dtype, length):
         assert error <= bound, f"{name}: relative error {error:.3g}, allowed {bound:.3g}"
 
 
+@pytest.mark.blocks
 def test_two_runs_agree_bit_for_bit(device, dtype):
     for width, lengths in ((64, [50, 26]), (32, [98, 20]), (64, [197, 3])):
         case = Case(dtype, width, lengths, bias=True, stats=True)
@@ -198,18 +204,7 @@ if INTERPRET:
     @pytest.mark.parametrize("at_end", [True, False], ids=["behind", "before"])
     def test_nothing_outside_is_touched(monkeypatch, at_end):
         monkeypatch.setattr(kernels, "torch", FencedTorch(at_end))
-
-        def fenced(op):
-            def call(*args):
-                copies = [
-                    fenced_empty(x.shape, dtype=x.dtype, at_end=at_end).copy_(x) if isinstance(x, torch.Tensor) else x
-                    for x in args
-                ]
-                return op(*copies)
-
-            return call
-
-        both = fenced(kernels.attention), fenced(kernels.attention_backward)
+        both = fenced(kernels.attention, at_end), fenced(kernels.attention_backward, at_end)
         for width in (24, 64):
             Case(torch.float32, width, [11], causal=True).run("cpu", *both)
             Case(torch.float16, width, [5, 0, 17], bias=True, stats=True).run("cpu", *both)

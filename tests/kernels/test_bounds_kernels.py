@@ -38,6 +38,18 @@ def fenced_empty(shape, *, dtype: torch.dtype, device=None, at_end: bool) -> Ten
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
 
 
+def fenced(op, at_end: bool):
+    """`op` on fenced copies of its inputs."""
+
+    def call(*args):
+        copies = [
+            fenced_empty(x.shape, dtype=x.dtype, at_end=at_end).copy_(x) if isinstance(x, Tensor) else x for x in args
+        ]
+        return op(*copies)
+
+    return call
+
+
 class FencedTorch:
     """The `torch` that a kernel module sees: every output it allocates is fenced."""
 
@@ -125,13 +137,7 @@ if INTERPRET:  # a GPU has no fence; compute-sanitizer does this there
             monkeypatch.setattr(module, "torch", FencedTorch(at_end))
         ran = 0
         for op, args in cases(*size):
-            fenced = []
-            for value in args:
-                if isinstance(value, Tensor):
-                    copy = fenced_empty(value.shape, dtype=value.dtype, at_end=at_end)
-                    value = copy.copy_(value)
-                fenced.append(value)
-            op(*fenced)
+            fenced(op, at_end)(*args)
             ran += 1
         assert ran > 40
 

@@ -56,18 +56,30 @@ def _cross_attention(backend, device, q, kv, key_bias=None):
     return out, *stats
 
 
-def _block(backend, device, x, delta=None, q_bias=None, v_bias=None, three=False, masked=False, **weights):
+def _attention_with_positions(backend, device, q, bias):
+    angle = torch.arange(80.0, device=device).view(5, 16)
+    return ops.attention(q, bias=bias, rope=ops.Rope(angle.cos(), angle.sin(), True), backend=backend)
+
+
+def _relative_bias(backend, device, table):
+    return ops.relative_bias(table, torch.arange(20, device=device).view(4, 5) * 7 % 6)
+
+
+def _block(
+    backend, device, x, delta=None, q_bias=None, v_bias=None, bias=None, three=False, masked=False, **weights
+):  # fmt: skip
     """A block whose parameters go by their names; q, k and v are one weight, or three. Products keep the variance: far
     from it, float32 itself loses the digits that are compared."""
     weights = {k: t / 6 if t is not None and t.ndim == 2 else t for k, t in weights.items()}
-    qkv, bias = (
-        [weights.pop(name) for name in ("q", "k", "v")],
-        [q_bias, None, v_bias],
-    )  # the gradient of a bias of keys is zero
+    qkv = [weights.pop(name) for name in ("q", "k", "v")]
+    biases = (q_bias, None, v_bias)  # the gradient of a bias of keys is zero
     packed = ops.BlockWeights(
-        qkv_weight=tuple(qkv) if three else torch.cat(qkv), qkv_bias=tuple(bias), **{k: weights.get(k) for k in BLOCK}
+        qkv_weight=tuple(qkv) if three else torch.cat(qkv), qkv_bias=biases, **{k: weights.get(k) for k in BLOCK}
     )
     where = {"masked": tokens(device), "prefix": 1} if masked else {}
+    if bias is not None:
+        angle = torch.arange(112.0, device=device).view(7, 16)
+        where = {"bias": bias, "rope": ops.Rope(angle.cos(), angle.sin(), False)}
     return ops.transformer_block(x, delta, packed, 2, **where, backend=backend)
 
 
@@ -138,6 +150,10 @@ CASES: dict[str, Case] = {
         ("key_bias",),
         False,
     ),
+    "attention with positions": Case(
+        {"q": (2, 5, 3, 2, 16), "bias": (2, 2, 5, 5)}, _attention_with_positions, "attention", float64=False
+    ),
+    "relative_bias": Case({"table": (6, 3)}, _relative_bias, None),
     "transformer_block": Case(BLOCK_INPUTS, _block, "attention", BLOCK_OPTIONAL, False),
     "transformer_block, masked tokens": Case(
         BLOCK_INPUTS,
@@ -145,6 +161,9 @@ CASES: dict[str, Case] = {
         "attention",
         BLOCK_OPTIONAL,
         False,
+    ),
+    "transformer_block, with positions": Case(
+        {**BLOCK_INPUTS, "bias": (2, 7, 7)}, _block, "attention", BLOCK_OPTIONAL, False
     ),
     "patch_embed": Case(
         {"images": (2, 3, 8, 12), "weight": (8, 3, 4, 4), "bias": (8,), "pos": (6, 8), "prefix": (1, 8)},
@@ -223,7 +242,17 @@ CASES: dict[str, Case] = {
 }
 
 # No gradient.
-WITHOUT = {"BlockWeights", "CellMask", "TokenMask", "adamw", "backend", "farthest_points", "knn", "linear_library"}
+WITHOUT = {
+    "BlockWeights",
+    "CellMask",
+    "Rope",
+    "TokenMask",
+    "adamw",
+    "backend",
+    "farthest_points",
+    "knn",
+    "linear_library",
+}
 WITHOUT |= {"resize", "token_mask"}
 CONSTANT = {
     "running_mean",

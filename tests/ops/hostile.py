@@ -146,7 +146,13 @@ VALID: dict[str, list[Callable[[], dict]]] = {
             "max_seqlen_q": 3,
             "max_seqlen_k": 3,
         },
+        lambda: {
+            "q": floats(4, 5, 3, 2, 8),
+            "bias": floats(2, 2, 5, 5),
+            "rope": ops.Rope(floats(5, 8), floats(5, 8), True),
+        },
     ],
+    "ops.relative_bias": [lambda: {"table": floats(6, 2), "index": torch.arange(12).view(3, 4) % 6}],
     "ops.patch_embed": [
         lambda: {
             "images": floats(2, 3, 8, 12),

@@ -165,7 +165,7 @@ def test_queries_without_keys_are_refused(fake):
         ({"device": "cpu"}, "CUDA only"),
         ({"dtype": torch.float64}, "float32, float16 and bfloat16"),
         ({"head_dim": 20}, "steps of 8"),
-        ({"extras": True}, "neither key bias"),
+        ({"extras": True}, "no biases by head"),
     ],
 )
 def test_calls_it_cannot_take(change, reason):

@@ -235,3 +235,20 @@ def test_a_broken_plan_is_refused(where):
         _registry.raw("pack_cells", backend)(torch.rand(3, 6, 8, 2), bad, [3, 4], True)
     with pytest.raises(RuntimeError, match="out of range"):
         _registry.raw("unpack_cells", backend)(X[:5], ragged().slot, [3, 3, 4], None, True)
+
+
+@pytest.mark.parametrize("where", BACKENDS)
+@pytest.mark.parametrize("w", [5, 8, 16, 19, 32, 35])
+def test_images_of_three_channels(where, w):
+    """Their rows go through registers a few sites at a time: whole registers, and what is left of one."""
+    backend, device = where
+    plan = ragged(device)
+    for dtype in dtypes_of(backend):
+        for layout in LAYOUTS:
+            full = torch.randn(3, 3, 3 * 6, 4 * w).to(device, dtype).contiguous(memory_format=layout)
+            packed = ops.pack_cells(full, plan, backend=backend)
+            assert torch.equal(packed, pack_cells_reference(full, plan))
+            out = ops.unpack_cells(packed, plan, backend=backend)
+            assert torch.equal(out, full * plan.upsampled_mask(full.shape[2:]).to(dtype))
+            grad = torch.autograd.grad(ops.pack_cells(full.requires_grad_(), plan, backend=backend), full, packed)[0]
+            assert torch.equal(grad, out)

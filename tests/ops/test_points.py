@@ -34,11 +34,11 @@ def test_farthest_reference_equals_a_loop(points, data):
     count, start = data.draw(st.integers(1, size)), data.draw(st.integers(0, size - 1))
     got = ops.farthest_points(points, count, start=start, backend="reference")
     assert got.dtype is torch.int64
-    for cloud, found in zip(points.tolist(), got.tolist()):
-        far = lambda a, b: float(sum((torch.tensor(x) - torch.tensor(y)) ** 2 for x, y in zip(a, b)))  # noqa: E731
+    for cloud, found in zip(points, got.tolist()):
         chosen = [start]
         while len(chosen) < count:
-            least = [min(far(p, cloud[c]) for c in chosen) for p in cloud]
+            squares = [sum((x - x[c]) ** 2 for x in cloud.T) for c in chosen]
+            least = torch.stack(squares).amin(0).tolist()
             chosen.append(least.index(max(least)))
         assert found == chosen
 

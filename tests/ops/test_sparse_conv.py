@@ -171,7 +171,7 @@ def test_raw_gradients_are_the_transposes(where, stride):
         table = plan.neighbours(window.radius((h, w)))
         whole = lambda *shape: torch.randint(-3, 4, shape, device=device).float()  # noqa: E731
         x = whole(plan.total, h, w, 20)
-        for op, args, back in (("halo_cells", (window.halo,), ()), ("gather_taps", tuple(window), (x.shape[1:],))):
+        for op, args, back in (("halo_cells", (window.halo(),), ()), ("gather_taps", tuple(window), (x.shape[1:],))):
             y = _registry.raw(op, backend)(x, table, *args)
             g = whole(*y.shape)
             grad = _registry.raw(op + "_backward", backend)(g, table, *back, *args)
@@ -202,6 +202,17 @@ def test_dilated_groups_of_16_bits(route, stride, dtype):
     window = (3, stride, 2, 2)
     values = tensors(plan, (32, 32), window, 8, dtype, channels=16, out=8)
     check(plan, values, (*window[1:], 8), dtype, route=route)
+
+
+@pytest.mark.parametrize("window", [(3, 2, 1, 1), ((3, 2), (1, 2), (1, 0), 1)], ids=["3x3 s2", "3x2 s1x2"])
+@pytest.mark.parametrize("route", ["halo", "dense"])
+@pytest.mark.parametrize(("channels", "groups"), [(16, 1), (16, 4), (4, 1)])
+def test_one_site_wide_at_a_stride(route, window, channels, groups):
+    """Where oneDNN leaves the output as it found it, in bfloat16 by AMX: frames, and maps, of two sites by one."""
+    plan = CellMask.from_bool(torch.tensor([[[True], [False]], [[False], [False]]] * 3))
+    for seed in range(2):  # the memory that is found differs
+        values = tensors(plan, (4, 2), window, groups, torch.bfloat16, channels, out=8, seed=seed)
+        check(plan, values, (*window[1:], groups), torch.bfloat16, route=route)
 
 
 def test_rows_of_taps_in_parts(monkeypatch):

@@ -217,7 +217,7 @@ def test_raw_gradients_are_the_transposes(where, stride):
         window = window_of((k, stride, k // 2, 1))
         table = PLAN.neighbours(window.radius(sites))
         x = torch.randint(-3, 4, (PLAN.total, *sites, 20)).float()
-        for op, args, back in (("halo_cells", (window.halo,), ()), ("gather_taps", tuple(window), (x.shape[1:],))):
+        for op, args, back in (("halo_cells", (window.halo(),), ()), ("gather_taps", tuple(window), (x.shape[1:],))):
             y = _registry.raw(op, backend)(x, table, *args)
             g = torch.randint(-3, 4, y.shape).float()
             grad = _registry.raw(op + "_backward", backend)(g, table, *back, *args)

@@ -30,12 +30,12 @@ def test_instruction_set(isa):
     order = _native.ISAS.index
     if order(isa) >= order(_native.C.current_isa()):
         pytest.skip(f"this CPU has no {isa}, or this process runs on it")
-    file = Path(__file__).parents[1] / "test_attention.py"
+    files = [str(Path(__file__).parents[1] / name) for name in ("test_attention.py", "test_attention_positions.py")]
     check = f"from maefast import _native; assert _native.C.current_isa() == {isa!r}; import pytest, sys; "
     run = [
         sys.executable,
         "-c",
-        check + f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'cpu', {str(file)!r}]))",
+        check + f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'cpu', *{files!r}]))",
     ]
     result = subprocess.run(run, env={**os.environ, "MAEFAST_CPU_ISA": isa}, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
@@ -61,6 +61,55 @@ def test_threads_change_nothing(dtype):
     for other in results[1:]:
         for a, b in zip(results[0], other):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_threads_change_no_gradient_of_a_bias(dtype, groups):
+    qkv, bias = randn(9 * 50, 3, 4, 40, dtype=dtype), randn(groups, 4, 50, 50, seed=1)
+    turn = *randn(2, 50, 40, seed=2), True
+    sizes = None, None, 9, 50, 50, 0.2, False, None, None
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            found = raw("attention", qkv, None, *sizes, False, bias, *turn)
+            grads = randn(9 * 50, 4, 40, dtype=dtype, seed=2), None, None, None
+            back = raw("attention_backward", *grads, qkv, None, *found, *sizes, False, bias, *turn, True)
+            results.append([*found, *back])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert torch.equal(a, b)
+
+
+def test_bad_positions():
+    qkv, bias, (cos, sin) = randn(8, 3, 2, 16), randn(2, 2, 4, 4), randn(2, 4, 16)
+    dense, options = (None, None, 2, 4, 4, 0.25, False), (None, None, False)
+    for args in (
+        (qkv, None, *dense, *options, bias[:, :1].contiguous()),
+        (qkv, None, *dense, *options, bias[..., :3].contiguous()),
+        (qkv, None, *dense, *options, bias.mT),
+        (qkv, None, *dense, *options, bias.double()),
+        (qkv, None, *dense, *options, bias[0]),
+        (qkv, None, *dense, *options, randn(3, 2, 4, 4)),
+        (qkv, None, starts([4, 4]), *dense[1:], *options, bias),
+        (qkv, None, *dense, *options, None, cos, None),
+        (qkv, None, *dense, *options, None, cos, sin[1:]),
+        (qkv, None, *dense, *options, None, cos[1:], sin[1:]),
+        (qkv, None, *dense, *options, None, cos[:, 1:].contiguous(), sin[:, 1:].contiguous()),
+        (qkv, None, *dense, *options, None, cos.half(), sin.half()),
+        (qkv, None, starts([4, 4]), *dense[1:], *options, None, cos, sin),
+        (qkv[:, 0].contiguous(), qkv[:, 1:].contiguous(), *dense, *options, None, cos, sin),
+    ):
+        with pytest.raises(RuntimeError, match="maefast: "):
+            raw("attention", *args)
+    found = raw("attention", qkv, None, *dense, *options)
+    grad = found[0], None, None, None
+    with pytest.raises(RuntimeError, match="there is no bias"):
+        raw("attention_backward", *grad, qkv, None, *found, *dense, *options, None, None, None, False, True)
 
 
 def test_bad_sizes():
