@@ -16,7 +16,9 @@ import typer
 from . import __version__
 from .cli_arguments import (
     Amp,
+    AnyDevice,
     Device,
+    Dtype,
     Ema,
     Format,
     Graph,
@@ -226,6 +228,72 @@ def profile(
         report.show(heading=False)  # which was said at the start
 
     _run(run)
+
+
+@app.command("accelerate-check")
+def accelerate_check(
+    factory: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FACTORY",
+            help="A function or class without arguments that makes the model; also FILE.py:FACTORY.",
+            show_default=False,
+        ),
+    ],
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Shape of an input, batch included: 8x3x224x224, or NAME=8x3x224x224. Several times for several.",
+            show_default="a guess from the model",
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            help="MODULE:FUNCTION or FILE.py:FUNCTION that returns the input: a tensor, a tuple, a dict of keywords.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Of an input that is guessed.", show_default="8, of videos 2")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="bfloat16: under autocast.")] = Dtype.float32,
+    device: Annotated[AnyDevice, typer.Option(help="auto: CUDA where there is a device.")] = AnyDevice.auto,
+    train: Annotated[bool, typer.Option("--train/--eval", help="Forward and backward, or forward alone.")] = True,
+    seconds: Annotated[float, typer.Option(help="For the times, about; comparing comes on top.")] = 5.0,
+    json: Annotated[Path | None, typer.Option(help="Write what was found as JSON.", show_default=False)] = None,
+) -> None:
+    """Say what accelerate would replace in a model of your own, and how equal and how fast it is then, here.
+
+    The model is made twice, and one of the two is accelerated. Exit status: 0 replaced and equal, 1 nothing replaced
+    (or an error), 4 the two differ by more than rounding explains.
+
+    Example: maefast accelerate-check mine.py:build --batch-size 16 --dtype bfloat16
+    """
+
+    def run() -> int:
+        from .check import accelerate_check as check
+        from .errors import ConfigError
+
+        if json is not None and not json.absolute().parent.is_dir():
+            raise ConfigError(f"--json {json}: there is no such folder")
+        found = check(
+            factory,
+            input or (),
+            batch,
+            batch_size=batch_size,
+            dtype=dtype.value,
+            device=device.value,
+            training=train,
+            seconds=seconds,
+            say=typer.echo,
+        )
+        if json is not None:
+            json.write_text(found.json() + "\n")
+        found.show()
+        return found.status
+
+    raise typer.Exit(_run(run))
 
 
 def _configured(given: dict[str, Any]) -> Any:

@@ -27,6 +27,17 @@ class Device(str, Enum):
     cpu = "cpu"
 
 
+class AnyDevice(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class Graph(str, Enum):
     auto = "auto"
     on = "on"

@@ -6,8 +6,11 @@ code on a small random input (`_verify`), and runs as long as all that this code
 what differs, is overridden or unknown stays, and the report says why.
 
     family file      recognises
-    transformer      pre-norm transformer blocks of timm, MAE, VideoMAE, JEPA, DeiT, Hugging Face
-    mae              MaskedAutoencoderViT of facebookresearch/mae and its forks
+    transformer      pre-norm transformer blocks of timm (EVA-02 and relative positions too), MAE, VideoMAE, MAE-ST,
+                     JEPA, DeiT, Hugging Face (BEiT, DINOv3, V-JEPA 2 and Swin with their positions)
+    mae              MaskedAutoencoderViT of facebookresearch/mae and its forks, AudioMAE's among them
+    mae_st           MaskedAutoencoderViT of facebookresearch/mae_st, for videos
+    crossmae         MaskedAutoencoderViT of CrossMAE, and blocks with its cross-attention in any model
     hf_vitmae        ViTMAEForPreTraining and ViTMAEModel of transformers 4 and 5
     hf_videomae      VideoMAEForPreTraining and VideoMAEModel of transformers 4 and 5
     videomae         PretrainVisionTransformer of VideoMAE v1 and v2
@@ -29,35 +32,55 @@ from types import ModuleType
 
 from torch import nn
 
-from maefast.integrations import _layers as layers
 from maefast.integrations import (
+    _explain,
     _swap,
     _verify,
     _worth,
+    crossmae,
     fcmae,
     hf_videomae,
     hf_vitmae,
     jepa,
     lightly,
     mae,
+    mae_st,
     spark,
     timm_vit,
     transformer,
     videomae,
 )
+from maefast.integrations import _layers as layers
 from maefast.integrations._guards import Guards, Runs, in_mode
 from maefast.integrations._report import Note, Report
 from maefast.integrations._sites import Unguarded
 from maefast.integrations._steps import Options, Step
 
-FAMILIES: tuple[ModuleType, ...] = (mae, hf_vitmae, hf_videomae, videomae, jepa, spark, timm_vit, lightly, fcmae)
+FAMILIES: tuple[ModuleType, ...] = (
+    mae_st,  # before mae, whose names it has
+    mae,
+    crossmae,
+    hf_vitmae,
+    hf_videomae,
+    videomae,
+    jepa,
+    spark,
+    timm_vit,
+    lightly,
+    fcmae,
+)
 _REPORT = "_maefast_report"
 
 __all__ = ["FAMILIES", "Note", "Report", "accelerate", "report", "restore"]
 
 
 def accelerate(
-    model: nn.Module, *, pred: str = "full", repair_positions: bool = False, verify: bool = True
+    model: nn.Module,
+    *,
+    pred: str = "full",
+    repair_positions: bool = False,
+    verify: bool = True,
+    report: bool = False,
 ) -> nn.Module:
     """Run a masked model on maefast's kernels. The model is changed in place and returned.
 
@@ -74,9 +97,11 @@ def accelerate(
             sine-cosine tables of the paper. Without it they raise a warning.
         verify: compare with the model's own code, forward and gradients, before replacing it. Costs a few steps at
             batch 2; False trusts the structure.
+        report: print the report on standard output too, as ``maefast accelerate-check`` does: what `maefast.report`
+            returns, at any later time.
 
     Returns:
-        The same object. A model with nothing to accelerate is unchanged, with a warning that says why.
+        The same object. A model with nothing to accelerate is unchanged, with a warning that says why in one sentence.
 
     Raises:
         TypeError: no nn.Module. ValueError: unknown `pred`.
@@ -106,7 +131,8 @@ def accelerate(
         except (_verify.Mismatch, Unguarded) as reason:
             _swap.unswap(step.module, tuple(step.methods))
             for name in step.methods:
-                found.add(step.path, name, False, _reason(reason), detail=getattr(reason, "detail", ""))
+                gain = step.texts.get(name) or step.texts.get("", "")
+                found.add(step.path, name, False, _reason(reason), gain=gain, detail=getattr(reason, "detail", ""))
             return
         for name, text in texts.items():
             found.add(step.path, name, True, text, swapped=True)
@@ -123,6 +149,8 @@ def accelerate(
         restore(model)  # nothing is half done
         raise
     _conclude(model, found, errors, unchecked, verify)
+    if report:
+        found.show()
     return model
 
 
@@ -165,22 +193,22 @@ def _blocks(model: nn.Module, found: Report, errors: list[float], unchecked: set
     answers: dict[tuple, tuple[str | None, bool | None, str]] = {}
     for path, block, layout in list(transformer.find(model)):
         if reason := _swap.overriding(block, "forward") or transformer.unknown(block, layout):
-            found.add(path, "", False, reason)
+            found.add(path, "", False, reason, gain=_explain.GAIN)
             continue
         settings = transformer.settings(block, layout)
         try:
             guards = transformer.guards(block, layout, settings)
         except Unguarded as reason:
-            found.add(path, "", False, str(reason))
+            found.add(path, "", False, str(reason), gain=_explain.GAIN)
             continue
         kind = transformer.kind(block) if verify else ()
         if kind not in answers:
             answers[kind] = _compared(block, layout, errors, unchecked) if verify else (None, None, "")
         differs, only, detail = answers[kind]
         if differs is not None:
-            found.add(path, "", False, differs, detail=detail)
+            found.add(path, "", False, differs, gain=_explain.GAIN, detail=detail)
             continue
-        _swap.swap(block, {"forward": transformer.FORWARDS[layout]}, {"forward": guards}, **settings)
+        _swap.swap(block, {"forward": transformer.forward_of(layout)}, {"forward": guards}, **settings)
         texts = _limit([guards], {"": transformer.text(block, layout)}, only)
         found.add(path, "", True, texts[""], swapped=True)
 
@@ -200,9 +228,10 @@ def _compared(
         return None, None, ""
 
 
-def _note(found: Report, path: str, name: str, text: str, done: bool = False) -> None:
-    """What a family has to say about a part of its model: why it stays as it is, or what was done to it."""
-    found.add(path, name, done, text)
+def _note(found: Report, path: str, name: str, text: str, done: bool = False, gain: str = "") -> None:
+    """What a family has to say about a part of its model: why it stays as it is and what that misses, or what was done
+    to it."""
+    found.add(path, name, done, text, gain=gain)
 
 
 def _recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleType]]:
@@ -221,13 +250,18 @@ def _conclude(model: nn.Module, found: Report, errors: list[float], unchecked: s
         runs = _swap.setting(module, _swap.RUNS, {})
         runs.update({name: Runs() for name in runs})  # those of the comparison do not count
     if not found.replaced:
+        if not found.notes:
+            for path, text in _explain.near(model):
+                found.add(path, "", False, text, gain=_explain.GAIN)
         why = found.why()
         if not why:
-            why = f"{type(model).__name__} holds no transformer blocks that maefast knows and is none of " + ", ".join(
-                family.NAME for family in FAMILIES
-            )
-        found.checks.append(f"nothing to accelerate here, because {why}")
-        warnings.warn(f"maefast.accelerate: nothing to accelerate here, because {why}", stacklevel=3)
+            why = f"{type(model).__name__} holds no transformer blocks that maefast knows and is none of its families"
+            found.checks.append(f"nothing to accelerate here, because {why}")
+            found.checks.append(f"the families are {', '.join(family.NAME for family in FAMILIES)}")
+        warnings.warn(
+            f"maefast.accelerate: nothing to accelerate here, because {why}; maefast.report(model) says more",
+            stacklevel=3,
+        )
         return
     if errors:
         found.checks.append(

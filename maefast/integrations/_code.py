@@ -10,6 +10,7 @@ import dis
 import inspect
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import NamedTuple
 
@@ -114,6 +115,15 @@ def _is_constant(steps: list, i: int) -> bool:
     while steps[i].opname in _LOOKS:
         i += 1
     return steps[i].opname == "LOAD_CONST"
+
+
+def returns(function: FunctionType) -> int | None:
+    """How many values a function returns as a tuple that it builds; None where it does not, or not always as many."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    steps = [] if code is None else [s for s in dis.get_instructions(code) if s.opname != "EXTENDED_ARG"]
+    ends = [(before, step) for before, step in pairwise(steps) if step.opname == "RETURN_VALUE"]
+    counts = {a.argval if a.opname == "BUILD_TUPLE" and not b.is_jump_target else None for a, b in ends}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def functions(function: FunctionType) -> Iterator[FunctionType]:

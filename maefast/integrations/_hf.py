@@ -31,6 +31,11 @@ def harmless(kwargs: dict) -> bool:
     return not any(given(v) for k, v in kwargs.items() if k not in HARMLESS)
 
 
+def passes(args: tuple, kwargs: dict) -> bool:
+    """Whether a layer is called with no attention mask and nothing unknown, and nobody asks for attention weights."""
+    return not any(given(a) for a in args) and harmless(kwargs) and not kwargs.get("output_attentions")
+
+
 def usual_call(model: nn.Module, kwargs: dict) -> bool:
     """Whether a model is asked for its usual output: no masks, hidden states or attentions, nothing unknown."""
     config = model.config
@@ -84,6 +89,12 @@ def own_attention(attn: nn.Module) -> bool:
     """Whether the model runs an attention function of somebody else's, registered with transformers under a name."""
     name = getattr(getattr(attn, "config", None), "_attn_implementation", None)
     return name not in (None, "eager", "sdpa", "flex_attention") and not str(name).startswith("flash_attention")
+
+
+def weightless(attn: nn.Module) -> bool:
+    """Whether the attention function of a model computes no weights that its layers could return."""
+    name = str(getattr(getattr(attn, "config", None), "_attn_implementation", None))
+    return name == "sdpa" or name.startswith("flash_attention")
 
 
 # --- recording ----------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from maefast.integrations._guards import HOOKS
 from maefast.nn.watched import hooked, plain_tensor, touched, watched, wrapper
 
 __all__ = ["hooked", "plain_tensor", "touched", "watched", "wrapper"]  # of nn.watched, by one name with the rest
+
+_TANH = {"approximate": "tanh"}
 
 
 def only_sharded(module: nn.Module) -> bool:
@@ -68,6 +72,10 @@ def gelu(module: nn.Module) -> str | None:
     kind = type(module)
     if kind.__name__ == "GELUActivation" and getattr(module, "act", None) is F.gelu:
         return "none"  # of HF transformers
+    if kind.__name__ in ("GELUTanh", "PytorchGELUTanh") and kind.__module__ == "transformers.activations":
+        act = getattr(module, "act", None)  # of new versions a partial function, of old ones in the forward
+        known = not hasattr(module, "act") or (isinstance(act, partial) and act.func is F.gelu)
+        return "tanh" if known and getattr(act, "keywords", _TANH) == _TANH else None
     if kind.__name__ == "GELU" and kind.__module__.startswith("timm."):
         return "none"
     return None
@@ -124,6 +132,16 @@ def factors(
             else:
                 scale = end(torch.ones(1, 1, x.shape[-1], dtype=dtype, device=x.device)).view(-1)
     return scale, drop
+
+
+def drawn(noise: Tensor, keep: int, order: str = "score") -> ops.TokenMask:
+    """The plan of noise [B, N] that a model sorts by ``torch.argsort``: the `keep` lowest are visible.
+
+    Where values are equal (of a thousand draws in float32, in one sample of thirty), torch's sort on a CPU follows no
+    order that could be told: so it is asked itself. On CUDA it is stable, as ours is.
+    """
+    scores = noise if noise.is_cuda else noise.argsort(dim=1).argsort(dim=1).float()
+    return ops.TokenMask.from_scores(scores, keep, order=order)
 
 
 def strided_patches(conv: nn.Module) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,8 @@ class Note:
     Attributes:
         path: name of the module ("" is the model). method: which of its methods, or "". replaced: whether maefast
             serves it now. text: by what, or why not. swapped: whether this is about a replaced method ("" for forward).
-        detail: the traceback of an error, for `Report.verbose`. runs: what has run since, see `report`.
+        gain: what serving a part that is not replaced would bring. detail: the traceback of an error, for
+            `Report.verbose`. runs: what has run since, see `report`.
     """
 
     path: str
@@ -30,6 +32,7 @@ class Note:
     replaced: bool
     text: str
     swapped: bool = False
+    gain: str = ""
     detail: str = field(default="", compare=False)
     runs: str = field(default="", compare=False)
 
@@ -37,6 +40,11 @@ class Note:
     def where(self) -> str:
         path = [part for part in self.path.split(".") if part not in WRAPPERS]
         return ".".join(part for part in (*path, self.method) if part) or "the model"
+
+    @property
+    def what(self) -> str:
+        """The text, and what is missed."""
+        return f"{self.text}; missed: {self.gain}" if self.gain and not self.replaced else self.text
 
 
 @dataclass
@@ -60,10 +68,9 @@ class Report:
     def kept(self) -> list[Note]:
         return [note for note in self.notes if not note.replaced]
 
-    def add(
-        self, path: str, method: str, replaced: bool, text: str, *, swapped: bool = False, detail: str = ""
-    ) -> None:
-        note = Note(path, method, replaced, text, swapped, detail)
+    def add(self, path: str, method: str, replaced: bool, text: str, **more: Any) -> None:
+        """`more`: further attributes of the note."""
+        note = Note(path, method, replaced, text, **more)
         if note not in self.notes:
             self.notes.append(note)
 
@@ -72,8 +79,16 @@ class Report:
         return replace(self, notes=[_now(note, model) for note in self.notes])
 
     def why(self) -> str:
-        """Why everything stays, in one line."""
-        return "; ".join(f"{where}: {text}" for where, text in _rows((n.where, n.text) for n in self.kept))
+        """Why everything stays, in one line: the first reason, and how many more there are. "" where there is none."""
+        rows = [f"{where}: {text}" for where, text in _rows((n.where, n.text) for n in self.kept)]
+        more = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
+        return f"{rows[0]}{more}" if rows else ""
+
+    def show(self, console: Any = None) -> None:
+        """Print it on a `rich.console.Console` (default: standard output)."""
+        from rich.console import Console
+
+        (console or Console()).print(str(self), highlight=False, markup=False, soft_wrap=True)
 
     def verbose(self) -> str:
         """The report with the traceback of every error that kept a part as it was."""
@@ -86,7 +101,7 @@ class Report:
         runs = [(note.where, note.runs) for note in self.notes if note.runs]
         for title, rows in (
             ("replaced", [(note.where, note.text) for note in self.replaced]),
-            ("not replaced", [(note.where, note.text) for note in self.kept]),
+            ("not replaced", [(note.where, note.what) for note in self.kept]),
             ("calls since then", runs),
         ):
             if rows:

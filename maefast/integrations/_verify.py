@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
-from maefast.integrations import _worth
+from maefast.integrations import _explain, _worth
 from maefast.integrations._guards import HOOKS, same
 from maefast.integrations._steps import GIVEN
 from maefast.integrations._swap import plain
@@ -134,6 +134,15 @@ def compare(
         return _difference(module, want, got)
 
 
+def returned(module: nn.Module, call: Callable[[], Any]) -> Any:
+    """What `call` gives with the module's own code, on random weights; None where that raises."""
+    with whole(module, {}), _no_global_hooks(), _no_checkpoints(module), _same_state(module), plain(), torch.no_grad():
+        try:
+            return call()
+        except Exception:  # the comparison will say
+            return None
+
+
 def _attempt(own: bool, module: nn.Module, call: Callable[[], Any], state: _State, every: bool) -> tuple:
     """(outputs, gradients, random state, what was written); gradients of `every` parameter, or of small ones."""
     device = example(module).device
@@ -143,14 +152,7 @@ def _attempt(own: bool, module: nn.Module, call: Callable[[], Any], state: _Stat
             leaves = tree_leaves(call())
             return leaves, _gradients(module, leaves, every), _drawn(device), state.written()
     except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        # The model's own code runs first: what it does not take is a fault of the input that was made up for it.
-        text = (
-            f"maefast could not make up an input for it, so nothing was compared ({what})"
-            if own
-            else f"the accelerated code raised {what}"
-        )
-        mismatch = Mismatch(text)
+        mismatch = Mismatch(_explain.raised(own, error))
         mismatch.detail = traceback.format_exc()
         raise mismatch from error
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from maefast.ops import _attention_table, _dispatch
+
 # (device, arithmetic, whether gradients are recorded) -> (power, size). None: never worth it.
 # AMD EPYC, the larger of those for 1 and 2 threads, torch 2.13: bench/results/worth/.
 LEAST: dict[tuple[str, str, bool], tuple[int, int] | None] = {
@@ -89,3 +91,25 @@ def needs_attention(x: Tensor) -> bool:
     if _always or torch.compiler.is_compiling():
         return False
     return (x.device.type, arithmetic(x)) in WITH_ATTENTION
+
+
+def no_kernel(device: str, dtype: torch.dtype, head_dim: int, length: int) -> str | None:
+    """Why attention with a bias of each pair or rotated queries is not fused, or None: no kernel serves the call, and
+    the reference keeps all scores. The rest of a block alone was not quicker (0.96 to 1.02x on an AMD EPYC)."""
+    if _always or _dispatch.forced() is not None:
+        return None
+    call = _attention_table.Call(
+        device,
+        dtype,
+        head_dim,
+        length,
+        length,
+        packed=False,
+        cross=False,
+        causal=False,
+        extras=True,
+    )
+    if _attention_table.choose(call, None) != "reference":
+        return None
+    kind = str(dtype).removeprefix("torch.")
+    return f"no kernel serves positions in {kind}, heads of {head_dim}, on a {device.upper()}"

@@ -78,7 +78,7 @@ def _sparse_conv(module: nn.Module, ndim: int) -> bool:
     return isinstance(kernel, nn.Parameter) and kernel.ndim == ndim and isinstance(bias, nn.Parameter)
 
 
-def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) -> Iterator[Step]:
+def steps(model: nn.Module, options: Options, keep: Callable[..., None]) -> Iterator[Step]:
     """What to replace; `keep(method, why)` notes what is not."""
     root = _swap.root_class(type(model), METHODS)
     kept = {name: _swap.overridden(model, name, root) for name in METHODS}
@@ -89,7 +89,7 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
     def step(name: str, fast: Callable, text: str, probe: Callable, live: Iterable = (), **settings) -> Iterator[Step]:
         path, _, method = name.rpartition(".")
         if kept[name]:
-            keep(name, kept[name])
+            keep(name, kept[name], gain=text)
             return
         module = model.get_submodule(path)
         yield Step(

@@ -22,6 +22,8 @@ from maefast.integrations.transformer import is_fast, run_blocks, run_tail
 from maefast.ops import TokenMask
 
 NAME = "transformers VideoMAE"
+VISIBLE, TAIL = "visible tubelets only embedded", "last layer for masked tokens only"
+ENCODED, PLANNED = "encoder layers in one run", "one plan through encoder, decoder and loss, no target tensor"
 FALLBACK = "; hidden states and attention weights, where asked for, come from the model's own code"
 
 
@@ -71,12 +73,12 @@ def _encoder_steps(model: nn.Module, keep: Callable[..., None]) -> Iterator[Step
     for part in (embeddings, _hf.inner(embeddings.patch_embeddings)):
         reason = reason or _swap.overriding(part, "forward")
     if reason:
-        keep("embeddings.forward", reason)
+        keep("embeddings.forward", reason, gain=VISIBLE)
     else:
         yield Step(
             embeddings,
             {"forward": embeddings_forward},
-            {"forward": "visible tubelets only embedded"},
+            {"forward": VISIBLE},
             lambda: embeddings(*_videos(model)),
             frozenset(("patch_embeddings.projection", "position_embeddings")),
             path="embeddings",
@@ -85,12 +87,12 @@ def _encoder_steps(model: nn.Module, keep: Callable[..., None]) -> Iterator[Step
     if inside:
         keep("encoder.forward", inside)
     if reason := _swap.overriding(model, "forward") or (inside and "it calls the encoder, which stays as it is"):
-        keep("forward", reason)
+        keep("forward", reason, gain=ENCODED)
         return
     yield Step(
         model,
         {"forward": model_forward},
-        {"forward": "encoder layers in one run" + FALLBACK},
+        {"forward": ENCODED + FALLBACK},
         lambda: model(*_videos(model)),
         frozenset(("embeddings", "layernorm", "encoder.layer")) | _hf.LIVE,
         settings={"output": _hf.output_class(model, "BaseModelOutput")},
@@ -100,19 +102,19 @@ def _encoder_steps(model: nn.Module, keep: Callable[..., None]) -> Iterator[Step
 def _whole_steps(model: nn.Module, keep: Callable[..., None]) -> Iterator[Step]:
     decoder, videomae = _hf.inner(model.decoder), _hf.inner(model.videomae)
     if reason := _swap.overriding(decoder, "forward"):
-        keep("decoder.forward", reason)
+        keep("decoder.forward", reason, gain=TAIL)
     else:
         yield Step(
             decoder,
             {"forward": decoder_forward},
-            {"forward": "last layer for masked tokens only"},
+            {"forward": TAIL},
             lambda: decoder(_tokens(decoder), 5),
             frozenset(("decoder_layers", "norm", "head")) | _hf.LIVE,
             settings={"output": _hf.output_class(decoder, "VideoMAEDecoderOutput")},
             path="decoder",
         )
     if reason := _swap.overriding(model, "forward"):
-        keep("forward", reason)
+        keep("forward", reason, gain=PLANNED)
         return
     # The means and standard deviations with which the model undoes the normalisation of its videos.
     known = inspect.unwrap(type(model).forward).__globals__
@@ -120,7 +122,7 @@ def _whole_steps(model: nn.Module, keep: Callable[..., None]) -> Iterator[Step]:
     yield Step(
         model,
         {"forward": forward},
-        {"forward": "one plan through encoder, decoder and loss, no target tensor"},
+        {"forward": PLANNED},
         lambda: model(*_videos(videomae)),
         frozenset(("videomae", "decoder", "encoder_to_decoder", "mask_token", "position_embeddings")) | _hf.LIVE,
         settings={"output": _hf.output_class(model, "VideoMAEForPreTrainingOutput"), "statistics": statistics},

@@ -24,6 +24,8 @@ from maefast.nn.positions import sincos_2d
 from maefast.ops import TokenMask
 
 NAME = "transformers ViTMAE"
+RESTORED, IN_PLACE = "mask tokens, order and positions in one pass", "pixels read in place, no target tensor"
+ENCODED = "encoder layers in one run"
 FALLBACK = "; hidden states and attention weights, where asked for, come from the model's own code"
 DECODER = frozenset(f"decoder_{name}" for name in ("embed", "pos_embed", "layers", "norm", "pred")) | {"mask_token"}
 ALL_ZERO = {
@@ -92,10 +94,10 @@ def _encoder_steps(model: nn.Module, options: Options, keep: Callable[..., None]
         (_hf.inner(embeddings.patch_embeddings), "forward"),
     ):
         reason = reason or _swap.overriding(part, name)
+    text = "mask in one kernel, visible patches only embedded"
     if reason:
-        keep("embeddings.forward", reason)
+        keep("embeddings.forward", reason, gain=text)
     else:
-        text = "mask in one kernel, visible patches only embedded"
         yield Step(
             embeddings,
             {"forward": embeddings_forward},
@@ -111,12 +113,12 @@ def _encoder_steps(model: nn.Module, options: Options, keep: Callable[..., None]
             keep("encoder.forward", inside)
             reason = reason or "it calls the encoder, which stays as it is"
     if reason:
-        keep("forward", reason)
+        keep("forward", reason, gain=ENCODED)
         return
     yield Step(
         model,
         {"forward": model_forward},
-        {"forward": "encoder layers in one run" + FALLBACK},
+        {"forward": ENCODED + FALLBACK},
         lambda: model(_images(model)),
         frozenset(("embeddings", "layers", "encoder.layer", "layernorm")) | _hf.LIVE,
         settings={"output": _hf.output_class(model, "ViTMAEModelOutput")},
@@ -127,12 +129,12 @@ def _whole_steps(model: nn.Module, options: Options, keep: Callable[..., None]) 
     decoder, vit = _hf.inner(model.decoder), _hf.inner(model.vit)
     _check_table(decoder, "decoder_pos_embed", "decoder", _grid(vit), options, keep)
     if reason := _swap.overriding(decoder, "forward") or _swap.overriding(decoder, "interpolate_pos_encoding"):
-        keep("decoder.forward", reason)
+        keep("decoder.forward", reason, gain=RESTORED)
     else:
         yield Step(
             decoder,
             {"forward": decoder_forward},
-            {"forward": "mask tokens, order and positions in one pass"},
+            {"forward": RESTORED},
             lambda: decoder(*_latent(model, decoder)),
             DECODER | _hf.LIVE,
             settings={"output": _hf.output_class(decoder, "ViTMAEDecoderOutput")},
@@ -142,19 +144,19 @@ def _whole_steps(model: nn.Module, options: Options, keep: Callable[..., None]) 
     if hasattr(model, "forward_loss"):  # transformers 4
         inside = inside or _swap.overriding(model, "forward_loss")
         if inside:
-            keep("forward_loss", inside)
+            keep("forward_loss", inside, gain=IN_PLACE)
         else:
             yield Step(
                 model,
                 {"forward_loss": forward_loss},
-                {"forward_loss": "pixels read in place, no target tensor"},
+                {"forward_loss": IN_PLACE},
                 lambda: model.forward_loss(*_prediction(model)),
             )
     reason = _swap.overriding(model, "forward") or (f"its loss is its own: {inside}" if inside else None)
-    if reason:
-        keep("forward", reason)
-        return
     text = "one plan through decoder and loss, pixels read in place"
+    if reason:
+        keep("forward", reason, gain=text)
+        return
     if options.pred == "masked":
         text += "; pred='masked': logits [B, masked, K] in plan order"
     yield Step(
@@ -257,7 +259,7 @@ def embeddings_forward(
         pos = self.interpolate_pos_encoding(shape, *pixel_values.shape[2:])
     if noise is None:
         noise = torch.rand(batch, num_patches, device=pixel_values.device)
-    plan = TokenMask.from_scores(noise, int(num_patches * (1 - self.config.mask_ratio)))
+    plan = layers.drawn(noise, int(num_patches * (1 - self.config.mask_ratio)))
     cls_pos, pos = pos.split([1, pos.shape[1] - 1], 1)
     x = ops.patch_embed(pixel_values, proj.weight, proj.bias, plan, pos=pos, prefix=self.cls_token + cls_pos)
     return x, plan.mask.to(torch.get_default_dtype()), plan.ids_restore

@@ -61,7 +61,7 @@ def _arguments(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) -> Iterator[Step]:
+def steps(model: nn.Module, options: Options, keep: Callable[..., None]) -> Iterator[Step]:
     """What to replace; `keep(method, why)` notes what is not."""
     reason = _swap.overriding(model, "forward")
     if _is_encoder(model):
@@ -76,7 +76,7 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
             reason = reason or "it has no mask tokens and predicts from noisy targets; its blocks are accelerated"
         fast, text, probe, live = video_predictor_forward, PREDICTOR, _video_predictor_probe, PREDICTS
     if reason:
-        keep("forward", reason)
+        keep("forward", reason, gain=text)
         return
     yield Step(model, {"forward": fast}, {"forward": text}, lambda: probe(model), live)
 

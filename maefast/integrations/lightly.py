@@ -19,6 +19,9 @@ from maefast.integrations._steps import Options, Step, given
 from maefast.ops import TokenMask
 
 NAME = "lightly masked ViT"
+# What the methods of encoder and decoders gain.
+VISIBLE, RESTORED = "tokens in idx_keep embedded only", "mask tokens and positions in two passes"
+PENDING = "sums pending between blocks"
 ENCODER = ("encode", "preprocess", "images_to_tokens", "prepend_prefix_tokens", "add_pos_embed")
 DECODER = ("forward", "preprocess", "add_pos_embed", "decode")
 MAE_DECODER = ("forward", "embed", "decode", "predict")
@@ -51,19 +54,18 @@ def _is_mae_decoder(module: nn.Module) -> bool:
     return _has(module, MAE_DECODER, modules, ("mask_token", "decoder_pos_embed"))
 
 
-def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) -> Iterator[Step]:
+def steps(model: nn.Module, options: Options, keep: Callable[..., None]) -> Iterator[Step]:
     """What to replace; `keep(method, why)` notes what is not."""
     if _is_encoder(model):
         yield from _encoder_steps(model, keep)
     elif _is_decoder(model):
         yield from _decoder_steps(model, keep)
     elif reason := _overridden(model, MAE_DECODER, "decode"):
-        keep("decode", reason)
+        keep("decode", reason, gain=PENDING)
     else:
         x = _like(model.decoder_pos_embed)
         live = frozenset(("decoder_pos_embed", "decoder_blocks", "decoder_norm"))
-        text = "sums pending between blocks"
-        yield Step(model, {"decode": mae_decode}, {"decode": text}, lambda: model.decode(given(x)), live)
+        yield Step(model, {"decode": mae_decode}, {"decode": PENDING}, lambda: model.decode(given(x)), live)
 
 
 def _root(kind: type, names: tuple[str, ...]) -> type:
@@ -80,27 +82,27 @@ def _overridden(model: nn.Module, names: tuple[str, ...], *asked: str) -> str | 
     return next(filter(None, (_swap.overridden(model, name, root) for name in asked)), None)
 
 
-def _encoder_steps(model: nn.Module, keep: Callable[[str, str], None]) -> Iterator[Step]:
+def _encoder_steps(model: nn.Module, keep: Callable[..., None]) -> Iterator[Step]:
     images = timm_vit.images_for(model.vit)
     reason = _overridden(model, ENCODER, *ENCODER[1:]) or timm_vit.not_fused(model.vit)
     if reason is None:
         yield Step(
             model,
             {"preprocess": preprocess},
-            {"preprocess": "tokens in idx_keep embedded only"},
+            {"preprocess": VISIBLE},
             lambda: model.preprocess(given(images), idx_keep=_keep_half(model.vit, images)),
             frozenset(("mask_token", *(f"vit.{name}" for name in timm_vit.EMBEDDING))),
             settings={"embed": type(model.vit.patch_embed)},
         )
     else:
-        keep("preprocess", reason)
+        keep("preprocess", reason, gain=VISIBLE)
     if reason := _overridden(model, ENCODER, "encode"):
-        keep("encode", reason)
+        keep("encode", reason, gain=PENDING)
         return
     yield Step(
         model,
         {"encode": encode},
-        {"encode": "sums pending between blocks"},
+        {"encode": PENDING},
         lambda: (model.encode(given(images)), model.encode(given(images), idx_keep=_keep_half(model.vit, images))),
         frozenset(("preprocess", "vit.norm_pre", "vit.blocks", "vit.norm")),
     )
@@ -114,17 +116,17 @@ def _keep_half(vit: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([torch.arange(prefix, device=images.device).expand(len(images), -1), chosen], 1)
 
 
-def _decoder_steps(model: nn.Module, keep: Callable[[str, str], None]) -> Iterator[Step]:
+def _decoder_steps(model: nn.Module, keep: Callable[..., None]) -> Iterator[Step]:
     x = _like(model.pos_embed)
     index = torch.rand(x.shape[:2], device=x.device).argsort(1)[:, : x.shape[1] // 2]
     mask = torch.rand(x.shape[:2], device=x.device) < 0.5
     if reason := _overridden(model, DECODER, "preprocess", "add_pos_embed"):
-        keep("preprocess", reason)
+        keep("preprocess", reason, gain=RESTORED)
     else:
         yield Step(
             model,
             {"preprocess": decoder_preprocess},
-            {"preprocess": "mask tokens and positions in two passes"},
+            {"preprocess": RESTORED},
             lambda: (
                 model.preprocess(given(x)),
                 model.preprocess(given(x), idx_mask=index),
@@ -133,11 +135,10 @@ def _decoder_steps(model: nn.Module, keep: Callable[[str, str], None]) -> Iterat
             frozenset(("pos_embed", "mask_token")),
         )
     if reason := _overridden(model, DECODER, "decode"):
-        keep("decode", reason)
+        keep("decode", reason, gain=PENDING)
     else:
         live = frozenset(("blocks", "norm"))
-        text = "sums pending between blocks"
-        yield Step(model, {"decode": decode}, {"decode": text}, lambda: model.decode(given(x)), live)
+        yield Step(model, {"decode": decode}, {"decode": PENDING}, lambda: model.decode(given(x)), live)
 
 
 def _like(table: Tensor) -> Tensor:

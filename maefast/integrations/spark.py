@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from maefast import ops
 from maefast.integrations import _layers as layers
 from maefast.integrations import _swap
+from maefast.integrations._sites import base_of
 from maefast.integrations._steps import Options, Step
 from maefast.nn.batch_norm import batch_norm_map, norm_arguments
 from maefast.nn.cell_functions import sync_batch_norm
@@ -35,6 +37,10 @@ MODULES = ("sparse_encoder", "dense_decoder", "densify_norms", "densify_projs", 
 SIZES = ("len_keep", "fmap_h", "fmap_w", "downsample_raito")  # as it is spelt there
 ARGUMENTS = ("inp_bchw", "active_b1ff", "vis")
 BLOCK = ("dwconv", "norm", "pwconv1", "act", "pwconv2", "gamma", "drop_path", "sparse")
+# What the methods of the model and of its decoder gain.
+PACKED = "encoder on the active cells alone, densified in one pass, no target tensor in the loss"
+NORMED = "batch norm with ReLU6, and batch norm with the skip, in one pass"
+STRANGE = "its encoder has parts that were not there when it was compared"
 ACTIVE = "_cur_active"  # the variable of a module through which the sparse layers are told the mask
 
 
@@ -48,25 +54,25 @@ def recognise(module: nn.Module) -> bool:
     )
 
 
-def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) -> Iterator[Step]:
+def steps(model: nn.Module, options: Options, keep: Callable[..., None]) -> Iterator[Step]:
     """Encoder, decoder and loss are compared as a whole; where that fails, the decoder alone."""
     decoder = model.dense_decoder
     fused = Step(
         decoder,
         {"forward": decode},
-        {"forward": "batch norm with ReLU6, and batch norm with the skip, in one pass"},
+        {"forward": NORMED},
         lambda: _reconstruct(model),
         frozenset() if _unlike(decoder) else _live_decoder(decoder),
         path="dense_decoder",
     )
     odd = _swap.overriding(decoder, "forward") or _unlike(decoder)
     if odd:
-        keep("dense_decoder.forward", odd)
+        keep("dense_decoder.forward", odd, gain=NORMED)
     reason = _kept(model)
     if reason is None:
         yield from _all(model, None if odd else fused)
     else:
-        keep("forward", reason)
+        keep("forward", reason, gain=PACKED)
     if not odd and not _swap.methods(decoder):
         yield fused
 
@@ -89,10 +95,10 @@ def _all(model: nn.Module, decoder: Step | None) -> Iterator[Step]:
     if decoder is not None:
         layered.append((decoder.module, decoder.methods))
         _swap.swap(decoder.module, decoder.methods, decoder.guards())
-    texts = {"forward": "encoder on the active cells alone, densified in one pass, no target tensor in the loss"}
+    texts = {"forward": PACKED}
     if decoder is not None:
         texts["dense_decoder.forward"] = decoder.texts["forward"]
-    settings = {"teller": teller, "counted": counted}
+    settings = {"teller": teller, "counted": counted, "kinds": frozenset(_kinds(model))}
     names = {id(module): name for name, module in model.named_modules()}
     beside = tuple(names[id(module)] for module, _ in layered)
     yield Step(model, {"forward": forward}, texts, lambda: _whole(model), _live(model, beside), beside, False, settings)
@@ -131,6 +137,13 @@ def _sparse(model: nn.Module) -> Iterator[tuple[nn.Module, Mapping[str, Callable
         for kind, fast in LAYERS.items():
             if isinstance(module, kind) and type(module).forward is not kind.forward:
                 yield module, {"forward": fast}
+
+
+def _kinds(model: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """What takes part where cells go through: the classes of all parts, and whether they have a forward of ours."""
+    for parts in (model.sparse_encoder, model.densify_norms):
+        for module in parts.modules():
+            yield base_of(module), "forward" in _swap.methods(module)
 
 
 def _teller(module: nn.Module) -> str | None:
@@ -285,6 +298,8 @@ def _usual(model: nn.Module, images: Tensor) -> bool:
 def forward(self: nn.Module, inp_bchw: Tensor, active_b1ff: Tensor | None = None, vis: bool = False, *args, **kwargs):
     if args or kwargs or vis or not _usual(self, inp_bchw):
         return _swap.fall_back(self, "forward")(inp_bchw, active_b1ff, vis, *args, **kwargs)
+    if not _swap.setting(self, "kinds").issuperset(_kinds(self)):
+        return _swap.fall_back(self, "forward", STRANGE)(inp_bchw, active_b1ff)
     keep = None
     if active_b1ff is None:
         active_b1ff = self.mask(inp_bchw.shape[0], inp_bchw.device)

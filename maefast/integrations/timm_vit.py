@@ -20,6 +20,7 @@ from maefast.integrations.transformer import is_fast, run_blocks
 from maefast.ops import TokenMask
 
 NAME = "timm ViT"
+KEPT, PENDING = "patches that the dropout keeps embedded only", "sums pending between blocks"  # what is gained
 METHODS = ("forward", "forward_features", "forward_head", "_pos_embed")
 MODULES = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks", "norm")
 # What the forwards of timm's classes use; with anything else the fused embedding is not taken.
@@ -46,18 +47,17 @@ def recognise(module: nn.Module) -> bool:
     )
 
 
-def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) -> Iterator[Step]:
+def steps(model: nn.Module, options: Options, keep: Callable[..., None]) -> Iterator[Step]:
     """What to replace; `keep(method, why)` notes what is not."""
     root = _swap.root_class(type(model), METHODS)
-    if reason := _swap.overridden(model, "forward_features", root):
-        keep("forward_features", reason)
-        return
-    text = "sums pending between blocks" if any(map(is_fast, model.blocks)) else ""
     reason = _swap.overridden(model, "_pos_embed", root) or not_fused(model) or _unknown_dropout(model.patch_drop)
-    if reason is None:
-        text = "patches that the dropout keeps embedded only" + ("; " + text if text else "")
-    elif type(model.patch_drop) is not nn.Identity:
-        keep("patch_drop", f"{reason}, so all patches are embedded")
+    pending = PENDING if any(map(is_fast, model.blocks)) else ""
+    text = "; ".join(filter(None, ("" if reason else KEPT, pending)))
+    if own := _swap.overridden(model, "forward_features", root):
+        keep("forward_features", own, gain=text)
+        return
+    if reason and type(model.patch_drop) is not nn.Identity:
+        keep("patch_drop", f"{reason}, so all patches are embedded", gain=KEPT)
     if not text:
         keep("forward_features", "there is nothing to fuse: its blocks run as they are")
         return
@@ -192,7 +192,7 @@ def _tokens(model: nn.Module, images: Tensor) -> Tensor:
         if model.pos_embed.shape[1] == count + (0 if model.no_embed_class else model.num_prefix_tokens):
             noise = torch.randn(len(images), count, device=images.device)
             kept = max(1, int(count * (1.0 - drop.prob)))
-            plan = TokenMask.from_scores(noise, kept, order="position" if drop.ordered else "score")
+            plan = layers.drawn(noise, kept, "position" if drop.ordered else "score")
             return model.norm_pre(embed_kept(model, images, plan))
     x = model.patch_embed(images)
     x = model._pos_embed(x)

@@ -1,9 +1,10 @@
 """Transformer blocks of other libraries on our ops, found by their structure.
 
 Pre-norm blocks ``x + attn(norm1(x))``, ``x + mlp(norm2(x))`` with the layouts of timm (and of the MAE, VideoMAE, DeiT,
-JEPA and lightly code that follows it) and of Hugging Face transformers, 4 and 5. A block runs attention, residual
-additions with norms, and bias with GELU in fused kernels, wherever a part is what it looks like; other parts (dropout
-in use, normalised queries, adapters, watched modules) are called as they are.
+JEPA and lightly code that follows it) and of Hugging Face transformers, 4 and 5, both also with relative or rotary
+positions inside the attention, and with attention in windows. A block runs attention, residual additions with norms,
+and bias with GELU in fused kernels, wherever a part is what it looks like; other parts (dropout in use, normalised
+queries, adapters, watched modules) are called as they are.
 
 Between our blocks a sum stays pending, see `Pending`.
 """
@@ -18,10 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maefast.integrations import _hf, _swap, _verify, _worth
+from maefast.integrations import _explain, _hf, _swap, _verify, _worth
 from maefast.integrations import _layers as layers
 from maefast.integrations._guards import Guards
-from maefast.integrations._layouts import LAYOUTS, HuggingFace4, HuggingFace5, Timm
+from maefast.integrations._layouts import LAYOUTS, Beit4, HuggingFace4, Swin, Swin4, Timm, VJepa2
+from maefast.integrations._layouts_parts import NOWHERE, Positions, signature
+from maefast.integrations._sites import base_of
 from maefast.integrations._steps import given
 
 
@@ -52,39 +55,74 @@ WATCHED = "a module inside has a hook, another forward or a wrapper"
 # --- computing ----------------------------------------------------------------------------------------------
 
 
-def _run(layout: type, block: nn.Module, x: Tensor, delta: Tensor | None, count: int | None = None) -> Pending:
-    whole = layout.whole(block)
+def _run(
+    layout: type,
+    block: nn.Module,
+    x: Tensor,
+    delta: Tensor | None,
+    count: int | None = None,
+    positions: Positions = NOWHERE,
+) -> Pending:
+    placed = () if positions is NOWHERE else (positions,)
+    whole = layout.whole(block, *placed)
     if whole is not None and whole.fits():
         return Pending(*whole.run(x, delta, count))
     first, second = layout.norms(block)
     x, y = layers.norm(first, x, delta)
-    a = layout.attend(block, y, count)
+    a = layout.attend(block, y, count, *placed)
     x, y = layers.norm(second, x if count is None else x[:, -count:], a)
     return Pending(x, layout.feed(block, y))
 
 
 def _forward(layout: type, block: nn.Module, x, args: tuple, kwargs: dict):
-    if isinstance(x, Pending):
-        return _run(layout, block, *x)
-    if isinstance(x, Tail):
+    if isinstance(x, (Pending, Tail)):
         return _run(layout, block, *x)
     if not _usual(layout, block, x):
         return _swap.fall_back(block, "forward")(x, *args, **kwargs)
-    if watched(block):
-        return _swap.fall_back(block, "forward", WATCHED)(x, *args, **kwargs)
-    if reason := _left(layout, block, x):
+    reason = WATCHED if watched(block) else _left(layout, block, x) or _unserved(layout, block, x, args, kwargs)
+    if reason:
         return _swap.fall_back(block, "forward", reason)(x, *args, **kwargs)
+    positions = layout.positions(block, x, args, kwargs) if hasattr(layout, "positions") else NOWHERE
+    if positions is None:
+        return _swap.fall_back(block, "forward", _called_with(layout, kwargs))(x, *args, **kwargs)
+    return _run(layout, block, x, None, positions=positions).value()
+
+
+def _unserved(layout: type, block: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> str | None:
+    """Why a call with these further arguments runs as it was, or None."""
     if not layout.passes(block, args, kwargs):
-        given = [k for k, v in kwargs.items() if _hf.given(v)] or ["further positional arguments"]
-        return _swap.fall_back(block, "forward", f"it was called with {', '.join(given)}")(x, *args, **kwargs)
-    return _run(layout, block, x, None).value()
+        return _called_with(layout, kwargs)
+    if hasattr(layout, "positions") and (reason := layout.no_kernel(block, x.shape[1])):
+        placed = layout.placed(block, args, kwargs) if hasattr(layout, "placed") else True
+        return quicker(reason) if placed else None
+    return None
+
+
+def _called_with(layout: type, kwargs: dict) -> str:
+    """Of a call that is not served. Positions are named only where nothing else can be the reason."""
+    given = [k for k, v in kwargs.items() if _hf.given(v)] or ["further positional arguments"]
+    others = [k for k in given if k not in getattr(layout, "arguments", ())]
+    return f"it was called with {', '.join(others or given)}"
 
 
 def _left(layout: type, block: nn.Module, x: Tensor) -> str | None:
-    """Why the block is quicker as it was without a fused attention, or None."""
+    """Why the block runs as it was whatever it is given: it is quicker so without a fused attention, or None."""
+    if reason := _returns(layout, block):
+        return reason
     if _worth.needs_attention(x) and (problem := layout.problem(block)):
-        return f"{problem}, and without a fused attention it is quicker as it was"
+        return quicker(problem)
     return None
+
+
+def quicker(problem: str) -> str:
+    """Why a block runs as it was where its attention has this problem."""
+    return f"{problem}, and without a fused attention it is quicker as it was"
+
+
+def _returns(layout: type, block: nn.Module) -> str | None:
+    """Why the block's own code has to answer, or None."""
+    pair = getattr(layout, "returns_pair", False) and not _answers_in_tuples(base_of(block).forward)
+    return "it returns the attention weights" if pair and not _hf.weightless(block.attention) else None
 
 
 def _usual(layout: type, block: nn.Module, x: object) -> bool:
@@ -121,16 +159,29 @@ def watched(block: nn.Module) -> bool:
 def timm_forward(self: nn.Module, *args, **kwargs):
     if not args:  # the first argument by its name, whatever that is
         return _swap.fall_back(self, "forward")(**kwargs)
-    return _forward(Timm, self, args[0], args[1:], kwargs)
+    return _forward(_swap.setting(self, "layout"), self, args[0], args[1:], kwargs)
 
 
-def hf5_forward(self: nn.Module, hidden_states, *args, **kwargs):
-    return _forward(HuggingFace5, self, hidden_states, args, kwargs)
+def hf_forward(self: nn.Module, hidden_states, *args, **kwargs):
+    layout = _swap.setting(self, "layout")
+    out = _forward(layout, self, hidden_states, args, kwargs)
+    answer = _ANSWERS.get(layout)
+    return answer(self, out) if answer is not None and isinstance(out, Tensor) else out
 
 
-def hf4_forward(self: nn.Module, hidden_states, *args, **kwargs):
-    out = _forward(HuggingFace4, self, hidden_states, args, kwargs)
-    return (out,) if isinstance(out, Tensor) and _answers_in_tuples(_swap.original(self, "forward").__func__) else out
+def _in_a_tuple(block: nn.Module, out: Tensor) -> Tensor | tuple:
+    return (out,) if _answers_in_tuples(_swap.original(block, "forward").__func__) else out
+
+
+def _in_a_pair(block: nn.Module, out: Tensor) -> tuple:
+    """Tokens and the place of attention weights, see `_returns`; only tokens where weights are asked for by a name."""
+    return (out,) if _answers_in_tuples(_swap.original(block, "forward").__func__) else (out, None)
+
+
+def _with_place(block: nn.Module, out: Tensor) -> Tensor | tuple:
+    """In a tuple, with a place for attention weights where torch's function computed them."""
+    found = _in_a_tuple(block, out)
+    return (out, None) if isinstance(found, tuple) and Beit4.adds_weights(block) else found
 
 
 @cache
@@ -139,7 +190,13 @@ def _answers_in_tuples(forward: Callable) -> bool:
     return "output_attentions" in inspect.signature(forward).parameters
 
 
-FORWARDS = {Timm: timm_forward, HuggingFace5: hf5_forward, HuggingFace4: hf4_forward}
+# In what shape a layer answers, where that is not the tokens alone.
+_ANSWERS = {HuggingFace4: _in_a_tuple, Beit4: _with_place, VJepa2: _in_a_pair, Swin: _in_a_pair, Swin4: _in_a_pair}
+
+
+def forward_of(layout: type) -> Callable:
+    """The fast forward of its blocks."""
+    return timm_forward if issubclass(layout, Timm) else hf_forward
 
 
 def is_fast(block: nn.Module, x: object = None) -> bool:
@@ -150,8 +207,13 @@ def is_fast(block: nn.Module, x: object = None) -> bool:
 
 
 def _pends(block: nn.Module, x: Tensor) -> bool:
-    """`is_fast` for this input, and not recomputed in the backward: reentrant checkpointing wants plain tensors."""
-    if not is_fast(block, x) or (_worth.needs_attention(x) and layout_of(block).problem(block)):
+    """`is_fast` for this input, and not recomputed in the backward: reentrant checkpointing wants plain tensors. Blocks
+    with positions are told about them in a call of their own."""
+    if (
+        hasattr(_swap.setting(block, "layout"), "positions")
+        or not is_fast(block, x)
+        or (_worth.needs_attention(x) and _swap.setting(block, "layout").problem(block))
+    ):
         return False
     return not (getattr(block, "gradient_checkpointing", False) and block.training)
 
@@ -208,12 +270,23 @@ def settings(block: nn.Module, layout: type) -> dict:
     """What the fast forward needs to know, found before the block is changed."""
     found = layout.settings(block) if hasattr(layout, "settings") else {}
     kinds = frozenset(type(part) for part in block.modules())
-    return {**found, _swap.SIZE: _worth.Size(), "kinds": kinds}
+    return {**found, _swap.SIZE: _worth.Size(), "kinds": kinds, "layout": layout}
 
 
 def unknown(block: nn.Module, layout: type) -> str | None:
     """Why the block is kept before anything is compared, or None."""
-    return layout.unknown(block) if hasattr(layout, "unknown") else None
+    wanted = _wanted(base_of(block).forward)
+    if strange := [name for name in wanted if name not in getattr(layout, "arguments", ())]:
+        return f"its forward wants {', '.join(strange)}, which maefast does not know"
+    return layout.unknown(block) if hasattr(layout, "unknown") else _returns(layout, block)
+
+
+@cache
+def _wanted(forward: Callable) -> tuple[str, ...]:
+    """Names of the arguments without a default, behind the module itself and the tokens."""
+    kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    found = signature(forward).values()
+    return tuple(p.name for p in found if p.default is p.empty and p.kind not in kinds)[2:]
 
 
 def guards(block: nn.Module, layout: type, settings: dict) -> Guards:
@@ -237,12 +310,16 @@ def text(block: nn.Module, layout: type) -> str:
 def _parts(block: nn.Module, layout: type, training: bool) -> str:
     with _verify.mode(block, training):
         problem, act = layout.problem(block), layout.activation(block)
-    attention = "fused attention" if problem is None else f"attention as it was, because {problem}"
+    attention = "fused attention" if problem is None else _explain.attention(block, layout, problem)
     if layers.gelu(act) is not None:
         mlp = "bias + GELU"
     else:
-        mlp = "MLP as it was" if act is None else f"{getattr(act, '__name__', type(act).__name__)} as it was"
-    return f"{attention}; residual + norm, {mlp}" if problem else f"{attention}, residual + norm, {mlp}"
+        mlp = _explain.mlp(block) if act is None else f"{getattr(act, '__name__', type(act).__name__)} as it was"
+    if problem:
+        return f"{attention}; residual + norm, {mlp}"
+    reason = layout.no_kernel(block) if hasattr(layout, "positions") else None
+    positions = f"; as it was with positions, because {reason}" if reason else ""
+    return f"{attention}, residual + norm, {mlp}{positions}"
 
 
 def probe(block: nn.Module, layout: type) -> Tensor:
@@ -250,6 +327,12 @@ def probe(block: nn.Module, layout: type) -> Tensor:
     norm = layout.norms(block)[0]
     like = norm.weight if norm.weight is not None else next(block.parameters())
     return given(torch.randn(2, 6, norm.normalized_shape[-1], device=like.device, dtype=like.dtype))
+
+
+def _calls(block: nn.Module, layout: type) -> list[tuple[Tensor, dict]]:
+    """Small inputs and further arguments of the calls that are compared."""
+    x = probe(block, layout)
+    return layout.calls(block, x) if hasattr(layout, "calls") else [(x, {})]
 
 
 # --- comparing ----------------------------------------------------------------------------------------------
@@ -275,9 +358,9 @@ def compare(block: nn.Module, layout: type) -> tuple[float, bool | None]:
     """
     if (reason := _verify.unsuitable(block)) is not None:
         raise Unsuitable(reason)
-    _swap.swap(block, {"forward": FORWARDS[layout]}, **settings(block, layout))
+    _swap.swap(block, {"forward": forward_of(layout)}, **settings(block, layout))
     try:
-        return _verify.agreement(block, lambda: block(probe(block, layout)))
+        return _verify.agreement(block, lambda: [block(x, **call) for x, call in _calls(block, layout)])
     finally:
         _swap.unswap(block)
 

@@ -25,6 +25,7 @@ from maefast.ops import TokenMask
 NAME = "VideoMAE"
 LIVE = ("encoder_to_decoder", "decoder", "mask_token", "pos_embed")  # of the pair, see `Step.live`
 CHECKPOINTS = ("use_checkpoint", "with_cp")  # the switch of v1, of v2
+PLANNED = "mask tokens, order and positions in one pass; one plan for encoder and decoder"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -65,18 +66,18 @@ def _parameters(module: nn.Module, name: str) -> list[str]:
     return [] if method is None else list(inspect.signature(method).parameters)[1:]
 
 
-def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) -> Iterator[Step]:
+def steps(model: nn.Module, options: Options, keep: Callable[..., None]) -> Iterator[Step]:
     """What to replace; `keep(method, why)` notes what is not."""
     if not _is_pair(model):
         yield from _part(model, keep)
         return
     for name in ("encoder", "decoder"):  # first, so that the probe of the pair runs through them; noted on their own
-        for step in _part(getattr(model, name), lambda method, why: None):
+        for step in _part(getattr(model, name), lambda *args, **kwargs: None):
             yield step.under(name)
     encoder = next((part for part in model.encoder.modules() if _is_encoder(part)), None)
     reason = _swap.overriding(model, "forward") or (None if encoder else "the encoder is unknown")
     if reason:
-        keep("forward", reason)
+        keep("forward", reason, gain=PLANNED)
         return
     decodes = "decode_mask" in _parameters(model, "forward")
     shares = _is_encoder(model.encoder) and _swap.overriding(model.encoder, "forward") is None  # hands on what it gets
@@ -84,14 +85,14 @@ def steps(model: nn.Module, options: Options, keep: Callable[[str, str], None]) 
     yield Step(
         model,
         {"forward": forward},
-        {"forward": "mask tokens, order and positions in one pass; one plan for encoder and decoder"},
+        {"forward": PLANNED},
         lambda: _pair_probe(model, encoder, decodes),
         frozenset((*inside, *LIVE)),
         settings={"shares": shares, "decodes": decodes},
     )
 
 
-def _part(part: nn.Module, keep: Callable[[str, str], None]) -> Iterator[Step]:
+def _part(part: nn.Module, keep: Callable[..., None]) -> Iterator[Step]:
     """The step of an encoder or decoder, once."""
     if _is_encoder(part):
         name, fast, text = "forward_features", forward_features, "visible tubelets only embedded"
@@ -104,7 +105,7 @@ def _part(part: nn.Module, keep: Callable[[str, str], None]) -> Iterator[Step]:
     else:
         return
     if reason := reason or _swap.overriding(part, name):
-        keep(name, reason)
+        keep(name, reason, gain=text)
     elif name not in _swap.methods(part):
         yield Step(part, {name: fast}, {name: text}, lambda: probe(part), live)
 

@@ -120,7 +120,13 @@ _REPLACED = (
     (DECODER, re.compile(r"decode|predictor_forward$|^_predict$")),
     (ENCODER, re.compile(r"encode|^model_forward$|^forward_features$")),
 )
-_INTEGRATED = {"attend": ATTENTION, "feed": MLP, "norm": NORMS, "last_norm": NORMS}  # functions of blocks
+_INTEGRATED = {
+    "attend": ATTENTION,
+    "cross": ATTENTION,
+    "feed": MLP,
+    "norm": NORMS,
+    "last_norm": NORMS,
+}  # functions of blocks
 _OPTIMIZER = re.compile(r"torch/optim/|torch/nn/utils/clip_grad\.py$")
 _LOSS = re.compile(r"(_loss|cross_entropy|kl_div)$")
 _BACKWARD = {("torch/_tensor.py", "backward"), ("torch/autograd/__init__.py", "backward"),
@@ -185,7 +191,7 @@ class Places:
         if not found:
             return place
         if path.startswith("integrations/"):
-            if path.endswith(("_layouts.py", "_layers.py")):
+            if path.startswith(("integrations/_layouts", "integrations/_attentions", "integrations/_layers")):
                 return place.turn(_INTEGRATED[function]) if function in _INTEGRATED else place
             area = next((area for area, pattern in _REPLACED if pattern.search(function)), None)
             return place if area is None else place.enter(area)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
+from types import MethodType
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from torch import nn
 import maefast
 from maefast.bench.peers.public.mae import MaskedAutoencoderViT
 from maefast.bench.peers.public.timm_vit import Attention, Block
-from maefast.integrations import _layers
+from maefast.integrations import FAMILIES, _layers
 from maefast.integrations._report import Report
+from tests.integrations import test_crossmae, test_lightly, test_mae_st, test_spark, test_timm_vit, test_videomae
 from tests.integrations.blocks import DIM, accelerated, build, compare, pretend, tokens
 from tests.integrations.test_mae import SIZES, images
 from tests.integrations.test_transformer_changes import Gated
@@ -49,14 +52,17 @@ def test_another_mlp():
     block = Block(DIM)
     block.mlp = Gated()
     fast = accelerated(build(block))
-    assert text(fast) == "fused attention, residual + norm, MLP as it was"
+    assert text(fast) == (
+        "fused attention, residual + norm, MLP as it was (43% of the block's products with weights), because maefast "
+        "does not know mlp, a Gated"
+    )
 
 
 def test_an_attention_that_runs_as_it_was():
     fast = accelerated(build(Block(DIM, qk_norm=True)))
     assert text(fast) == (
-        "attention as it was, because the attention normalises queries, keys or its output; "
-        "residual + norm, bias + GELU"
+        "attention as it was (50% of the block's products with weights), because the attention normalises queries, "
+        "keys or its output (attn.q_norm is a LayerNorm, attn.k_norm is a LayerNorm); residual + norm, bias + GELU"
     )
 
 
@@ -128,12 +134,120 @@ def test_a_probe_that_fails_is_not_the_models_fault(monkeypatch):
     model = maefast.accelerate(MaskedAutoencoderViT(**SIZES))
     report = maefast.report(model)
     (note,) = [note for note in report.kept if note.method == "forward_encoder"]
-    assert note.text.startswith(
-        "maefast could not make up an input for it, so nothing was compared (RuntimeError: only"
-    )
+    assert note.text == "its own code raised a RuntimeError on an input that maefast made up, so nothing was compared"
+    assert note.gain == "mask in one kernel, visible patches only embedded"
+    assert f"{note.text}; missed: {note.gain}" in str(report)
     assert "Traceback" not in str(report)
+    assert "photographs" not in str(report)
     assert "Traceback" in report.verbose()
     assert "in picky" in report.verbose()
+
+
+def hungry(self, x, mask_ratio, input_dimensions):
+    return x
+
+
+def test_arguments_that_nobody_knows(monkeypatch):
+    """In the model's own names, without the text of an exception."""
+    monkeypatch.setattr(MaskedAutoencoderViT, "forward_encoder", hungry)
+    report = maefast.report(maefast.accelerate(MaskedAutoencoderViT(**SIZES)))
+    (note,) = [note for note in report.kept if note.method == "forward_encoder"]
+    assert note.text == (
+        "its code takes arguments that maefast does not know (input_dimensions), so nothing was compared"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "says"),
+    [
+        ({"attn_drop": 0.5}, None, "dropout inside the attention is on (attn.attn_drop has a rate of 0.5)"),
+        ({}, lambda b: setattr(b.attn, "qkv", Wrapped(b.attn.qkv)), "watched or adapted (attn.qkv is a Wrapped)"),
+        ({}, lambda b: setattr(b, "attn", Odd(DIM, 2)), "(attn is an Odd: Odd.forward overrides that of Attention)"),
+        ({}, lambda b: b.attn.qkv.register_forward_hook(print), "watched or adapted (attn.qkv has hooks)"),
+        (
+            {},
+            lambda b: b.mlp.register_forward_hook(print),
+            "MLP as it was (50% of the block's products with weights), ",
+        ),
+    ],
+)
+def test_the_part_that_is_to_blame(options, change, says):
+    block = Block(DIM, **options)
+    if change is not None:
+        change(block)
+    fast = accelerated(build(block))
+    assert says in text(fast)
+    assert "(50% of the block's products with weights), because" in text(fast)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return self.base(x)
+
+
+class Odd(Attention):
+    temperature = 1.0
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return super().forward(x * self.temperature)
+
+
+class Projections(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(DIM, DIM) for _ in "qkvo")
+
+
+class Near(nn.Module):
+    """A block that is none of ours."""
+
+    def __init__(self, attn: nn.Module, norm: type[nn.Module] = nn.LayerNorm):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = norm(DIM), attn, norm(DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        (Near(nn.Linear(DIM, DIM), nn.RMSNorm), "its norm1 is a RMSNorm, and maefast knows LayerNorm"),
+        (Near(nn.MultiheadAttention(DIM, 2)), "its attn, a MultiheadAttention, has none of the projections"),
+        (Near(Projections()), "no layout that maefast knows has norm1 and norm2 with a Linear"),
+    ],
+)
+def test_blocks_that_are_nearly_known(block, says):
+    with pytest.warns(UserWarning, match="nothing to accelerate") as warned:
+        model = maefast.accelerate(nn.Sequential(nn.Conv2d(3, 8, 1), block, copy.deepcopy(block)))
+    (note,) = maefast.report(model).kept
+    assert note.where == "1"
+    assert note.text.startswith(f"Near looks like a transformer block, but {says}")
+    assert says in str(warned[0].message)
+    assert "missed: fused attention" in str(maefast.report(model))
+
+
+def test_an_unknown_model_gets_one_sentence():
+    with pytest.warns(UserWarning, match="nothing to accelerate") as warned:
+        model = maefast.accelerate(nn.Sequential(nn.Linear(2, 2)))
+    assert str(warned[0].message) == (
+        "maefast.accelerate: nothing to accelerate here, because Sequential holds no transformer blocks that maefast "
+        "knows and is none of its families; maefast.report(model) says more"
+    )
+    assert ", ".join(family.NAME for family in FAMILIES) in str(maefast.report(model))
+
+
+def test_printed_where_it_is_asked_for(capsys):
+    """The report of `maefast.report`, and the same object is returned."""
+    model = MaskedAutoencoderViT(**SIZES)
+    assert maefast.accelerate(model) is model
+    assert capsys.readouterr().out == ""
+    assert maefast.accelerate(model, report=True) is model
+    assert capsys.readouterr().out == f"{maefast.report(model)}\n"
 
 
 def test_one_sentence_for_many_blocks():
@@ -224,3 +338,58 @@ def test_no_warning_without_a_reason():
         maefast.accelerate(model)
         model(images())
         copy.deepcopy(model).eval()(images())
+
+
+GAINS = [
+    (test_mae_st.TestMAEST, "forward_encoder", "forward_encoder", "visible tubelets only embedded"),
+    (test_mae_st.TestMAEST, "patchify", "forward_loss", "pixels read in place, no target tensor"),
+    (test_crossmae.TestCrossMAE, "forward_decoder", "forward_decoder", "all blocks in one run"),
+    (test_crossmae.TestCrossMAE, "random_masking", "forward_encoder", "visible patches only embedded"),
+    (test_crossmae.TestCrossMAE, "decoder_blocks.0.forward", "decoder_blocks.0", "fused cross-attention"),
+    (test_timm_vit.TestPatchDropout, "forward_features", "forward_features", "embedded only; sums pending"),
+    (test_timm_vit.TestPatchDropout, "_pos_embed", "patch_drop", "patches that the dropout keeps embedded only"),
+    (test_lightly.TestLightly, "encoder.encode", "encoder.encode", "sums pending between blocks"),
+    (test_lightly.TestLightly, "encoder.images_to_tokens", "encoder.preprocess", "tokens in idx_keep embedded only"),
+    (
+        test_lightly.TestLightly,
+        "decoder.add_pos_embed",
+        "decoder.preprocess",
+        "mask tokens and positions in two passes",
+    ),
+    (test_lightly.TestMAEDecoder, "decode", "decode", "sums pending between blocks"),
+    (test_spark.TestResNet, "forward", "forward", "encoder on the active cells alone"),
+    (test_spark.TestResNet, "dense_decoder.forward", "dense_decoder.forward", "batch norm with ReLU6"),
+    (test_videomae.TestV1, "forward", "forward", "one plan for encoder and decoder"),
+]
+
+
+@pytest.mark.parametrize(("family", "path", "where", "gain"), GAINS)
+def test_what_is_missed(family, path, where, gain):
+    """Where a method of the model is its own."""
+    model = family().build()
+    owner, _, name = path.rpartition(".")
+    part = model.get_submodule(owner)
+
+    def own(self, *args, **kwargs):
+        return getattr(type(self), name)(self, *args, **kwargs)
+
+    setattr(part, name, MethodType(own, part))
+    report = maefast.report(maefast.accelerate(model))
+    (note,) = [note for note in report.kept if note.where == where]
+    assert gain in note.gain
+    assert f"{note.text}; missed: {note.gain}" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("module", "path", "gain"),
+    [
+        ("hf_videomae.TestVideoMAE", "forward", "one plan through encoder, decoder and loss"),
+        ("hf_videomae.TestVideoMAE", "videomae.forward", "encoder layers in one run"),
+        ("hf_vitmae.TestViTMAE", "vit.forward", "encoder layers in one run"),
+    ],
+)
+def test_what_is_missed_in_transformers(module, path, gain):
+    pytest.importorskip("transformers")
+    module, _, name = module.partition(".")
+    family = getattr(importlib.import_module(f"tests.integrations.test_{module}"), name)
+    test_what_is_missed(family, path, path, gain)

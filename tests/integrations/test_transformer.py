@@ -141,10 +141,10 @@ def hugging_face(name: str, **options):
         ("ViT", {"hidden_act": "quick_gelu", "qkv_bias": False}, True),
         ("DeiT", {}, True),
         ("Dinov2", {}, True),
-        ("Dinov2", {"drop_path_rate": 0.3, "use_swiglu_ffn": True}, None),
+        ("Dinov2", {"drop_path_rate": 0.3, "use_swiglu_ffn": True}, True),
         ("Dinov2WithRegisters", {}, True),
-        ("Beit", {"use_relative_position_bias": True, "drop_path_rate": 0.2}, False),
-        ("Beit", {}, None),
+        ("Beit", {"use_relative_position_bias": True, "drop_path_rate": 0.2}, True),
+        ("Beit", {}, True),
     ],
     ids=str,
 )
