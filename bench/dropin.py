@@ -65,7 +65,8 @@ def measure(
     budget = BUDGET[preset] if budget is None else budget
     names = [*PEERS, chosen.variant] if chosen.tune else [*PEERS]
     names += [f"{name}_compiled" for name in names if compiled]
-    size = [sizes["img_size"]] * 2
+    side = sizes["img_size"]
+    size = list(side) if isinstance(side, (list, tuple)) else [side] * 2
     base = {
         "family": family,
         "preset": preset,

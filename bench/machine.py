@@ -8,11 +8,13 @@ FLOPs over the product's (the roofline of Williams, Waterman and Patterson, 2009
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from maefast.bench import environment, timing
 from maefast.ops import linear
@@ -44,6 +46,14 @@ def matrix_rate(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
         return 2 * side**3 / min(statistics.median(clock() for _ in range(rounds)) for clock in clocks)
 
 
+def absent(name: str, device: str) -> bool:
+    """Whether there is no such device here; says so on stderr under the name of what was to run."""
+    if device != "cuda" or torch.cuda.is_available():
+        return False
+    print(f"{name}: no CUDA device here", file=sys.stderr)
+    return True
+
+
 def limit(
     machine: dict | None, dtype: str, moved: int | None, flops: int | None
 ) -> tuple[float, str] | tuple[None, None]:
@@ -56,6 +66,31 @@ def limit(
     if flops and dtype in machine["matrix_tflops"]:
         ways.append((flops / (machine["matrix_tflops"][dtype] * 1e12), "matrix"))
     return max(ways, default=(None, None))
+
+
+def share(machine: dict | None, dtype: str, flops: int | None, *seconds: float) -> dict[str, Any]:
+    """What a record says of the limit, for work of so many FLOPs that one side or several took so long for: "flops",
+    "limit" and, a number for one side and a list for several, "limit_share"; nothing where the limit is unknown."""
+    least, by = limit(machine, dtype, None, flops)
+    if least is None:
+        return {}
+    shares = [least / each for each in seconds]
+    return {"flops": flops, "limit": by, "limit_share": shares if len(shares) > 1 else shares[0]}
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """FLOPs of the products, convolutions and attention of a call, in torch's own operators: what our kernels compute
+    is not seen, so count the plain peer."""
+    aten = torch.ops.aten
+    more = {  # of a CPU, which torch's table leaves out
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:

@@ -35,7 +35,8 @@ class Benchmark:
 
 def _ops(label: str, families: list[str]) -> tuple[tuple[Arguments, ...], tuple[Arguments, ...]]:
     chosen = ("--family", *families)
-    return (("--quick", "--no-compile", "--label", label, *chosen),), (("--preset", "full", "--label", label, *chosen),)
+    shared = ("--label", label, *chosen)
+    return (("--preset", "quick", "--no-compile", *shared),), (("--preset", "full", *shared),)
 
 
 def _each(option: str, values: tuple[str, ...], *more: str) -> tuple[Arguments, ...]:
@@ -43,7 +44,8 @@ def _each(option: str, values: tuple[str, ...], *more: str) -> tuple[Arguments, 
 
 
 CONVNETS = ("fcmae_t", "spark_r50", "spark_r50_encoder", "spark_cs_encoder")
-FAMILIES = ("hf_vitmae", "mae", "hf_videomae", "videomae", "timm", "jepa", "lightly", "spark", "fcmae")
+FAMILIES = ("hf_vitmae", "mae", "hf_videomae", "videomae", "timm", "jepa", "lightly", "crossmae", "mae_st", "audiomae")
+FAMILIES += ("hf_beit", "hf_dinov3", "hf_vjepa2", "hf_swin", "spark", "fcmae")
 BENCHMARKS = {
     "ops": Benchmark("micro", "token ops beside eager, tuned and compiled PyTorch", *_ops("ops", TOKENS)),
     "attention": Benchmark(
@@ -64,7 +66,7 @@ BENCHMARKS = {
         "dropin",
         "other people's models, as they are and accelerated",
         (("--family", "hf_vitmae", "--rounds", "3", "--steps", "1"),),
-        (*_each("--family", FAMILIES[:7]), *(("--family", name) for name in FAMILIES[7:])),
+        (*_each("--family", FAMILIES[:-2]), *(("--family", name) for name in FAMILIES[-2:])),
     ),
     "recipes": Benchmark(
         "recipes",
@@ -137,34 +139,52 @@ def run(name: str | None, arguments: list[str], say: Callable[[str], None]) -> i
     chosen = BENCHMARKS if name == "all" else {name: BENCHMARKS[name]}
     if {"-h", "--help"} & set(arguments):
         return _process(BENCHMARKS[name].module, ["--help"]) if name != "all" else run(None, [], say)
-    full, quick = "--full" in arguments, "--quick" in arguments
+    full, quick = "--full" in arguments or _value(arguments, "--preset") == "full", "--quick" in arguments
     if full and quick:
         raise TrainError("give --quick or --full, not both")
     own = [word for word in arguments if word not in ("--full", "--quick")]
-    if not {"--json", "--results"} & set(own):
+    if not {"--json", "--results"} & _options(own):
         own += ["--results", str(DEFAULT)]
     _headline(own, say)
     status = 0
     for item in chosen.values():
         for given in dict.fromkeys(_without(given, own) for given in (item.full if full else item.quick)):
-            status = _process(item.module, [*given, *own]) or status
+            try:
+                status = _process(item.module, [*given, *own]) or status
+            except KeyboardInterrupt:
+                say("stopped")
+                return 130
     return status
 
 
 def _without(given: Arguments, own: list[str]) -> Arguments:
     """The table's arguments less the options that were typed: one run for all that then are equal."""
-    kept, skip = [], False
+    kept, skip, typed = [], False, _options(own)
     for word in given:
-        skip = word in own if word.startswith("-") else skip
+        skip = word in typed if word.startswith("-") else skip
         if not skip:
             kept.append(word)
     return tuple(kept)
 
 
+def _options(arguments: list[str]) -> set[str]:
+    """The names of the options among arguments; argparse takes --name VALUE and --name=VALUE."""
+    return {word.partition("=")[0] for word in arguments if word.startswith("-")}
+
+
+def _value(arguments: list[str], option: str) -> str | None:
+    """What an option was given, or None."""
+    for word, after in zip(arguments, [*arguments[1:], ""]):
+        name, equals, value = word.partition("=")
+        if name == option:
+            return value if equals else after
+    return None
+
+
 def _headline(arguments: list[str], say: Callable[[str], None]) -> None:
     from maefast.bench import machine
 
-    device = "cuda" if "cuda" in arguments else "cpu"
+    device = "cuda" if _value(arguments, "--device") == "cuda" else "cpu"
     try:
         say(machine.headline(device))
     except (AssertionError, RuntimeError) as error:  # no such device; the benchmark says so itself

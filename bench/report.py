@@ -2,8 +2,11 @@
 
     maefast bench report [--results FOLDER] [--page FILE] [--charts FOLDER] [--check]
 
-In a checkout, bench/results becomes the tables of docs/results.md, with charts in docs/images/bench. Anywhere else, or
-for another folder of results, a page report.md with its charts is written into that folder.
+In a checkout, bench/results becomes the tables of docs/results.md, with charts in docs/images/bench, and of README.md;
+results whose code has changed since (`maefast.bench.freshness`) go to docs/results-earlier.md. For another folder of
+results, or anywhere else, a page report.md with its charts is written into that folder, and shows all of them.
+
+--check says whether the pages are what was written from these results, and warns where the code has changed since.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from maefast.bench import menu, results, sections
+from maefast.bench import freshness, menu, overview, results, sections
 from maefast.bench.environment import CHECKOUT, slug
 
 BEGIN, END = "<!-- begin: written by maefast bench report -->", "<!-- end -->"
+LISTED = "<!-- of earlier code:"  # a list, from which --check knows which page a result stands on
+PAGE, EARLIER, README = Path("docs/results.md"), Path("docs/results-earlier.md"), Path("README.md")
+CHARTS = Path("docs/images/bench")
 SECTIONS = {
     "step": ("One training step", sections.step),
     "dropin": ("Drop-in: one training step of other people's models", sections.dropin),
@@ -42,8 +48,11 @@ def load(folder: Path) -> list[dict]:
     return [doc for doc in docs if doc["records"]]
 
 
-def render(docs: list[dict], charts: dict[str, list[tuple[str, str]]] | None = None) -> str:
-    """The generated part of the page: a chapter for each device, GPUs last. charts: device -> (title, path)."""
+def render(
+    docs: list[dict], charts: dict[str, list[tuple[str, str]]] | None = None, missing: tuple[str, ...] = ("cpu", "cuda")
+) -> str:
+    """The generated part of a page: a chapter for each device, GPUs last. charts: device -> (title, path). missing: say
+    of these kinds of device that they are not measured yet, where they are not."""
     parts = []
     order = sorted({(doc["environment"]["kind"], doc["environment"]["device"]) for doc in docs})
     for kind, device in order:
@@ -54,9 +63,41 @@ def render(docs: list[dict], charts: dict[str, list[tuple[str, str]]] | None = N
             if mine := [doc for doc in found if doc["kind"] == what]:
                 parts.append(f"### {title}\n\n{section(mine)}")
     for kind, name in (("cpu", "CPU"), ("cuda", "GPU")):
-        if kind not in {found for found, _ in order}:
+        if kind in missing and kind not in {found for found, _ in order}:
             parts.append(f"## {name}\n\n{name} figures are not measured yet.\n")
     return "\n".join(parts)
+
+
+def pages(now: list[dict], earlier: list[dict], charts: dict[str, list[tuple[str, str]]]) -> dict[Path, str]:
+    """The generated part of each page of the checkout."""
+    assert CHECKOUT is not None
+    kinds = {kind: [doc for doc in earlier if doc["environment"]["kind"] == kind] for kind in ("cpu", "cuda")}
+    shown = render(now, charts, tuple(kind for kind, docs in kinds.items() if not docs))
+    devices = sorted({doc["environment"]["device"] for doc in earlier})
+    if devices:
+        shown = f"Measured with [earlier code]({EARLIER.name}): {'; '.join(devices)}.\n\n{shown}"
+    listed = "".join(f"{file}: {' '.join(names)}\n" for file, names in _targets(earlier).items())
+    old = f"{LISTED}\n{listed}-->\n\n" + (render(earlier, missing=()) if earlier else "Nothing.\n")
+    return {
+        CHECKOUT / PAGE: shown,
+        CHECKOUT / EARLIER: old,
+        CHECKOUT / README: overview.tables(now, earlier, EARLIER.as_posix()),
+    }
+
+
+def _targets(docs: list[dict]) -> dict[str, list[str]]:
+    """file -> what its records depend on."""
+    return {doc["file"]: sorted({freshness.target(doc["kind"], record) for record in doc["records"]}) for doc in docs}
+
+
+def as_written(docs: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(results shown as of now, those shown as of earlier code), as the pages that are there say."""
+    assert CHECKOUT is not None
+    path = CHECKOUT / EARLIER
+    _, _, listed = (path.read_text() if path.is_file() else "").partition(f"{LISTED}\n")
+    lines = (line.partition(": ") for line in listed.partition("-->")[0].splitlines())
+    old = {(file, name) for file, _, names in lines for name in names.split()}
+    return freshness.part(docs, lambda doc, record: (doc["file"], freshness.target(doc["kind"], record)) not in old)
 
 
 def write(page: Path, text: str, check: bool = False) -> bool:
@@ -110,14 +151,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "maefast bench report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="only say (by exit status 1) if the page is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is out of date")
     parser.add_argument("--results", type=Path, default=results.RESULTS if CHECKOUT else menu.DEFAULT)
-    parser.add_argument("--page", type=Path)
+    parser.add_argument("--page", type=Path, help="one page of all results, instead of those of the checkout")
     parser.add_argument("--charts", type=Path)
     args = parser.parse_args(argv)
-    ours = CHECKOUT is not None and args.results.resolve() == results.RESULTS
-    page = args.page or (CHECKOUT / "docs" / "results.md" if ours else args.results / "report.md")
-    folder = args.charts or (CHECKOUT / "docs" / "images" / "bench" if ours else args.results / "charts")
     try:
         docs = load(args.results)
     except (OSError, ValueError) as error:
@@ -128,15 +166,45 @@ def main(argv: list[str] | None = None) -> int:
             f"maefast bench report: no results in {args.results}; maefast bench lists what can be run", file=sys.stderr
         )
         return 2
+    ours = CHECKOUT is not None and args.results.resolve() == results.RESULTS and args.page is None
+    written = _checkout(args, docs) if ours else _page(args, docs)
+    fresh = {page: write(page, text, args.check) for page, text in written.items()}
+    for page, same in fresh.items():
+        if args.check and not same:
+            print(f"{page} does not show {args.results}: run maefast bench report", file=sys.stderr)
+        else:
+            print(f"{page}: " + ("up to date" if same else "written"))
+    return 1 if args.check and not all(fresh.values()) else 0
+
+
+def _page(args: argparse.Namespace, docs: list[dict]) -> dict[Path, str]:
+    """One page that shows everything, with its charts."""
+    page, folder = args.page or args.results / "report.md", args.charts or args.results / "charts"
     if not page.exists() and not args.check:
         page.write_text(f"# Measured speed\n\n{BEGIN}\n{END}\n")
-    charts = drawn(docs, folder, page) if args.check else draw(docs, folder, page)
-    fresh = write(page, render(docs, charts), args.check)
-    if args.check and not fresh:
-        print(f"{page} does not show {args.results}: run maefast bench report", file=sys.stderr)
-        return 1
-    print(f"{page}: " + ("up to date" if fresh else "written"))
-    return 0
+    return {page: render(docs, (drawn if args.check else draw)(docs, folder, page))}
+
+
+def _checkout(args: argparse.Namespace, docs: list[dict]) -> dict[Path, str]:
+    """The pages of the checkout. A check takes from them which results are of earlier code, so that it holds of a clone
+    without history, and a commit to a kernel leaves it green; it says what would move."""
+    assert CHECKOUT is not None
+    folder, page = args.charts or CHECKOUT / CHARTS, CHECKOUT / PAGE
+    if args.check:
+        shown, earlier = as_written(docs)
+        for file, names in _targets(freshness.split(shown)[1]).items():
+            why = "code has changed since, or git does not know its commit"
+            print(f"warning: {PAGE} shows {file}, but {why}: {', '.join(names)}", file=sys.stderr)
+        return pages(shown, earlier, drawn(shown, folder, page))
+    now, earlier = freshness.split(docs)
+    charts = draw(now, folder, page)
+    kept = {(page.parent / path).resolve() for found in charts.values() for _, path in found}
+    for path in folder.glob("*/*.png"):
+        if path.resolve() not in kept:
+            path.unlink()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    return pages(now, earlier, charts)
 
 
 if __name__ == "__main__":

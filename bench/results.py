@@ -5,7 +5,8 @@
 A micro record is one variant of one op at one shape; a step record is one peer at one model size; a dropin record is
 somebody else's model, as it is or accelerated; a recipes record is one recipe, both sides; a scaling record is one
 peer at one batch and share of visible tokens. All carry the shapes and dtype they were measured at, and either times
-or, under "error", why there are none. Under "samples_s" stand the times of the single rounds, which `compare` tests.
+or, under "error", why there are none. Under "samples_s" stand the times of the single rounds, which `compare` tests;
+under "code", in the environment, digests of what was measured, by which `report` tells whether it has changed since.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from maefast.bench import freshness
 from maefast.bench.environment import ROOT, slug
 
 SCHEMA = 1
@@ -40,7 +42,11 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def document(kind: str, environment: dict, settings: dict, peers: list[str], records: list[dict]) -> dict:
-    """A checked result; `environment` is that of `bench.environment.describe`."""
+    """A checked result; `environment` is that of `bench.environment.describe`.
+
+    It gets, under "code", the digests of the sources that these records depend on (`freshness`): of the checkout as it
+    is, unless the environment has digests of when it was measured.
+    """
     result = {
         "schema": SCHEMA,
         "kind": kind,
@@ -50,6 +56,11 @@ def document(kind: str, environment: dict, settings: dict, peers: list[str], rec
         "records": records,
     }
     validate(result)
+    targets = {freshness.target(kind, record) for record in records}
+    code = environment.get("code")
+    if code is None:
+        code = freshness.digests(targets, environment["kind"])
+    result["environment"] = {**environment, "code": {name: code[name] for name in sorted(targets) if name in code}}
     return result
 
 
@@ -99,13 +110,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, help="folder of results: the file is DEVICE/BENCHMARK.json in it")
 
 
-def keep(args: argparse.Namespace, doc: dict, label: str) -> None:
-    """Write a run where it was asked for, if it was, and say where. label: tells it from other runs of a device."""
+def keep(args: argparse.Namespace, doc: dict, label: str, final: bool = True) -> None:
+    """Write a run where it was asked for, if it was, and say where. label: tells it from other runs of a device.
+    final: False for a run that goes on, of which nothing is said."""
     path = args.json
     if path is None and args.results is not None:
         path = args.results / slug(doc["environment"]["device"]) / f"{label}.json"
     if path is not None:
-        print(f"results: {write(path, doc)}")
+        path = write(path, doc)
+        if final:
+            print(f"results: {path}")
 
 
 def read_all(folder: str | Path) -> list[dict]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from maefast import masking, models
 from maefast.bench import environment, machine, results, timing
+from maefast.bench.micro import tables
 from maefast.bench.peers.plain_mae import PlainMAE
 from maefast.bench.worth import settle_memory
 
@@ -32,8 +33,18 @@ AGREE = {"float32": 1e-4, "bfloat16": 2e-2}
 PEERS = ("maefast", "plain")
 
 
-def measure(model: str, batch: int, dtype: str, device: str, rounds: int, shares=SHARES, times=TIMES) -> dict:
-    """The document of a run.
+def measure(
+    model: str,
+    batch: int,
+    dtype: str,
+    device: str,
+    rounds: int,
+    shares=SHARES,
+    times=TIMES,
+    progress: Callable[[dict], None] | None = None,
+) -> dict:
+    """The document of a run. FLOPs are those of the plain encoder. progress: is given the document so far after every
+    case but the last.
 
     Raises:
         RuntimeError: the two encoders compute different things.
@@ -47,8 +58,15 @@ def measure(model: str, batch: int, dtype: str, device: str, rounds: int, shares
     encoders = {"maefast": ours.to(device).train(), "plain": plain.to(device).train()}
     cases = [(batch, share) for share in shares]
     cases += [(size, SHARE) for size in dict.fromkeys(max(1, int(batch * n)) for n in times) if size != batch]
-    records = []
-    for size, share in cases:
+    records, where = [], environment.describe(device)
+    limits = machine.measure(device, (getattr(torch, dtype),))
+    settings = {"model": model, "part": "encoder, forward and backward", "rounds": rounds, "batch": batch}
+
+    def so_far(left_out: int) -> dict:
+        settings.update(machine=limits, cases_left_out=left_out)
+        return results.document("scaling", where, settings, list(PEERS), records)
+
+    for left, (size, share) in zip(range(len(cases) - 1, -1, -1), cases):
         keep = max(1, round(share * ours.num_patches))
         calls = {name: step(net, name, size, keep, dtype, device) for name, net in encoders.items()}
         losses = {name: call(0).item() for name, call in calls.items()}
@@ -56,16 +74,19 @@ def measure(model: str, batch: int, dtype: str, device: str, rounds: int, shares
             raise RuntimeError(f"{keep} of {ours.num_patches} tokens, batch {size}: the encoders disagree: {losses}")
         clocks = {name: timing.sampler(call, 1, device, waits=True) for name, call in calls.items()}
         samples = timing.interleave(clocks, rounds)
+        flops = machine.count_flops(lambda call=calls["plain"]: call(0))
         for name, seconds in samples.items():
             low, high = timing.quartiles(seconds)
             record = {"peer": name, "batch": size, "visible": keep, "tokens": ours.num_patches, "dtype": dtype}
             record |= {"median_s": statistics.median(seconds), "low_s": low, "high_s": high, "samples_s": seconds}
             record["ratio"] = timing.ratio(seconds, samples["maefast"])
             record["peak_bytes"] = machine.peak_bytes(lambda call=calls[name]: call(0), device)
+            record |= machine.share(limits, dtype, flops, record["median_s"])
             records.append(record)
         print(line(records[-2], records[-1]), flush=True)
-    settings = {"model": model, "part": "encoder, forward and backward", "rounds": rounds, "batch": batch}
-    return results.document("scaling", environment.describe(device), settings, list(PEERS), records)
+        if progress is not None and left:
+            progress(so_far(left))
+    return so_far(0)
 
 
 def step(net: torch.nn.Module, name: str, batch: int, keep: int, dtype: str, device: str) -> Callable[[int], Tensor]:
@@ -95,6 +116,7 @@ def step(net: torch.nn.Module, name: str, batch: int, keep: int, dtype: str, dev
 def line(ours: dict, plain: dict) -> str:
     share = f"{ours['visible']:4} of {ours['tokens']} tokens ({ours['visible'] / ours['tokens']:4.0%})"
     times = f"maefast {ours['median_s'] * 1e3:.1f} ms, plain {plain['median_s'] * 1e3:.1f} ms, {plain['ratio']:.2f}x"
+    times += f"; of limit {tables.of_limit(ours)}"
     return f"batch {ours['batch']:3}, {share}: {times}"
 
 
@@ -108,17 +130,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="three shares, three rounds")
     results.add_arguments(parser)
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("maefast bench scaling: no CUDA device here", file=sys.stderr)
+    if machine.absent("maefast bench scaling", args.device):
         return 3
     batch = args.batch or (64 if args.device == "cuda" else 1 if args.quick else 4)
     less = {"shares": (0.1, 0.25, 1.0), "times": ()} if args.quick else {}
+    label, rounds = f"scaling-{args.model}-{args.dtype}", args.rounds or (3 if args.quick else 7)
+
+    def keep(doc: dict) -> None:
+        results.keep(args, doc, label, final=False)
+
     try:
-        doc = measure(args.model, batch, args.dtype, args.device, args.rounds or (3 if args.quick else 7), **less)
+        doc = measure(args.model, batch, args.dtype, args.device, rounds, **less, progress=keep)
     except RuntimeError as error:
         print(f"maefast bench scaling: {error}", file=sys.stderr)
         return results.WRONG
-    results.keep(args, doc, f"scaling-{args.model}-{args.dtype}")
+    results.keep(args, doc, label)
     return 0
 
 

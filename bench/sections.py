@@ -92,7 +92,8 @@ def step(doc: dict) -> str:
     plain = next((r for r in doc["records"] if r["peer"] == "plain" and "error" not in r), None)
     aim = AIM_STEP.get(first["preset"], {}).get(first["dtype"])
     if plain and aim and plain["ratio"] < aim:
-        text += f"\nShort of the aim of {aim}x over the plain eager model.\n"
+        reached = f"{plain['ratio']:.2f}x{allowed(first, plain['ratio'])}"
+        text += f"\nShort of the aim of {aim}x over the plain eager model ({reached}).\n"
     return text + "\n" + machine(doc) + "\n"
 
 
@@ -113,7 +114,7 @@ def dropin(doc: dict) -> str:
         aim = 1.2
     best = min(timed[name]["ratio"] for name in ("as_is", "tuned", "written") if name in timed)
     if first["preset"] == "base" and aim and best < aim:
-        text += f"\nShort of the aim of {aim}x over the model as it is ({best:.2f}x).\n"
+        text += f"\nShort of the aim of {aim}x over the model as it is ({best:.2f}x{allowed(first, best)}).\n"
     names = ("as_is_compiled", "tuned_compiled", "written_compiled")
     ratios = [timed[name]["ratio_compiled"] for name in names if "ratio_compiled" in timed.get(name, {})]
     if env["kind"] == "cuda" and first["preset"] == "base" and ratios and min(ratios) < AIM_COMPILED:
@@ -191,7 +192,7 @@ def micro(doc: dict) -> str:
         "shape",
         "backend",
     ]
-    rows, short = [], []
+    rows, short, out_of_reach = [], [], []
     for row in tables.rows(doc, only_default=not gpu):
         if gpu and row["variant"] == "maefast-reference":
             continue
@@ -220,19 +221,42 @@ def micro(doc: dict) -> str:
         if gpu and share is not None and share < AIM_GPU and row["default"]:
             short.append(f"{row['op']} {way} {row['dtype']} {shape} ({share:.0%})")
         elif not gpu and ratio is not None and ratio < _aim(row):
-            short.append(f"{row['op']} {way} {row['dtype']} {shape} ({ratio:.2f}x)")
+            beyond = most(row, ratio) is not None and most(row, ratio) < _aim(row)
+            (out_of_reach if beyond else short).append(
+                f"{row['op']} {way} {row['dtype']} {shape} ({ratio:.2f}x{allowed(row, ratio)})"
+            )
     settings = doc["settings"]
-    text = f"Medians of {settings['rounds']} rounds. {tables.limits(settings)}\n\n" + markdown(heads, rows, 5)
+    text = f"{tables.rounds(settings)} {tables.limits(settings)}\n\n" + markdown(heads, rows, 5)
     text += further(doc)
     aim = f"{AIM_GPU:.0%} of the limit" if gpu else f"{AIM_CPU:.0f}x over eager (attention: 1.5x, bfloat16 3x)"
     text += f"\nShort of the aim of {aim}: {'; '.join(short) if short else 'none'}.\n"
+    if out_of_reach:
+        text += f"\nShort of it where the limit of this machine does not allow it: {'; '.join(out_of_reach)}.\n"
     if "linear_library" in settings:
         text += f"\n`ops.linear` chose the library {settings['linear_library']!r} here.\n"
-    if settings["cases_left_out"]:
-        text += f"\n{settings['cases_left_out']} cases were left out for time.\n"
+    text += _left_out(doc)
     for line in tables.failures(doc):
         text += f"\nNot timed: {line}.\n"
     return text + "\n" + machine(doc) + "\n"
+
+
+def _left_out(doc: dict) -> str:
+    text = tables.left_out(doc)
+    return f"\n{text}\n" if text else ""
+
+
+def most(record: dict, ratio: float) -> float | None:
+    """What a ratio of ours could be if we needed no more than the machine's limit; None where that is unknown."""
+    share = record.get("limit_share")
+    return ratio / share if share else None
+
+
+def allowed(record: dict, ratio: float) -> str:
+    """That in words, to be put behind the ratio. Data that stay in a cache pass the limit of memory."""
+    possible = most(record, ratio)
+    if possible is None:
+        return ""
+    return f"; the limit allows {possible:.2f}x" if possible > ratio else "; beyond the limit of memory"
 
 
 def _aim(row: dict) -> float:
@@ -270,15 +294,16 @@ def recipes(docs: list[dict]) -> str:
         row = []
         for dtype in dtypes:
             if dtype not in of:
-                row += ["-"] * 6
+                row += ["-"] * 7
                 continue
             r = of[dtype][0]
             row += [f"{r['ratio']:.2f}x", f"{r['ms'][0]:.0f}", f"{r['ms'][1]:.0f}"]
             row += [f"{r['memory_ratio']:.2f}x", f"{r['memory_mib'][0]:.0f}", f"{r['memory_mib'][1]:.0f}"]
+            row.append(tables.of_limit(r))
             ways += [[f"{value:.2f}x", name, dtype, way] for way, value in r["other_ways"].items()]
         commits = dict.fromkeys(str(doc["environment"]["commit"]) for _, doc in of.values())
         rows.append([*row, name, f"{size}, batch {batch}", ", ".join(commits)])
-    one = ["time", "plain ms", "ours ms", "memory", "plain MiB", "ours MiB"]
+    one = ["time", "plain ms", "ours ms", "memory", "plain MiB", "ours MiB", "of limit"]
     heads = [f"{'' if dtype == 'float32' else 'bf16 '}{head}" for dtype in dtypes for head in one]
     env = docs[0]["environment"]
     text = f"{env['device']}, {env['cpu_threads']} threads, torch {env['torch']}; the commit stands in each row.\n\n"
@@ -299,14 +324,24 @@ def scaling(docs: list[dict]) -> str:
                     o for o in doc["records"] if o["peer"] != "maefast" and case("scaling", o) == case("scaling", r)
                 )
                 times = (f"{each['median_s'] * 1e3:.0f} ± {tables.spread(each)}" for each in (r, other))
-                memory = (tables.megabytes(each["peak_bytes"]) for each in (r, other))
+                memory = [tables.megabytes(each["peak_bytes"]) for each in (r, other)]
+                memory.append(tables.of_limit(r))
                 rows.append(
                     [f"{r['visible'] / r['tokens']:.0%}", str(r["batch"]), f"{other['ratio']:.2f}x", *times, *memory]
                 )
-        heads = ["visible", "batch", "plain over ours", "ours ms", "plain ms", "ours peak MB", "plain peak MB"]
+        heads = [
+            "visible",
+            "batch",
+            "plain over ours",
+            "ours ms",
+            "plain ms",
+            "ours peak MB",
+            "plain peak MB",
+            "of limit",
+        ]
         settings, dtype = doc["settings"], doc["records"][0]["dtype"]
         text = f"**{settings['model']}**, {settings['part']}, {dtype}, medians of {settings['rounds']} rounds.\n\n"
-        parts.append(text + markdown(heads, rows, 0) + "\n" + machine(doc) + "\n")
+        parts.append(text + markdown(heads, rows, 0) + _left_out(doc) + "\n" + machine(doc) + "\n")
     return "\n".join(parts)
 
 
@@ -316,8 +351,17 @@ def volumes(doc: dict) -> str:
     text = f"A 3-D ResNet's encoder on {first['side']}^3 voxels, {first['mask_ratio']:.0%} masked, "
     text += f"batch {first['batch']}, {first['dtype']}, forward and backward, "
     text += f"least of {doc['settings']['rounds']} rounds.\n\n"
-    rows = [[f"{r['ratio']:.2f}x", f"{r['best_s']:.2f}", r["peer"]] for r in doc["records"]]
-    text += markdown(["time vs maefast", "s", "network"], rows, 1)
+    rows = [
+        [
+            f"{r['ratio']:.2f}x",
+            f"{r['best_s']:.2f}",
+            tables.of_limit(r),
+            tables.megabytes(r.get("peak_bytes")),
+            r["peer"],
+        ]
+        for r in doc["records"]
+    ]
+    text += markdown(["time vs maefast", "s", "of limit", "peak MB", "network"], rows, 1)
     best = min(r["ratio"] for r in doc["records"][1:])
     if best < AIM_VOLUMES:
         text += f"\nShort of the aim of {AIM_VOLUMES}x ({best:.2f}x).\n"
@@ -337,28 +381,31 @@ def block(doc: dict) -> str:
                 [
                     f"{r['time_to_eager']:.2f}x",
                     f"{r['best_s'] * 1e3:.3g}",
+                    tables.of_limit(r),
                     kept,
                     r["dtype"],
                     f"{what}, {r['threads']} threads",
                 ]
             )
-    heads = ["time to eager", "ms", "kept for backward, to eager", "dtype", "blocks"]
-    return markdown(heads, rows, 2) + "\n" + machine(doc) + "\n"
+    heads = ["time to eager", "ms", "of limit", "kept for backward, to eager", "dtype", "blocks"]
+    return markdown(heads, rows, 2) + _left_out(doc) + "\n" + machine(doc) + "\n"
 
 
 @each
 def toys(doc: dict) -> str:
     rows = [
-        [f"{r['ratio']:.2f}x", f"{r['ms'][0]:.2f}", f"{r['ms'][1]:.2f}", r["dtype"], r["model"]] for r in doc["records"]
+        [f"{r['ratio']:.2f}x", *(f"{ms:.2f}" for ms in r["ms"]), tables.of_limit(r), r["dtype"], r["model"]]
+        for r in doc["records"]
     ]
     text = f"{doc['environment']['cpu_threads']} threads, least of {doc['settings']['rounds']} rounds.\n\n"
-    heads = ["as it is over accelerated", "as it is, ms", "accelerated, ms", "dtype", "model"]
-    return text + markdown(heads, rows, 2) + "\n" + machine(doc) + "\n"
+    heads = ["as it is over accelerated", "as it is, ms", "accelerated, ms", "of limit", "dtype", "model"]
+    return text + markdown(heads, rows, 2) + _left_out(doc) + "\n" + machine(doc) + "\n"
 
 
 @each
 def data(doc: dict) -> str:
-    ours = next(r["images_per_s"] for r in doc["records"] if r["side"] == "maefast" and not r["workers"])
+    one_core = {r["side"]: r["images_per_s"] for r in doc["records"] if not r["workers"]}
+    ours, decoding = one_core["maefast"], one_core.get("decode, simplejpeg")
     rows = []
     for r in doc["records"]:
         processes = f"{r['workers']} loader processes" if r["workers"] else "one core, in the main process"
@@ -366,8 +413,10 @@ def data(doc: dict) -> str:
             [
                 f"{r['images_per_s']:.0f}",
                 f"{ours / r['images_per_s']:.2f}x" if not r["workers"] else "-",
+                f"{r['images_per_s'] / decoding:.0%}" if decoding and not r["workers"] else "-",
                 r["side"],
                 processes,
             ]
         )
-    return markdown(["images/s", "ours over it", "loader", "where"], rows, 2) + "\n" + machine(doc) + "\n"
+    heads = ["images/s", "ours over it", "of decoding alone", "loader", "where"]
+    return markdown(heads, rows, 2) + "\n" + machine(doc) + "\n"

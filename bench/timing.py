@@ -15,10 +15,16 @@ from collections.abc import Callable
 import torch
 
 Call = Callable[[int], object]  # runs the variant on input set number i
+ENOUGH = 0.5  # seconds after which no further input set is tried before timing
+LEAST = 5  # rounds, however long they take
 
 
 class HostSampler:
-    """Seconds a call, by the host clock; `inner` calls a sample."""
+    """Seconds a call, by the host clock; `inner` calls a sample.
+
+    Before the first sample every input set is tried once, and calls go on for `warmup` seconds; three calls are all
+    that there are where they take longer than `ENOUGH`. The first of them does not count.
+    """
 
     note: str | None = None
 
@@ -26,8 +32,10 @@ class HostSampler:
         self.call, self.sets, self.next = call, sets, 0
         seconds = []
         start = time.perf_counter()
-        while len(seconds) < max(3, sets) or (time.perf_counter() - start < warmup and len(seconds) < 1000):
+        took = 0.0
+        while len(seconds) < 3 or (took < warmup and len(seconds) < 1000) or (took < ENOUGH and len(seconds) < sets):
             seconds.append(self._run(1))
+            took = time.perf_counter() - start
         self.inner = max(1, round(target / statistics.median(seconds[1:])))
 
     def _run(self, count: int) -> float:
@@ -128,8 +136,18 @@ def sampler(
     return GraphSampler(call, sets, waits=waits) if device == "cuda" else HostSampler(call, sets, warmup=warmup)
 
 
-def interleave(samplers: dict[str, Callable[[], float]], rounds: int, seed: int = 0) -> dict[str, list[float]]:
-    """One sample of each in every round, in shuffled order, so that drift of the machine hits all alike."""
+def interleave(
+    samplers: dict[str, Callable[[], float]],
+    rounds: int,
+    seed: int = 0,
+    seconds: float | None = None,
+    least: int = LEAST,
+) -> dict[str, list[float]]:
+    """One sample of each in every round, in shuffled order, so that drift of the machine hits all alike.
+
+    seconds: after which no further round starts, once there are `least`; None: there is no such bound. All variants
+    have equally many rounds, for ratios are of the times of one round.
+    """
     order = list(samplers)
     shuffle = random.Random(seed).shuffle
     samples: dict[str, list[float]] = {name: [] for name in samplers}
@@ -137,7 +155,10 @@ def interleave(samplers: dict[str, Callable[[], float]], rounds: int, seed: int 
     enabled = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(rounds):
+        start = time.perf_counter()
+        for done in range(rounds):
+            if seconds is not None and done >= least and time.perf_counter() - start > seconds:
+                break
             shuffle(order)
             for name in order:
                 samples[name].append(samplers[name]())

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 import maefast
 from maefast.bench import environment, results
 from maefast.bench.peers.public.timm_vit import Block
+from maefast.check.speed import seconds_of as seconds
 from maefast.integrations import _worth
 
 WIDTHS = (48, 96, 192, 384, 768)
@@ -61,22 +61,24 @@ def ratio(width: int, tokens: int, kind: str, training: bool, device: str, round
     x = torch.randn(tokens // length, length, width, device=device, dtype=dtype)
     with _worth.always():
         steps = [_step(net, x, kind, training) for net in (block, fast)]
-        best = fastest(steps, rounds)
+        best = fastest(steps, rounds, device=device)
     return best[0] / best[1]
 
 
-def fastest(steps: list[Callable[[], None]], rounds: int, least: float = 1e-3) -> list[float]:
+def fastest(steps: list[Callable[[], None]], rounds: int, least: float = 1e-3, device: str = "cpu") -> list[float]:
     """The least seconds of each step in `in_turn`."""
-    return [min(samples) for samples in in_turn(steps, rounds, least)]
+    return [min(samples) for samples in in_turn(steps, rounds, least, device)]
 
 
-def in_turn(steps: list[Callable[[], None]], rounds: int, least: float = 1e-3) -> list[list[float]]:
+def in_turn(
+    steps: list[Callable[[], None]], rounds: int, least: float = 1e-3, device: str = "cpu"
+) -> list[list[float]]:
     """Seconds of each step in each round, timed in turn, at least about `least` seconds at a time."""
     for _ in range(3):
         for step in steps:
             step()
-    inner = max(1, int(least / _seconds(steps[0], 3)))
-    rows = [[_seconds(step, inner) for step in steps] for _ in range(rounds)]
+    inner = max(1, int(least / seconds(steps[0], 3, device)))
+    rows = [[seconds(step, inner, device) for step in steps] for _ in range(rounds)]
     return [list(samples) for samples in zip(*rows)]
 
 
@@ -95,13 +97,6 @@ def _step(net: nn.Module, x: Tensor, kind: str, training: bool) -> Callable[[], 
             net(x)
 
     return train if training else run
-
-
-def _seconds(step: Callable[[], None], count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    return (time.perf_counter() - start) / count
 
 
 def least(found: list[dict]) -> dict[str, tuple[int, int] | None]:

@@ -78,9 +78,10 @@ class Lines:
         self.write("plan", "planned", ids=list(ids))
 
     def environment(self, device: str) -> None:
-        from maefast.bench import environment
+        from maefast.bench import environment, freshness
 
-        self.write("environment", "environment", environment=environment.describe(device))
+        code = freshness.digests(freshness.all_targets(), device)  # results are made of the lines later, elsewhere
+        self.write("environment", "environment", environment={**environment.describe(device), "code": code})
 
     def left(self, ids: Iterable[str]) -> list[str]:
         """Those of `ids` without a final outcome for this code yet."""

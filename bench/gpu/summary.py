@@ -92,7 +92,7 @@ def _is_step(line: lines.Line) -> bool:
 
 def documents(found: list[lines.Line], name: str) -> Iterable[tuple[str, dict[str, Any]]]:
     """(file name, document of `maefast.bench.results`) of all that was measured, for docs/results.md."""
-    env = lines.environment(found)
+    env = {"code": {}, **lines.environment(found)}  # without digests they are not of the code as it is now
     micro, steps = [], {}
     for (_, id), line in lines.latest(found).items():
         record = line.get("record")

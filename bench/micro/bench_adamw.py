@@ -27,15 +27,17 @@ def make(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs
 
 
 class Stepper:
-    """Steps its own copies of the inputs. What it returns for comparison is the first step of one small tensor, taken
-    once: every call changes the weights, so later ones could not be compared."""
+    """Steps its own copies of the inputs, and rounds them to bfloat16 where `shadows` is set and the optimizer does not
+    do it. What it returns for comparison is the first step of one small tensor, taken once: every call changes the
+    weights, so later ones could not be compared."""
 
-    def __init__(self, make_optimizer, inputs: Inputs) -> None:
+    def __init__(self, make_optimizer, inputs: Inputs, shadows: bool) -> None:
         names = [name for name in inputs if name != "steppers"]
         self.params = [nn.Parameter(inputs[name].clone()) for name in names]
         for param in self.params:
             param.grad = param.detach().flip(0)
         self.optimizer = make_optimizer(self.params)
+        self.shadows = [param.detach().to(torch.bfloat16) for param in self.params] if shadows else []
         probe = nn.Parameter(inputs["norm1"].clone())
         probe.grad = probe.detach().flip(0)
         make_optimizer([probe]).step()
@@ -43,18 +45,21 @@ class Stepper:
 
     def __call__(self) -> Tensor:
         self.optimizer.step()
+        if self.shadows:
+            with torch.no_grad():
+                torch._foreach_copy_(self.shadows, self.params)
         return self.first
 
 
-def run(inputs: Inputs, make_optimizer, key) -> Tensor:
+def run(inputs: Inputs, make_optimizer, key, shadows: bool = False) -> Tensor:
     if key not in inputs["steppers"]:
-        inputs["steppers"][key] = Stepper(make_optimizer, inputs)
+        inputs["steppers"][key] = Stepper(make_optimizer, inputs, shadows)
     return inputs["steppers"][key]()
 
 
-def _torch(inputs: Inputs, form: str | None = None) -> Tensor:
+def _torch(inputs: Inputs, form: str | None = None, shadows: bool = False) -> Tensor:
     options = {} if form is None else {form: True}
-    return run(inputs, lambda params: torch.optim.AdamW(params, **OPTIONS, **options), form)
+    return run(inputs, lambda params: torch.optim.AdamW(params, **OPTIONS, **options), form, shadows)
 
 
 def ours(inputs: Inputs, backend: str | None, shadow: torch.dtype | None = None) -> Tensor:
@@ -76,7 +81,7 @@ OPS = [
         "adamw (with bfloat16 copies)",
         ("adamw",),
         **{**_every, "traffic": lambda shape, item: (traffic(shape, item)[0] + traffic(shape, 2)[0] // 7, 0)},
-        **_forms,
+        **{name: functools.partial(form, shadows=True) for name, form in _forms.items()},
         ours=functools.partial(ours, shadow=torch.bfloat16),
         dtypes=(torch.float32,),
     ),

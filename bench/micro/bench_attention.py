@@ -1,4 +1,5 @@
-"""attention: the encoder's visible tokens, the decoder's whole sequence, and a batch of differing lengths."""
+"""attention: the encoder's visible tokens, the decoder's whole sequence, a batch of differing lengths, a bias of pairs
+(shifted windows, relative positions) and a rotation."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from maefast.bench.micro import attention_peers as peers
 from maefast.bench.micro.op import Inputs, Op
 from maefast.bench.micro.shapes import Shape
-from maefast.ops import attention
+from maefast.ops import Rope, attention
 
 
 def encoder(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
@@ -97,6 +98,84 @@ def packed(inputs: Inputs, backend: str | None) -> Tensor:
     return attention(inputs["qkv"], cu_seqlens_q=inputs["cu"], max_seqlen_q=inputs["longest"], backend=backend)
 
 
+# --- positions ----------------------------------------------------------------------------------------------------
+
+
+def windows(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """The 64 windows of each image have a bias of their own, heads of 32 (Liu et al., 2021)."""
+    inputs = dense(shape.batch, shape.tokens, shape.width // 32, 32, dtype, generator)
+    return {**inputs, "bias": random_bias(min(64, shape.batch), shape, shape.width // 32, dtype, generator)}
+
+
+def relative(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """One bias for all sequences (Bao et al., 2022)."""
+    inputs = encoder(shape, dtype, generator)
+    return {**inputs, "bias": random_bias(1, shape, inputs["qkv"].shape[3], dtype, generator)}
+
+
+def random_bias(groups: int, shape: Shape, heads: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    length = shape.prefix + shape.keep
+    bias = torch.randn((groups, heads, length, length), generator=generator, device=generator.device)
+    return bias.to(dtype)
+
+
+def rotary(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Angles of the patches; the prefix stays as it is."""
+    inputs = encoder(shape, dtype, generator)
+    device, half = generator.device, inputs["qkv"].shape[-1] // 2
+    speeds = 100.0 ** -(torch.arange(half, device=device) / half)
+    angle = torch.arange(shape.keep, device=device)[:, None] * torch.cat([speeds, speeds])
+    angle = torch.cat([angle.new_zeros(shape.prefix, 2 * half), angle])
+    return {**inputs, "cos": angle.cos(), "sin": angle.sin()}
+
+
+def masks(inputs: Inputs) -> Tensor:
+    """The bias of each sequence, [B, H, S, S], a view where one serves all."""
+    batch, groups = inputs["qkv"].shape[0], inputs["bias"].shape[0]
+    return inputs["bias"] if groups == 1 else inputs["bias"].repeat(batch // groups, 1, 1, 1)
+
+
+def biased_eager(inputs: Inputs) -> Tensor:
+    """As in Swin and BEiT: scores, bias, softmax, product."""
+    q, k, v = inputs["qkv"].permute(2, 0, 3, 1, 4).unbind(0)
+    bias = inputs["bias"]
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    scores = (scores.unflatten(0, (-1, len(bias))) + bias).flatten(0, 1)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def biased_tuned(inputs: Inputs) -> Tensor:
+    q, k, v = inputs["qkv"].permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=masks(inputs)).transpose(1, 2)
+
+
+def biased(inputs: Inputs, backend: str | None) -> Tensor:
+    return attention(inputs["qkv"], bias=inputs["bias"], backend=backend)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return (x * cos + torch.cat([-high, low], -1) * sin).to(x.dtype)
+
+
+def rotary_eager(inputs: Inputs) -> Tensor:
+    """As in DINOv3: q and k rotated in float32, each by itself."""
+    q, k, v = inputs["qkv"].permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = (rotated(t, inputs["cos"], inputs["sin"]) for t in (q, k))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def rotary_tuned(inputs: Inputs) -> Tensor:
+    """q and k rotated at once, then one copy, so that torch's kernel reads rows that follow one another."""
+    parts = inputs["qkv"].permute(2, 0, 3, 1, 4)
+    q, k = rotated(parts[:2], inputs["cos"], inputs["sin"]).unbind(0)
+    return F.scaled_dot_product_attention(q, k, parts[2].contiguous()).transpose(1, 2)
+
+
+def turned(inputs: Inputs, backend: str | None) -> Tensor:
+    return attention(inputs["qkv"], rope=Rope(inputs["cos"], inputs["sin"], False), backend=backend)
+
+
 # --- what it takes ------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +209,23 @@ def traffic(rows, shape: Shape, item: int) -> tuple[int, int]:
     return 4 * count * width * item, 8 * count * width * item
 
 
+def bias_bytes(groups: int, shape: Shape, heads: int, item: int) -> int:
+    return groups * heads * (shape.prefix + shape.keep) ** 2 * item
+
+
+def windows_traffic(shape: Shape, item: int) -> tuple[int, int]:
+    """The bias in, and its gradient out."""
+    forward, backward = traffic(encoder_rows, shape, item)
+    bias = bias_bytes(min(64, shape.batch), shape, shape.width // 32, item)
+    return forward + bias, backward + 2 * bias
+
+
+def relative_traffic(shape: Shape, item: int) -> tuple[int, int]:
+    forward, backward = traffic(encoder_rows, shape, item)
+    bias = bias_bytes(1, shape, max(1, shape.width // 64), item)
+    return forward + bias, backward + 2 * bias
+
+
 RAW = ("attention", "attention_backward")
 OPS = [
     Op(
@@ -150,6 +246,25 @@ OPS = [
         ("attention (encoder)", encoder_rows, encoder, eager, tuned, ours, peers.DENSE, ()),
         ("attention (decoder)", decoder_rows, decoder, eager, tuned, ours, peers.DENSE, ()),
         ("attention (ragged)", ragged_rows, ragged, one_by_one, padded, packed, peers.RAGGED, ("maefast-reference",)),
+    )
+]
+OPS += [
+    Op(
+        name,
+        RAW,
+        make,
+        plain,
+        better,
+        call,
+        leaves=leaves,
+        traffic=moved,
+        flops=partial(flops, encoder_rows),
+        named=True,
+    )
+    for name, make, plain, better, call, leaves, moved in (
+        ("attention (windows)", windows, biased_eager, biased_tuned, biased, ("qkv", "bias"), windows_traffic),
+        ("attention (relative)", relative, biased_eager, biased_tuned, biased, ("qkv", "bias"), relative_traffic),
+        ("attention (rotary)", rotary, rotary_eager, rotary_tuned, turned, ("qkv",), partial(traffic, encoder_rows)),
     )
 ]
 

@@ -88,23 +88,48 @@ PHOTOGRAPHS = Shape("photographs", 16, (224, 224), (16, 16), 49, 768, 512, only=
 TOY_PHOTOGRAPHS = replace(PHOTOGRAPHS, batch=2, size=(32, 32), keep=1)
 DMAE = Shape("dmae_b", 256, (224, 224), (16, 16), 9, 768, 512, only=("attention (encoder)",))
 
+# Sequences with positions inside attention: the windows of a Swin-T's first stage (Liu et al., 2021), a BEiT-B's
+# relative biases (Bao et al., 2022) and a DINOv3-B's rotation, at the length of an image of 224.
+POSITIONS = ("attention (relative)", "attention (rotary)")
+SWIN = Shape("swin_t", 512, (7, 7), (1, 1), 49, 96, 96, prefix=0, only=("attention (windows)",))
+BEIT = Shape("beit_b", 16, (224, 224), (16, 16), 196, 768, 768, only=POSITIONS)
+TOY_POSITIONS = [
+    Shape("toy_windows", 4, (2, 4), (1, 1), 8, 64, 64, prefix=0, only=("attention (windows)",)),
+    Shape("toy_positions", 2, (2, 4), (1, 1), 8, 64, 64, only=POSITIONS),
+]
+
 # preset -> device -> shapes. A GPU needs a larger batch to be filled.
 PRESETS: dict[str, dict[str, list[Shape]]] = {
     "toy": {
-        device: [TOY, TOY_CELLS, TOY_VOLUME, TOY_POINTS, TOY_PHOTOGRAPHS, *TOY_FEATURES] for device in ("cpu", "cuda")
+        device: [TOY, TOY_CELLS, TOY_VOLUME, TOY_POINTS, TOY_PHOTOGRAPHS, *TOY_FEATURES, *TOY_POSITIONS]
+        for device in ("cpu", "cuda")
     },
     "quick": {
         "cpu": [VIT_B, RESNET50],
         "cuda": [replace(VIT_B, batch=64), replace(VIT_B, batch=256), replace(RESNET50, batch=128)],
     },
     "full": {
-        "cpu": [VIT_B, replace(VIT_B, batch=64), VIDEOMAE_B, POINT_MAE, PHOTOGRAPHS, *FEATURES, DMAE, RESNET50, RESENC],
+        "cpu": [
+            VIT_B,
+            replace(VIT_B, batch=64),
+            VIDEOMAE_B,
+            POINT_MAE,
+            PHOTOGRAPHS,
+            *FEATURES,
+            DMAE,
+            SWIN,
+            BEIT,
+            RESNET50,
+            RESENC,
+        ],
         "cuda": [
             *(replace(VIT_B, batch=b) for b in (16, 64, 256)),
             replace(VIDEOMAE_B, batch=32),
             POINT_MAE,
             *FEATURES,
             DMAE,
+            replace(SWIN, batch=4096),
+            replace(BEIT, batch=64),
             replace(RESNET50, batch=128),
         ],
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,6 +44,7 @@ BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")
 # The last two stand for all further peers of an op (`Op.more`), without and with torch.compile.
 PEERS = ("eager", "tuned", "compile", "compile_tuned", "library", "compile_library")
 QUICK = ("eager", "tuned", "compile", "library")
+SLOW = 0.25  # seconds of a call, from which on two input sets are enough: so long a call does not live off a cache
 
 
 def ops(family: str) -> list[Op]:
@@ -139,9 +141,15 @@ def _call(case: Case, variant: str, sets: list[Inputs], grads: list[Any]) -> tim
     def both(i: int):
         inputs = sets[i]
         out = function(inputs)
-        return out, torch.autograd.grad(out, leaves(case.op, inputs, peer), grads[i])
+        return out, [_written(grad) for grad in torch.autograd.grad(out, leaves(case.op, inputs, peer), grads[i])]
 
     return both
+
+
+def _written(grad: Tensor) -> Tensor:
+    """A sum's gradient may be a view of one value, which costs nothing until somebody reads it. It is written out here,
+    as a leaf's gradient is."""
+    return grad if all(grad.stride()) or not grad.numel() else grad.clone(memory_format=torch.contiguous_format)
 
 
 # --- running -----------------------------------------------------------------------------------------------
@@ -158,6 +166,8 @@ def _input_sets(case: Case, most: int = 16) -> list[Inputs]:
     """As many random input sets as it takes to fill the last cache twice (2 to `most`, or 1)."""
     generator = torch.Generator(case.device).manual_seed(0)
     sets = [case.op.make(case.shape, case.dtype, generator)]
+    if most > 2 and _slow(case, sets[0]):
+        most = 2
     size = sum(t.numel() * t.element_size() for t in _tensors(sets[0]))
     count = min(most, max(2, -(-2 * environment.cache_bytes(case.device) // max(size, 1))))
     sets += [case.op.make(case.shape, case.dtype, generator) for _ in range(count - 1)]
@@ -166,6 +176,14 @@ def _input_sets(case: Case, most: int = 16) -> list[Inputs]:
             if inputs[name] is not None:
                 inputs[name].requires_grad_(True)
     return sets
+
+
+def _slow(case: Case, inputs: Inputs) -> bool:
+    """Whether the eager peer's forward takes long enough for `SLOW`."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        case.op.eager(inputs)
+    return time.perf_counter() - start > SLOW
 
 
 def _gradients(case: Case, sets: list[Inputs]) -> list[Any]:
@@ -212,12 +230,20 @@ def check(case: Case, peers: tuple[str, ...]) -> list[dict]:
 
 
 def run(
-    case: Case, peers: tuple[str, ...], rounds: int, limits: dict | None = None, warmup: float = 0.05
+    case: Case,
+    peers: tuple[str, ...],
+    rounds: int,
+    limits: dict | None = None,
+    warmup: float = 0.05,
+    seconds: float | None = None,
+    least: int = timing.LEAST,
 ) -> tuple[list[dict], dict[str, list[float]]]:
     """Time every variant that runs here. Returns (records, samples of each variant).
 
     A variant whose result differs from the eager one gets no time, only an error. limits: what `machine.measure` found
     on this device, for the share of it that each variant reaches. warmup: seconds before the first sample, on a CPU.
+    seconds, least: bound of the rounds, as in `timing.interleave`; what comes before them (compilation, comparison, a
+    few calls of each variant) is not in it.
     """
     if any(peer.startswith("compile") for peer in peers):
         torch._dynamo.reset()  # shapes are static, and one function compiles for a limited number of them
@@ -242,7 +268,7 @@ def run(
         except Exception as error:
             errors[name] = _failure(error)
     del expected
-    samples = timing.interleave(samplers, rounds)
+    samples = timing.interleave(samplers, rounds, seconds=seconds, least=least)
     return _records(case, samplers, samples, errors, peaks, limits), samples
 
 

@@ -87,8 +87,9 @@ def spread(record: dict) -> str:
 
 
 def of_limit(record: dict) -> str:
-    """The share of the machine's limit that was reached, and which limit."""
+    """The share of the machine's limit that was reached, and which limit; in a record of both sides, by ours."""
     share = record.get("limit_share")
+    share = share[-1] if isinstance(share, list) else share
     return "-" if share is None else f"{share:.0%} {record['limit']}"
 
 
@@ -115,6 +116,19 @@ def line(case, records: list[dict]) -> str:
             f"{record['variant']} {milliseconds(record['median_s'])} ms" + (f" ({ratio:.2f}x)" if ratio else "")
         )
     return f"{case}: " + ", ".join(parts)
+
+
+def rounds(settings: dict) -> str:
+    """How many a case had."""
+    seconds = settings.get("seconds_a_case")
+    fewer = f" (fewer, at least {settings['least_rounds']}, where they took over {seconds:g} s)" if seconds else ""
+    return f"Medians of {settings['rounds']} rounds{fewer}."
+
+
+def left_out(doc: dict) -> str:
+    """How many cases a run that was stopped, or whose time was spent, did not come to; or nothing."""
+    count = doc["settings"].get("cases_left_out")
+    return f"{count} cases were left out: the run was stopped, or its time was spent." if count else ""
 
 
 def limits(settings: dict) -> str:
@@ -162,7 +176,7 @@ def show(doc: dict) -> None:
     console.print(
         f"{env['device']}, {env['cpu_threads']} threads, torch {env['torch']}, maefast {env['maefast']} at "
         f"{env['commit']}{dirty}. "
-        f"Ratio: how many times longer the peer takes. Medians of {settings['rounds']} rounds. {limits(settings)} "
+        f"Ratio: how many times longer the peer takes. {rounds(settings)} {limits(settings)} "
         "* = chosen automatically.",
         highlight=False,
     )
@@ -181,5 +195,5 @@ def show(doc: dict) -> None:
         console.print(more)
     for text in failures(doc):
         console.print("not timed: " + text, highlight=False, markup=False)
-    if settings["cases_left_out"]:
-        console.print(f"{settings['cases_left_out']} cases left out: the time budget was spent")
+    if text := left_out(doc):
+        console.print(text, highlight=False)

@@ -1,7 +1,7 @@
 """Model code of public checkouts, imported from where the user put them. Nothing of theirs is kept here.
 
 Much of it is written for old libraries, and imports data loading and logging that a model does not need. What is
-missing of those gets an empty stand-in; what old timm and numpy offered gets its name back.
+missing of those gets an empty stand-in; what old timm, torch and numpy offered gets its name back.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import inspect
+import math
 import sys
 import types
 from pathlib import Path
@@ -34,6 +35,9 @@ def use(paths: list[str]) -> None:
     missing = tuple(name for name in UNUSED if not _imports(name))
     if missing:
         sys.meta_path.append(_StandIns(missing))
+    if not _imports("torch._six"):  # of torch until 1.12: where AudioMAE's helpers look for inf
+        sys.modules["torch._six"] = types.ModuleType("torch._six")
+        sys.modules["torch._six"].inf = math.inf
     import numpy as np
 
     if not hasattr(np, "float"):

@@ -1,4 +1,4 @@
-"""What `dropin_vits` and `dropin_convnets` say of each public system, and `dropin_models` runs."""
+"""What `dropin_vits`, `dropin_hf` and `dropin_convnets` say of each public system, and `dropin_models` runs."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maefast.bench.environment import ROOT, version
-from maefast.bench.peers import checkouts, dropin_convnets, dropin_vits
+from maefast.bench.peers import checkouts, dropin_convnets, dropin_hf, dropin_vits
 from maefast.bench.peers.dropin_family import Family
 from maefast.bench.peers.models import BATCHES, Task
 
@@ -35,7 +35,7 @@ NAMES = {
 
 
 def families() -> dict[str, Family]:
-    return {**dropin_vits.FAMILIES, **dropin_convnets.FAMILIES}
+    return {**dropin_hf.FAMILIES, **dropin_vits.FAMILIES, **dropin_convnets.FAMILIES}
 
 
 def load(peer: str, config: dict) -> None:

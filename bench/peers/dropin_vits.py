@@ -1,4 +1,5 @@
-"""Transformers for `dropin_models`: how to build them, what a step is given, and its loss."""
+"""Transformers of public code, timm and lightly for `dropin_models`: how to build them, what a step is given, and its
+loss. Those of Hugging Face are in `dropin_hf`."""
 
 from __future__ import annotations
 
@@ -15,9 +16,12 @@ VIT_B = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_
 TOY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 DECODER_B = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 DECODER_TOY = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+DECODER_VIDEO = {"decoder_embed_dim": 384, "decoder_depth": 4, "decoder_num_heads": 6}
 CLIP = {"num_frames": 16, "tubelet_size": 2, "mask_ratio": 0.9}
-VIDEO_B = {**VIT_B, **CLIP, "decoder_embed_dim": 384, "decoder_depth": 4, "decoder_num_heads": 6}
-VIDEO_TOY = {**TOY, **CLIP, **DECODER_TOY}
+CROSS = {"weight_fm": True}
+SOUND_B = {"img_size": [1024, 128], "in_chans": 1}  # time, frequency
+SOUND_TOY = {"img_size": [64, 32], "in_chans": 1}
+FRAMES = {"num_frames": 16, "t_patch_size": 2}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, standard deviation
 NORM = partial(nn.LayerNorm, eps=1e-6)  # what the published sizes use; the classes' own default is 1e-5
 
@@ -35,11 +39,15 @@ def put_in_sdpa(model: nn.Module, pairs: bool) -> None:
     """torch's attention in place of one that writes its scores. pairs: the attention returns (x, scores)."""
 
     def forward(self: nn.Module, x: Tensor):
-        bias = self.qkv.bias
-        if getattr(self, "q_bias", None) is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        if hasattr(self, "qkv"):
+            bias = self.qkv.bias
+            if getattr(self, "q_bias", None) is not None:
+                bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+            q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = (part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        rate = self.attn_drop.p if self.training and hasattr(self, "attn_drop") else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)
         y = self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
         return (y, None) if pairs else y
 
@@ -60,35 +68,6 @@ def write_out(model: nn.Module) -> None:
 # --- MAE and ViTMAE -----------------------------------------------------------------------------------------
 
 
-def hf_vitmae(sizes: dict) -> nn.Module:
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
-    return ViTMAEForPreTraining(
-        ViTMAEConfig(
-            image_size=sizes["img_size"],
-            patch_size=sizes["patch_size"],
-            **_hf(sizes),
-            mask_ratio=0.75,
-            norm_pix_loss=True,
-            attn_implementation="sdpa",
-        )
-    )
-
-
-def _hf(sizes: dict) -> dict:
-    width, decoder_width = sizes["embed_dim"], sizes["decoder_embed_dim"]
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": sizes["depth"],
-        "num_attention_heads": sizes["num_heads"],
-        "intermediate_size": 4 * width,
-        "decoder_hidden_size": decoder_width,
-        "decoder_num_hidden_layers": sizes["decoder_depth"],
-        "decoder_num_attention_heads": sizes["decoder_num_heads"],
-        "decoder_intermediate_size": 4 * decoder_width,
-    }
-
-
 def public_mae(sizes: dict) -> nn.Module:
     from maefast.bench.peers.checkouts import old_timm
 
@@ -102,6 +81,58 @@ def own_mae(sizes: dict) -> nn.Module:
     from maefast.bench.peers.public.mae import MaskedAutoencoderViT
 
     return MaskedAutoencoderViT(**sizes, norm_pix_loss=True)
+
+
+def public_audiomae(sizes: dict) -> nn.Module:
+    from maefast.bench.peers.checkouts import old_timm
+
+    old_timm()
+    from models_mae import MaskedAutoencoderViT
+
+    return MaskedAutoencoderViT(**sizes, audio_exp=True, norm_pix_loss=True, norm_layer=NORM)
+
+
+def own_audiomae(sizes: dict) -> nn.Module:
+    from maefast.bench.peers.public.audiomae import MaskedAutoencoderViT
+
+    return MaskedAutoencoderViT(**sizes)
+
+
+def spectrograms(sizes: dict, batch: int, generator: torch.Generator) -> tuple[Tensor]:
+    return (torch.randn(batch, sizes["in_chans"], *sizes["img_size"], generator=generator),)
+
+
+def audiomae_loss(model: nn.Module, x: Tensor) -> Tensor:
+    """What its forward does first; then it makes a zero, which it wants on a GPU."""
+    latent, mask, ids_restore, _ = model.forward_encoder(x, 0.8)
+    return model.forward_loss(x, model.forward_decoder(latent, ids_restore)[0], mask, norm_pix_loss=True)
+
+
+def public_crossmae(sizes: dict) -> nn.Module:
+    from maefast.bench.peers.checkouts import old_timm
+
+    old_timm()
+    from models_cross import MaskedAutoencoderViT
+
+    return MaskedAutoencoderViT(**sizes, norm_pix_loss=True, norm_layer=NORM)
+
+
+def own_crossmae(sizes: dict) -> nn.Module:
+    from maefast.bench.peers.public.crossmae import MaskedAutoencoderViT
+
+    return MaskedAutoencoderViT(**sizes, norm_pix_loss=True)
+
+
+def public_mae_st(sizes: dict) -> nn.Module:
+    from mae_st.models_mae import MaskedAutoencoderViT
+
+    return MaskedAutoencoderViT(**sizes, norm_pix_loss=True, sep_pos_embed=True, cls_embed=True, norm_layer=NORM)
+
+
+def own_mae_st(sizes: dict) -> nn.Module:
+    from maefast.bench.peers.public.mae_st import MaskedAutoencoderViT
+
+    return MaskedAutoencoderViT(**sizes, norm_pix_loss=True, sep_pos_embed=True, cls_embed=True)
 
 
 # --- VideoMAE -----------------------------------------------------------------------------------------------
@@ -192,22 +223,6 @@ def videomae_fast_loss(model: nn.Module, videos: Tensor, mask: Tensor) -> Tensor
     return videomae.loss(model(videos, mask), videos, mask, patch_size=tuple(patch), tubelet_size=tube)
 
 
-def hf_videomae(sizes: dict) -> nn.Module:
-    from transformers import VideoMAEConfig, VideoMAEForPreTraining
-
-    return VideoMAEForPreTraining(
-        VideoMAEConfig(
-            image_size=sizes["img_size"],
-            patch_size=sizes["patch_size"],
-            num_frames=sizes["num_frames"],
-            tubelet_size=sizes["tubelet_size"],
-            **_hf(sizes),
-            norm_pix_loss=True,
-            attn_implementation="sdpa",
-        )
-    )
-
-
 # --- timm, JEPA, lightly ------------------------------------------------------------------------------------
 
 
@@ -272,17 +287,6 @@ def kept(sizes: dict, batch: int, generator: torch.Generator) -> tuple[Tensor, T
 
 
 FAMILIES = {
-    "hf_vitmae": Family(
-        "HF ViTMAE",
-        {"base": {**VIT_B, **DECODER_B, "batch": 16}, "toy": {**TOY, **DECODER_TOY, "batch": 2}},
-        hf_vitmae,
-        None,
-        images,
-        lambda model, pixels: model(pixel_values=pixels).loss,
-        tune=write_out,
-        variant="written",
-        package="transformers",
-    ),
     "mae": Family(
         "MAE",
         {"base": {**VIT_B, **DECODER_B, "batch": 16}, "toy": {**TOY, **DECODER_TOY, "batch": 2}},
@@ -294,20 +298,48 @@ FAMILIES = {
         variant="written",
         needs="facebookresearch/mae, and of timm where that is not installed",
     ),
-    "hf_videomae": Family(
-        "HF VideoMAE",
-        {"base": {**VIDEO_B, "batch": 2}, "toy": {**VIDEO_TOY, "batch": 2}},
-        hf_videomae,
-        None,
-        frames_first,
-        lambda model, pixels, mask: model(pixel_values=pixels, bool_masked_pos=mask).loss,
+    "audiomae": Family(
+        "AudioMAE",
+        {
+            "base": {**VIT_B, **SOUND_B, **DECODER_B, "batch": 2},
+            "toy": {**TOY, **SOUND_TOY, **DECODER_TOY, "batch": 2},
+        },
+        public_audiomae,
+        own_audiomae,
+        spectrograms,
+        audiomae_loss,
         tune=write_out,
         variant="written",
-        package="transformers",
+        needs="facebookresearch/AudioMAE, and of timm where that is not installed",
+    ),
+    "crossmae": Family(
+        "CrossMAE, weighted feature maps",
+        {
+            "base": {**VIT_B, **CROSS, **DECODER_B, "decoder_depth": 12, "batch": 16},
+            "toy": {**TOY, **CROSS, **DECODER_TOY, "batch": 2},
+        },
+        public_crossmae,
+        own_crossmae,
+        images,
+        lambda model, pixels: model(pixels, 0.75, 0.25),
+        needs="TonyLianLong/CrossMAE, and of timm where that is not installed",
+    ),
+    "mae_st": Family(
+        "MAE-ST",
+        {
+            "base": {**VIT_B, **FRAMES, **DECODER_B, "decoder_depth": 4, "batch": 2},
+            "toy": {**TOY, **FRAMES, **DECODER_TOY, "batch": 2},
+        },
+        public_mae_st,
+        own_mae_st,
+        lambda sizes, batch, generator: videos_first({**sizes, **CLIP}, batch, generator)[:1],
+        lambda model, clips: model(clips, 0.9)[0],
+        tune=partial(put_in_sdpa, pairs=False),
+        needs="a folder that holds facebookresearch/mae_st as mae_st, and of timm where that is not installed",
     ),
     "videomae": Family(
         "VideoMAE",
-        {"base": {**VIDEO_B, "batch": 2}, "toy": {**VIDEO_TOY, "batch": 2}},
+        {"base": {**VIT_B, **CLIP, **DECODER_VIDEO, "batch": 2}, "toy": {**TOY, **CLIP, **DECODER_TOY, "batch": 2}},
         public_videomae,
         own_videomae,
         videos_first,

@@ -2,6 +2,7 @@
 JSON lines.
 
     -> {"do": "build", ...}             <- {"loss": ..., "grad_norm": ..., "parameters": ..., notes of the task}
+    -> {"do": "exact"}                  <- {"loss": ..., "grad_norm": ...}, of the same step in float64; before any run
     -> {"do": "run", "steps": 2}        <- {"seconds": [...], "loss": ...}
     -> {"do": "memory"}                 <- {"peak_bytes": ...}
     -> {"do": "flops"}                  <- {"flops": of the products, convolutions and attention of a step}
@@ -23,9 +24,9 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from maefast.bench.environment import exact_float32
+from maefast.bench.machine import count_flops
 from maefast.graphs import graphed_step
 
 ATTEMPTS = 6
@@ -60,9 +61,8 @@ class Worker:
         reset_peak(device)
         self.graphed = None
         loss = self._first_backward()
-        norm = torch.stack([p.grad.double().norm() for p in parameters if p.grad is not None]).norm()
         count = sum(p.numel() for p in parameters)
-        answer = {"loss": loss.item(), "grad_norm": norm.item(), "parameters": count, **self.task.notes}
+        answer = {"loss": loss.item(), "grad_norm": self._grad_norm(), "parameters": count, **self.task.notes}
         if self.task.graphed:
             del loss  # and with it the autograd graph, which remembers another stream
             self.graphed = graphed_step(
@@ -74,6 +74,25 @@ class Worker:
             )
         self._give_back()
         return answer
+
+    def exact(self) -> dict:
+        """The first step once more with everything in float64. Weights and data are float32 again after it."""
+        data, bf16 = self.task.data, self.bf16
+        try:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.task.model.double()
+            self.task.data = [tuple(_to(t, torch.float64) for t in inputs) for inputs in data]
+            self.bf16 = False
+            loss = self._first_backward()
+            return {"loss": loss.item(), "grad_norm": self._grad_norm()}
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.task.model.float()
+            self.task.data, self.bf16 = data, bf16
+
+    def _grad_norm(self) -> float:
+        grads = [p.grad for p in self.task.model.parameters() if p.grad is not None]
+        return torch.stack([grad.double().norm() for grad in grads]).norm().item()
 
     def run(self, steps: int) -> dict:
         """One step that is not counted (another process was here just now), then `steps` steps."""
@@ -116,9 +135,7 @@ class Worker:
 
     def flops(self) -> dict:
         self.optimizer.zero_grad(set_to_none=True)
-        with FlopCounterMode(display=False) as counter:
-            self._backward()
-        return {"flops": counter.get_total_flops()}
+        return {"flops": count_flops(self._backward)}
 
     def _step(self) -> torch.Tensor:
         if self.graphed is not None:
@@ -164,6 +181,11 @@ class Worker:
     def _wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+def _to(value, dtype: torch.dtype):
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.to(dtype) if floating else value
 
 
 def _status(field: str) -> int | None:

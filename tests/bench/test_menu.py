@@ -13,6 +13,7 @@ pytest.importorskip("rich")
 
 from maefast.bench import environment, menu
 from maefast.bench.micro import suite
+from maefast.bench.peers import dropin_models
 from maefast.errors import TrainError
 
 
@@ -26,6 +27,10 @@ def runs(monkeypatch):
 
 def test_every_family_of_ops_is_in_the_menu():
     assert sorted([*menu.TOKENS, *menu.CELLS, "attention"]) == sorted(suite.FAMILIES)
+
+
+def test_every_family_of_models_is_in_the_menu():
+    assert sorted(menu.FAMILIES) == sorted(dropin_models.families())
 
 
 def test_every_benchmark_is_in_the_menu():
@@ -52,6 +57,36 @@ def test_what_is_typed_wins_and_nothing_runs_twice(runs):
     given = [arguments for _, arguments in runs]
     assert ["--preset", "vit_b", "--compile", "--dtype", "bfloat16", "--results", "here"] in given
     assert len({tuple(arguments) for arguments in given}) == len(given) == len(menu.BENCHMARKS["step"].full) - 1
+
+
+@pytest.mark.parametrize("typed", [["--preset", "full"], ["--preset=full"], ["--full"]])
+def test_a_typed_size_is_what_runs(runs, typed):
+    """And with the peers of that size: the quick form leaves the compiled ones out."""
+    menu.run("ops", typed, print)
+    menu.run("ops", ["--preset", "toy"], print)
+    (_, full), (_, toy) = runs
+    for arguments in (full, toy):
+        assert "--quick" not in arguments
+        assert sum("--preset" in word for word in arguments) == 1
+    assert "full" in full[full.index("--preset") + 1] if "--preset" in full else "--preset=full" in full
+    assert ("--no-compile" in full, "--no-compile" in toy) == (False, True)
+    assert toy[toy.index("--preset") + 1] == "toy"
+
+
+def test_ops_of_two_sizes_are_refused(runs):
+    with pytest.raises(TrainError, match="not both"):
+        menu.run("ops", ["--quick", "--preset", "full"], print)
+    assert not runs
+
+
+def test_a_stopped_run_is_no_success_and_the_last(monkeypatch):
+    def stopped(module, arguments):
+        raise KeyboardInterrupt
+
+    said = []
+    monkeypatch.setattr(menu, "_process", stopped)
+    assert menu.run("all", [], said.append) == 130
+    assert "stopped" in said[-1]
 
 
 def test_all_runs_every_one(runs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -128,7 +129,7 @@ def test_forms_of_adamw_agree(case):
     assert not [r for r in records if "error" in r and r["variant"] != "maefast-cpu"], records
 
 
-@pytest.mark.parametrize("op", suite.ops("attention"), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in suite.ops("attention") if op.more], ids=lambda op: op.name)
 def test_flex_agrees(op, monkeypatch):
     """Uncompiled: what is compiled is torch's own function."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -144,7 +145,7 @@ def test_flex_agrees(op, monkeypatch):
             assert record["median_s"] > 0
 
 
-@pytest.mark.parametrize("op", suite.ops("attention"), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in suite.ops("attention") if op.more], ids=lambda op: op.name)
 def test_packed_peers_agree(op, monkeypatch):
     """varlen and xformers, which a CPU lacks, on stand-ins: what they are called with means the same attention."""
 
@@ -195,7 +196,7 @@ def test_no_compile_leaves_compiled_peers_out(monkeypatch):
     asked = []
     measure = micro.measure
 
-    def note(device, preset, families, dtypes, peers, *rest):
+    def note(device, preset, families, dtypes, peers, *rest, **more):
         asked.append(peers)
         return measure("cpu", "toy", ("mask",), (torch.float32,), ("eager",), rounds=1)
 
@@ -268,16 +269,125 @@ def test_document_and_table(tmp_path, capsys):
     assert "vs eager" in out
 
 
+def slow(op: Op, seconds: float) -> Op:
+    """An op of which each call sleeps."""
+
+    def wait(call):
+        return lambda *given: time.sleep(seconds) or call(*given)
+
+    return Op(**{**vars(op), "eager": wait(op.eager), "tuned": wait(op.tuned), "ours": wait(op.ours)})
+
+
+def test_a_slow_case_ends(monkeypatch):
+    """By time, after as many rounds of all variants; its warm-up does not go through all sets of inputs."""
+    monkeypatch.setattr(environment, "cache_bytes", lambda device: 2**40)
+    monkeypatch.setattr(suite, "SLOW", 5e-3)
+    (op,) = suite.ops("mask")
+    case = Case(slow(op, 6e-3), TOY, torch.float32, FORWARD, "cpu")
+    records, samples = suite.run(case, ("eager", "tuned"), rounds=1000, warmup=0, seconds=0.01, least=2)
+    assert len({len(rounds) for rounds in samples.values()}) == 1
+    assert {len(rounds) for rounds in samples.values()} == {2}
+    timed = [record for record in records if "error" not in record]
+    assert all((r["rounds"], r["input_sets"], r["calls_a_round"]) == (2, 2, 1) for r in timed)
+    assert min(r["median_s"] for r in timed) >= 6e-3
+
+
+def test_a_fast_case_has_all_its_rounds():
+    (op,) = suite.ops("mask")
+    records, _ = suite.run(Case(op, TOY, torch.float32, FORWARD, "cpu"), ("eager",), rounds=7, warmup=0, seconds=60.0)
+    assert {r["rounds"] for r in records if "error" not in r} == {7}
+
+
+def test_the_bound_is_in_the_settings(tmp_path, monkeypatch):
+    """A typed number of rounds is kept; a typed bound is, too."""
+    asked = []
+    measure = micro.measure
+
+    def note(*given, **more):
+        asked.append(given[5:8])
+        return measure("cpu", "toy", ("mask",), (torch.float32,), ("eager",), *given[5:8], **more)
+
+    monkeypatch.setattr(micro, "measure", note)
+    for typed in ([], ["--rounds", "2"], ["--rounds", "2", "--seconds-a-case", "1.5"]):
+        assert micro.main(["--preset", "toy", *typed, "--json", str(tmp_path / "x.json")]) == 0
+    assert asked == [(3, None, 4.0), (2, None, None), (2, None, 1.5)]
+    settings = results.read(tmp_path / "x.json")["settings"]
+    assert (settings["seconds_a_case"], settings["least_rounds"], settings["cases_left_out"]) == (1.5, 3, 0)
+    assert "at least 3, where they took over 1.5 s" in tables.rounds(settings)
+    assert tables.rounds({"rounds": 3}) == "Medians of 3 rounds."
+
+
+ARGUMENTS = ["--preset", "toy", "--family", "embed", "--dtype", "float32", "--peers", "eager", "--rounds", "1"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_a_stopped_run_leaves_what_it_measured(tmp_path, monkeypatch, error):
+    """Out of the middle of a case."""
+    path, real, done = tmp_path / "micro.json", suite.run, []
+
+    def stopped(case, *given, **more):
+        if len(done) == 2:
+            raise error
+        done.append(str(case))
+        return real(case, *given, **more)
+
+    monkeypatch.setattr(suite, "run", stopped)
+    if error is KeyboardInterrupt:
+        assert micro.main([*ARGUMENTS, "--json", str(path)]) == 130
+    else:
+        with pytest.raises(SystemExit):
+            micro.main([*ARGUMENTS, "--json", str(path)])
+    doc = results.read(path)
+    cases = {tables.key(record) for record in doc["records"]}
+    assert len(cases) == len(done) == 2
+    everything = list(suite.cases(["embed"], PRESETS["toy"]["cpu"], [torch.float32], "cpu"))
+    assert doc["settings"]["cases_left_out"] == len(everything) - 2 > 0
+    assert "were left out" in tables.left_out(doc)
+    assert [p.name for p in tmp_path.iterdir()] == ["micro.json"]
+
+
+def test_a_killed_process_leaves_what_it_measured(tmp_path):
+    """By the signal that nothing can catch, as soon as the first case is there."""
+    path = tmp_path / "micro.json"
+    code = f"""
+from maefast.bench import environment, machine
+from maefast.bench.micro import suite
+environment.cache_bytes = lambda device: 1
+machine.measure = lambda device: {LIMITS!r}
+real, done = suite.run, []
+def run(case, *given, **more):
+    if len(done) == 2:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(case)
+    return real(case, *given, **more)
+suite.run = run
+from maefast.bench.micro.__main__ import main
+main({[*ARGUMENTS, "--json", str(path)]!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=environment.ROOT, capture_output=True, text=True)
+    assert done.returncode < 0, done.stderr
+    doc = results.read(path)
+    assert len({tables.key(record) for record in doc["records"]}) == 2
+    assert doc["settings"]["cases_left_out"] > 0
+
+
+def test_quick_and_preset_are_one_choice(capsys):
+    with pytest.raises(SystemExit):
+        micro.main(["--quick", "--preset", "full"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
 def test_budget_leaves_cases_out():
     with pytest.raises(ValueError, match="no records"):
         micro.measure("cpu", "toy", budget=-1.0)
 
 
 def test_a_broken_case_does_not_lose_the_others(monkeypatch):
-    def broken(case, *args):
+    def broken(case, *args, **more):
         if case.op.name == "patch_embed":
             raise RuntimeError("device on fire")
-        return real(case, *args)
+        return real(case, *args, **more)
 
     real = suite.run
     monkeypatch.setattr(suite, "run", broken)

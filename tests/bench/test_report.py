@@ -30,11 +30,21 @@ def test_tables(tmp_path):
 
 
 def test_shortfalls_are_named():
-    doc = {**micro_document(ratio=1.5), "file": "x.json"}
-    assert "gather_tokens forward float32 vit_b b16 (1.50x)" in sections.micro([doc])
+    text = sections.micro([{**micro_document(ratio=1.5, share=0.5), "file": "x.json"}])
+    assert "none" not in text
+    assert "2x over eager (attention: 1.5x, bfloat16 3x): gather_tokens forward float32 vit_b b16 (1.50x; the" in text
+    assert "the limit allows 3.00x)" in text
     doc = {**step_document(ratio=1.1), "file": "x.json"}
     assert "Short of the aim of 2.3x over" in sections.step([doc])
     assert "Short" not in sections.step([{**step_document(ratio=2.5), "file": "x.json"}])
+
+
+@pytest.mark.parametrize(("share", "words"), [(0.9, "the limit allows 1.67x"), (1.1, "beyond the limit of memory")])
+def test_what_the_machine_does_not_allow_is_told_apart(share, words):
+    text = sections.micro([{**micro_document(ratio=1.5, share=share), "file": "x.json"}])
+    assert "bfloat16 3x): none." in text
+    where = "Short of it where the limit of this machine does not allow it: gather_tokens forward float32 vit_b b16"
+    assert f"{where} (1.50x; {words})" in text
 
 
 def test_newest_result_wins(tmp_path):
@@ -154,18 +164,21 @@ def every_kind() -> list[dict]:
     for record in micro["records"]:
         record |= {"flops": 10**9, "min_bytes": 10**7}
     volume = {"batch": 1, "side": 96, "mask_ratio": 0.6, "dtype": "float32"}
+    share = {"flops": 10**9, "limit": "matrix"}
     volumes = [{**volume, "peer": name, "best_s": s, "ratio": s} for name, s in (("maefast", 1.0), ("dense", 1.25))]
+    volumes[0] |= {**share, "limit_share": 0.41, "peak_bytes": 2**30}
     shape = {"width": 32, "batch": 1, "tokens": 4, "depth": 1, "dtype": "float32", "threads": 1}
     blocks = [
         {**shape, "peer": name, "best_s": 1e-3, "time_to_eager": ratio, "kept_bytes": 100 * ratio}
         for name, ratio in (("maefast", 0.5), ("eager", 1.0))
     ]
-    toys = [{"model": "HF ViTMAE", "dtype": "float32", "ms": [2.0, 1.0], "ratio": 2.0}]
-    loaders = [
-        {"side": side, "workers": n, "images_per_s": 100} for side, n in (("maefast", 0), ("timm", 0), ("maefast", 2))
-    ]
+    blocks[0] |= {**share, "limit_share": 0.42}
+    toys = [{"model": "HF ViTMAE", "dtype": "float32", "ms": [2.0, 1.0], "ratio": 2.0, **share}]
+    toys[0]["limit_share"] = [0.2, 0.43]  # as it is, accelerated
+    sides = (("decode, simplejpeg", 0, 400), ("maefast", 0, 100), ("timm", 0, 80), ("maefast", 2, 150))
+    loaders = [{"side": side, "workers": workers, "images_per_s": rate} for side, workers, rate in sides]
     made = {
-        "recipes": RECIPES,
+        "recipes": [{**RECIPES[0], **share, "limit_share": [0.2, 0.44]}, RECIPES[1]],
         "volumes": volumes,
         "block": blocks,
         "toys": toys,
@@ -185,9 +198,15 @@ def test_every_kind_has_a_section_and_its_charts(tmp_path):
     for title, _ in report.SECTIONS.values():
         assert (f"### {title}\n" in text) == (not title.startswith("Drop-in"))
     assert (
-        "| 2.00x | 20 | 10 | 0.67x | 300 | 200 | 2.00x | 20 | 10 | 0.67x | 300 | 200 | videomae | base, batch 1 |"
-        in text
+        "| 2.00x | 20 | 10 | 0.67x | 300 | 200 | 44% matrix "
+        "| 2.00x | 20 | 10 | 0.67x | 300 | 200 | - | videomae | base, batch 1 |" in text
     )
+    assert "| 1.00x | 1.00 | 41% matrix | 1024 | maefast |" in text
+    assert "| 1.25x | 1.25 | - | - | dense |" in text  # as older files have it
+    assert "| 0.50x | 1 | 42% matrix | 0.50x | float32 |" in text
+    assert "| 2.00x | 2.00 | 1.00 | 43% matrix | float32 | HF ViTMAE |" in text
+    assert "| 80 | 1.25x | 20% | timm | one core, in the main process |" in text
+    assert "| 150 | - | - | maefast | 2 loader processes |" in text
     assert "| 1.50x | videomae | bfloat16 | padded |" in text
     assert "| 25% | 4 | 1.25x |" in text
     assert "Short of the aim of 1.5x (1.25x)" in text

@@ -46,7 +46,28 @@ def test_document_and_file(toy, tmp_path, capsys):
         (peer, visible) for visible in (5, 12, 49) for peer in ("maefast", "plain")
     ]
     assert all(r["peak_bytes"] > 0 for r in doc["records"])
+    for ours, plain in zip(doc["records"][::2], doc["records"][1::2]):
+        assert ours["flops"] == plain["flops"] > 0
+        assert ours["limit_share"] > 0
+    assert doc["records"][0]["flops"] < doc["records"][-1]["flops"]
+    assert doc["settings"]["cases_left_out"] == 0
     assert "100%" in capsys.readouterr().out
+
+
+def test_a_stopped_run_leaves_what_it_measured(toy, tmp_path, monkeypatch):
+    path, step = tmp_path / "scaling.json", scaling.step
+
+    def stopped(net, name, batch, keep, *given):
+        if keep > 5:
+            raise KeyboardInterrupt
+        return step(net, name, batch, keep, *given)
+
+    monkeypatch.setattr(scaling, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        scaling.main(["--quick", "--model", "toy", "--rounds", "1", "--json", str(path)])
+    doc = results.read(path)
+    assert [r["visible"] for r in doc["records"]] == [5, 5]
+    assert doc["settings"]["cases_left_out"] == 2
 
 
 def test_encoders_that_disagree_are_not_timed(toy, monkeypatch, capsys):

@@ -107,6 +107,38 @@ def test_disagreement_is_refused():
             step._agree({"plain": good, "maefast": bad}, "float32")
 
 
+def test_float64_decides_who_is_right():
+    """Where the reference is the one that rounds, nobody is refused for being nearer to the truth."""
+    rounded, exact, bad = (
+        {"loss": 1.00003, "grad_norm": 2.0},
+        {"loss": 1.0, "grad_norm": 2.0},
+        {"loss": 0.9, "grad_norm": 2.0},
+    )
+    truth = lambda: {"loss": 1.0, "grad_norm": 2.0}  # noqa: E731
+    step._agree({"plain": rounded, "maefast": exact}, "float32", exact=truth)
+    for right in (rounded, exact):
+        with pytest.raises(step.Disagreement, match="maefast: loss"):
+            step._agree({"plain": right, "maefast": bad}, "float32", exact=truth)
+    with pytest.raises(step.Disagreement, match="maefast: loss"):  # far from float64, whoever is near to the reference
+        step._agree({"plain": rounded, "maefast": {"loss": 1.0001, "grad_norm": 2.0}}, "float32", exact=truth)
+    step._agree({"plain": rounded, "maefast": rounded}, "float32", exact=lambda: pytest.fail("nothing to decide"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_step_in_float64(dtype):
+    """Equal to the float32 one up to its rounding, and training goes on from the same weights."""
+    losses = []
+    for asked in (False, True):
+        one = worker.Worker()
+        first = one.build("plain", _config(), batch=2, dtype=dtype, device="cpu", tokens=16, mask_ratio=0.75)
+        if asked:
+            exact = one.exact()
+            for what, tolerance in zip(("loss", "grad_norm"), step.AGREE[dtype], strict=True):
+                assert 0 < abs(exact[what] - first[what]) < tolerance * first[what]
+        losses.append(one.run(steps=2)["loss"])
+    assert losses[0] == losses[1]
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="preset"):
         step.measure("no such")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import types
 from contextlib import contextmanager
 
@@ -39,7 +40,7 @@ def test_what_waits_for_the_device_is_flagged(case, monkeypatch):
     """Every variant without values: exactly those with the flag read one back. On a GPU that is a wait. (The peer of
     `resize` is Pillow, which takes no tensors; it is of the host alone.)"""
     monkeypatch.setattr(_checks, "holds", lambda condition, message: None)  # no wait on a GPU
-    sets = suite._input_sets(case)[:1]
+    sets = suite._input_sets(case, most=1)  # untouched: with more, the first one is run to see how long it takes
     grads = [torch.randn_like(case.op.eager(sets[0])) if case.direction == BOTH else None]
     names = [name for name, reason in suite.variants(case, ("eager", "tuned")).items() if reason is None]
     with FakeTensorMode():
@@ -130,6 +131,39 @@ class Stub:
 def clock(monkeypatch, stub: Stub, **options) -> timing.GraphSampler:
     monkeypatch.setattr(timing, "torch", types.SimpleNamespace(cuda=stub))
     return timing.sampler(stub.call, 2, "cuda", **options)
+
+
+def test_the_warm_up_of_slow_calls_is_short(monkeypatch):
+    """Three calls, of which the first does not count; without the bound every set of inputs would be tried."""
+    monkeypatch.setattr(timing, "ENOUGH", 0.01)
+    calls = []
+
+    def call(i):
+        calls.append(i)
+        time.sleep(0.03 if len(calls) == 1 else 0.006)
+
+    made = timing.HostSampler(call, 16, target=12e-3)
+    assert 3 <= len(calls) <= 9  # until `warmup` is over: the first call takes most of it
+    assert made.inner in (1, 2)
+    calls.clear()
+    timing.HostSampler(call, 16, warmup=0)
+    assert calls == [0, 1, 2]
+
+
+def test_fast_calls_try_every_set():
+    calls = []
+    timing.HostSampler(calls.append, 16, warmup=0)
+    assert set(calls) == set(range(16))
+
+
+def test_rounds_end_by_time_but_never_before_the_least():
+    clocks = {name: lambda: time.sleep(2e-3) or 2e-3 for name in "ab"}
+    lengths = {name: len(found) for name, found in timing.interleave(clocks, 500, seconds=0.04, least=3).items()}
+    assert lengths["a"] == lengths["b"]
+    assert 3 <= lengths["a"] <= 12
+    assert len(timing.interleave(clocks, 500, seconds=0.0, least=3)["a"]) == 3
+    assert len(timing.interleave(clocks, 2, seconds=0.0, least=3)["a"]) == 2
+    assert len(timing.interleave(clocks, 4)["a"]) == 4
 
 
 def test_a_capture_that_fails_leaves_the_process_as_it_was(monkeypatch):

@@ -29,7 +29,7 @@ def padded(recipe: nn.Module, view: View) -> dict[str, Tensor]:
     most = visible.sum(1)
     first = (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, : most.max()]  # visible tokens, then others
     x = torch.cat([(p["cls_token"] + lead).expand(len(images), -1, -1), _rows(tokens, first)], 1)
-    keys = torch.arange(x.shape[1]) < most[:, None] + count
+    keys = torch.arange(x.shape[1], device=x.device) < most[:, None] + count
     x = linear(norm(blocks(x, p, "blocks.", heads, keys=keys)[-1], p, "norm"), p, "decoder_embed")
     whole = p["mask_token"].expand(*hidden.shape, -1).to(x.dtype)
     whole = whole.masked_scatter(visible[..., None], x[:, count:][keys[:, count:]]) + pos

@@ -39,7 +39,8 @@ def reference(recipe: nn.Module, view: View) -> dict[str, Tensor]:
         rows = F.normalize(torch.cat([one, other]), dim=1)
         scores = rows @ rows.T / recipe.temperature
         scores = scores - torch.diag(torch.full((len(rows),), torch.inf).to(scores))
-        terms[term] = weight * F.cross_entropy(scores, torch.arange(len(rows)).roll(len(one)))
+        pairs = torch.arange(len(rows), device=rows.device).roll(len(one))
+        terms[term] = weight * F.cross_entropy(scores, pairs)
     return terms
 
 

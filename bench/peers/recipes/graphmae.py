@@ -46,7 +46,7 @@ def reference(recipe: nn.Module, view: View) -> dict[str, Tensor]:
         layer = below(p, f"encoder.layers.{index}.")
         x = F.prelu(attention(x, edges, below(layer, "conv.")), layer["act.weight"])
     x = F.linear(x, p["decoder.embed.weight"])
-    hidden = torch.zeros(len(x), 1, dtype=torch.bool)
+    hidden = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
     hidden[plan.masked] = True
     x = attention(x.masked_fill(hidden, 0), edges, below(p, "decoder.pred."))[plan.masked]
     return {"features": (1 - F.cosine_similarity(x, target[plan.masked])).pow(recipe.power).mean()}

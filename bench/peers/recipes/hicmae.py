@@ -28,7 +28,7 @@ def reference(recipe: nn.Module, view: View) -> dict[str, Tensor]:
         terms["contrast"] = torch.zeros(()).to(latents[0])
         for one, other in zip(*states):
             one, other = (t.mean(1) / t.mean(1).norm(dim=1, keepdim=True) for t in (one, other))
-            scores, labels = one @ other.T / recipe.temperature, torch.arange(len(one))
+            scores, labels = one @ other.T / recipe.temperature, torch.arange(len(one), device=one.device)
             both = F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)
             terms["contrast"] = terms["contrast"] + recipe.contrast * both / 2
         for i in range(len(recipe.fusion.streams[0]["blocks"])):

@@ -20,7 +20,7 @@ def reference(recipe: nn.Module, view: View) -> dict[str, Tensor]:
     """I2P-MAE (Zhang et al., 2023), of scales, masks and targets that are there: visible tokens padded to the longest
     sample's, all groups embedded, a plain matrix of distances."""
     p, (groups, index), masks = parameters(recipe), view.parts[0], [plan.mask for plan in view.plan]
-    rows, heads = torch.arange(len(masks[0])), recipe.encoder.stages[0].blocks[0].attn.num_heads
+    rows, heads = torch.arange(len(masks[0]), device=masks[0].device), recipe.encoder.stages[0].blocks[0].attn.num_heads
     latents, x = [], None
     for i, ((points, centres), members, mask) in enumerate(zip(groups, index, masks)):
         parts = points if x is None else x[rows[:, None, None], members]
@@ -66,7 +66,7 @@ def propagate(
     away, near = torch.cdist(at, coarse_at).square().topk(3, largest=False)
     weights = 1 / (away + 1e-8)
     weights = weights / weights.sum(2, keepdim=True)
-    picked = coarse[torch.arange(len(at))[:, None, None], near]
+    picked = coarse[torch.arange(len(at), device=at.device)[:, None, None], near]
     start = f"decoder.props.{level}."
     x = torch.cat([fine, (picked * weights[..., None]).sum(2)], 2)
     x = F.gelu(normed(linear(x, p, f"{start}fuse.net.0"), f"{start}fuse.net.1"))

@@ -56,7 +56,7 @@ def homologous_block(x: Tensor, p: Mapping[str, Tensor], heads: int, top: int) -
 
 
 def one_contrast(z: Tensor, source: Tensor, temperature: float) -> Tensor:
-    z, others = F.normalize(z, dim=1), ~torch.eye(len(z), dtype=torch.bool)
+    z, others = F.normalize(z, dim=1), ~torch.eye(len(z), dtype=torch.bool, device=z.device)
     scores = (z @ z.t() / temperature)[others].view(len(z), -1)
     same = (source[:, None] == source)[others].view(len(z), -1)
     return -(scores.log_softmax(1) * same).sum(1).div(same.sum(1)).mean()
