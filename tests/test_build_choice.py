@@ -11,10 +11,11 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "csrc/build/choice.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tree")
-ALL = ["plain", "avx2", "avx512", "avx512bf16"]
+ALL = ["plain", "avx2", "avx512", "avx512bf16", "amx"]
 HASWELL = {"sse2", "avx", "avx2", "fma", "f16c"}
 SKYLAKE = HASWELL | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 ZEN4 = SKYLAKE | {"avx512_bf16"}
+SAPPHIRE_RAPIDS = ZEN4 | {"amx_tile", "amx_bf16", "amx_int8"}
 NVCC = {75, 80, 86, 90, 100, 120}
 EVERY = ("80-real", "90a-real", "100-real", "100-virtual")
 
@@ -35,13 +36,15 @@ def choice():
         ("native", ALL, HASWELL, ["plain", "avx2"]),
         ("", ALL, SKYLAKE, ["plain", "avx2", "avx512"]),
         ("native", ALL, SKYLAKE - {"avx512vl"}, ["plain", "avx2"]),
-        ("native", ALL, ZEN4, ALL),
+        ("native", ALL, ZEN4, ALL[:4]),
+        ("native", ALL, SAPPHIRE_RAPIDS, ALL),
         ("native", ALL[:3], ZEN4, ALL[:3]),  # an older compiler
         ("native", ["plain"], set(), ["plain"]),  # another processor
         ("native", ALL, None, ALL),  # a machine that does not say what it has
         ("all", ALL, HASWELL, ALL),
         ("avx2", ALL, set(), ["plain", "avx2"]),  # for another machine
         ("avx512bf16", ALL, HASWELL, ["plain", "avx512", "avx512bf16"]),  # its copies are of attention alone
+        ("amx", ALL, HASWELL, ["plain", "avx512", "avx512bf16", "amx"]),  # the system may give no leave for tiles
         ("AVX2, avx512", ALL, HASWELL, ["plain", "avx2", "avx512"]),
     ],
 )

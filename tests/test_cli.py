@@ -44,7 +44,7 @@ def trained(tmp_path_factory):
 def test_help_and_version():
     assert run("--version").output.strip() == f"maefast {maefast.__version__}"
     text = run("--help").output
-    for command in ("pretrain", "reconstruct", "probe", "finetune", "export", "doctor", "bench"):
+    for command in ("pretrain", "reconstruct", "probe", "finetune", "export", "accelerate-check", "doctor", "bench"):
         assert command in text
 
 

@@ -19,6 +19,7 @@ READS = {
     "integrations": {"models"},
     "doctor": {"ops"},
     "profiling": {"integrations", "doctor"},
+    "check": {"profiling", "graphs"},
     "recipes": {"models", "recipe", "data"},
     "probe": {"recipes"},
     "finetune": {"probe"},

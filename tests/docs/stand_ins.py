@@ -173,7 +173,7 @@ NAMES: dict[str, tuple[Callable[[], dict[str, Any]], ...]] = {
     "README.md": (readme,),
     "docs/checkpoints.md": (checkpoint,),
     "docs/convnets.md": (readme,),
-    "docs/drop-in.md": (readme, videomae_and_jepa),
+    "docs/drop-in.md": (readme, dict, videomae_and_jepa),
     "docs/graphs.md": (graphs,),
     "docs/optimizer.md": (optimizer,),
     "docs/probe.md": (run_with_classes,),
