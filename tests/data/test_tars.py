@@ -271,11 +271,11 @@ def test_what_gives_no_answer(shards, monkeypatch):
         Decoder()(images.path(0))
     monkeypatch.setenv("MAEFAST_REMOTE_TIMEOUT", "0.05")
     monkeypatch.setenv("MAEFAST_REMOTE_ATTEMPTS", "2")
-    failing(monkeypatch, 10**6, seconds=5)
+    failing(monkeypatch, 10**6, seconds=12)
     began = time.monotonic()
     with pytest.raises(Unreachable, match=r"in 2 attempts of up to 0\.05 s: TimeoutError"):
         images.path(0).read()
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 10
     with pytest.raises(TrainError, match="no answer"):  # before a run starts
         find_images(upload(shards, "silent2"))
 

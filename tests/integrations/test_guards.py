@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-import timeit
+import sys
 import warnings
-from functools import partial
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -447,15 +446,34 @@ def test_nothing_is_kept_alive():
 # --- cost and code ------------------------------------------------------------------------------------------
 
 
+def lines(function, *args):
+    """The lines of Python that a call runs, itself and what it calls. Times would be the machine's as much as ours."""
+    ran = []
+
+    def trace(frame, event, _):
+        if event == "line":
+            ran.append((frame.f_code.co_name, frame.f_lineno))
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function(*args)
+    finally:
+        sys.settrace(before)
+    return ran
+
+
 @pytest.mark.parametrize("family", [test_mae.TestMAE, test_hf_vitmae.TestViTMAE, test_hf_videomae.TestVideoMAE])
 def test_guards_are_cheap(family):
-    """0.7 to 2.4 µs on an AMD EPYC; the limit leaves room for a slow and busy machine."""
+    """Two lines for each thing that is compared, and no long look: 0.7 to 5 µs on AMD EPYCs."""
     fast = family().accelerate(family().build())
     for module in fast.modules():
         for name, guards in _swap.setting(module, _swap.GUARDS, {}).items():
             assert guards.failing(module) is None
-            best = min(timeit.repeat(partial(guards.failing, module), number=500, repeat=10)) / 500
-            assert best < 8e-6, f"{type(module).__name__}.{name}: {best * 1e6:.1f} µs"
+            ran = lines(guards.failing, module)
+            assert not [where for where in ran if where[0] == "_examine"], f"{type(module).__name__}.{name}"
+            assert len(ran) <= 60, f"{type(module).__name__}.{name}: {len(ran)} lines"
 
 
 class Reads(nn.Module):
