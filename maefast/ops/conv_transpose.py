@@ -28,7 +28,7 @@ from maefast.ops.cells import (
     unpack_cells,
     unpack_cells_reference,
 )
-from maefast.ops.sparse_conv import conv_cells, library_fails
+from maefast.ops.sparse_conv import conv_cells, library_fails, reaches_over
 
 
 def conv_transpose_cells(
@@ -182,11 +182,19 @@ def _function(x: Tensor) -> Callable:
     return F.conv_transpose2d if x.ndim == 4 else F.conv_transpose3d
 
 
-def _library(x: Tensor, weight: Tensor, bias: Tensor | None, *how) -> Tensor:
-    if not library_fails(x, how[-1], how[-2]):
-        return _function(x)(x, weight, bias, *how)
-    bias = None if bias is None else bias.float()
-    return _function(x)(x.float(), weight.float(), bias, *how).to(x.dtype)
+def _library(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, added, groups: int, dilation) -> Tensor:
+    """torch's transposed convolution, around what oneDNN gets wrong."""
+    dtype = x.dtype
+    if library_fails(x, dilation, groups):
+        x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
+    sides = zip(x.shape[2:], _sides(weight, stride, padding, dilation), added)
+    sizes = [(n - 1) * s - 2 * p + last + 1 + more for n, (last, s, p), more in sides]  # of the result
+    if not reaches_over(x, sizes, weight, dilation):
+        return _function(x)(x, weight, bias, stride, padding, added, groups, dilation).to(dtype)
+    full = _function(x)(x, weight, bias, stride, 0, added, groups, dilation)
+    for dim, (size, p) in enumerate(zip(sizes, padding), 2):
+        full = full.narrow(dim, p, size)
+    return full.to(dtype)
 
 
 def _dilated(weight: Tensor, dim: int, dilation: int) -> Tensor:

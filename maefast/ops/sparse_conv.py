@@ -206,6 +206,8 @@ def _library_conv(x: Tensor, weight, bias, stride, padding, dilation, groups: in
     dtype = x.dtype
     if wide:
         x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
+    if reaches_over(x, x.shape[2:], weight, dilation):
+        x, padding = F.pad(x, [p for side in reversed(padding) for p in (side, side)]), (0,) * len(padding)
     x, stride, padding = _one_wide(x, weight, stride, padding, dilation)
     return library(x)(x, weight, bias, stride, padding, dilation, groups).to(dtype)
 
@@ -220,6 +222,13 @@ def _one_wide(x: Tensor, weight: Tensor, stride: Sides, padding: Sides, dilation
         return x, stride, padding
     x = F.pad(x, (padding[-1], span - padding[-1] - x.shape[-1]))  # less than nothing cuts off
     return x, (*stride[:-1], 1), (*padding[:-1], 0)
+
+
+def reaches_over(x: Tensor, sizes: Sides, weight: Tensor, dilation: Sides) -> bool:
+    """Whether a CPU's convolution has a kernel longer than the maps of `sizes` that it reads. There oneDNN's weight
+    gradient is wrong or crashes (torch 2.13: in bfloat16 by AVX-512, of volumes in float32, too), so maps are padded
+    before, which is exact."""
+    return x.device.type == "cpu" and any(d * (k - 1) >= n for k, d, n in zip(weight.shape[2:], dilation, sizes))
 
 
 def library_fails(x: Tensor, dilation: Sides, groups: int) -> bool:

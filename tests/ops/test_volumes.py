@@ -7,11 +7,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maefast import masking, ops
 from maefast.ops import CellMask, _conv_table, _dispatch, _registry
+from tests.budget import examples
 
 from .common import assert_close, backends, compare, dtypes_of, property_test
 
@@ -276,6 +277,56 @@ def test_autocast():
         assert out.dtype is torch.bfloat16
         assert_close(out, want, torch.bfloat16)
         assert all(g.dtype is torch.float32 for g in torch.autograd.grad(out.sum(), values))
+
+
+# --- what oneDNN gets wrong ----------------------------------------------------------------------------------------
+
+
+@st.composite
+def narrow_maps(draw, transposed: bool):
+    """(plan, sites of a cell, kernel, stride, padding, dilation): few sites, under kernels of up to 8."""
+    sides = draw(st.integers(2, 3))
+    each = lambda *values: tuple(draw(st.sampled_from(values)) for _ in range(sides))  # noqa: E731
+    masked = torch.ones(3, *each(1, 1, 2), dtype=torch.bool)
+    masked[0], masked[2].view(-1)[0] = False, False
+    sites, kernel, dilation = each(1, 2, 3, 4), each(1, 2, 3, 4, 5, 7), each(1, 1, 1, 2)
+    stride = tuple(draw(st.sampled_from([s for s in (1, 2, 3) if transposed or n % s == 0])) for n in sites)
+    longest = [d * (k - 1) for k, d in zip(kernel, dilation)]
+    odd = [s == 1 and n % 2 for n, s in zip(longest, stride)]  # no padding keeps the number of sites
+    kernel, longest = tuple(k + o for k, o in zip(kernel, odd)), [n + o for n, o in zip(longest, odd)]
+    padding = tuple(max(0, (n + 2 - s) // 2) for n, s in zip(longest, stride))
+    return CellMask.from_bool(masked), sites, kernel, stride, padding, dilation
+
+
+@pytest.mark.parametrize("where", KERNELS)
+@pytest.mark.parametrize("transposed", [False, True])
+@given(data=st.data())
+@settings(property_test, max_examples=examples(50, 200))
+def test_kernels_longer_than_their_maps(where, transposed, data):
+    """oneDNN's weight gradients are wrong there, or it crashes. Small whole numbers: only the result is rounded."""
+    backend, _ = where
+    plan, sites, kernel, stride, padding, dilation = data.draw(narrow_maps(transposed))
+    added = tuple(s - 1 - d * (k - 1) + 2 * p for k, s, p, d in zip(kernel, stride, padding, dilation))
+    dtype, groups = data.draw(st.sampled_from(dtypes_of(backend))), data.draw(st.sampled_from([1, 1, 2]))
+    ci, co = (data.draw(st.sampled_from([2, 8, 16])) for _ in range(2))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    ones = lambda *shape: torch.randint(-1, 2, shape, generator=generator).to(dtype)  # noqa: E731
+    values = ones(plan.total, *sites, ci), ones(*((ci, co // groups) if transposed else (co, ci // groups)), *kernel)
+    values = *values, ones(co)
+    if transposed:
+        call, how = ops.conv_transpose_cells, (stride, padding, added, groups, dilation)
+    else:
+        call, how = ops.conv_cells, (stride, padding, dilation, groups)
+    for route in ("dense", None):
+        low = [v.clone().requires_grad_() for v in values]
+        high = [v.double().requires_grad_() for v in values]
+        out = call(low[0], plan, *low[1:], *how, route=route, backend=backend)
+        want = call(high[0], plan, *high[1:], *how, backend="reference")
+        grad = ones(*want.shape)
+        assert_close(out, want, dtype)
+        grads = torch.autograd.grad(out, low, grad)
+        for what, got, ref in zip(("x", "weight", "bias"), grads, torch.autograd.grad(want, high, grad.double())):
+            assert_close(got, ref, dtype, f"gradient of {what}, route {route}")
 
 
 # --- pools and norms -----------------------------------------------------------------------------------------------
