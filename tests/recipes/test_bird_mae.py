@@ -11,7 +11,7 @@ from tests.recipes.common import RecipeTests, equal_to_reference
 
 class TestBirdMAE(RecipeTests):
     name = "bird_mae"
-    demo_share = 0.4
+    demo_share = 0.25
     toy = {
         "frames": 32, "mels": 16, "patch_size": 4, "rate": 8000, "seconds": 0.3, "embed_dim": 16, "depth": 2,
         "num_heads": 2, "decoder_embed_dim": 8, "decoder_depth": 2, "decoder_num_heads": 2,

@@ -15,7 +15,6 @@ from tests.recipes.common import RecipeTests, equal_to_reference
 
 class TestChAMAEViT(RecipeTests):
     name = "cha_maevit"
-    demo_share = 0.4
     toy = {
         "channels": 4, "img_size": 16, "patch_size": 4, "memory": 2, "embed_dim": 16, "depth": 2, "num_heads": 2,
         "decoder_num_heads": 2,

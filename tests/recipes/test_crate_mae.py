@@ -12,7 +12,7 @@ from tests.recipes.common import RecipeTests, equal_to_reference
 
 class TestCrateMAE(RecipeTests):
     name = "crate_mae"
-    demo_share = 0.4
+    demo_share = 0.2
     toy = {
         "img_size": [32, 48], "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "decoder_depth": 2,
     }  # fmt: skip

@@ -16,7 +16,6 @@ from tests.recipes.common import RecipeTests, equal_to_reference
 
 class TestDMJD(RecipeTests):
     name = "dmjd"
-    demo_share = 0.4
     toy = {
         "img_size": 64, "conv_dims": [4, 6], "conv_depths": [1, 1], "embed_dim": 16, "depth": 2, "num_heads": 2,
         "decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2,

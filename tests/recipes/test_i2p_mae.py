@@ -13,6 +13,7 @@ from tests.recipes.common import RecipeTests, equal_to_reference
 
 class TestI2PMAE(RecipeTests):
     name = "i2p_mae"
+    demo_share = 0.7
     toy = {
         "teacher": "random", "points": 60, "groups": [24, 12, 6], "group_sizes": [5, 4, 3], "mask_ratio": 0.6,
         "embed_dims": [16, 16, 32], "depths": [1, 2, 1], "num_heads": 2, "drop_path": 0.0, "img_size": 32,

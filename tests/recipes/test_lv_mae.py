@@ -15,6 +15,7 @@ LENGTHS = [7, 2, 12, 1, 9]
 
 class TestLVMAE(RecipeTests):
     name = "lv_mae"
+    demo_share = 0.7
     toy = {
         "length": 12, "dim": 16, "masking": "random", "depth": 2, "num_heads": 2, "decoder_embed_dim": 8,
         "decoder_depth": 2, "decoder_num_heads": 2,

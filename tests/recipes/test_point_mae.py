@@ -13,7 +13,7 @@ from tests.recipes.common import RecipeTests, equal_to_reference
 
 class TestPointMAE(RecipeTests):
     name = "point_mae"
-    demo_share = 0.4
+    demo_share = 0.2
     toy = {
         "points": 40, "groups": 8, "group_size": 5, "embed_dim": 16, "depth": 2, "num_heads": 2, "decoder_depth": 2,
         "decoder_num_heads": 2, "drop_path": 0.0,

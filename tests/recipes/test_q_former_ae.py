@@ -18,6 +18,7 @@ _TINY = {"embed_dim": 16, "depth": 3, "num_heads": 2, "decoder_embed_dim": 16, "
 @pytest.mark.filterwarnings("ignore:the teacher has RANDOM weights")
 class TestQFormerAE(RecipeTests):
     name = "q_former_ae"
+    demo_share = 0.7
     toy = {
         "backbone": "random", "backbone_args": _TINY, "metric": "random", "metric_args": _TINY, "at": [-2, 2],
         "loss_patches": [8, 16], "loss_at": [0, 1], "map_patches": [4, 8], "map_at": [1, 2], "img_size": 32,

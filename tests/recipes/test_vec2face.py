@@ -13,6 +13,7 @@ from tests.recipes.common import RecipeTests, equal_to_reference
 
 class TestVec2Face(RecipeTests):
     name = "vec2face"
+    demo_share = 0.7
     toy = {
         "dim": 8, "img_size": 12, "embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16,
         "decoder_depth": 1, "decoder_num_heads": 2, "head_in": 8, "head_channels": 4, "head_multiples": [1, 2, 2],

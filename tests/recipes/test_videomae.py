@@ -10,6 +10,7 @@ from tests.recipes.common import RecipeTests, equal_to_reference
 
 class TestVideoMAE(RecipeTests):
     name = "videomae"
+    demo_share = 0.7
     toy = {
         "frames": 4, "img_size": [16, 24], "tubelet": [2, 8, 8], "stride": 1, "mask_ratio": 0.5, "embed_dim": 16,
         "depth": 2, "num_heads": 2, "decoder_embed_dim": 8, "decoder_depth": 2, "decoder_num_heads": 2,

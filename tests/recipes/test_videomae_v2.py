@@ -11,6 +11,7 @@ from tests.recipes.common import RecipeTests, equal_to_reference
 
 class TestVideoMAEV2(RecipeTests):
     name = "videomae_v2"
+    demo_share = 0.7
     toy = {
         "frames": 8, "img_size": [16, 32], "tubelet": [2, 8, 8], "stride": 1, "mask_ratio": 0.5, "embed_dim": 16,
         "depth": 2, "num_heads": 2, "decoder_embed_dim": 8, "decoder_depth": 2, "decoder_num_heads": 2,
