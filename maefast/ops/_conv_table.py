@@ -50,6 +50,26 @@ class Window(NamedTuple):
         return f"a {'x'.join(map(str, self.kernel))} convolution of {names}"
 
 
+class Reach(NamedTuple):
+    """Of one side: the taps that read a map, and the zeros around it that they read, too (less than none: cut off)."""
+
+    first: int
+    count: int
+    before: int
+    after: int
+
+
+def reaching(n: int, outputs: int, k: int, stride: int, padding: int, dilation: int) -> Reach:
+    """For a map of n sites; one tap that reads zeros alone where none reads the map."""
+    last_output = (outputs - 1) * stride
+    first, last = max(0, -(-(padding - last_output) // dilation)), min(k - 1, (n - 1 + padding) // dilation)
+    before = padding - first * dilation
+    if first > last:
+        first = last = min(first, k - 1)
+        before = -n
+    return Reach(first, last - first + 1, before, last_output + (last - first) * dilation + 1 - n - before)
+
+
 class Call(NamedTuple):
     """What the choice depends on."""
 

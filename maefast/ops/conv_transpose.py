@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.ops import _checks, _dispatch
-from maefast.ops._conv_table import ROUTES, Sides
+from maefast.ops._conv_table import ROUTES, Sides, reaching
 from maefast.ops.cells import (
     CellMask,
     check_cells,
@@ -185,16 +185,26 @@ def _function(x: Tensor) -> Callable:
 def _library(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, added, groups: int, dilation) -> Tensor:
     """torch's transposed convolution, around what oneDNN gets wrong."""
     dtype = x.dtype
-    if library_fails(x, dilation, groups):
-        x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
     sides = zip(x.shape[2:], _sides(weight, stride, padding, dilation), added)
     sizes = [(n - 1) * s - 2 * p + last + 1 + more for n, (last, s, p), more in sides]  # of the result
-    if not reaches_over(x, sizes, weight, dilation):
+    over = reaches_over(x, sizes, weight, dilation)
+    if dtype.itemsize == 2 and (over or library_fails(x, dilation, groups)):
+        x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
+    if not over:
         return _function(x)(x, weight, bias, stride, padding, added, groups, dilation).to(dtype)
-    full = _function(x)(x, weight, bias, stride, 0, added, groups, dilation)
-    for dim, (size, p) in enumerate(zip(sizes, padding), 2):
-        full = full.narrow(dim, p, size)
-    return full.to(dtype)
+    out = _within(x, weight, sizes, stride, padding, groups, dilation)
+    return (out if bias is None else out + bias.view(-1, *(1,) * len(sizes))).to(dtype)
+
+
+def _within(x: Tensor, weight: Tensor, sizes: Sides, stride: Sides, padding: Sides, groups: int, dilation) -> Tensor:
+    """The same without padding, by the taps that write to the result, which is cut out of it or lies around it."""
+    pads, steps = [], []
+    for dim, (n, s, p, d) in enumerate(zip(sizes, stride, padding, dilation), 2):
+        taps = reaching(n, x.shape[dim], weight.shape[dim], s, p, d)
+        weight = weight.narrow(dim, taps.first, taps.count)
+        pads = [-taps.before, -taps.after, *pads]
+        steps.append(d if taps.count > 1 else 1)
+    return F.pad(_function(x)(x, weight, None, stride, 0, 0, groups, tuple(steps)), pads)
 
 
 def _dilated(weight: Tensor, dim: int, dilation: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.ops import _autograd, _checks, _conv_table, _registry
-from maefast.ops._conv_table import Sides, Window
+from maefast.ops._conv_table import Sides, Window, reaching
 from maefast.ops._tap_rows import product, spread, turned, weight_gradient
 from maefast.ops.cells import (
     CellMask,
@@ -190,15 +190,36 @@ def library(x: Tensor) -> Callable:
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
-    stride = window.stride
-    if max(window.kernel) == 1 and max(stride) > 1:
+    stride, padding, dilation = window[1:]
+    if reaches_over(x, x.shape[2:], weight, dilation):
+        x, weight, dilation = _within(x, weight, window)
+        padding = (0,) * len(stride)
+    if max(weight.shape[2:]) == 1 and max(stride) > 1:
         # oneDNN's weight gradient of a 1x1 convolution with a stride writes out of bounds (torch 2.13, channels last,
         # few channels), so the sites it skips are left out here.
         for dim, s in enumerate(stride, 2):
             x = x[(slice(None),) * dim + (slice(None, None, s),)]
         stride = (1,) * len(stride)
-    wide = library_fails(x, window.dilation, groups)
-    return _library_conv(x, weight, bias, stride, window.padding, window.dilation, groups, wide)
+    wide = library_fails(x, dilation, groups)
+    return _library_conv(x, weight, bias, stride, padding, dilation, groups, wide)
+
+
+def reaches_over(x: Tensor, sizes: Sides, weight: Tensor, dilation: Sides) -> bool:
+    """Whether a CPU's convolution has a kernel longer than the maps of `sizes` that it reads. There oneDNN's weight
+    gradient is wrong or crashes (torch 2.13: in bfloat16 by AVX-512, of volumes in float32, too)."""
+    return x.device.type == "cpu" and any(d * (k - 1) >= n for k, d, n in zip(weight.shape[2:], dilation, sizes))
+
+
+def _within(x: Tensor, weight: Tensor, window: Window) -> tuple[Tensor, Tensor, Sides]:
+    """Maps, taps and dilation of the same convolution without padding."""
+    pads, dilation = [], []
+    for dim, (k, s, p, d) in enumerate(zip(*window), 2):
+        n = x.shape[dim]
+        taps = reaching(n, (n + 2 * p - d * (k - 1) - 1) // s + 1, k, s, p, d)
+        weight = weight.narrow(dim, taps.first, taps.count)
+        pads = [taps.before, taps.after, *pads]
+        dilation.append(d if taps.count > 1 else 1)
+    return F.pad(x, pads), weight, tuple(dilation)
 
 
 def _library_conv(x: Tensor, weight, bias, stride, padding, dilation, groups: int, wide: bool) -> Tensor:
@@ -206,8 +227,6 @@ def _library_conv(x: Tensor, weight, bias, stride, padding, dilation, groups: in
     dtype = x.dtype
     if wide:
         x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
-    if reaches_over(x, x.shape[2:], weight, dilation):
-        x, padding = F.pad(x, [p for side in reversed(padding) for p in (side, side)]), (0,) * len(padding)
     x, stride, padding = _one_wide(x, weight, stride, padding, dilation)
     return library(x)(x, weight, bias, stride, padding, dilation, groups).to(dtype)
 
@@ -222,13 +241,6 @@ def _one_wide(x: Tensor, weight: Tensor, stride: Sides, padding: Sides, dilation
         return x, stride, padding
     x = F.pad(x, (padding[-1], span - padding[-1] - x.shape[-1]))  # less than nothing cuts off
     return x, (*stride[:-1], 1), (*padding[:-1], 0)
-
-
-def reaches_over(x: Tensor, sizes: Sides, weight: Tensor, dilation: Sides) -> bool:
-    """Whether a CPU's convolution has a kernel longer than the maps of `sizes` that it reads. There oneDNN's weight
-    gradient is wrong or crashes (torch 2.13: in bfloat16 by AVX-512, of volumes in float32, too), so maps are padded
-    before, which is exact."""
-    return x.device.type == "cpu" and any(d * (k - 1) >= n for k, d, n in zip(weight.shape[2:], dilation, sizes))
 
 
 def library_fails(x: Tensor, dilation: Sides, groups: int) -> bool:

@@ -289,12 +289,11 @@ def narrow_maps(draw, transposed: bool):
     each = lambda *values: tuple(draw(st.sampled_from(values)) for _ in range(sides))  # noqa: E731
     masked = torch.ones(3, *each(1, 1, 2), dtype=torch.bool)
     masked[0], masked[2].view(-1)[0] = False, False
-    sites, kernel, dilation = each(1, 2, 3, 4), each(1, 2, 3, 4, 5, 7), each(1, 1, 1, 2)
+    sites, kernel, dilation = each(1, 2, 3, 4), each(1, 2, 3, 4, 5, 7), each(1, 1, 1, 2, 3, 40)
     stride = tuple(draw(st.sampled_from([s for s in (1, 2, 3) if transposed or n % s == 0])) for n in sites)
-    longest = [d * (k - 1) for k, d in zip(kernel, dilation)]
-    odd = [s == 1 and n % 2 for n, s in zip(longest, stride)]  # no padding keeps the number of sites
-    kernel, longest = tuple(k + o for k, o in zip(kernel, odd)), [n + o for n, o in zip(longest, odd)]
-    padding = tuple(max(0, (n + 2 - s) // 2) for n, s in zip(longest, stride))
+    odd = [s == 1 and d * (k - 1) % 2 for k, s, d in zip(kernel, stride, dilation)]  # no padding keeps their number
+    kernel = tuple(k + o for k, o in zip(kernel, odd))
+    padding = tuple(max(0, (d * (k - 1) + 2 - s) // 2) for k, s, d in zip(kernel, stride, dilation))
     return CellMask.from_bool(masked), sites, kernel, stride, padding, dilation
 
 
@@ -313,20 +312,22 @@ def test_kernels_longer_than_their_maps(where, transposed, data):
     ones = lambda *shape: torch.randint(-1, 2, shape, generator=generator).to(dtype)  # noqa: E731
     values = ones(plan.total, *sites, ci), ones(*((ci, co // groups) if transposed else (co, ci // groups)), *kernel)
     values = *values, ones(co)
+    sides = len(sites)
     if transposed:
         call, how = ops.conv_transpose_cells, (stride, padding, added, groups, dilation)
+        dense = F.conv_transpose2d if sides == 2 else F.conv_transpose3d
     else:
-        call, how = ops.conv_cells, (stride, padding, dilation, groups)
-    for route in ("dense", None):
+        call, how, dense = ops.conv_cells, (stride, padding, dilation, groups), F.conv2d if sides == 2 else F.conv3d
+    high = [v.double().requires_grad_() for v in values]
+    want = pack_by_hand(dense(map_by_hand(high[0], plan), *high[1:], *how), plan)
+    grad = ones(*want.shape)
+    wanted = torch.autograd.grad(want, high, grad.double())
+    for chosen in ({"route": "dense", "backend": backend}, {"backend": backend}, {"backend": "reference"}):
         low = [v.clone().requires_grad_() for v in values]
-        high = [v.double().requires_grad_() for v in values]
-        out = call(low[0], plan, *low[1:], *how, route=route, backend=backend)
-        want = call(high[0], plan, *high[1:], *how, backend="reference")
-        grad = ones(*want.shape)
+        out = call(low[0], plan, *low[1:], *how, **chosen)
         assert_close(out, want, dtype)
-        grads = torch.autograd.grad(out, low, grad)
-        for what, got, ref in zip(("x", "weight", "bias"), grads, torch.autograd.grad(want, high, grad.double())):
-            assert_close(got, ref, dtype, f"gradient of {what}, route {route}")
+        for what, got, ref in zip(("x", "weight", "bias"), torch.autograd.grad(out, low, grad), wanted):
+            assert_close(got, ref, dtype, f"gradient of {what}, {chosen}")
 
 
 # --- pools and norms -----------------------------------------------------------------------------------------------
