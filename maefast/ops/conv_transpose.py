@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.ops import _checks, _dispatch
-from maefast.ops._conv_table import ROUTES, Sides, reaching
+from maefast.ops._conv_table import ROUTES, Sides
 from maefast.ops.cells import (
     CellMask,
     check_cells,
@@ -28,7 +28,7 @@ from maefast.ops.cells import (
     unpack_cells,
     unpack_cells_reference,
 )
-from maefast.ops.sparse_conv import conv_cells, library_fails, reaches_over
+from maefast.ops.sparse_conv import conv_cells, library_fails, reaches_over, within
 
 
 def conv_transpose_cells(
@@ -192,19 +192,10 @@ def _library(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, ad
         x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
     if not over:
         return _function(x)(x, weight, bias, stride, padding, added, groups, dilation).to(dtype)
-    out = _within(x, weight, sizes, stride, padding, groups, dilation)
+    # Without padding, by the taps that write to the result, which is cut out of theirs or lies around it.
+    weight, zeros, dilation = within(weight, sizes, x.shape[2:], stride, padding, dilation)
+    out = F.pad(_function(x)(x, weight, None, stride, 0, 0, groups, dilation), [-n for n in zeros])
     return (out if bias is None else out + bias.view(-1, *(1,) * len(sizes))).to(dtype)
-
-
-def _within(x: Tensor, weight: Tensor, sizes: Sides, stride: Sides, padding: Sides, groups: int, dilation) -> Tensor:
-    """The same without padding, by the taps that write to the result, which is cut out of it or lies around it."""
-    pads, steps = [], []
-    for dim, (n, s, p, d) in enumerate(zip(sizes, stride, padding, dilation), 2):
-        taps = reaching(n, x.shape[dim], weight.shape[dim], s, p, d)
-        weight = weight.narrow(dim, taps.first, taps.count)
-        pads = [-taps.before, -taps.after, *pads]
-        steps.append(d if taps.count > 1 else 1)
-    return F.pad(_function(x)(x, weight, None, stride, 0, 0, groups, tuple(steps)), pads)
 
 
 def _dilated(weight: Tensor, dim: int, dilation: int) -> Tensor:

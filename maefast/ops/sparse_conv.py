@@ -192,8 +192,9 @@ def library(x: Tensor) -> Callable:
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
     stride, padding, dilation = window[1:]
     if reaches_over(x, x.shape[2:], weight, dilation):
-        x, weight, dilation = _within(x, weight, window)
-        padding = (0,) * len(stride)
+        outputs = [n // s for n, s in zip(x.shape[2:], stride)]
+        weight, zeros, dilation = within(weight, x.shape[2:], outputs, stride, padding, dilation)
+        x, padding = F.pad(x, zeros), (0,) * len(stride)
     if max(weight.shape[2:]) == 1 and max(stride) > 1:
         # oneDNN's weight gradient of a 1x1 convolution with a stride writes out of bounds (torch 2.13, channels last,
         # few channels), so the sites it skips are left out here.
@@ -210,16 +211,18 @@ def reaches_over(x: Tensor, sizes: Sides, weight: Tensor, dilation: Sides) -> bo
     return x.device.type == "cpu" and any(d * (k - 1) >= n for k, d, n in zip(weight.shape[2:], dilation, sizes))
 
 
-def _within(x: Tensor, weight: Tensor, window: Window) -> tuple[Tensor, Tensor, Sides]:
-    """Maps, taps and dilation of the same convolution without padding."""
-    pads, dilation = [], []
-    for dim, (k, s, p, d) in enumerate(zip(*window), 2):
-        n = x.shape[dim]
-        taps = reaching(n, (n + 2 * p - d * (k - 1) - 1) // s + 1, k, s, p, d)
+def within(
+    weight: Tensor, sizes: Sides, outputs: Sides, stride: Sides, padding: Sides, dilation: Sides
+) -> tuple[Tensor, list[int], Sides]:
+    """The taps that reach maps of `sizes`, the zeros around these that they read (as `F.pad` takes them), and their
+    dilation."""
+    zeros, steps = [], []
+    for dim, (n, m, s, p, d) in enumerate(zip(sizes, outputs, stride, padding, dilation), 2):
+        taps = reaching(n, m, weight.shape[dim], s, p, d)
         weight = weight.narrow(dim, taps.first, taps.count)
-        pads = [taps.before, taps.after, *pads]
-        dilation.append(d if taps.count > 1 else 1)
-    return F.pad(x, pads), weight, tuple(dilation)
+        zeros = [taps.before, taps.after, *zeros]
+        steps.append(d if taps.count > 1 else 1)
+    return weight, zeros, tuple(steps)
 
 
 def _library_conv(x: Tensor, weight, bias, stride, padding, dilation, groups: int, wide: bool) -> Tensor:

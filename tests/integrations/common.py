@@ -361,14 +361,14 @@ class DropIn:
         return "\n".join(text[text.find("as it was") :] for text in runs if "as it was" in text)
 
     def test_methods_changed_before(self):
-        """A method that is another one, on object or class, when the model is accelerated. Every third of them, or
-        every other with MAEFAST_ALL_EXAMPLES=1."""
+        """A method that is another one, on object or class, when the model is accelerated. Every third of them, or all
+        with MAEFAST_ALL_EXAMPLES=1."""
         if not self.sweeps:
             pytest.skip("swept by another class of the family")
         wrong = []
         every = sweep.changes(self.build(torch.float64))
         methods = [change for change in every if " = " not in change.name and " exchanged" not in change.name]
-        for change in methods[:: examples(3, 2)]:
+        for change in methods[:: examples(3, 1)]:
             model = self.build(torch.float64)
             with warnings.catch_warnings(), change.apply(model):
                 warnings.simplefilter("ignore")
