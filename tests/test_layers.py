@@ -25,7 +25,7 @@ READS = {
     "finetune": {"probe"},
     "train": {"finetune", "optim", "profiling"},
 }
-LEAVES = {"errors", "names", "seeds", "_native"}
+LEAVES = {"errors", "names", "seeds", "_memory", "_native"}
 
 
 def below(name: str) -> set[str]:

@@ -13,7 +13,6 @@ load(peer, **request) imports what it needs, task(peer, ...) -> Task builds it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from maefast._memory import release_freed
 from maefast.bench.environment import exact_float32
 from maefast.bench.machine import count_flops
 from maefast.graphs import graphed_step
@@ -125,7 +125,7 @@ class Worker:
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         self._wait()
-        release_freed()
+        release_freed()  # or it would count as held before a step
         reset_peak(self.device)
         before = torch.cuda.memory_allocated() if self.device == "cuda" else resident_bytes()
         self._step()
@@ -203,12 +203,6 @@ def resident_bytes() -> int:
 def peak_bytes() -> int:
     # ru_maxrss starts from the parent's peak where a process was forked; VmHWM is this process's own.
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def release_freed() -> None:
-    """Back to the system what the C library keeps of freed memory, or it would count as held before a step."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak(device: str) -> None:

@@ -32,6 +32,7 @@ from types import ModuleType
 
 from torch import nn
 
+from maefast._memory import release_freed
 from maefast.integrations import (
     _explain,
     _swap,
@@ -149,6 +150,9 @@ def accelerate(
         restore(model)  # nothing is half done
         raise
     _conclude(model, found, errors, unchecked, verify)
+    if verify:  # the comparisons held some times the model
+        fresh.clear()
+        release_freed()
     if report:
         found.show()
     return model

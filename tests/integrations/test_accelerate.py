@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import platform
 import random
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -330,3 +333,26 @@ def test_report_reads_well():
     ]
     model = maefast.accelerate(build())
     assert "blocks.0-1 " in str(maefast.report(model))
+
+
+HELD = """
+import torch, maefast
+from maefast.bench.peers import worker
+from maefast.bench.peers.public.mae import MaskedAutoencoderViT
+
+model = MaskedAutoencoderViT(img_size=64, patch_size=16, embed_dim=768, depth=6, num_heads=12, decoder_embed_dim=64,
+                             decoder_depth=1, decoder_num_heads=2)
+before = worker.resident_bytes()
+maefast.accelerate(model)
+print(worker.resident_bytes() - before, worker.peak_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other C libraries give back by themselves, or not at all"
+)
+def test_what_the_comparisons_held_is_given_back():
+    run = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
+    left, peak = map(int, run.stdout.split())
+    assert peak > 100 * 2**20
+    assert left < peak / 3
