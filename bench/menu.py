@@ -160,6 +160,8 @@ def run(name: str | None, arguments: list[str], say: Callable[[str], None]) -> i
 def _without(given: Arguments, own: list[str]) -> Arguments:
     """The table's arguments less the options that were typed: one run for all that then are equal."""
     kept, skip, typed = [], False, _options(own)
+    if "--peers" in typed:
+        typed.add("--no-compile")  # who names a compiled peer wants it
     for word in given:
         skip = word in typed if word.startswith("-") else skip
         if not skip:

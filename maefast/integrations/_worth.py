@@ -1,6 +1,6 @@
 """When accelerated code is worth it: below some size its checks cost more than its kernels save.
 
-`LEAST` is what `python -m bench.worth` measured on transformer blocks, for each kind of device and arithmetic: (power,
+`LEAST` is what `maefast bench worth` measured on transformer blocks, for each kind of device and arithmetic: (power,
 size), so that no block was slower than it was before where tokens x width ** power (1 or 2) is at least that size.
 Smaller ones run as they were, and so do the methods of their model, whose tokens are counted after masking. A kind of
 device that was not measured has no limits, and neither has torch.compile, after which no checks are left.
@@ -18,12 +18,12 @@ from torch import Tensor
 from maefast.ops import _attention_table, _dispatch
 
 # (device, arithmetic, whether gradients are recorded) -> (power, size). None: never worth it.
-# AMD EPYC, the larger of those for 1 and 2 threads, torch 2.13: bench/results/worth/.
+# AMD EPYC of family 26, the larger of those for 1 and 2 threads, torch 2.13: `worth-*-threads.json` in bench/results/.
 LEAST: dict[tuple[str, str, bool], tuple[int, int] | None] = {
     ("cpu", "float32", True): (2, 2_359_296),
     ("cpu", "float32", False): (2, 2_506_752),
     ("cpu", "bfloat16", True): (1, 13_056),
-    ("cpu", "bfloat16", False): (1, 98_304),
+    ("cpu", "bfloat16", False): (1, 196_608),
     ("cpu", "float64", True): None,
     ("cpu", "float64", False): None,
 }

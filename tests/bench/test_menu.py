@@ -73,6 +73,11 @@ def test_a_typed_size_is_what_runs(runs, typed):
     assert toy[toy.index("--preset") + 1] == "toy"
 
 
+def test_a_compiled_peer_that_is_typed_is_timed(runs):
+    menu.run("ops", ["--peers", "eager", "compile"], print)
+    assert "--no-compile" not in runs[0][1]
+
+
 def test_ops_of_two_sizes_are_refused(runs):
     with pytest.raises(TrainError, match="not both"):
         menu.run("ops", ["--quick", "--preset", "full"], print)
