@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import ModuleType
 
+import torch
 from torch import nn
 
 from maefast._memory import release_freed
@@ -139,7 +140,7 @@ def accelerate(
             found.add(step.path, name, True, text, swapped=True)
 
     try:
-        with _verify.same_random_state(model):
+        with torch.inference_mode(False), _verify.same_random_state(model):
             _blocks(model, found, errors, unchecked, verify)
             for path, module, family in _recognised(model):
                 if family.NAME not in found.families:

@@ -81,7 +81,7 @@ class HuggingFace5:
             return "the attention is watched or adapted"
         if _hf.own_attention(attn):
             return "the attention is computed by a function that was registered for it"
-        if block.training and getattr(attn, cls.DROPOUT, 0.0):
+        if attn.training and getattr(attn, cls.DROPOUT, 0.0):
             return common.DROPS
         if getattr(attn, "num_key_value_groups", 1) != 1:
             return "keys and values have fewer heads than queries"

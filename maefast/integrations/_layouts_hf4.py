@@ -124,7 +124,7 @@ class HuggingFace4:
             return "the attention is watched or adapted"
         if _hf.own_attention(attn):
             return "the attention is computed by a function that was registered for it"
-        if (block.training and getattr(attn, "dropout_prob", 0.0)) or not layers.still(getattr(attn, "dropout", None)):
+        if (attn.training and getattr(attn, "dropout_prob", 0.0)) or not layers.still(getattr(attn, "dropout", None)):
             return common.DROPS
         return None
 

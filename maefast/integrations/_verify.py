@@ -359,11 +359,11 @@ class _State:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.buffers = {name: b.clone() for name, b in module.named_buffers()}
-        self.versions = {name: p._version for name, p in module.named_parameters()}
+        self.versions = {name: _version(p) for name, p in module.named_parameters()}
         self.attributes = [(path, part, _copied(part)) for path, part in module.named_modules()]
 
     def again(self) -> None:
-        self.versions = {name: p._version for name, p in self.module.named_parameters()}
+        self.versions = {name: _version(p) for name, p in self.module.named_parameters()}
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)  # the public FCMAE draws its stochastic depth there
@@ -373,11 +373,10 @@ class _State:
         """What has changed: name -> value now."""
         found = {}
         for name, buffer in self.module.named_buffers():
-            before = self.buffers.get(name)
-            if before is None or before.shape != buffer.shape or not torch.equal(before, buffer):
+            if not _equal(buffer, self.buffers.get(name)):
                 found[name] = buffer.clone()
         for name, p in self.module.named_parameters():
-            if p._version != self.versions.get(name):
+            if _version(p) != self.versions.get(name):
                 found[name] = "written in place"
         for path, part, before in self.attributes:
             now = _copied(part)
@@ -389,7 +388,8 @@ class _State:
     @torch.no_grad()
     def restore(self) -> None:
         for name, buffer in self.module.named_buffers():
-            if name in self.buffers:
+            # One that nobody wrote may be of inference mode, or wait for a backward.
+            if name in self.buffers and not _equal(buffer, self.buffers[name]):
                 buffer.copy_(self.buffers[name])
         for _, part, before in self.attributes:
             own = vars(part)
@@ -400,6 +400,15 @@ class _State:
                     value.clear()
                     (value.extend if isinstance(value, list) else value.update)(copy)
                 own[name] = value
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written in place; tensors of inference mode do not count that."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _equal(buffer: Tensor, before: Tensor | None) -> bool:
+    return before is not None and before.shape == buffer.shape and torch.equal(before, buffer)
 
 
 def _copied(part: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -210,7 +210,7 @@ def group_norm_cells_reference(
     parts = [rows[b : b + 1] for b in range(x.shape[0])] if plan is None else rows.split(_cell_counts(plan))
     done = [
         F.group_norm(part.reshape(1, -1, x.shape[-1]).mT, groups, weight, bias, eps).mT.reshape(part.shape)
-        if part.numel() > x.shape[-1] // groups  # torch refuses a group of one value, which is its own mean
+        if part.numel() > groups  # torch refuses a group of one value, which is its own mean
         else (part - part) * weight + bias
         for part in parts
     ]

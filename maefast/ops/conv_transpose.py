@@ -111,7 +111,7 @@ def conv_transpose_cells_reference(
 ) -> Tensor:
     """The definition, differentiable."""
     full = unpack_cells_reference(x, plan)
-    out = _function(full)(full, weight, bias, stride, padding, output_padding, groups, dilation)
+    out = _library(full, weight, bias, stride, padding, output_padding, groups, dilation)
     return pack_cells_reference(out * plan.upsampled_mask(out.shape[2:]), plan)
 
 
@@ -188,7 +188,7 @@ def _library(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, ad
     sides = zip(x.shape[2:], _sides(weight, stride, padding, dilation), added)
     sizes = [(n - 1) * s - 2 * p + last + 1 + more for n, (last, s, p), more in sides]  # of the result
     over = reaches_over(x, sizes, weight, dilation)
-    if dtype.itemsize == 2 and (over or library_fails(x, dilation, groups)):
+    if dtype.itemsize == 2 and (over or _one_wide(x, stride) or library_fails(x, dilation, groups)):
         x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
     if not over:
         return _function(x)(x, weight, bias, stride, padding, added, groups, dilation).to(dtype)
@@ -196,6 +196,12 @@ def _library(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, ad
     weight, zeros, dilation = within(weight, sizes, x.shape[2:], stride, padding, dilation)
     out = F.pad(_function(x)(x, weight, None, stride, 0, 0, groups, dilation), [-n for n in zeros])
     return (out if bias is None else out + bias.view(-1, *(1,) * len(sizes))).to(dtype)
+
+
+def _one_wide(x: Tensor, stride: Sides) -> bool:
+    """Whether oneDNN by AMX leaves the gradient of x as it found it: that is a convolution at a stride, whose results
+    are one site wide (as in `sparse_conv._one_wide`)."""
+    return x.device.type == "cpu" and x.dtype is torch.bfloat16 and x.shape[-1] == 1 and stride[-1] > 1
 
 
 def _dilated(weight: Tensor, dim: int, dilation: int) -> Tensor:

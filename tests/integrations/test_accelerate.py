@@ -335,6 +335,33 @@ def test_report_reads_well():
     assert "blocks.0-1 " in str(maefast.report(model))
 
 
+def test_in_inference_mode():
+    """Compared outside of it; a model that was made there, with a buffer, too."""
+    with torch.inference_mode():
+        model = build()
+        model.blocks[0].register_buffer("extra", torch.zeros(3))
+        want = run(model)
+        assert maefast.accelerate(model) is model
+        assert "agree" in str(maefast.report(model))
+        assert all(relative(a, b) < 1e-5 for a, b in zip(run(model), want, strict=True))
+    model = build()
+    with torch.inference_mode():
+        maefast.accelerate(model)
+    run(model)[0].backward()
+    assert "agree" in str(maefast.report(model))
+
+
+def test_between_a_forward_and_its_backward():
+    """Buffers that a graph has saved are not written."""
+    model = build()
+    model.blocks[0].register_buffer("gain", torch.rand(32))
+    x = torch.randn(32, requires_grad=True)
+    out = (model.blocks[0].gain * x).sum() + run(model)[0]
+    maefast.accelerate(model)
+    out.backward()
+    assert torch.equal(x.grad, model.blocks[0].gain)
+
+
 HELD = """
 import torch, maefast
 from maefast.bench.peers import worker

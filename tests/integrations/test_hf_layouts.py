@@ -49,12 +49,15 @@ def inputs(name: str, batch: int = 2, size: tuple[int, int] = (32, 32)) -> Tenso
     return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
-def same(model: nn.Module, fast: nn.Module, x: Tensor, **kwargs) -> None:
-    """Outputs, gradients and random draws, training and evaluating."""
+def same(model: nn.Module, fast: nn.Module, x: Tensor, attention: bool | None = None, **kwargs) -> None:
+    """Outputs, gradients and random draws, training and evaluating; `attention` alone may be in a mode of its own."""
     for training in (True, False):
         found = []
         for net in (model, fast):
             net.train(training).zero_grad()
+            for part in net.modules():
+                if attention is not None and "Attention" in type(part).__name__:
+                    part.train(attention)
             torch.manual_seed(1)
             outs = [t for t in tensors(net(x, **kwargs)) if t.is_floating_point()]
             sum((t - 1).pow(2).mean() for t in outs).backward()
@@ -119,6 +122,16 @@ def test_options(name, options):
     model, fast = pair(name, **options)
     same(model, fast, inputs(name))
     assert served(fast), text(fast)
+
+
+@pytest.mark.parametrize("name", [*SIZES, "Beit", "DINOv3ViT", "SiglipVision", "ViT"])
+def test_attention_in_a_mode_of_its_own(name):
+    """Monte-Carlo dropout: the attention draws in a model that evaluates, or does not in one that trains."""
+    rate = "attention_dropout" if name in ("DINOv3ViT", "SiglipVision") else "attention_probs_dropout_prob"
+    model, fast = pair(name, **{rate: 0.3})
+    for training in (True, False):
+        same(model, fast, inputs(name), attention=training)
+        assert served(fast), text(fast)
 
 
 def test_tables_of_other_sizes():

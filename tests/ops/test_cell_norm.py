@@ -210,6 +210,22 @@ def test_references_are_the_published_formulas():
     torch.testing.assert_close(ops.grn(dense, None, weight, bias, scope="dense", backend="reference"), want)
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_samples_of_one_site(groups, backend):
+    """A group of several channels is a norm of these; a group of one value is its own mean."""
+    x = torch.randn(2, 1, 1, 6, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    plan = CellMask.from_bool(torch.zeros(2, 1, 1, dtype=torch.bool))
+    grouped = x.detach().unflatten(-1, (groups, -1))
+    want = (grouped - grouped.mean(-1, keepdim=True)) / (grouped.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    for where in (plan, None):
+        got = ops.group_norm_cells(x, where, groups, backend=backend)
+        torch.testing.assert_close(got, want.view(x.shape))
+        got.square().sum().backward()
+        assert x.grad.isfinite().all()
+    torch.testing.assert_close(ops.instance_norm_cells(x, plan, backend=backend), torch.zeros_like(x))
+
+
 @pytest.mark.parametrize("where", BACKENDS)
 def test_nan_and_zero(where):
     """NaN reaches the output, as in torch; a channel of zeros has finite gradients under every GRN."""

@@ -69,6 +69,38 @@ def test_forward_and_gradients(where, window, groups):
             assert_close(got, ref, dtype, f"gradient of {name}")
 
 
+ONE_WIDE = [
+    (3, 4, 1, 3, 1),
+    (2, 2, 0, 0, 1),
+    ((4, 2), 2, (1, 0), 0, 1),
+    ((5, 2), 4, (1, 0), (1, 2), 1),
+    (4, 4, 0, 0, 1),
+]
+
+
+@pytest.mark.parametrize("window", ONE_WIDE, ids=str)
+@pytest.mark.parametrize("how", [{}, {"route": "dense"}, {"backend": "reference"}], ids=str)
+@pytest.mark.parametrize(("channels", "groups"), [(16, 1), (3, 1), (16, 4)])
+def test_maps_one_site_wide(how, window, channels, groups):
+    """The gradient of x is a convolution at a stride with results one site wide, which oneDNN by AMX leaves in bfloat16
+    as it found them."""
+    plan = CellMask.from_bool(torch.zeros(2, 5, 1, dtype=torch.bool))
+    generator = torch.Generator().manual_seed(0)
+    shapes = (plan.total, 1, 1, channels), (channels, 16 // groups, *pair(window[0])), (16,)
+    values = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    low, high = ([v.to(dtype).requires_grad_() for v in values] for dtype in (torch.bfloat16, torch.float64))
+    want = ops.conv_transpose_cells(high[0], plan, *high[1:], *arguments(window, groups), backend="reference")
+    grad = torch.randn(want.shape, generator=generator).bfloat16()
+    wanted = torch.autograd.grad(want, high, grad.double())
+    for _ in range(3):  # the memory that is found differs
+        out = ops.conv_transpose_cells(low[0], plan, *low[1:], *arguments(window, groups), **how)
+        assert_close(out, want, torch.bfloat16)
+        dirty = [torch.full(values[0].shape, 1e30, dtype=torch.bfloat16) for _ in range(8)]
+        del dirty
+        for name, got, ref in zip(("x", "weight", "bias"), torch.autograd.grad(out, low, grad), wanted):
+            assert_close(got, ref, torch.bfloat16, f"gradient of {name}")
+
+
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 def test_definition_is_dense_times_mask(window):
     x, weight, bias = tensors((2, 3), window, 2, torch.float64)
