@@ -133,7 +133,7 @@ def elementwise(function: Callable, fused: str | None = None) -> Callable:
                 kwargs.pop("memory_format", None)
                 if kwargs.get("out") is not None:
                     raise UnknownSparseArgument(f"{where()}packed cells cannot be the `out` of a function")
-        if fused is not None and x._norm is not None:
+        if fused is not None and x._norm is not None and x._norm.fits():
             return x.like(x._norm.run(fused))
         if len(args) == 1 and not kwargs:
             return wrap(x, function(x.rows))

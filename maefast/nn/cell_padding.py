@@ -44,7 +44,8 @@ def pad(input: Cells, pad, mode="constant", value=None) -> Cells:
     if input.channels_last or isinstance(input, PaddedCells) or not outwards:
         raise UnknownSparseArgument(f"{where()}cells {input.layouts[0]} are padded once, outwards, by a constant")
     value, pad = value or 0.0, tuple(pad) + (0,) * (sides + 2 - len(pad))
-    out = input.like(F.pad(input.rows, pad[sides:], value=value)) if any(pad[sides:]) else input
+    # A copy, as torch's is: what the padding waits for may come after a change in place.
+    out = input.like(F.pad(input.rows, pad[sides:], value=value) if any(pad[sides:]) else input.rows)
     return PaddedCells(out, pad[:sides], value) if any(pad[:sides]) else out
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from maefast import ops
 from maefast.nn.cell_views import Part, Shared
 from maefast.ops import CellMask
+from maefast.ops.cell_norm import BatchNorm
 from maefast.ops.cells import pack_cells_reference, unpack_cells_reference
 
 HANDLERS: dict[Callable, Callable] = {}  # of torch functions, written out in maefast/nn/cell_*.py
@@ -52,6 +53,7 @@ class Cells:
     """
 
     _shared: Shared | None = None  # with the cells that are views of these, or that these are a view of
+    _is_view = False
 
     def __init__(self, rows: Tensor, plan: CellMask, channels_last: bool = False) -> None:
         self._rows: Tensor | None = rows
@@ -158,6 +160,7 @@ class Cells:
             rows = take(rows)
         out = Cells(rows, self.plan, self.channels_last if channels_last is None else channels_last)
         out._shared, out._parts, out._version = self._shared, (*self._parts, *parts), self._shared.version
+        out._is_view = True
         return out
 
     def permute(self, *order: int, dims: Sequence[int] = ()) -> Cells:
@@ -172,7 +175,8 @@ class Cells:
         )
 
     def contiguous(self, **kwargs) -> Cells:
-        return self
+        """Of a view a copy, as in torch. Rows are replaced, never written, so it may have the same ones."""
+        return self.like(self.rows) if self._is_view else self
 
     def is_contiguous(self, **kwargs) -> bool:
         return True
@@ -278,31 +282,57 @@ def where() -> str:
 class PendingNorm:
     """A batch norm that waits for what follows it, so that a residual and a ReLU are done in the same pass.
 
-    The running statistics move once, at the first `run`.
+    Its statistics are taken, and the running ones moved, at the call; the rest is computed as it would have been then:
+    with or without gradients, from the weights of then.
     """
 
-    def __init__(self, cells: Cells, **args) -> None:
-        self.x, self.residual, self.args, self.done = cells.rows, None, args, [False]
+    def __init__(self, cells: Cells, weight: Tensor | None, bias: Tensor | None, **args) -> None:
+        self.x, self.residual, self.mode = cells.rows, None, _mode()
+        if not self.mode[0]:  # values alone, a few of them
+            weight, bias = (t if t is None else t.clone() for t in (weight, bias))
+        if not args["training"]:
+            args["running_mean"] = args["running_mean"].clone()
+        self.affine = () if torch.compiler.is_compiling() or not self.mode[0] else (weight, bias)
+        self.versions = [t._version for t in self.affine if t is not None]
+        self.norm = BatchNorm(self.x, weight, bias, **args)
 
     def plus(self, other: Cells) -> PendingNorm | None:
         """With a residual, if there is none yet and it can take one."""
-        if self.residual is not None or other.dtype is not self.x.dtype:
+        if self.residual is not None or other.dtype is not self.x.dtype or not self.fits():
             return None
         new = object.__new__(PendingNorm)
+        new.__dict__.update(self.__dict__)
         # Its values, not the object: after ``other += norm`` that object waits for this norm itself.
-        new.x, new.residual, new.args, new.done = self.x, other.rows, self.args, self.done
+        new.residual = other.rows
         return new
 
+    def fits(self) -> bool:
+        """Whether what follows is computed with gradients, or without, as the norm is."""
+        return self.mode == _mode()
+
     def run(self, act: str) -> Tensor:
-        args = dict(self.args)
-        if self.done[0] and args["training"]:
-            args.update(running_mean=None, running_var=None)
-        self.done[0] = True
-        return ops.batch_norm_act(self.x, act=act, residual=self.residual, **args)
+        if self.versions != [t._version for t in self.affine if t is not None]:
+            raise RuntimeError(
+                "the weight or bias of a batch norm was changed in place before its output on packed cells was used;"
+                " read the output first (`cells.rows`)"
+            )
+        if self.fits():
+            return self.norm(act, self.residual)
+        grads, inference = self.mode
+        if inference == _mode()[1]:
+            with torch.set_grad_enabled(grads):
+                return self.norm(act, self.residual)
+        with torch.inference_mode(inference), torch.set_grad_enabled(grads):
+            return self.norm(act, self.residual)
+
+
+def _mode() -> tuple[bool, bool]:
+    """(whether gradients are recorded, whether in inference mode, of which a compiled graph knows nothing)."""
+    return torch.is_grad_enabled(), not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 def pending(norm: PendingNorm, like: Cells) -> Cells:
     out = object.__new__(Cells)
     out.__dict__.update(like.__dict__)
-    out._rows, out._norm, out._shared = None, norm, None
+    out._rows, out._norm, out._shared, out._is_view = None, norm, None, False
     return out

@@ -55,64 +55,74 @@ def batch_norm_act(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit; one row in training; no running buffers in eval.
     """
-    channels = _check_rows(x, eps)
+    _check_rows(x, eps)
     _checks.one_of("act", act, ACTIVATIONS)
-    training = _checks.flag("training", training)
-    _sync.check_group(process_group)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must be given together")
-    if running_mean is not None:
-        for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
-            _checks.vector(name, buffer, channels)
-    elif not training:
-        raise ValueError("without training, running_mean and running_var are needed")
-    _checks.number("momentum", momentum)
-    if not 0.0 <= momentum <= 1.0:
-        raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
-    _checks.same_device(
-        x=x, weight=weight, bias=bias, residual=residual, running_mean=running_mean, running_var=running_var
-    )
     if residual is not None:
         _checks.tensor("residual", residual)
+        _checks.same_device(x=x, residual=residual)
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
         dtype = _checks.promote(x, residual)
         x, residual = x.to(dtype), residual.to(dtype)
-    weight, bias = _affine(x, weight, bias)  # in the arithmetic of the sum
-    if not training:
-        process_group = None
-    rows = x.numel() // channels
-    if training and rows < 2 and (process_group is None or _sync.size(process_group) < 2):
-        raise ValueError(f"batch statistics need more than one row, got {rows}: x of shape {tuple(x.shape)}")
+    args = running_mean, running_var, training, momentum, eps, process_group
+    return BatchNorm(x, weight, bias, *args, backend=backend)(act, residual)
 
-    name = _dispatch.choose("norm_act", x.device.type, x.dtype, backend)
-    if name == "reference":
-        y, mean, var, count = batch_norm_act_reference(
-            x, weight, bias, running_mean, running_var, training, eps, act, residual, process_group
-        )
-        if training and running_mean is not None:
-            _update(running_mean, running_var, mean, var, count, momentum)
-        return y
-    shape = x.shape
-    x = x.reshape(-1, channels).contiguous()
-    count = None
-    with torch.no_grad():
-        if training:
-            mean, var = _registry.raw("segment_stats", name)(x, None, 1)
-            count = rows
-            if process_group is not None:
-                mean, var, count = _sync.combine(mean, var, rows, process_group)
-            if running_mean is not None:
-                _update(running_mean, running_var, mean[0], var[0], count, momentum)
-        else:
-            mean, var = (
-                buffer.detach().reshape(1, channels).to(weight.dtype) for buffer in (running_mean, running_var)
-            )
-        rstd = (var + eps).rsqrt()
-    other = None if residual is None else residual.reshape(-1, channels)
-    code = ACTIVATIONS.index(act)
-    args = mean, rstd, count, None, 1, channels, code, process_group, name
-    return _autograd.apply(NormAct, x, other, weight, bias, *args).view(shape)
+
+class BatchNorm:
+    """The two halves of `batch_norm_act`, whose arguments these are. Made, it has the statistics of x and has moved the
+    running ones; called, as often as wanted, it normalises, adds a residual (of x's dtype) and activates."""
+
+    def __init__(
+        self, x, weight, bias, running_mean, running_var, training, momentum, eps, process_group=None, *, backend=None
+    ) -> None:
+        channels = _check_rows(x, eps)
+        training = _checks.flag("training", training)
+        _sync.check_group(process_group)
+        if (running_mean is None) != (running_var is None):
+            raise ValueError("running_mean and running_var must be given together")
+        if running_mean is not None:
+            for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+                _checks.vector(name, buffer, channels)
+        elif not training:
+            raise ValueError("without training, running_mean and running_var are needed")
+        _checks.number("momentum", momentum)
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
+        _checks.same_device(x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+        self.weight, self.bias = _affine(x, weight, bias)  # in the arithmetic of the sum
+        self.group = process_group if training else None
+        rows = x.numel() // channels
+        if training and rows < 2 and (self.group is None or _sync.size(self.group) < 2):
+            raise ValueError(f"batch statistics need more than one row, got {rows}: x of shape {tuple(x.shape)}")
+        self.name = _dispatch.choose("norm_act", x.device.type, x.dtype, backend)
+        self.x, self.eps = x, eps
+        self.running = None if training else (running_mean, running_var)
+        with torch.no_grad():
+            if not training:
+                mean, var = (
+                    buffer.detach().reshape(1, channels).to(self.weight.dtype) for buffer in (running_mean, running_var)
+                )
+                count = None
+            elif self.name == "reference":
+                mean, var, count = _statistics(x.reshape(-1, channels).to(self.weight.dtype), self.group)
+            else:
+                mean, var = _registry.raw("segment_stats", self.name)(x.reshape(-1, channels).contiguous(), None, 1)
+                count = rows
+                if self.group is not None:
+                    mean, var, count = _sync.combine(mean, var, rows, self.group)
+            if training and running_mean is not None:
+                _update(running_mean, running_var, mean, var, count, momentum)
+            self.mean, self.rstd, self.count = mean, (var + eps).rsqrt(), count
+
+    def __call__(self, act: str, residual: Tensor | None) -> Tensor:
+        x, channels = self.x, self.x.shape[-1]
+        if self.name == "reference":
+            args = *(self.running or (None, None)), self.running is None, self.eps, act, residual, self.group
+            return batch_norm_act_reference(x, self.weight, self.bias, *args)
+        other = None if residual is None else residual.reshape(-1, channels)
+        args = self.mean, self.rstd, self.count, None, 1, channels, ACTIVATIONS.index(act), self.group, self.name
+        rows = x.reshape(-1, channels).contiguous()
+        return _autograd.apply(NormAct, rows, other, self.weight, self.bias, *args).view(x.shape)
 
 
 def batch_norm_act_reference(
@@ -126,24 +136,29 @@ def batch_norm_act_reference(
     act: str,
     residual: Tensor | None,
     process_group: object | None = None,
-) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
-    """The definition, differentiable: (y, mean, biased variance, number of rows)."""
+) -> Tensor:
+    """The definition, differentiable."""
     rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-    count = rows.shape[0]
-    if not training:
-        mean, var = running_mean.to(rows.dtype), running_var.to(rows.dtype)
-    elif process_group is None:
-        mean = rows.mean(0)
-        var = (rows - mean).square().mean(0)
+    if training:
+        mean, var, _ = _statistics(rows, process_group)
     else:
-        count = _sync.sum_over_ranks(rows.new_tensor(float(count)), process_group)
-        mean = _sync.sum_over_ranks(rows.sum(0), process_group) / count
-        var = _sync.sum_over_ranks((rows - mean).square().sum(0), process_group) / count
+        mean, var = running_mean.to(rows.dtype), running_var.to(rows.dtype)
     y = (rows - mean) * (var + eps).rsqrt() * weight + bias
     if residual is not None:
         y = y + residual.reshape(rows.shape).to(y.dtype)
     y = F.relu(y) if act == "relu" else F.relu6(y) if act == "relu6" else y
-    return y.to(x.dtype).view(x.shape), mean, var, count
+    return y.to(x.dtype).view(x.shape)
+
+
+def _statistics(rows: Tensor, process_group: object | None) -> tuple[Tensor, Tensor, int | Tensor]:
+    """(mean, biased variance, number of rows) of the definition."""
+    count = rows.shape[0]
+    if process_group is None:
+        mean = rows.mean(0)
+        return mean, (rows - mean).square().mean(0), count
+    count = _sync.sum_over_ranks(rows.new_tensor(float(count)), process_group)
+    mean = _sync.sum_over_ranks(rows.sum(0), process_group) / count
+    return mean, _sync.sum_over_ranks((rows - mean).square().sum(0), process_group) / count, count
 
 
 @torch.no_grad()

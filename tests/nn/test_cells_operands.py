@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import maefast
 from maefast import Cells, masking
 from maefast.nn import UnknownSparseOp
 from maefast.ops import CellMask
+from maefast.ops.cell_norm import BatchNorm
 
 SHAPE = (3, 4, 6, 4)
 
@@ -173,8 +173,8 @@ FUSED = {
 @pytest.mark.parametrize("plus", ["none", "+", "add", "x.add", "add_", "+=", "other +="])
 def test_residuals_and_relus_join_a_norm(name, plus, monkeypatch):
     acts = []
-    run = maefast.ops.batch_norm_act
-    monkeypatch.setattr(maefast.ops, "batch_norm_act", lambda *a, act, **k: acts.append(act) or run(*a, act=act, **k))
+    run = BatchNorm.__call__
+    monkeypatch.setattr(BatchNorm, "__call__", lambda norm, act, other: acts.append(act) or run(norm, act, other))
     torch.manual_seed(0)
     x, y = torch.randn(2, *SHAPE, dtype=torch.float64)
     cells = CellMask.all_visible(3, (3, 2))
