@@ -663,6 +663,10 @@ def _run(command: Any) -> Any:
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # A name of a file may be no text in any encoding, and a command must not end by telling it.
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -187,6 +188,15 @@ def test_an_unreadable_image_for_reconstruct(trained, tmp_path):
     assert "bad.png" in result.output
     assert "(leave it out)" in result.output
     assert "--skip-bad" not in result.output
+
+
+def test_names_that_are_no_text_end_no_command(monkeypatch):
+    """Where stdout takes text only."""
+    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(cli, "app", lambda: cli.typer.echo(b"a\xff.png".decode(errors="surrogateescape")))
+    cli.main()
+    assert stdout.buffer.getvalue() == b"a\\udcff.png\n"
 
 
 def test_wrong_usage_is_status_2():

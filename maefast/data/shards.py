@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import tarfile
+import warnings
 import zlib
 from bz2 import BZ2File
 from collections.abc import Callable, Iterator
@@ -21,12 +22,14 @@ from maefast.data.blob import Blob
 from maefast.data.lists import pick_column
 from maefast.data.records import Names, Paths, is_url
 from maefast.data.table_values import bytes_of, field_of, fitting_columns, has_bytes, is_text, open_parquet, raising
+from maefast.data.tar_index import FOLLOWED, PADDING, not_zero
 from maefast.errors import BadFile, ConfigError, TrainError, need
 
 _BLOCK = tarfile.BLOCKSIZE
 _AHEAD = 4 * 2**20  # bytes of a remote shard that are asked for at once
 _DROPPED = 2**20  # bytes that are read at once where some are passed over
 _ROWS = 64  # of a table, decoded at once
+_BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 Opened = Iterator["Blob | Path"]
 
@@ -61,11 +64,24 @@ def read_tar(shard: str, start: int, wanted: Callable[[str], bool]) -> Opened:
                 raise _Cut("it is cut off: its end mark is missing")
             if front.last != bytes(_BLOCK):
                 raise _Cut(f"no header of a member at byte {front.tell() - _BLOCK}")
+            if _is_followed(front):  # told by the process that reads it, once for each shard
+                warnings.warn(f"{shard}: {FOLLOWED}", stacklevel=1)
         except TrainError:
             raise
-        except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        except _BROKEN as error:
             behind = f", behind {last}" if last and last not in str(error) else ""
             raise BadFile(shard, _reason(error) + behind) from error
+
+
+def _is_followed(front: _Front) -> bool:
+    """Whether there is more than zeros behind the end mark. All members were read: nothing is said of what is broken
+    there."""
+    try:
+        return not_zero(front.read(PADDING))
+    except TrainError:
+        raise
+    except _BROKEN:
+        return False
 
 
 def read_parquet(shard: str, start: int, column: str | None) -> Opened:

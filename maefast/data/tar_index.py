@@ -7,7 +7,7 @@ import io
 import json
 import os
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,12 +19,15 @@ from maefast.data.records import Names, is_url
 
 _VERSION = 1
 _BLOCK = tarfile.BLOCKSIZE
+PADDING = 2**20  # bytes behind the end mark that are looked at: tars are filled up with zeros, 10 KiB or so
+FOLLOWED = "what follows its end mark is left out (if tars were joined by cat, tar --concatenate joins them into one)"
 
 
 @dataclass(frozen=True, eq=False)
 class TarIndex:
     """Regular members in their order. offsets, sizes: int64 [members], of their bytes in the tar. complaint: why there
     are no more, where the tar is cut off or broken. stored: where the index was written; None: nowhere, or before.
+    followed: whether there is more than zeros behind the end mark.
     """
 
     names: Names
@@ -32,6 +35,7 @@ class TarIndex:
     sizes: np.ndarray
     complaint: str | None = None
     stored: Path | None = None
+    followed: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,7 +60,7 @@ def index_of(name: str) -> TarIndex:
                 write_whole(place, lambda path: _save(path, index, known))
             except OSError:  # not writable: the next place
                 continue
-            return TarIndex(index.names, index.offsets, index.sizes, stored=place)
+            return replace(index, stored=place)
     return index
 
 
@@ -73,7 +77,7 @@ def scan(file: BinaryIO, size: int) -> TarIndex:
     names: list[str] = []
     offsets: list[int] = []
     sizes: list[int] = []
-    complaint = None
+    complaint, followed = None, False
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (member := tar.next()) is not None:
@@ -93,11 +97,18 @@ def scan(file: BinaryIO, size: int) -> TarIndex:
                 complaint = "it is cut off: its end mark is missing"
             elif block != bytes(_BLOCK):
                 complaint = f"no header of a member at byte {end}"
+            else:
+                followed = not_zero(file.read(PADDING))
     except (tarfile.TarError, EOFError, ValueError) as error:
         complaint = "it is empty" if size == 0 else _no_tar(file) or f"{type(error).__name__}: {error}"
     if complaint is not None and names:
         complaint += f", behind {names[-1]}"
-    return TarIndex(Names(names), np.array(offsets, np.int64), np.array(sizes, np.int64), complaint)
+    places = np.array(offsets, np.int64), np.array(sizes, np.int64)
+    return TarIndex(Names(names), *places, complaint, followed=followed)
+
+
+def not_zero(data: bytes) -> bool:
+    return data.count(0) < len(data)
 
 
 def _no_tar(file: BinaryIO) -> str | None:
@@ -117,7 +128,8 @@ def _places(name: str) -> list[Path]:
 
 
 def _save(path: Path, index: TarIndex, known: dict[str, Any]) -> None:
-    about = json.dumps({"version": _VERSION, "tar": known}).encode()
+    followed = {"followed": True} if index.followed else {}
+    about = json.dumps({"version": _VERSION, "tar": known, **followed}).encode()
     text = np.frombuffer(bytes(index.names.lines()), np.uint8)
     with open(path, "wb") as file:
         np.savez(file, about=np.frombuffer(about, np.uint8), names=text, offsets=index.offsets, sizes=index.sizes)
@@ -128,6 +140,7 @@ def _load(path: Path, known: dict[str, Any]) -> TarIndex | None:
     try:
         with np.load(io.BytesIO(path.read_bytes())) as file:
             about = json.loads(bytes(file["about"]))
+            followed = about.pop("followed", False)
             if about != {"version": _VERSION, "tar": known}:
                 return None
             offsets, sizes = file["offsets"], file["sizes"]
@@ -135,4 +148,5 @@ def _load(path: Path, known: dict[str, Any]) -> TarIndex | None:
         names = Names(text.split("\n") if len(offsets) else [])
     except Exception:  # cut off, or not ours
         return None
-    return TarIndex(names, offsets, sizes) if len(names) == len(offsets) == len(sizes) else None
+    whole = len(names) == len(offsets) == len(sizes)
+    return TarIndex(names, offsets, sizes, followed=followed) if whole else None

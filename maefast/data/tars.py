@@ -16,7 +16,7 @@ import numpy as np
 from maefast.data import remote
 from maefast.data.blob import Blob
 from maefast.data.records import Names, is_url
-from maefast.data.tar_index import TarIndex, index_of
+from maefast.data.tar_index import FOLLOWED, TarIndex, index_of
 from maefast.errors import ConfigError
 
 _OPEN = 128  # tars that a process keeps open
@@ -138,6 +138,8 @@ def _indices(tars: Sequence[str], skip_bad: bool, notes: list[str]) -> Iterator[
                 raise ConfigError(f"cannot read the tar {tar}: {complaint} ({advice})")
             count = len(index) if isinstance(index, TarIndex) else 0
             notes.append(f"warning: {tar}: {complaint}; {count} whole members of it are taken")
+        elif index.followed:
+            notes.append(f"warning: {tar}: {FOLLOWED}")
         if time.monotonic() - began > _PATIENCE:
             began = time.monotonic()
             print(f"indices of tars: {done} of {len(tars)}", file=sys.stderr, flush=True)

@@ -50,15 +50,16 @@ def read_labels(spec: str, names: Sequence[str], option: str = "--labels") -> tu
 
 
 def _keys(names: Sequence[str]) -> list[list[str]]:
-    """What each sample may be called: its path, without the ending, and the same of its last part where no other
-    sample shares it."""
+    """What each sample may be called: its path; and that without the ending, and the last part of either, where no
+    other sample shares it."""
     paths = [PurePosixPath(name) for name in names]
+    bare = Counter(path.with_suffix("") for path in paths)
     shared = Counter(path.name for path in paths)
     stems = Counter(path.stem for path in paths)
     return [
         [
             str(path),
-            str(path.with_suffix("")),
+            *([str(path.with_suffix(""))] if bare[path.with_suffix("")] == 1 else []),
             *([path.name] if shared[path.name] == 1 else []),
             *([path.stem] if stems[path.stem] == 1 else []),
         ]

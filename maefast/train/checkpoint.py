@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ from maefast.models import shards
 
 from .sharding import like
 
+_STATELESS = "without_optimizer_state"  # names of parameters that had no gradient so far; older versions write none
+
 
 @dataclass
 class State:
@@ -65,10 +67,10 @@ class State:
 def save(folder: Path, state: State, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int = 3) -> Path:
     """Write `folder/step-…` atomically, then remove all but the newest `keep` complete ones. Returns its path."""
     final, temporary = _begin(folder, state, str(os.getpid()))
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, temporary / MODEL, metadata={"format": "pt", "maefast": json.dumps(state.model_config)})
+    about = {"format": "pt", "maefast": json.dumps(state.model_config)}
+    save_file(_apart(model.state_dict()), temporary / MODEL, metadata=about)
     save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER, metadata={"format": "pt"})
-    return _finish(final, temporary, state, keep)
+    return _finish(final, temporary, state, _stateless(model, optimizer), keep)
 
 
 def save_shards(
@@ -84,7 +86,8 @@ def save_shards(
         # What all hold is the main process's: running statistics, say, that processes may see differently.
         planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         torch.distributed.checkpoint.save(tensors, storage_writer=FileSystemWriter(temporary / name), planner=planner)
-    return _told(None if state is None else lambda: _finish(final, temporary, state, keep))
+    stateless = _stateless(model, optimizer)
+    return _told(None if state is None else lambda: _finish(final, temporary, state, stateless, keep))
 
 
 def _told(work: Callable[[], Any] | None) -> Any:
@@ -110,7 +113,7 @@ def _begin(folder: Path, state: State, mark: str) -> tuple[Path, Path]:
     return final, temporary
 
 
-def _finish(final: Path, temporary: Path, state: State, keep: int) -> Path:
+def _finish(final: Path, temporary: Path, state: State, stateless: list[str], keep: int) -> Path:
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
     document = {
@@ -122,6 +125,7 @@ def _finish(final: Path, temporary: Path, state: State, keep: int) -> Path:
         "config": state.config,
         "scaler": state.scaler,
         "extra": state.extra,
+        _STATELESS: stateless,
     }
     (temporary / STATE).write_text(json.dumps(document, indent=2) + "\n")
     for path in (*files, temporary / STATE, *{path.parent for path in files}):
@@ -207,7 +211,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
         kind, name = key.split(".", 1)
         slots.setdefault(name, {})[kind] = tensor.clone()
     names = _parameter_names(model, optimizer)
-    wrong = set(slots) ^ set(names) if slots else set()
+    lacking = json.loads((path / STATE).read_text()).get(_STATELESS, [] if slots else names)
+    wrong = (set(slots) - set(names)) | (set(names) - set(slots) - set(lacking))
     if wrong:
         raise CheckpointError(f"{path}: optimizer state and model differ in {sorted(wrong)[:5]}")
     state = {index: slots[name] for index, name in enumerate(names) if name in slots}
@@ -246,6 +251,24 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
     """Names of the optimizer's parameters in its own order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _stateless(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimizer's parameters that it knows nothing of yet."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = _parameter_names(model, optimizer)
+    return [name for name, parameter in zip(names, parameters, strict=True) if not optimizer.state.get(parameter)]
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a file of safetensors takes: none that shares its memory with another, as tied weights do."""
+    found, taken = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        tensor = tensor.detach().contiguous()
+        found[name] = tensor.to("cpu", copy=True) if memory in taken else tensor
+        taken.add(memory)
+    return found
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

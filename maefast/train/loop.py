@@ -452,7 +452,7 @@ class Run:
         if self.progress is not None:
             self.progress.say(text)
         elif self.main:
-            print(text, flush=True)
+            print(metrics.printable(text), flush=True)
 
     def close(self) -> None:
         for part in (self.progress, self.metrics, *self.writers, self.loader):

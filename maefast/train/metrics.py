@@ -6,7 +6,8 @@ import csv
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TextIO
@@ -65,7 +66,7 @@ class MetricsFile:
         if self._file is not None:
             self._file.close()
         temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
+        with _naming(temporary), open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(header(self._unit, self._terms))
             writer.writerows([row.get(name, "") for name in header(terms=self._terms)] for row in kept)
@@ -77,17 +78,31 @@ class MetricsFile:
     def write(self, rows: list[Row]) -> None:
         if new := [name for row in rows for name in row.terms if name not in self._terms]:
             self._rewrite(read_rows(self.path), new)
-        self._writer.writerows(
-            replace(row, terms={name: row.terms.get(name) for name in self._terms}).cells() for row in rows
-        )
-        self._file.flush()
+        with _naming(self.path):
+            self._writer.writerows(
+                replace(row, terms={name: row.terms.get(name) for name in self._terms}).cells() for row in rows
+            )
+            self._file.flush()
 
     def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with _naming(self.path):
+            self._file.close()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What goes wrong with a file that is open, as on a full disk, does not say which one it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -104,6 +119,16 @@ def open_tensorboard(folder: Path, done: int):
     except ImportError:
         return None
     return SummaryWriter(str(folder), purge_step=done + 1)
+
+
+def printable(text: str) -> str:
+    """`text` as stdout can print it: a name of a file may be no text in any encoding."""
+    encoding, errors = getattr(sys.stdout, "encoding", None) or "utf-8", getattr(sys.stdout, "errors", None) or "strict"
+    try:
+        text.encode(encoding, errors)
+    except UnicodeEncodeError:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 class Progress:
@@ -138,9 +163,9 @@ class Progress:
         if not self.show:
             return
         if self._bar is not None:
-            self._bar.write(text)
+            self._bar.write(printable(text))
         else:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -8,6 +8,7 @@ import itertools
 import lzma
 import pickle
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -210,6 +211,22 @@ def test_shards_that_are_cut_off(tmp_path):
     (tmp_path / "1.tar").write_bytes(damaged)
     with pytest.raises(ConfigError, match=r"no header of a member at byte \d+, behind 6\.txt"):
         opened(f"{tmp_path}/*.tar")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_tars_that_were_joined_by_cat(tmp_path, pack):
+    """What lies behind the first one's end is told; what cannot be read there is not."""
+    write_numbers(tmp_path, (3, 3))
+    one, other = (pack((tmp_path / f"{i}.tar").read_bytes()) for i in range(2))
+    joined = tmp_path / "x.tar"
+    joined.write_bytes(one + other)
+    with pytest.warns(UserWarning, match=r"x\.tar: what follows its end mark is left out"):
+        assert len(list(opened(joined).read(str(joined), 0))) == 3
+    for cut in (-8, len(one)):  # gzip's own end is missing, or nothing
+        joined.write_bytes(one[:cut])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(list(opened(joined).read(str(joined), 0))) == 3
 
 
 def test_a_block_that_is_not_whole_is_not_given(tmp_path):

@@ -164,6 +164,18 @@ def test_tars_that_are_cut_off(shards, tmp_path, monkeypatch):
     assert (result.step, result.bad) == (12, {})
 
 
+def test_tars_that_were_joined_by_cat(shards):
+    """What lies behind the first one's end is told each time, also by the stored index."""
+    first, second = shards / "0000.tar", shards / "0001.tar"
+    with open(first, "ab") as file:
+        file.write(second.read_bytes())
+    for _ in range(2):
+        images = find_images(shards, options=options())
+        assert len(images) == 10
+        (note,) = [note for note in images.notes if "end mark" in note]
+        assert note.startswith(f"warning: {first}: what follows its end mark is left out")
+
+
 def test_what_is_no_tar(shards, tmp_path):
     (tmp_path / "x.tar").write_bytes(gzip.compress((shards / "0000.tar").read_bytes()))
     (tmp_path / "y.tar").write_bytes(b"no tar at all" * 100)

@@ -44,6 +44,15 @@ def test_what_has_no_row_is_left_out(tmp_path):
     assert "3 (cats/1.png, dogs/1.png, dogs/3.png)" in notes[0]
 
 
+def test_a_name_of_several_samples_is_none(tmp_path):
+    """Without the ending as well, in one folder."""
+    names = ["a/1.png", "a/1.jpg", "b/2.png"]
+    found, notes = read_labels(table(tmp_path, "file,label\na/1,cat\nb/2,dog\n"), names)
+    assert found == [None, None, "dog"]
+    assert "2 (a/1.png, a/1.jpg)" in notes[0]
+    assert read_labels(table(tmp_path, "file,label\na/1.png,cat\na/1,dog\n"), names)[0] == ["cat", None, None]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -47,7 +47,7 @@ def tiny_config(data: Path, out: Path, **changes) -> PretrainConfig:
     return PretrainConfig(**{**options, **changes})
 
 
-def in_two_parts(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+def in_two_parts(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, stop: int, **more) -> None:
     """`pretrain`, interrupted before the step behind `stop`, and once more."""
     original = loop.Run._step
 
@@ -59,8 +59,8 @@ def in_two_parts(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, stop: 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "_step", step)
         with pytest.raises(KeyboardInterrupt):
-            pretrain(config)
-    pretrain(config)
+            pretrain(config, **more)
+    pretrain(config, **more)
 
 
 FCMAE = {"depths": [1, 1, 1, 1], "widths": [8, 8, 16, 16], "decoder_embed_dim": 16}

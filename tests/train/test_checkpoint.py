@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from maefast.models import create
 from maefast.train import CheckpointError, checkpoint
@@ -55,6 +55,34 @@ def test_before_the_first_step_the_optimizer_has_no_tensors(tmp_path):
     other, fresh = trained(steps=0, seed=1)
     checkpoint.restore(path, other, fresh)
     assert not fresh.state_dict()["state"]
+
+
+def test_optimizer_state_is_there_for_what_had_a_gradient(tmp_path):
+    """A parameter that had none yet may lack it, others may not."""
+    model, optimizer = trained(steps=0)
+    model(torch.randn(2, 3, 16, 16))[0].backward()
+    model.mask_token.grad = None
+    optimizer.step()
+    path = checkpoint.save(tmp_path, state(1), model, optimizer)
+    other, fresh = trained(steps=1, seed=1)
+    checkpoint.restore(path, other, fresh)
+    assert fresh.state[other.mask_token] == {}
+    assert torch.equal(fresh.state[other.cls_token]["exp_avg"], optimizer.state[model.cls_token]["exp_avg"])
+    moments = load_file(path / "optimizer.safetensors")
+    save_file(
+        {name: moment for name, moment in moments.items() if "cls_token" not in name}, path / checkpoint.OPTIMIZER
+    )
+    with pytest.raises(CheckpointError, match=r"differ in \['cls_token'\]"):
+        checkpoint.restore(path, other, fresh)
+    save_file({**moments, "step.nothing": torch.zeros(())}, path / checkpoint.OPTIMIZER)
+    with pytest.raises(CheckpointError, match=r"differ in \['nothing'\]"):
+        checkpoint.restore(path, other, fresh)
+    save_file(moments, path / checkpoint.OPTIMIZER)
+    document = json.loads((path / "state.json").read_text())
+    assert document.pop("without_optimizer_state") == ["mask_token"]
+    (path / "state.json").write_text(json.dumps(document))  # as older versions wrote it
+    with pytest.raises(CheckpointError, match=r"differ in \['mask_token'\]"):
+        checkpoint.restore(path, other, fresh)
 
 
 def test_files_are_plain_safetensors_and_json(tmp_path):

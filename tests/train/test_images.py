@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from maefast.data.blob import Blob
 from maefast.data.images import pictures
 from maefast.data.images.files import SHIPPED, find_images
 from maefast.data.images.pixels import Decoder, centre_crop, to_array
@@ -168,6 +169,20 @@ def test_exif_orientation(tmp_path, orientation):
     path = tmp_path / "turned.png"
     Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
     assert np.array_equal(pixels(path), upright)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_tiffs_without_compression_are_turned_too(tmp_path, kind, orientation):
+    """Which Pillow would map into memory."""
+    path = tmp_path / "turned.tif"
+    stored = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (40, 64)).astype(kind)
+    Image.fromarray(stored).save(path, tiffinfo={0x0112: orientation})
+    turned = stored.T if orientation > 4 else stored
+    down, across = ((1, 1), (1, 1), (1, -1), (-1, -1), (-1, 1), (1, 1), (1, -1), (-1, -1), (-1, 1))[orientation]
+    decoder = Decoder(1, bits=8 * stored.itemsize)
+    assert np.array_equal(np.asarray(decoder(path)), turned[::down, ::across])
+    assert np.array_equal(np.asarray(decoder(Blob("turned.tif", path.read_bytes))), turned[::down, ::across])
 
 
 def test_names_take_no_objects(tmp_path):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import os
+import sys
 import time
 from dataclasses import replace
 
@@ -100,6 +104,36 @@ def test_progress_lines_name_the_numbers(capsys):
     assert lines[1:] == ["a message"]
     Progress(total=1, done=0, show=False).say("not the main process")
     assert capsys.readouterr().out == ""
+
+
+def test_names_that_are_no_text_are_told_where_stdout_takes_text_only(tmp_path, monkeypatch):
+    """Before the first step, and at the end of a run."""
+    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    page = Image.new("RGB", (20, 20))
+    page.save(tmp_path / "x.tif", save_all=True, append_images=[page])
+    try:
+        (tmp_path / "x.tif").rename(tmp_path / os.fsdecode(b"pages\xff.tif"))
+    except OSError:
+        pytest.skip("this file system knows only text")
+    (tmp_path / os.fsdecode(b"bad\xff.png")).write_bytes(b"nothing")
+    assert pretrain(tiny_config(tmp_path, tmp_path / "out", steps=2, skip_bad=True)).step == 2
+    stdout.flush()
+    text = stdout.buffer.getvalue().decode()
+    assert "pages\\udcff.tif has 2 pages" in text
+    assert f"skipped unreadable image {tmp_path}/bad\\udcff.png: " in text
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    file = MetricsFile(tmp_path / "m.csv", 0)
+    file.close()
+    file._file = open("/dev/full", "w")  # noqa: SIM115
+    file._writer = csv.writer(file._file)
+    for call in (lambda: file.write([row(1)]), file.sync, file.close):
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            call()
+        assert caught.value.filename == str(tmp_path / "m.csv")
 
 
 def test_gradient_norm_is_logged_when_clipping(photos, tmp_path):

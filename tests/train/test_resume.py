@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from maefast.models import create
 from maefast.train import CheckpointError, ConfigError, checkpoint, loop, pretrain
+from maefast.train.export import export_file
+from maefast.train.reconstruct import reconstruct_files
 from tests.train import victims
-from tests.train.common import in_two_parts, losses, rows, run_process, tiny_config
+from tests.train.common import assert_equal, in_two_parts, losses, rows, run_process, tensors, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +165,39 @@ def test_changed_settings_are_said_and_another_model_is_refused(photos, tmp_path
         pretrain(tiny_config(photos, tmp_path, model_args={**tiny_config(photos, tmp_path).model_args, "depth": 2}))
     with pytest.raises(ConfigError, match="only 4"):
         pretrain(tiny_config(photos, tmp_path, steps=4))
+
+
+def unused_parameters(name, **arguments):
+    model = create(name, **arguments)
+    model.unused = torch.nn.Linear(3, 3)
+    return model
+
+
+def tied_weights(name, **arguments):
+    model = create(name, **arguments)
+    model.decoder_blocks[0].norm1.weight = model.blocks[0].norm1.weight
+    return model
+
+
+@pytest.mark.parametrize("make", [unused_parameters, tied_weights])
+def test_models_of_one_s_own_go_on(photos, tmp_path, monkeypatch, make):
+    """With parameters that never get a gradient, and with one that has two names."""
+    whole = tiny_config(photos, tmp_path / "whole", steps=4, save_every=2)
+    pretrain(whole, create_model=make)
+    in_two_parts(replace(whole, output_dir=str(tmp_path / "parts")), monkeypatch, 3, create_model=make)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert_equal(tensors(tmp_path / "whole", 4), tensors(tmp_path / "parts", 4))
+
+
+def test_tied_weights_are_read_under_both_names(photos, tmp_path):
+    path = pretrain(tiny_config(photos, tmp_path / "out", steps=1), create_model=tied_weights).checkpoint
+    found = checkpoint.load_weights(path / checkpoint.MODEL)
+    assert torch.equal(found["decoder_blocks.0.norm1.weight"], found["blocks.0.norm1.weight"])
+    export_file(tmp_path / "out", tmp_path / "timm.safetensors", "timm")
+    exported = checkpoint.load_weights(tmp_path / "timm.safetensors")
+    assert torch.equal(exported["blocks.0.norm1.weight"], found["blocks.0.norm1.weight"])
+    reconstruct_files(tmp_path / "out", sorted(photos.rglob("*.png"))[:1], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
 def test_the_loss_scaler_of_fp16_goes_on(photos, tmp_path, monkeypatch):

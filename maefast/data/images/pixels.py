@@ -31,6 +31,7 @@ except ImportError as error:  # pragma: no cover - the extra is installed wherev
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED, _WHITE_IS_ZERO = 2, 0
+_ON_ITS_SIDE = (5, 6, 7, 8)  # by the tag of orientation
 # How far above white (or below black) values may lie, and what share of a file's may lie further still: hot pixels.
 TOLERANCE, STRAYS = 1.1, 0.01
 
@@ -213,7 +214,10 @@ def open_header(path: Where) -> Image.Image:
     """Image.open without Pillow's limit of pixels, which `Decoder` has instead; with plug-ins where they are there."""
     register_plugin(ending(path))
     with _unlimited():
-        return Image.open(opened(path) if isinstance(path, Blob) else path)
+        image = Image.open(opened(path) if isinstance(path, Blob) else path)
+    if _tag(image, ExifTags.Base.Orientation) in _ON_ITS_SIDE:
+        image.filename = ""  # or Pillow maps its values into memory as if the rows had the sides of the upright image
+    return image
 
 
 def crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
