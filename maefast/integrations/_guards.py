@@ -41,6 +41,7 @@ from maefast.integrations._sites import (
     bound,
     defined,
     is_of_the_model,
+    parametrised,
 )
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -233,6 +234,8 @@ def _check(getter: Callable, names: dict[str, Any]) -> tuple[Callable, Any]:
 def _failing(site: Site, thing: object) -> str | None:
     if site.kind not in type(thing).__mro__:
         return f"{site.path or 'the module'} is of another class now: {type(thing).__name__}"
+    if parametrised(thing) and not site.parametrised and is_of_the_model(site.kind):  # torch's layers are called then
+        return f"{site.path or 'the module'} is parametrised"
     own = vars(thing)
     for name, value in site.functions.items():
         if name in own and not bound(thing, own[name], value):

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from maefast import ops
 from maefast.integrations._guards import HOOKS
+from maefast.integrations._sites import parametrised
 from maefast.nn.watched import hooked, plain_tensor, touched, watched, wrapper
 
-__all__ = ["hooked", "plain_tensor", "touched", "watched", "wrapper"]  # of nn.watched, by one name with the rest
+# Of other modules, by one name with the rest.
+__all__ = ["hooked", "parametrised", "plain_tensor", "touched", "watched", "wrapper"]
 
 _TANH = {"approximate": "tanh"}
 
@@ -34,15 +36,15 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
 
 def plain_norm(module: nn.Module) -> bool:
     """A LayerNorm over the last dimension with weight and bias: torch's, or timm's class of the same meaning."""
-    if not isinstance(module, nn.LayerNorm) or module.weight is None or module.bias is None or hooked(module):
+    kind = type(module)  # the first question: that of a parametrised one is another, see `parametrised`
+    if kind is not nn.LayerNorm:
+        # timm's fast path for autocast computes in 16 bits, ours in float32: only without it they are the same.
+        timm = kind.__name__ == "LayerNorm" and kind.__module__ == "timm.layers.norm"
+        if not timm or not isinstance(module, nn.LayerNorm) or module._fast_norm:
+            return False
+    if module.weight is None or module.bias is None or hooked(module):
         return False
-    if len(module.normalized_shape) != 1 or not module.eps > 0 or not plain_tensor(module.weight):
-        return False
-    kind = type(module)
-    # timm's fast path for autocast computes in 16 bits, ours in float32: only without it they are the same.
-    return kind is nn.LayerNorm or (
-        kind.__name__ == "LayerNorm" and kind.__module__ == "timm.layers.norm" and not module._fast_norm
-    )
+    return len(module.normalized_shape) == 1 and module.eps > 0 and plain_tensor(module.weight)
 
 
 def norm(module: nn.Module, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -61,6 +63,14 @@ def last_norm(module: nn.Module, x: Tensor, delta: Tensor | None = None) -> Tens
     if stream.itemsize == 2 and x.is_cuda and torch.is_autocast_enabled("cuda"):
         return module(x if delta is None else x + delta)  # answers in float32 there
     return ops.add_norm(x, delta, module.weight, module.bias, module.eps, dtype=stream)[1]
+
+
+def norm_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """LayerNorm over the last dimension by the parameters of a module of any class; they may be missing."""
+    weight, bias = module.weight, module.bias
+    if weight is None or bias is None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, module.eps)
+    return ops.add_norm(x, None, weight, bias, module.eps)[1]
 
 
 def gelu(module: nn.Module) -> str | None:
@@ -144,6 +154,14 @@ def drawn(noise: Tensor, keep: int, order: str = "score") -> ops.TokenMask:
     return ops.TokenMask.from_scores(scores, keep, order=order)
 
 
+def ordered(ids_restore: Tensor, keep: int) -> ops.TokenMask | None:
+    """The plan of somebody's `ids_restore`, or None where that is no order, as far as can be told without waiting."""
+    try:
+        return ops.TokenMask.from_ids_restore(ids_restore, keep)
+    except ValueError:  # the originals gather by whatever they are given
+        return None
+
+
 def strided_patches(conv: nn.Module) -> str | None:
     """Why a convolution is not a linear map of disjoint patches, or None if it is."""
     if type(conv) not in (nn.Conv2d, nn.Conv3d):
@@ -212,3 +230,14 @@ def kept(pred: Tensor) -> Tensor:
     """A copy of predictions for the loss kernel to keep: somebody may write into theirs before the backward. The
     originals keep a difference, and leave them free."""
     return pred.clone() if pred.requires_grad else pred
+
+
+def kept_images(images: Tensor, pred: Tensor, conv: nn.Module | None = None) -> Tensor:
+    """A copy of images for the loss kernel to keep: who fills one buffer with batch after batch may do so before the
+    backward. The originals keep no images, unless a patch convolution does for the gradient of its weight."""
+    if not (pred.requires_grad and torch.is_grad_enabled()):
+        return images
+    weight = None if conv is None or parametrised(conv) else getattr(conv, "weight", None)
+    if weight is not None and weight.requires_grad:
+        return images
+    return images.clone(memory_format=torch.contiguous_format)

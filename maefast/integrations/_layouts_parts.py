@@ -177,7 +177,7 @@ def named(block: nn.Module, args: tuple, kwargs: dict) -> dict | None:
 
 def no_kernel(norm: nn.Module, heads: int, length: int) -> str | None:
     """Why no kernel serves positions in the attention of a block with this norm, or None."""
-    if norm.weight is None:
+    if layers.parametrised(norm) or norm.weight is None:
         return None
     dtype = layers.product_dtype(norm.weight)
     return _worth.no_kernel(norm.weight.device.type, dtype, norm.weight.shape[0] // heads, length)

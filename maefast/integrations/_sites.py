@@ -39,20 +39,28 @@ class Site:
     Attributes:
         path: its name in the module whose methods are guarded. object: itself; None for that module, since guards are
             kept there and would keep it alive. functions: methods and defaults that its class gives. values: its plain
-            attributes, `MISSING` for those that may come. children: modules inside. All as the comparison saw them.
+            attributes, `MISSING` for those that may come. children: modules inside. parametrised: see there. All as
+            the comparison saw them.
     """
 
-    __slots__ = ("children", "functions", "items", "kind", "object", "path", "values")
+    __slots__ = ("children", "functions", "items", "kind", "object", "parametrised", "path", "values")
 
     def __init__(self, path: str, thing: object) -> None:
         self.path, self.object, self.kind = path, thing if path else None, base_of(thing)
         self.items = len(thing._modules) if isinstance(thing, nn.Module) else 0
+        self.parametrised = parametrised(thing)
         self.functions: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
         self.children: dict[str, Any] = {}
 
     def name(self, attribute: str) -> str:
         return f"{self.path}.{attribute}" if self.path else attribute
+
+
+def parametrised(thing: object) -> bool:
+    """Whether parameters are computed when they are read (by `torch.nn.utils.parametrize`), maybe with random numbers:
+    nothing may read them that would not have, and nothing more often."""
+    return "parametrizations" in getattr(thing, "_modules", ())
 
 
 def base_of(thing: object) -> type:

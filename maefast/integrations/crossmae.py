@@ -182,8 +182,10 @@ def _usual(block: nn.Module, x: object, memory: object) -> bool:
     """Tokens that the kernels take; the block's own code answers for others, or refuses them."""
     if not is_block(block):
         return False
-    weights = [layers.inner_linear(getattr(block.cross_attn, name)).weight for name in ("q", "kv")]
-    for t, weight in zip((x, memory), weights):
+    parts = [layers.inner_linear(getattr(block.cross_attn, name)) for name in ("q", "kv")]
+    if any(map(layers.parametrised, parts)):
+        return False
+    for t, weight in zip((x, memory), (part.weight for part in parts)):
         if not isinstance(t, Tensor) or not layers.plain_tensor(t) or t.layout is not torch.strided:
             return False
         if t.ndim != 3 or not t.numel() or not t.is_floating_point() or t.shape[-1] != weight.shape[1]:

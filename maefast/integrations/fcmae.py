@@ -74,7 +74,8 @@ def _unlike(encoder: nn.Module) -> str | None:
 
 
 def _sparse_conv(module: nn.Module, ndim: int) -> bool:
-    kernel, bias = getattr(module, "kernel", None), getattr(module, "bias", None)
+    own = getattr(module, "_parameters", {})  # unread, see `layers.parametrised`
+    kernel, bias = own.get("kernel"), own.get("bias")
     return isinstance(kernel, nn.Parameter) and kernel.ndim == ndim and isinstance(bias, nn.Parameter)
 
 
@@ -155,7 +156,8 @@ def _stem_fits(encoder: nn.Module, images: Tensor, mask: Tensor) -> bool:
         return False
     side, ratio = int(mask.shape[1] ** 0.5), stem.stride[0] * 2 ** (len(encoder.stages) - 1)
     fits = tuple(images.shape) == (len(mask), stem.in_channels, side * ratio, side * ratio) and len(mask)
-    return bool(fits) and side * side == mask.shape[1] and layers.conv_dtype_fits(images, stem)
+    fits = bool(fits) and side * side == mask.shape[1] and not layers.parametrised(stem)
+    return fits and layers.conv_dtype_fits(images, stem)
 
 
 def _ready(encoder: nn.Module) -> bool:
@@ -194,26 +196,22 @@ def _plan(masked: Tensor, keep: int | list[int] | None) -> CellMask:
 def cells(encoder: nn.Module, images: Tensor, plan: CellMask) -> Cells:
     """The last level."""
     stem, norm = encoder.downsample_layers[0]
-    x = _norm(norm, stem(Cells.pack(images, plan)).rows)
+    x = layers.norm_rows(norm, stem(Cells.pack(images, plan)).rows)
     for i, stage in enumerate(encoder.stages):
         if i:
             norm, conv = encoder.downsample_layers[i]
             weight = dense_kernel(conv.kernel)
-            x = ops.conv_cells(_norm(norm.ln, x), plan, weight, conv.bias.flatten(), weight.shape[-1])
+            x = ops.conv_cells(layers.norm_rows(norm.ln, x), plan, weight, conv.bias.flatten(), weight.shape[-1])
         for block in stage:
             x = x + _drop(block.drop_path, _branch(block, x, plan), plan)
     return Cells(x, plan)
-
-
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    return ops.add_norm(x, None, norm.weight, norm.bias, norm.eps)[1]
 
 
 def _branch(block: nn.Module, x: Tensor, plan: CellMask) -> Tensor:
     weight = dense_kernel(block.dwconv.kernel)
     y = ops.conv_cells(x, plan, weight, block.dwconv.bias.flatten(), 1, weight.shape[-1] // 2, 1, len(weight))
     first, second = block.pwconv1.linear, block.pwconv2.linear
-    y = ops.bias_gelu(ops.linear(_norm(block.norm.ln, y), first.weight), first.bias)
+    y = ops.bias_gelu(ops.linear(layers.norm_rows(block.norm.ln, y), first.weight), first.bias)
     y = ops.grn(y, plan, block.grn.gamma, block.grn.beta, EPS, "batch")
     return ops.linear(y, second.weight, second.bias)
 
@@ -256,6 +254,7 @@ def _dense_block(block: nn.Module) -> bool:
         all(name in own for name in BLOCK)
         and type(own["dwconv"]) is nn.Conv2d
         and all(layers.plain_linear(own[name]) for name in ("pwconv1", "pwconv2"))
+        and not any(layers.parametrised(own[name]) for name in ("norm", "grn"))
         and all(hasattr(own["norm"], name) for name in ("weight", "bias", "eps"))
         and all(hasattr(own["grn"], name) for name in ("gamma", "beta"))
         and layers.gelu(own["act"]) == "none"
@@ -270,7 +269,7 @@ def _decoder(decoder: nn.Module, x: Tensor) -> Tensor:
         if not _dense_block(block):
             x = block(x)
             continue
-        y = _norm(block.norm, block.dwconv(x).permute(0, 2, 3, 1))
+        y = layers.norm_rows(block.norm, block.dwconv(x).permute(0, 2, 3, 1))
         y = ops.bias_gelu(ops.linear(y, block.pwconv1.weight), block.pwconv1.bias)
         y = ops.grn(y, None, block.grn.gamma, block.grn.beta, EPS, "dense")
         y = ops.linear(y, block.pwconv2.weight, block.pwconv2.bias)
@@ -307,12 +306,13 @@ def forward_loss(self: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, *arg
 
 def _score(model: nn.Module, images: Tensor, rows: Tensor, plan: TokenMask, reduction: str) -> Tensor:
     norm = "mae" if model.norm_pix_loss else "none"
+    images = layers.kept_images(images, rows, layers.convolution(model.encoder))
     loss = ops.patch_loss(rows, images, plan, model.patch_size, norm=norm, rows="all", reduction=reduction)
     return loss.to(torch.promote_types(rows.dtype, images.dtype))
 
 
-def forward(self: nn.Module, imgs: Tensor, labels: object = None, mask_ratio: float | None = None, *args, **kwargs):
-    ratio = _swap.setting(self, "ratio") if mask_ratio is None else mask_ratio
+def forward(self: nn.Module, imgs: Tensor, labels: object = None, mask_ratio: float = ..., *args, **kwargs):
+    ratio = _swap.setting(self, "ratio") if mask_ratio is ... else mask_ratio  # None is one that the original refuses
     if args or kwargs or not _square(self, imgs) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
         return _swap.fall_back(self, "forward")(imgs, labels, ratio, *args, **kwargs)
     mask = self.gen_random_mask(imgs, ratio)

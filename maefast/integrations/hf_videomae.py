@@ -265,6 +265,8 @@ def _score(model: nn.Module, videos: Tensor, logits: Tensor, plan: TokenMask) ->
             for s in _swap.setting(model, "statistics")
         )
         frames = frames * std + mean
+    else:
+        frames = layers.kept_images(frames, logits, layers.convolution(_hf.inner(model.videomae).embeddings))
     patch = (config.tubelet_size, config.patch_size, config.patch_size)
     loss = ops.patch_loss(logits, frames, plan, patch, norm="videomae" if config.norm_pix_loss else "none")
     dtype = layers.share_dtype(logits, videos)

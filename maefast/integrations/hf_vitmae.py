@@ -311,7 +311,9 @@ def decoder_forward(self: nn.Module, hidden_states: Tensor, ids_restore, interpo
             out.logits = _masked_rows(out.logits, plan)
         return out
     if plan is None:
-        plan = TokenMask.from_ids_restore(ids_restore, hidden_states.shape[1] - 1)
+        plan = layers.ordered(ids_restore, hidden_states.shape[1] - 1)
+        if plan is None:
+            return _swap.fall_back(self, "forward")(hidden_states, ids_restore, interpolate_pos_encoding)
     pos = self.decoder_pos_embed
     if interpolate_pos_encoding:
         pos = self.interpolate_pos_encoding(self.mask_token.expand(1, 1 + plan.num_tokens, -1))  # asked for its shape
@@ -367,6 +369,7 @@ def _scores(model: nn.Module, images: object, logits: object, interpolate: objec
 def _score(model: nn.Module, images: Tensor, logits: Tensor, plan: TokenMask, rows: str, reduction: str) -> Tensor:
     config = model.config
     norm = "mae" if config.norm_pix_loss else "none"
+    images = layers.kept_images(images, logits, layers.convolution(_hf.inner(model.vit).embeddings))
     loss = ops.patch_loss(logits, images, plan, config.patch_size, norm=norm, rows=rows, reduction=reduction)
     # The original multiplies by a mask in the default dtype.
     return loss.to(torch.promote_types(layers.share_dtype(logits, images), torch.get_default_dtype()))

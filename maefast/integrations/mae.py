@@ -274,7 +274,8 @@ def score(
 ) -> Tensor:
     """The loss; of normalised pixels as `norm` says, or else the model."""
     norm = "mae" if (model.norm_pix_loss if norm is None else norm) else "none"
-    patch = tuple(layers.convolution(model.patch_embed.proj).kernel_size)
+    conv = layers.convolution(model.patch_embed.proj)
+    images, patch = layers.kept_images(images, pred, conv), tuple(conv.kernel_size)
     loss = ops.patch_loss(pred, images, plan, patch, norm=norm, rows=rows, reduction=reduction)
     return loss.to(torch.promote_types(pred.dtype, images.dtype))
 
@@ -290,9 +291,10 @@ def forward_encoder(self: nn.Module, x: Tensor, mask_ratio: float, *args, **kwar
 
 def forward_decoder(self: nn.Module, x: Tensor, ids_restore: Tensor, *args, **kwargs):
     plainly = _plainly(self, "forward_decoder", args, kwargs)
-    if not plainly or not len(x) or self.decoder_pos_embed.shape[1] != ids_restore.shape[1] + 1:
+    fits = plainly and len(x) and self.decoder_pos_embed.shape[1] == ids_restore.shape[1] + 1
+    plan = layers.ordered(ids_restore, x.shape[1] - 1) if fits else None
+    if plan is None:
         return _swap.fall_back(self, "forward_decoder")(x, ids_restore, *args, **kwargs)
-    plan = TokenMask.from_ids_restore(ids_restore, x.shape[1] - 1)
     pred, more = decode(self, x, plan), _swap.setting(self, "more of forward_decoder")
     return (pred, *more.values) if more.values else pred
 
@@ -309,8 +311,8 @@ def forward_loss(self: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, *arg
     return (each * mask).sum() / mask.sum()
 
 
-def forward(self: nn.Module, imgs: Tensor, mask_ratio: float | None = None, *args, **kwargs):
-    mask_ratio = _swap.setting(self, "ratio") if mask_ratio is None else mask_ratio
+def forward(self: nn.Module, imgs: Tensor, mask_ratio: float = ..., *args, **kwargs):
+    mask_ratio = _swap.setting(self, "ratio") if mask_ratio is ... else mask_ratio  # None is one that they refuse
     if args or kwargs or not usual(self, imgs) or not embeds(self) or not is_ratio(mask_ratio):
         return _swap.fall_back(self, "forward")(imgs, mask_ratio, *args, **kwargs)
     plan = draw(self, imgs, mask_ratio)

@@ -157,9 +157,10 @@ def forward_decoder(self: nn.Module, x: Tensor, ids_restore: Tensor, *args, **kw
     usual = not args and not kwargs and all(isinstance(t, Tensor) for t in (x, ids_restore)) and x.ndim == 3
     usual = usual and tuple(ids_restore.shape) == (len(x), num_tokens) and 0 < x.shape[1] <= num_tokens and len(x) > 0
     found = _positions(self, "decoder_") if usual and not _spreads(self) else None
-    if found is None:
+    plan = None if found is None else layers.ordered(ids_restore, x.shape[1])
+    if plan is None:
         return _swap.fall_back(self, "forward_decoder")(x, ids_restore, *args, **kwargs)
-    plan, (pos, front) = TokenMask.from_ids_restore(ids_restore, x.shape[1]), found
+    pos, front = found
     x = layers.linear(self.decoder_embed, x)
     if self.cls_embed:
         x = torch.cat([self.decoder_cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)

@@ -236,7 +236,7 @@ def layer_norm(self: nn.Module, x: Tensor | Cells):
         return _swap.original(self, "forward")(x)
     if not getattr(self, "sparse", True):
         raise UnknownSparseOp(f"a {type(self).__name__} over all sites")
-    return x.like(ops.add_norm(x.rows, None, self.weight, self.bias, self.eps)[1])
+    return x.like(layers.norm_rows(self, x.rows))
 
 
 def block(self: nn.Module, x: Tensor | Cells):
@@ -314,7 +314,8 @@ def forward(self: nn.Module, inp_bchw: Tensor, active_b1ff: Tensor | None = None
         return _swap.fall_back(self, "forward")(inp_bchw, active_b1ff)
     maps = self.sparse_encoder(Cells.pack(inp_bchw, plan))
     rec = self.dense_decoder([_densify(self, i, level) for i, level in enumerate(reversed(maps))])
-    loss = ops.patch_loss(_patches(self, rec), inp_bchw, plan.tokens, self.downsample_raito, norm="mae", rows="all")
+    pred, images = _patches(self, rec), layers.kept_images(inp_bchw, rec)  # the original keeps images times a mask
+    loss = ops.patch_loss(pred, images, plan.tokens, self.downsample_raito, norm="mae", rows="all")
     # The original divides by a count in the default dtype.
     return loss.to(torch.promote_types(layers.share_dtype(rec, inp_bchw), torch.get_default_dtype()))
 

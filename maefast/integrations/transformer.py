@@ -132,7 +132,7 @@ def _usual(layout: type, block: nn.Module, x: object) -> bool:
     if x.layout is not torch.strided or not x.numel():
         return False
     norm = layout.norms(block)[0]
-    if x.shape[-1] != norm.normalized_shape[-1]:
+    if x.shape[-1] != norm.normalized_shape[-1] or layers.parametrised(norm):
         return False
     weight = norm.weight
     if weight is None:

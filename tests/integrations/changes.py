@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._pytree import tree_map_only
 
 import maefast
-from tests.integrations.common import DropIn, tensors
+from tests.integrations.common import Drawing, DropIn, tensors
 from tests.integrations.place import Places
 from tests.integrations.places import PLACES
 from tests.integrations.test_adapters import Adapter
@@ -108,6 +108,25 @@ def parametrised(model, places, family):
         part.parametrizations.weight.original0.mul_(1.5)
 
 
+LAYERS = nn.Linear, nn.LayerNorm, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm
+
+
+def _draw(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> None:
+    for part in [part for part in model.modules() if chosen(part)]:
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                parametrize.register_parametrization(part, name, Drawing())
+
+
+def drawing_layers(model, places, family):
+    _draw(model, lambda part: isinstance(part, LAYERS[:2]))
+
+
+def drawing_others(model, places, family):
+    """Tokens, positions, factors of layer scale, biases that stand in no layer."""
+    _draw(model, lambda part: not isinstance(part, LAYERS))
+
+
 def pruned(model, places, family):
     prune.l1_unstructured(_in_block(model, places, places.query), "weight", 0.5)
 
@@ -144,6 +163,8 @@ CHANGES = (
     Change("hook on queries", hook_on_queries),
     Change("adapter", adapter),
     Change("parametrised", parametrised),
+    Change("layers that draw", drawing_layers),
+    Change("parameters that draw", drawing_others),
     Change("pruned", pruned),
     Change("convolution without bias", no_bias),
     Change("gradient checkpointing", checkpointed),

@@ -64,6 +64,13 @@ def agree(want, got, tolerance=2e-5) -> None:
         assert relative(b, a) < tolerance
 
 
+class Drawing(nn.Module):
+    """A parametrization: another weight at every reading, so that one more is seen. (Spectral norm advances by it.)"""
+
+    def forward(self, weight):
+        return weight * (torch.rand_like(weight) < 0.8)
+
+
 class DropIn:
     """Subclass as ``class TestX(DropIn)``.
 
@@ -423,6 +430,32 @@ class DropIn:
             want, got = found
             good = isinstance(want, Exception) or sweep.alike(got, want, 1e-8)
             assert good, f"output {i}: {got if isinstance(got, Exception) else 'other gradients'}"
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_inputs_written_in_place(self, frozen):
+        """Before the backward, as by the next batch in the same buffer; wherever the model's own code allows it, as it
+        does at the latest with a frozen patch embedding."""
+        found = []
+        for net in self.pair(torch.float64):
+            conv = next((part for part in net.modules() if isinstance(part, (nn.Conv2d, nn.Conv3d))), None)
+            if frozen and conv is not None:
+                conv.requires_grad_(False)
+
+            def run(net=net):
+                torch.manual_seed(2)
+                args, kwargs = self.inputs(torch.float64)
+                torch.manual_seed(1)
+                random.seed(4)  # FCMAE draws there
+                loss = self.loss(net(*args, **kwargs))
+                for t in tensors((args, kwargs)):
+                    t.detach().zero_()
+                loss.backward()
+                return tuple(p.grad for p in net.parameters())
+
+            found.append(sweep.outcome(run, net))
+        want, got = found
+        good = isinstance(want, Exception) or sweep.alike(got, want, 1e-8)
+        assert good, got if isinstance(got, Exception) else "other gradients"
 
     def test_empty_batch(self):
         """The model's own answer (empty, or NaN) or refusal."""

@@ -81,6 +81,19 @@ def same(model, fast, *args, tolerance=1e-10, **kwargs) -> None:
     assert gradient_error(fast, model) < 10 * tolerance
 
 
+def test_spectral_norm_advances_as_before():
+    """By one step in a forward, for the queries and keys of the decoder."""
+    model, fast = pair()
+    for net in (model, fast):
+        torch.manual_seed(4)
+        for block in net.decoder_blocks:
+            torch.nn.utils.parametrizations.spectral_norm(block.cross_attn.q)
+            torch.nn.utils.parametrizations.spectral_norm(block.cross_attn.kv)
+    same(model, fast, images(torch.float64))
+    for (name, a), (_, b) in zip(model.named_buffers(), fast.named_buffers(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10), name
+
+
 # --- a probability that no module holds ---------------------------------------------------------------------
 
 

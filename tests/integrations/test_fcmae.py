@@ -13,7 +13,7 @@ from maefast.bench.peers.public.fcmae import small
 from maefast.models import create
 from maefast.models.convnames import fcmae_to_sparse, sparse_to_fcmae
 from maefast.models.public_fcmae import PublicFCMAE, public_fcmae
-from tests.integrations.common import DropIn, gradient_error, relative
+from tests.integrations.common import Drawing, DropIn, gradient_error, relative
 
 NAME = "facebookresearch/ConvNeXt-V2 FCMAE"
 
@@ -109,6 +109,49 @@ def test_hooks_see_what_they_saw():
     assert relative(seen[1], seen[0]) < 1e-12
     run(fast, x)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("names", [("bias",), ("weight", "bias")])
+def test_norms_without_parameters(names):
+    """All of them, after accelerate."""
+    (model, fast), x = pair(), images()
+    for net in (model, fast):
+        for part in net.modules():
+            if isinstance(part, torch.nn.LayerNorm):
+                for name in names:
+                    setattr(part, name, None)
+    want, got = run(model, x), run(fast, x)
+    for net, out in ((model, want), (fast, got)):
+        net.zero_grad()
+        out[0].backward()
+    assert all(relative(b, a) < 1e-12 for a, b in zip(want, got))
+    assert gradient_error(fast, model) < 1e-10
+    assert "ran fast" in [note.runs for note in maefast.report(fast).notes if note.method == "forward"][-1]
+
+
+@pytest.mark.filterwarnings("ignore:maefast")  # that a guard failed
+def test_weights_that_draw():
+    """Of sparse layers, the stem and parts of the decoder: none is read once more to look at it."""
+    both, x = pair(), images()
+    for chosen in ("encoder.stages.1.0.dwconv", "encoder.downsample_layers.0.0", "decoder.0.norm", "decoder.0.grn"):
+        model, fast = copy.deepcopy(both)
+        for net in (model, fast):
+            part = net.get_submodule(chosen)
+            for name in list(part._parameters):
+                torch.nn.utils.parametrize.register_parametrization(part, name, Drawing())
+        want, drawn = run(model, x), torch.get_rng_state()
+        got = run(fast, x)
+        assert all(relative(b, a) < 1e-12 for a, b in zip(want, got)), chosen
+        assert torch.equal(torch.get_rng_state(), drawn), chosen
+
+
+def test_a_ratio_of_none_is_refused():
+    """It is no default."""
+    for net in pair():
+        with pytest.raises(TypeError):
+            net(images(), None, None)
+        with pytest.raises(TypeError):
+            net(images(), mask_ratio=None)
 
 
 def test_overrides_stay():

@@ -93,6 +93,18 @@ class TestClassification(DropIn):
         return out.loss
 
 
+class TestGrey(TestVideoMAE):
+    """Of other channels than three the pixels are scored as they are."""
+
+    sweeps = False
+
+    def make(self):
+        return transformers.VideoMAEForPreTraining(config(num_channels=1)).train()
+
+    def inputs(self, dtype):
+        return (videos(1).to(dtype),), {"bool_masked_pos": mask()}
+
+
 # --- masks --------------------------------------------------------------------------------------------------
 
 

@@ -102,6 +102,14 @@ def test_noise():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_decoder_called_with_any_order():
+    """With tokens twice: the model gathers what it is told to."""
+    models = pair()
+    order = torch.rand(3, 16).argsort(1)
+    order[0, 3] = order[0, 5]
+    agree(*both([m.decoder for m in models], torch.randn(3, 5, 32), order))
+
+
 def test_tuple():
     models = pair()
     for kwargs in ({"return_dict": False}, {"return_dict": None}, {"return_dict": True}):

@@ -104,6 +104,28 @@ def test_masked_predictions():
     assert fast.forward_decoder(latent, ids).shape == want[1].shape
 
 
+def test_a_ratio_of_none_is_refused():
+    """It is no default."""
+    for net in pair():
+        for args, kwargs in (((None,), {}), ((), {"mask_ratio": None})):
+            with pytest.raises(TypeError):
+                net(images(torch.float64), *args, **kwargs)
+
+
+def test_a_decoder_called_with_any_order():
+    """With tokens twice, or one more of them than places: the model gathers what it is told to."""
+    model, fast = pair()
+    x = torch.randn(2, 9, 48).double()
+    order = torch.rand(2, 16).argsort(1)
+    twice = order.clone()
+    twice[0, 3] = twice[0, 5]
+    for latent, ids in ((x, twice), (torch.randn(2, 18, 48).double(), order), (x, torch.zeros_like(order))):
+        assert relative(fast.forward_decoder(latent, ids), model.forward_decoder(latent, ids)) < 1e-12
+    assert relative(fast.forward_decoder(x, order), model.forward_decoder(x, order)) < 1e-12
+    (note,) = (note for note in maefast.report(fast).notes if note.method == "forward_decoder")
+    assert note.runs.startswith("ran fast once, as it was 3 times")
+
+
 def test_what_the_model_refuses_it_still_refuses():
     model, fast = pair()
     for bad in (images(torch.float64)[:, :2], torch.zeros(2, 3, 40, 40, dtype=torch.float64), images(torch.float32)):

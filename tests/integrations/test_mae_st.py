@@ -78,6 +78,14 @@ def same(model, fast, *args, tolerance=1e-10) -> None:
     assert gradient_error(fast, model) < 10 * tolerance
 
 
+def test_a_decoder_called_with_any_order():
+    """With tokens twice: the model gathers what it is told to."""
+    model, fast = pair()
+    x, order = torch.randn(2, 9, 48).double(), torch.rand(2, 64).argsort(1)
+    order[0, 3] = order[0, 5]
+    assert relative(fast.forward_decoder(x, order), model.forward_decoder(x, order)) < 1e-12
+
+
 @pytest.mark.parametrize("options", [{}, {"qkv_bias": False}, {"drop_path": 0.5}])
 def test_blocks(options):
     block = build(Block(32, 2, **options))

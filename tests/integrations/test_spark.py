@@ -130,6 +130,23 @@ def test_hooks_see_what_they_saw(name):
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("names", [("bias",), ("weight", "bias")])
+def test_norms_without_parameters(names):
+    """All of them, after accelerate."""
+    (model, fast), x = pair(public.convnext), images()
+    for net in (model, fast):
+        for part in net.modules():
+            if isinstance(part, nn.LayerNorm):
+                for name in names:
+                    setattr(part, name, None)
+    want, got = run(model, x), run(fast, x)
+    want.backward()
+    got.backward()
+    assert relative(got, want) < 1e-12
+    assert gradient_error(fast, model) < 1e-9
+    assert "ran fast once" in [note.runs for note in maefast.report(fast).notes if note.method == "forward"][-1]
+
+
 def test_overrides_stay():
     class Corner(public.SparK):
         def mask(self, B, device, generator=None):
