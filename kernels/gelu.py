@@ -36,7 +36,7 @@ def power_of_two(x):
 
 @triton.jit
 def gelu_parts(x, TANH: tl.constexpr):
-    """(GELU(x) / x, its derivative) in float32: the erf form, or the tanh form as x * sigmoid(2u). Without branches."""
+    """(GELU(x), its derivative) in float32: the erf form, or the tanh form as x * sigmoid(2u). Without branches."""
     if TANH:
         # Beyond 10 the sigmoid is 0 or 1 to the last digit; the square must stay finite. NaN stays.
         z = tl.maximum(tl.minimum(x, 10.0, tl.PropagateNan.ALL), -10.0, tl.PropagateNan.ALL)
@@ -60,7 +60,8 @@ def gelu_parts(x, TANH: tl.constexpr):
         tail = e * t * p
         gate = tl.where(x > 0.0, 1.0 - tail, tail)
         slope = tl.fma(tl.where(x > 0.0, z, -z) * 0.3989422804014327, e, gate)
-    return gate, slope
+    # Below -13 the gate is next to 0, but not 0: it must not be multiplied with all of x.
+    return tl.maximum(x, -13.0, tl.PropagateNan.ALL) * gate, slope
 
 
 @triton.jit
@@ -76,8 +77,8 @@ def bias_gelu_fwd_kernel(
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
-    gate, _ = gelu_parts(value, TANH)
-    tl.store(out + at, (value * gate).to(out.dtype.element_ty), mask=inside)
+    result, _ = gelu_parts(value, TANH)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -102,9 +103,9 @@ def bias_gelu_bwd_kernel(
         inside = (row < last)[:, None] & (col < width)[None, :]
         at = row[:, None] * width + col[None, :]
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
-        gate, slope = gelu_parts(value, TANH)
+        result, slope = gelu_parts(value, TANH)
         if NEED_OUT:
-            tl.store(again + at, (value * gate).to(again.dtype.element_ty), mask=inside)
+            tl.store(again + at, result.to(again.dtype.element_ty), mask=inside)
         out = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * slope
         tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
         if NEED_BIAS:

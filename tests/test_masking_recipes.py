@@ -125,6 +125,13 @@ def test_weighted_zeros_come_last_and_uniformly():
             masking.weighted(torch.tensor([[1.0, bad]]), keep=1)
 
 
+def test_weighted_noise_of_float64_next_to_one():
+    """Rounded to 1 it would mean an infinite wait, behind tokens of weight zero."""
+    noise = torch.tensor([[1 - 1e-9, 0.5, 0.5, 0.1]], dtype=torch.float64)
+    plan = masking.weighted(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), keep=2, noise=noise)
+    assert plan.visible.tolist() == [3, 0]
+
+
 @given(seed=st.integers(0, 10**6), tokens=st.integers(4, 40), views=st.integers(1, 4))
 @property_test
 def test_disjoint_views_share_nothing(seed, tokens, views):

@@ -52,7 +52,7 @@ void adamw_typed(const AdamwArgs& a, const AdamwTensor& t, int64_t begin, int64_
       if (a.maximize) g = -g;
       p *= decay;
       const vec<A> m = load<A>(exp_avg + i, lanes) * beta1 + g * rest1;
-      vec<A> v = load<A>(exp_avg_sq + i, lanes) * beta2 + g * g * rest2;
+      vec<A> v = load<A>(exp_avg_sq + i, lanes) * beta2 + g * rest2 * g;  // g * g overflows earlier
       store<A>(exp_avg + i, m, lanes);
       store<A>(exp_avg_sq + i, v, lanes);
       if (highest) {

@@ -85,6 +85,29 @@ MAEFAST_INLINE void read_rows(const AttentionBackwardArgs& a, const Head<T>& hea
   }
 }
 
+// lse has 24 bits, so that P is off by |lse| * 1e-7: 6e-6 from here on (base 2).
+constexpr float kLargeSum = 64 * kLog2E;
+
+// Products become log2 P where lse is large. Of all keys: but for a constant, by which their sum is not 1. Of
+// some of them lse has to do, but no P exceeds 1.
+void to_exponents(float* p, int64_t ld, int64_t keys, int64_t lane, const Scores& scores, const vec_f32& lse,
+                  bool some) {
+  const bool plain = scores.plain();
+  const vec_f32 f = all(plain ? scores.factor : 1.f);
+  const auto score = [&](int64_t j) {
+    const vec_f32 product = load<float>(p + j * ld);
+    return plain ? product : scores.of(product, j, lane);
+  };
+  vec_f32 top = all(-kInfinity);
+  for (int64_t j = 0; j < keys; ++j) top = larger(top, score(j));
+  top = top == -kInfinity ? vec_f32{} : top;
+  for (int64_t j = 0; j < keys; ++j) {
+    vec_f32 t = some ? fma(score(j), f, -lse) : (score(j) - top) * f;
+    t = t > 0.f ? vec_f32{} : t;
+    store<float>(p + j * ld, lse == kInfinity ? all(-kInfinity) : t);
+  }
+}
+
 // From the products of a vector of queries, p = q k and ds = dP, to P and dS.
 template <class Format>
 MAEFAST_INLINE void gradient_column(const AttentionBackwardArgs& a, const Space& space, int64_t first_query,
@@ -93,6 +116,8 @@ MAEFAST_INLINE void gradient_column(const AttentionBackwardArgs& a, const Space&
   float* p = space.p + lane;
   float* ds = space.ds + lane;
   const vec_f32 lse = load<float>(space.lse + first_query + lane);
+  const bool large = any((magnitude(lse) > kLargeSum) & (lse < kInfinity));
+  if (large) to_exponents(p, ld, keys, lane, scores, lse, with_delta);
   vec_f32 delta{}, sum{};
   const auto probability = [&](int64_t j, vec_f32 t) {
     const vec_f32 e = exp2(t);
@@ -105,12 +130,15 @@ MAEFAST_INLINE void gradient_column(const AttentionBackwardArgs& a, const Space&
     const vec_f32 g_entropy = a.grad_entropy ? load<float>(space.entropy + first_query + lane) : vec_f32{};
     const vec_f32 g_mass = a.grad_mass ? load<float>(space.mass + first_query + lane) : vec_f32{};
     for (int64_t j = 0; j < keys; ++j) {
-      const vec_f32 t = scores.of(load<float>(p + j * ld), j, lane) - lse;
+      const vec_f32 product = load<float>(p + j * ld);
+      const vec_f32 t = large ? product : scores.of(product, j, lane) - lse;
       const vec_f32 e = probability(j, t);
       vec_f32 more = e == 0.f ? vec_f32{} : g_entropy * t * -kLn2;
       if (marked && marked[j]) more = more + g_mass;
       store<float>(ds + j * ld, load<float>(ds + j * ld) + more);
     }
+  } else if (large) {
+    for (int64_t j = 0; j < keys; ++j) probability(j, load<float>(p + j * ld));
   } else if (!scores.plain()) {
     for (int64_t j = 0; j < keys; ++j) probability(j, scores.of(load<float>(p + j * ld), j, lane) - lse);
   } else {
@@ -120,6 +148,14 @@ MAEFAST_INLINE void gradient_column(const AttentionBackwardArgs& a, const Space&
   vec_f32 c = load<float>(space.constant + first_query + lane);
   // The sum of P is 1 but for the rounding of lse; with it a row of dS sums to zero as closely as it can.
   if (!with_delta) c = c - delta / larger(all(1e-30f), sum);
+  if (large && !with_delta) {
+    const vec_f32 inverse = 1.f / larger(all(1e-30f), sum);
+    for (int64_t j = 0; j < keys; ++j) store<float>(p + j * ld, load<float>(p + j * ld) * inverse);
+    if (a.grad_entropy) {  // the constant was not in log P
+      const vec_f32 g_entropy = load<float>(space.entropy + first_query + lane);
+      c = c + (sum == 0.f ? vec_f32{} : g_entropy * log(sum));
+    }
+  }
   const auto gradient = [c](const float* p, const float* ds) {
     return load<float>(p) * (load<float>(ds) + c);
   };

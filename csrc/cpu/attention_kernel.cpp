@@ -33,12 +33,20 @@ struct Space {
   }
 };
 
+// Of base 2, from which on a score less the maximum is taken before the factor. Without fma the factor rounds
+// it.
+#if defined(__AVX2__) && defined(__FMA__)
+constexpr float kLargeScore = 1 << 24;
+#else
+constexpr float kLargeScore = 64;
+#endif
+
 // Turns the scores of a vector of queries, rows s[key * ld], into the words of their exponentials.
 template <class Format>
 MAEFAST_INLINE void softmax_column(float* s, int64_t ld, int64_t keys, int64_t lane, const Scores& scores,
                                    const uint8_t* marked, const Space& space, bool stats) {
   s += lane;
-  vec_f32 top = all(-kInfinity);
+  vec_f32 top = all(-kInfinity), product = top;  // the largest score of these keys, and the product it is of
   float factor = scores.factor;
   if (scores.plain()) {
     vec_f32 other = top;  // two chains: each step waits for the last
@@ -48,7 +56,8 @@ MAEFAST_INLINE void softmax_column(float* s, int64_t ld, int64_t keys, int64_t l
       other = larger(other, load<float>(s + (j + 1) * ld));
     }
     if (j < keys) top = larger(top, load<float>(s + j * ld));
-    top = larger(top, other) * all(factor);
+    product = larger(top, other);
+    top = product * all(factor);
   } else {
     for (int64_t j = 0; j < keys; ++j) {
       const vec_f32 t = scores.of(load<float>(s + j * ld), j, lane);
@@ -58,6 +67,7 @@ MAEFAST_INLINE void softmax_column(float* s, int64_t ld, int64_t keys, int64_t l
     factor = 1;
   }
   const vec_f32 before = load<float>(space.max + lane);
+  const vec_f32 own = top;
   top = larger(before, top);
   const vec_f32 base = top == -kInfinity ? vec_f32{} : top;  // every key ruled out so far
   const vec_f32 rescale = exp2(before - base);
@@ -83,7 +93,16 @@ MAEFAST_INLINE void softmax_column(float* s, int64_t ld, int64_t keys, int64_t l
 #endif
     for (; j < keys; ++j, from += ld, to += ld) store<float>(to, each(j, load<float>(from)));
   };
-  if (!stats) {
+  // In the last of these forms the maximum's exponent is what base was rounded by, in the end more than exp2
+  // takes.
+  if (!stats && scores.plain() && any(magnitude(base) > kLargeScore)) {
+    const vec_f32 from = product == -kInfinity ? vec_f32{} : product, rest = own - base;
+    exponentials([&](int64_t, vec_f32 score) {
+      const vec_f32 p = exp2(fma(score - from, f, rest));
+      sum = sum + p;
+      return p;
+    });
+  } else if (!stats) {
     exponentials([&](int64_t, vec_f32 score) {
       const vec_f32 p = exp2(fma(score, f, -base));
       sum = sum + p;

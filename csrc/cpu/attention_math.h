@@ -53,6 +53,20 @@ MAEFAST_INLINE vec_f32 larger(vec_f32 a, vec_f32 b) {
 #endif
 }
 
+// Whether a lane is true.
+MAEFAST_INLINE bool any(vec_i32 condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)condition) != 0;
+#else
+  return (condition[0] | condition[1] | condition[2] | condition[3]) != 0;
+#endif
+}
+MAEFAST_INLINE vec_f32 magnitude(vec_f32 x) {
+  return (vec_f32)((vec_i32)x & 0x7fffffff);
+}
+
 // 2^t for t <= 127, within 1.5 units in the last place; 0 below -126, as no subnormal is worth its time.
 MAEFAST_INLINE vec_f32 exp2(vec_f32 t) {
 #if defined(__AVX512F__)

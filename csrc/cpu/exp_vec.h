@@ -67,8 +67,7 @@ MAEFAST_INLINE Exp exp_parts(vec_f32 x) {
 // instead of subnormals and large ones stay finite. NaN comes out as some finite value: multiply by x where
 // it must survive.
 MAEFAST_INLINE vec_f32 exp_clamped(vec_f32 x) {
-  x = select(x > -87.3f, x, splat(-87.3f));
-  x = select(x < 88.7f, x, splat(88.7f));
+  x = smaller(larger(x, splat(-87.3f)), splat(88.7f));
   const Exp e = exp_parts(x);
   // 2^n = 2^(n/2) * 2^(n - n/2): n = 128 alone has no exponent.
   const vec_i32 half = e.whole >> 1;

@@ -17,9 +17,16 @@ constexpr double kInvSqrt2Pi = 0.39894228040143267794;
 constexpr double kSqrt2OverPi = 0.79788456080286535588;
 constexpr double kCubic = 0.044715;
 
+MAEFAST_INLINE vec_f32 magnitude(vec_f32 x) {
+  return (vec_f32)((vec_i32)x & 0x7fffffff);
+}
 // |x|, at most `end`; NaN stays.
 MAEFAST_INLINE vec_f32 magnitude(vec_f32 x, float end) {
-  return smaller(splat(end), (vec_f32)((vec_i32)x & 0x7fffffff));
+  return smaller(splat(end), magnitude(x));
+}
+// x, from -end to end; NaN stays.
+MAEFAST_INLINE vec_f32 within(vec_f32 x, float end) {
+  return larger(splat(-end), smaller(splat(end), x));
 }
 
 // p = p * r + c.
@@ -51,8 +58,9 @@ MAEFAST_INLINE void gelu_erf(vec_f32 (&x)[N], vec_f32 (&y)[N]) {
                               0.0970310047f, 0.100857235f,   0.113233835f,  0.112816386f};
   vec_f32 t[N], p[N], e[N];
   MAEFAST_EACH(k) {
+    // t has all of |x|, so that x * t stays small where e is at its end, and with it x * tail.
     const vec_f32 z = magnitude(x[k], 13.0f);
-    t[k] = 1.0f / fma(z, splat(0.282842712f), splat(1.0f));
+    t[k] = 1.0f / fma(magnitude(x[k]), splat(0.282842712f), splat(1.0f));
     e[k] = z * z * -0.5f;
   }
   polynomial(p, t, kErfcx);
@@ -61,7 +69,7 @@ MAEFAST_INLINE void gelu_erf(vec_f32 (&x)[N], vec_f32 (&y)[N]) {
     const vec_f32 tail = e[k] * t[k] * p[k];
     const vec_f32 cdf = select(x[k] > 0.0f, 1.0f - tail, tail);
     if constexpr (wanted == kBoth) y[k] = x[k] * cdf;
-    x[k] = wanted == kValue ? x[k] * cdf : fma(x[k], e[k] * float(kInvSqrt2Pi), cdf);
+    x[k] = wanted == kValue ? x[k] * cdf : fma(within(x[k], 13.0f), e[k] * float(kInvSqrt2Pi), cdf);
   }
 }
 
@@ -109,12 +117,16 @@ MAEFAST_INLINE void gelu_erf_coarse(vec_f32 (&x)[N]) {
 
 // ---- tanh form: x * s, s = sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
 
+// Beyond 13, s is 1 or next to 0, but not 0: it must not be multiplied with all of x, nor meet an infinite
+// square.
 template <Wanted wanted, int N>
 MAEFAST_INLINE void gelu_tanh(vec_f32 (&x)[N], vec_f32 (&y)[N]) {
   constexpr float kLinear = float(2 * kSqrt2OverPi);
   vec_f32 square[N], s[N];
   MAEFAST_EACH(k) {
+    x[k] = larger(splat(-13.0f), x[k]);
     square[k] = x[k] * x[k];
+    if constexpr (wanted != kValue) square[k] = smaller(splat(169.0f), square[k]);
     s[k] = x[k] * fma(square[k], splat(float(2 * kSqrt2OverPi * kCubic)), splat(kLinear));
   }
   MAEFAST_EACH(k) s[k] = 1.0f / (1.0f + exp_clamped(-s[k]));

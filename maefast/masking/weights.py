@@ -45,6 +45,7 @@ def weighted(
     noise = drawn(noise, tuple(weights.shape), generator, weights.device)
     _checks.same_device(weights=weights, noise=noise)
     weights, noise = weights.detach().float(), noise.detach().float()
+    noise = noise.clamp(max=1 - 2**-24)  # float64 may have rounded to 1, whose wait is infinite, the rank of a zero
     _checks.holds(torch.isfinite(weights) & (weights >= 0), "weights must be finite and not negative")
     # In logarithms, which stay below 200 for any float32, so that no small weight overflows to the rank of a zero.
     waits = torch.log(-torch.log1p(-noise)) - torch.log(weights)

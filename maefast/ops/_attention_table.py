@@ -164,6 +164,8 @@ def _sdpa(q, kv, cu_q, cu_k, max_q, max_k, scale: float, causal: bool) -> Tensor
 
 
 def _sdpa_dense(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    if causal and scale <= 0:  # torch scales its -inf too: to +inf or NaN. The sign goes into q, exactly.
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal).transpose(1, 2)
 

@@ -105,6 +105,8 @@ def scaled(out: Tensor, scale: Tensor | None, drop: Tensor | None) -> Tensor:
 
 
 def _drop(rows: Tensor, drop: Tensor) -> Tensor:
+    if not drop.shape[0]:  # no samples, whose length nobody could tell
+        return rows
     return (rows.reshape(drop.shape[0], -1, rows.shape[-1]) * drop.to(rows.dtype).view(-1, 1, 1)).view(rows.shape)
 
 

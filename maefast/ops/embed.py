@@ -80,8 +80,8 @@ def gather_tokens(
 
 def gather_tokens_reference(x: Tensor, index: Tensor, cu: Tensor, prefix: int, keep_prefix: bool) -> Tensor:
     """The definition, differentiable: rows [T (+ B*prefix), D]; see `gather_tokens`."""
-    length, width = x.shape[1:]
-    tokens = x[:, prefix:].reshape(-1, width)[index.long()]
+    length = x.shape[1]
+    tokens = x[:, prefix:].flatten(0, 1)[index.long()]
     if not keep_prefix or prefix == 0:
         return tokens
     return interleave_prefix(x[:, :prefix], tokens, index, length - prefix)
@@ -107,7 +107,7 @@ def interleave_prefix(prefix_tokens: Tensor, tokens: Tensor, index: Tensor, num_
     cu = F.pad(count.cumsum(0), (1, 0))
     out = tokens.new_empty(tokens.shape[0] + batch * prefix, width)
     out = out.index_copy(0, packed_rows(index, num_tokens, prefix), tokens)
-    return out.index_copy(0, prefix_rows(cu, prefix).reshape(-1), prefix_tokens.reshape(-1, width))
+    return out.index_copy(0, prefix_rows(cu, prefix).reshape(-1), prefix_tokens.flatten(0, 1))
 
 
 @_raw_op(

@@ -58,7 +58,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         _check(x, weight, bias)
         raise
     _check(x, weight, bias)
-    # oneDNN falls to a loop, hundreds of times slower, on strides that are neither a matrix's nor its transpose's.
+    # oneDNN falls to a loop, hundreds of times slower, on strides that are neither a matrix's nor its transpose's, and
+    # reads a bias as if it had none.
+    bias = None if bias is None else bias.contiguous()
     return _autograd.apply(_Linear, x.contiguous(), weight.contiguous(), bias)
 
 

@@ -165,7 +165,7 @@ def patch_loss_reference(
         var = target.var((1, 2), keepdim=True)
         target = (target - target.mean((1, 2), keepdim=True)) / (var + EPS).sqrt()
     elif norm == NORMS["videomae"]:
-        std = target.var(1, keepdim=True).sqrt()
+        std = target.std(1, keepdim=True)  # not the root of `var`, whose slope at 0 is infinite: that of std is 0
         target = (target - target.mean(1, keepdim=True)) / (std + EPS)
     elif norm == NORMS["layernorm"]:
         var = target.var((1, 2), keepdim=True, correction=0)

@@ -104,6 +104,7 @@ def transformer_block(
     if cu_seqlens is not None:
         _checks.tensor("x", x, ndim=2)
         max_seqlen = check_starts("cu_seqlens", cu_seqlens, x, max_seqlen)
+        cu_seqlens = cu_seqlens.contiguous()
     eps = eps if isinstance(eps, tuple) else (eps, eps)
     placed = bias is not None or rope is not None
     options = num_heads, eps, scale, approximate, max_seqlen, count, prefix, keep, placed, backend

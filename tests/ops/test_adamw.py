@@ -145,6 +145,18 @@ def test_nan_stays(where):
         assert lists[name][0].isnan().nonzero().tolist() == [[3]], name
 
 
+@pytest.mark.parametrize("where", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_whose_square_overflows(where, dtype):
+    """(1 - beta2) g^2 is finite; the order of the product must keep it so."""
+    backend, device = where
+    lists = make([(40,)], dtype)
+    lists["grads"][0][::3] = 1e20
+    lists["grads"][0][1::3] = -4e20
+    low, _ = check(backend, device, lists, dtype, lr=0.1, betas=(0.9, 0.999))
+    assert low["exp_avg_sqs"][0].isfinite().all()
+
+
 LAYOUTS = {
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),

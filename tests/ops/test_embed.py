@@ -48,6 +48,16 @@ def test_gather_copies_rows(where, plan, data):
     compare(call, {"x": x}, backend, device, dtype)
 
 
+@pytest.mark.parametrize("where", GATHER)
+@pytest.mark.parametrize("keep_prefix", [False, True])
+def test_gather_rows_of_nothing(where, keep_prefix):
+    backend, device = where
+    plan = masking.random(2, 5, keep=[2, 3], backend="reference").to(device)
+    x = torch.zeros(2, 6, 0, device=device)
+    out = ops.gather_tokens(x, plan, prefix=1, keep_prefix=keep_prefix, backend=backend)
+    assert out.shape == (7 if keep_prefix else 5, 0)
+
+
 @st.composite
 def embeddings(draw):
     """(images, weight, bias, pos, prefix, plan) of a 2-D or 3-D patch embedding of odd sizes."""

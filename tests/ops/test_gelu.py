@@ -51,6 +51,29 @@ def test_tails_and_special_values(where, form):
     assert ops.bias_gelu(odd, None, form, backend=backend).isnan().all()
 
 
+@pytest.mark.parametrize("where", backends("bias_gelu", reference=False))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_largest_numbers(where, form, dtype):
+    """GELU is x or 0, the slope 1 or 0, however far out."""
+    backend, device = where
+    sizes = [14.0, 40, 1e3, 6e4] + ([] if dtype is torch.float16 else [1e10, 1e18, 1e20, 1e30, 1e37, 3e38])
+    x = torch.tensor([sizes, [-s for s in sizes]], device=device, dtype=dtype).requires_grad_()
+    out = ops.bias_gelu(x, None, form, backend=backend)
+    (slope,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(out, x.clamp(min=0), rtol=0, atol=1e-34)
+    torch.testing.assert_close(slope, (x > 0).to(dtype), rtol=0, atol=1e-30)
+
+
+@pytest.mark.parametrize("where", BACKENDS)
+def test_no_columns(where):
+    backend, device = where
+    x = torch.zeros(3, 0, device=device, requires_grad=True)
+    out = ops.bias_gelu(x, None, backend=backend)
+    assert out.shape == torch.autograd.grad(out.sum(), x)[0].shape == (3, 0)
+    assert ops.bias_gelu(x, torch.zeros(0, device=device), backend=backend).shape == (3, 0)
+
+
 @pytest.mark.parametrize("where", BACKENDS)
 def test_runs_agree_bit_for_bit(where):
     backend, device = where

@@ -50,6 +50,15 @@ def test_product_and_every_gradient(library, data):
         assert_close(grad, want, torch.float32)
 
 
+@pytest.mark.parametrize("bias", [torch.randn(9, 2)[:, 0], torch.randn(1).expand(9)], ids=["strided", "expanded"])
+def test_a_bias_with_strides(library, bias):
+    x, weight, bias = torch.randn(5, 8), torch.randn(9, 8), bias.detach().requires_grad_()
+    out = ops.linear(x, weight, bias)
+    assert_close(out, F.linear(x.double(), weight.double(), bias.double()), torch.float32)
+    (grad,) = torch.autograd.grad(out.sum(), bias)
+    assert_close(grad, torch.full((9,), 5.0), torch.float32)
+
+
 def test_other_calls_are_torch_itself(library):
     x, weight = torch.randn(5, 8), torch.randn(3, 8)
     for dtype in (torch.float64, torch.bfloat16):

@@ -126,6 +126,24 @@ def test_flat_patches_stay_finite(where):
 
 
 @pytest.mark.parametrize("where", BACKENDS)
+def test_a_flat_channel_has_a_gradient(where):
+    """The deviation of one colour is 0 and so is, by convention, its slope: infinite times 0 otherwise."""
+    backend, device = where
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, 2, 8, 8, generator=generator)
+    images[:, 0, :4] = 0.5
+    plan = masking.random(1, 4, keep=1, generator=generator, backend="reference")
+    pred = torch.randn(1, 3, 32, generator=generator)
+    leaves = [t.requires_grad_() for t in (images.to(device), images.double())]
+    got, want = (
+        torch.autograd.grad(ops.patch_loss(pred.to(t), t, plan.to(t.device), 4, norm="videomae", backend=b), t)[0]
+        for t, b in zip(leaves, (backend, "reference"))
+    )
+    assert want.isfinite().all()
+    assert_close(got, want, torch.float32)
+
+
+@pytest.mark.parametrize("where", BACKENDS)
 def test_runs_agree_bit_for_bit(where):
     backend, device = where
     images, pred = torch.randn(4, 3, 64, 64, device=device), torch.randn(4, 12, 768, device=device, requires_grad=True)

@@ -331,6 +331,27 @@ def test_strides_do_not_matter():
         torch.testing.assert_close(a, b)
 
 
+def test_starts_with_strides():
+    weights, (x, delta) = to(make_weights(), "cpu", torch.float32), inputs("packed")
+    cu = torch.tensor([0, 3, 3, 13, 21], dtype=torch.int32)
+    want = transformer_block(x, delta, weights, 2, cu_seqlens=cu)
+    got = transformer_block(x, delta, weights, 2, cu_seqlens=cu.repeat_interleave(2)[::2])
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_samples_to_drop(backend, packed):
+    weights = to(make_weights(), "cpu", torch.float32)
+    x = torch.zeros(*((0,) if packed else (0, 5)), 32, requires_grad=True)
+    cu = torch.zeros(2, dtype=torch.int32) if packed else None
+    drop = torch.zeros(0)
+    outs = transformer_block(x, None, weights, 2, drop1=drop, drop2=drop, cu_seqlens=cu, backend=backend)
+    assert [out.shape for out in outs] == [x.shape, x.shape]
+    grads = torch.autograd.grad(sum(out.sum() for out in outs), [x, *leaves(weights)])
+    assert not any(grad.any() for grad in grads)
+
+
 def test_starts_are_checked_once(monkeypatch):
     """A plan serves many blocks; a start that is written to is checked anew."""
     calls = []
