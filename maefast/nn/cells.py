@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -319,10 +320,8 @@ class PendingNorm:
         if self.fits():
             return self.norm(act, self.residual)
         grads, inference = self.mode
-        if inference == _mode()[1]:
-            with torch.set_grad_enabled(grads):
-                return self.norm(act, self.residual)
-        with torch.inference_mode(inference), torch.set_grad_enabled(grads):
+        outside = nullcontext() if inference == _mode()[1] else torch.inference_mode(inference)
+        with outside, torch.set_grad_enabled(grads):
             return self.norm(act, self.residual)
 
 

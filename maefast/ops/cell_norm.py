@@ -55,9 +55,9 @@ def batch_norm_act(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit; one row in training; no running buffers in eval.
     """
-    _check_rows(x, eps)
     _checks.one_of("act", act, ACTIVATIONS)
     if residual is not None:
+        _checks.tensor("x", x)
         _checks.tensor("residual", residual)
         _checks.same_device(x=x, residual=residual)
         if residual.shape != x.shape:
@@ -95,63 +95,46 @@ class BatchNorm:
         if training and rows < 2 and (self.group is None or _sync.size(self.group) < 2):
             raise ValueError(f"batch statistics need more than one row, got {rows}: x of shape {tuple(x.shape)}")
         self.name = _dispatch.choose("norm_act", x.device.type, x.dtype, backend)
-        self.x, self.eps = x, eps
-        self.running = None if training else (running_mean, running_var)
-        with torch.no_grad():
-            if not training:
-                mean, var = (
-                    buffer.detach().reshape(1, channels).to(self.weight.dtype) for buffer in (running_mean, running_var)
-                )
-                count = None
-            elif self.name == "reference":
-                mean, var, count = _statistics(x.reshape(-1, channels).to(self.weight.dtype), self.group)
-            else:
-                mean, var = _registry.raw("segment_stats", self.name)(x.reshape(-1, channels).contiguous(), None, 1)
+        self.shape, self.x = x.shape, x.reshape(-1, channels).contiguous()
+        if not training:
+            mean, var = (
+                buffer.detach().reshape(1, channels).to(self.weight.dtype) for buffer in (running_mean, running_var)
+            )
+            count = None
+        elif self.name == "reference":
+            mean, var, count = batch_statistics_reference(self.x.to(self.weight.dtype), self.group)
+        else:
+            with torch.no_grad():
+                mean, var = _registry.raw("segment_stats", self.name)(self.x, None, 1)
                 count = rows
                 if self.group is not None:
                     mean, var, count = _sync.combine(mean, var, rows, self.group)
-            if training and running_mean is not None:
-                _update(running_mean, running_var, mean, var, count, momentum)
-            self.mean, self.rstd, self.count = mean, (var + eps).rsqrt(), count
+        if training and running_mean is not None:
+            _update(running_mean, running_var, mean, var, count, momentum)
+        self.mean, self.rstd, self.count = mean, (var + eps).rsqrt(), count
 
     def __call__(self, act: str, residual: Tensor | None) -> Tensor:
-        x, channels = self.x, self.x.shape[-1]
+        other = None if residual is None else residual.reshape(self.x.shape)
+        args = self.x, other, self.weight, self.bias, self.mean, self.rstd
         if self.name == "reference":
-            args = *(self.running or (None, None)), self.running is None, self.eps, act, residual, self.group
-            return batch_norm_act_reference(x, self.weight, self.bias, *args)
-        other = None if residual is None else residual.reshape(-1, channels)
-        args = self.mean, self.rstd, self.count, None, 1, channels, ACTIVATIONS.index(act), self.group, self.name
-        rows = x.reshape(-1, channels).contiguous()
-        return _autograd.apply(NormAct, rows, other, self.weight, self.bias, *args).view(x.shape)
+            return batch_norm_act_reference(*args, act).view(self.shape)
+        more = self.count, None, 1, self.x.shape[1], ACTIVATIONS.index(act), self.group, self.name
+        return _autograd.apply(NormAct, *args, *more).view(self.shape)
 
 
 def batch_norm_act_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-    act: str,
-    residual: Tensor | None,
-    process_group: object | None = None,
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, act: str
 ) -> Tensor:
-    """The definition, differentiable."""
-    rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-    if training:
-        mean, var, _ = _statistics(rows, process_group)
-    else:
-        mean, var = running_mean.to(rows.dtype), running_var.to(rows.dtype)
-    y = (rows - mean) * (var + eps).rsqrt() * weight + bias
+    """The definition on rows [R, C], differentiable, also by the statistics."""
+    y = (x.to(weight.dtype) - mean) * rstd * weight + bias
     if residual is not None:
-        y = y + residual.reshape(rows.shape).to(y.dtype)
+        y = y + residual.to(y.dtype)
     y = F.relu(y) if act == "relu" else F.relu6(y) if act == "relu6" else y
-    return y.to(x.dtype).view(x.shape)
+    return y.to(x.dtype)
 
 
-def _statistics(rows: Tensor, process_group: object | None) -> tuple[Tensor, Tensor, int | Tensor]:
-    """(mean, biased variance, number of rows) of the definition."""
+def batch_statistics_reference(rows: Tensor, process_group: object | None) -> tuple[Tensor, Tensor, int | Tensor]:
+    """(mean, biased variance, number of rows) of the definition, differentiable."""
     count = rows.shape[0]
     if process_group is None:
         mean = rows.mean(0)

@@ -53,17 +53,11 @@ def _keys(names: Sequence[str]) -> list[list[str]]:
     """What each sample may be called: its path; and that without the ending, and the last part of either, where no
     other sample shares it."""
     paths = [PurePosixPath(name) for name in names]
-    bare = Counter(path.with_suffix("") for path in paths)
-    shared = Counter(path.name for path in paths)
-    stems = Counter(path.stem for path in paths)
+    short = [(str(path.with_suffix("")), path.name, path.stem) for path in paths]
+    counts = [Counter(forms) for forms in zip(*short)]
     return [
-        [
-            str(path),
-            *([str(path.with_suffix(""))] if bare[path.with_suffix("")] == 1 else []),
-            *([path.name] if shared[path.name] == 1 else []),
-            *([path.stem] if stems[path.stem] == 1 else []),
-        ]
-        for path in paths
+        [str(path), *(form for form, count in zip(forms, counts) if count[form] == 1)]
+        for path, forms in zip(paths, short)
     ]
 
 
