@@ -2,7 +2,7 @@
 
 Replaced are `forward` of every block with cross-attention (of any model: norms, attention and MLP fused), and of
 `MaskedAutoencoderViT` `forward_encoder` (mask in one kernel, only visible patches embedded), `forward_decoder` (all
-blocks in one run) and `forward_loss` (no target tensor). The weighted sums of feature maps (`wfm`) stay the model's.
+blocks in one run, what they attend to as whole rows) and `forward_loss` (no target tensor).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNREAD = ("coords", "mask_ratio", "kept_mask_ratio")  # arguments of forward_dec
 # What our methods read at every call, see `Step.live`.
 LIVE = ("norm0", "norm1", "norm2", "drop_path")
 DECODER = frozenset((*(f"decoder_{name}" for name in ("pos_embed", "blocks", "norm", "pred")), "mask_token"))
-DECODER |= {"wfm", "dec_norms"}
+DECODER |= {"dec_norms"}
 
 
 def recognise(module: nn.Module) -> bool:
@@ -66,6 +66,7 @@ def steps(model: nn.Module, options: Options, keep: Callable[..., None]) -> Iter
     root = _swap.root_class(type(model), METHODS)
     kept = {name: _swap.overridden(model, name, root) for name in METHODS}
     embeds = layers.strided_patches(model.patch_embed.proj)
+    sums = _sums(model)
     for name, fast, text, probe, live, reason in (
         (
             "forward_encoder",
@@ -80,7 +81,7 @@ def steps(model: nn.Module, options: Options, keep: Callable[..., None]) -> Iter
             forward_decoder,
             "queries of the masked tokens and all blocks in one run",
             lambda: model.forward_decoder(*_latent(model)),
-            DECODER,
+            DECODER | {"wfm.linear" if sums else "wfm"},
             None,
         ),
         (
@@ -95,7 +96,14 @@ def steps(model: nn.Module, options: Options, keep: Callable[..., None]) -> Iter
         if reason := kept[name] or reason:
             keep(name, reason, gain=text)
         else:
-            yield Step(model, {name: fast}, {name: text}, probe, live)
+            yield Step(model, {name: fast}, {name: text}, probe, live, settings={"sums": sums})
+
+
+def _sums(model: nn.Module) -> bool:
+    """Whether the model's weighted sums of feature maps are those of the public code: one linear layer."""
+    wfm = getattr(model, "wfm", None)
+    known = isinstance(wfm, nn.Module) and isinstance(getattr(wfm, "linear", None), nn.Linear)
+    return known and not _code.beyond(wfm, {"linear"}, {"training"})
 
 
 def _returned(model: nn.Module) -> str | None:
@@ -266,14 +274,28 @@ def forward_decoder(self: nn.Module, y: Tensor | list[Tensor], mask: Tensor, ids
     if plan is None or plan.device != self.decoder_pos_embed.device or len(ids_restore) != plan.batch:
         return _swap.fall_back(self, "forward_decoder")(y, mask, ids_restore, *args, **kwargs)
     at = Pending(self.decoder_pos_embed[0, 1:][plan.ids_masked] + self.mask_token)
-    maps = self.wfm(y) if self.weight_fm else None
+    maps = _maps(self, y) if self.weight_fm else None
     for i, block in enumerate(self.decoder_blocks):
-        memory = y if maps is None else self.dec_norms[i](maps[..., i])
+        memory = y if maps is None else self.dec_norms[i](maps[i])
         if is_fast(block, at.x) and _usual(block, at.x, memory) and not _left(block, at.x):
             at = block(at, memory)
         else:
             at = Pending(block(at.value(), memory))
     return layers.linear(self.decoder_pred, layers.norm(self.decoder_norm, *at)[1]), None
+
+
+def _maps(model: nn.Module, y: list[Tensor]) -> tuple[Tensor, ...]:
+    """What each decoder block attends to, [B, S, D]: weighted sums of the encoder's.
+
+    The public code puts the maps side by side in the last dimension, where every read and every gradient of one is
+    strided, and a gradient zeros those of all others first.
+    """
+    if _swap.setting(model, "sums") and isinstance(y, list):
+        linear = model.wfm.linear
+        if layers.plain_linear(linear) and linear.bias is None and len(y) == linear.weight.shape[1]:
+            stacked = torch.stack(y)
+            return (linear.weight @ stacked.flatten(1)).unflatten(1, stacked.shape[1:]).unbind(0)
+    return model.wfm(y).unbind(-1)
 
 
 def _left(block: nn.Module, x: Tensor) -> str | None:

@@ -147,7 +147,7 @@ def _last_layer(layer: Products, before, x, weight, bias, scale, wide, need):
         grad_scale = (weight.to(wide) * product_).sum(1)
         grad_scale = (grad_scale if bias is None else grad_scale + bias.to(wide) * total).to(scale.dtype)
     return (
-        (product_ * factor[:, None]).to(weight.dtype) if need_weight else None,
+        product_.mul_(factor[:, None]).to(weight.dtype) if need_weight else None,
         (total * factor).to(bias.dtype) if need_bias else None,
         grad_scale,
     )

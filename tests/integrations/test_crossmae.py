@@ -285,6 +285,71 @@ def test_only_visible_patches_and_no_target(monkeypatch):
     fast(images(torch.float64), **RATIOS).backward()
 
 
+class Softmaxed(nn.Module):
+    """Weighted sums of another kind in the place of the public code's."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.spread = linear, 0.5
+
+    def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(maps, dim=-1) @ (self.linear.weight * self.spread).softmax(1).t()
+
+
+def own_sums(model) -> None:
+    model.wfm = Softmaxed(model.wfm.linear)
+
+
+def with_bias(model) -> None:
+    model.wfm.linear = nn.Linear(3, 2).double()
+
+
+def prepared(model) -> None:
+    model.wfm.linear = nn.utils.parametrizations.weight_norm(model.wfm.linear)
+
+
+def heard(model) -> None:
+    model.wfm.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def heard_inside(model) -> None:
+    model.wfm.linear.register_forward_hook(lambda module, args, out: out * 2)
+
+
+SUMS = (own_sums, with_bias, prepared, heard, heard_inside)
+
+
+@pytest.mark.parametrize("change", SUMS)
+@pytest.mark.parametrize("before", [True, False])
+def test_sums_of_feature_maps_follow_every_change(change, before):
+    torch.manual_seed(0)
+    model = CrossMAE(**SIZES, weight_fm=True).double()
+    fast = None if before else maefast.accelerate(copy.deepcopy(model))
+    for net in (model, fast):
+        if net is not None:
+            torch.manual_seed(1)
+            change(net)
+    fast = maefast.accelerate(copy.deepcopy(model)) if before else fast
+    same(model, fast, images(torch.float64), **RATIOS)
+
+
+def test_sums_of_feature_maps_in_whole_rows():
+    _, fast = pair(weight_fm=True)
+    seen = []
+    for norm in fast.dec_norms:
+        norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))
+    fast(images(torch.float64), **RATIOS)
+    assert seen == [True] * SIZES["decoder_depth"]
+
+
+def test_another_number_of_feature_maps_is_refused_as_before():
+    model, fast = pair(weight_fm=True)
+    latent, *rest = model.forward_encoder(images(torch.float64), **RATIOS)
+    for net in (model, fast):
+        with pytest.raises(AssertionError, match="number of feature maps"):
+            net.forward_decoder(latent[1:], *rest, *RATIOS.values())
+
+
 def test_sums_stay_pending_between_blocks(monkeypatch):
     _, fast = pair()
     seen = []
