@@ -204,6 +204,32 @@ def test_near_masks_a_ball_of_groups():
         assert set(plan.ids_masked[sample].tolist()) == set(away[sample].argsort()[:38].tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_near_takes_centres_in_any_unit(dtype):
+    centres, noise = torch.rand(8, 64, 3, generator=seeded(), dtype=torch.float64), torch.rand(8, generator=seeded(1))
+    want = masking.near(centres.to(dtype), 0.6, noise=noise).mask
+    for exponent in (-70, 66, -100, 120):  # powers of two leave the numbers as they are
+        assert torch.equal(masking.near(centres.to(dtype) * 2.0**exponent, 0.6, noise=noise).mask, want)
+    if dtype is torch.float64:
+        for far in (1e6, 5e6):
+            assert torch.equal(masking.near(centres + far, 0.6, noise=noise).mask, want)
+
+
+def test_similar_takes_embeddings_of_any_size():
+    x = torch.randn(3, 9, 6, generator=seeded(), dtype=torch.float64)
+    want = masking.similar(x, [9, 5, 7], 0.5).mask
+    for size in (1e-30, 1e20, 1e100):
+        assert torch.equal(masking.similar(x * size, [9, 5, 7], 0.5).mask, want)
+    assert torch.equal(masking.similar((x * 1e20).float(), [9, 5, 7], 0.5).mask, want)
+
+
+def test_weighted_takes_float64_below_float32():
+    weights = torch.tensor([[1e-300, 0, 1e-310, 0, 0, 0]], dtype=torch.float64)
+    for seed in range(4):
+        plan = masking.weighted(weights, keep=2, generator=seeded(seed))
+        assert plan.ids_keep.sort(1).values.tolist() == [[0, 2]]
+
+
 @pytest.mark.parametrize("bug_compat", [False, True])
 def test_children_of_visible_groups_are_visible(bug_compat):
     index = torch.randint(0, 40, (3, 10, 4), generator=seeded())

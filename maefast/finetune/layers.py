@@ -76,7 +76,7 @@ def layers_of(network: nn.Module) -> tuple[dict[str, int], int]:
     names = [name for name, _ in network.named_parameters()]
     if isinstance(network, ConvNeXt):
         depths = [len(stage) for stage in network.stages]
-        if max(depths) > _GROUPED:
+        if depths[2] > _GROUPED:
             return {name: _grouped(name) for name in names}, 13
         return {name: _single(name, depths) for name in names}, sum(depths) + 1
     if isinstance(network, ResNet):
@@ -108,7 +108,7 @@ def _grouped(name: str) -> int:
         return 12
     if part == "downsample_layers":
         return 0 if stage == 0 else stage + 1
-    return 3 + int(numbers[1]) // 3 if stage == 2 else stage + 1
+    return min(12, 3 + int(numbers[1]) // 3) if stage == 2 else stage + 1
 
 
 def parameter_groups(network: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:

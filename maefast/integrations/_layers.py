@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from maefast import ops
 from maefast.integrations._guards import HOOKS
 from maefast.integrations._sites import parametrised
 from maefast.nn.watched import hooked, plain_tensor, touched, watched, wrapper
+from maefast.ops import _checks
 
 # Of other modules, by one name with the rest.
 __all__ = ["hooked", "parametrised", "plain_tensor", "touched", "watched", "wrapper"]
@@ -151,7 +153,7 @@ def drawn(noise: Tensor, keep: int, order: str = "score") -> ops.TokenMask:
     order that could be told: so it is asked itself. On CUDA it is stable, as ours is.
     """
     scores = noise if noise.is_cuda else noise.argsort(dim=1).argsort(dim=1).float()
-    return ops.TokenMask.from_scores(scores, keep, order=order)
+    return ops.TokenMask.from_scores(scores, index(keep), order=order)  # a number to torch.compile: see `keep_count`
 
 
 def ordered(ids_restore: Tensor, keep: int) -> ops.TokenMask | None:
@@ -191,15 +193,13 @@ def _inside(module: nn.Module, kinds: tuple[type, ...]) -> nn.Module:
 
 def conv_dtype_fits(images: Tensor, conv: nn.Module) -> bool:
     """Whether images and weights go together as the convolution itself would have it."""
-    return images.dtype is conv.weight.dtype or torch.is_autocast_enabled(images.device.type)
+    return images.dtype is conv.weight.dtype or _checks.autocast(images.device.type) is not None
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which a convolution or linear layer with this weight answers here."""
-    device = weight.device.type
-    if weight.dtype is not torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    dtype = _checks.autocast(weight.device.type)
+    return weight.dtype if dtype is None or weight.dtype is torch.float64 else dtype
 
 
 def share_dtype(*tensors: Tensor) -> torch.dtype:

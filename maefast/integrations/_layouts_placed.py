@@ -16,6 +16,7 @@ from maefast.integrations import _layouts_parts as common
 from maefast.integrations._layouts_hf import HuggingFace5
 from maefast.integrations._layouts_parts import NOWHERE, Positions
 from maefast.integrations._steps import given
+from maefast.ops import _checks
 
 _LEAST = -1e30  # scores below this are taken for ruled out
 
@@ -181,10 +182,8 @@ def is_pair(value: object) -> bool:
 
 def fits_dtype(table: Tensor, x: Tensor) -> bool:
     """Whether a table goes with the tokens, as the model's own attention would have it, and with our kernels."""
-    if torch.is_autocast_enabled(x.device.type):
-        fits = table.dtype in (torch.float32, x.dtype, torch.get_autocast_dtype(x.device.type))
-    else:
-        fits = table.dtype is x.dtype
+    dtype = _checks.autocast(x.device.type)
+    fits = table.dtype is x.dtype if dtype is None else table.dtype in (torch.float32, x.dtype, dtype)
     return fits and table.device == x.device and layers.plain_tensor(table)
 
 

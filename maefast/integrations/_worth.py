@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maefast.ops import _attention_table, _dispatch
+from maefast.ops import _attention_table, _checks, _dispatch
 
 # (device, arithmetic, whether gradients are recorded) -> (power, size). None: never worth it.
 # AMD EPYC of family 26, the larger of those for 1 and 2 threads, torch 2.13: `worth-*-threads.json` in bench/results/.
@@ -55,7 +55,7 @@ def always():
 def arithmetic(x: Tensor) -> str:
     if x.dtype is torch.float64:
         return "float64"
-    if x.dtype.itemsize == 2 or torch.is_autocast_enabled(x.device.type):
+    if x.dtype.itemsize == 2 or _checks.autocast(x.device.type) is not None:
         return "bfloat16"
     return "float32"
 

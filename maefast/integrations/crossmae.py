@@ -19,7 +19,7 @@ from maefast.integrations import _layers as layers
 from maefast.integrations import _layouts_timm as layouts
 from maefast.integrations._steps import Options, Step, given
 from maefast.integrations.transformer import WATCHED, Pending, is_fast, quicker, run_blocks, watched
-from maefast.ops import TokenMask
+from maefast.ops import TokenMask, _checks
 
 NAME = "CrossMAE"
 GAIN = "fused cross-attention; residual + norm, bias + GELU"  # of a block
@@ -198,7 +198,7 @@ def _usual(block: nn.Module, x: object, memory: object) -> bool:
             return False
         if t.ndim != 3 or not t.numel() or not t.is_floating_point() or t.shape[-1] != weight.shape[1]:
             return False
-        if t.device != weight.device or (t.dtype is not weight.dtype and not torch.is_autocast_enabled(t.device.type)):
+        if t.device != weight.device or (t.dtype is not weight.dtype and _checks.autocast(t.device.type) is None):
             return False
     return len(x) == len(memory)
 

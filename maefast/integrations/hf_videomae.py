@@ -19,7 +19,7 @@ from maefast.integrations import _hf, _swap
 from maefast.integrations import _layers as layers
 from maefast.integrations._steps import Options, Step, given
 from maefast.integrations.transformer import is_fast, run_blocks, run_tail
-from maefast.ops import TokenMask
+from maefast.ops import TokenMask, _checks
 
 NAME = "transformers VideoMAE"
 VISIBLE, TAIL = "visible tubelets only embedded", "last layer for masked tokens only"
@@ -270,6 +270,6 @@ def _score(model: nn.Module, videos: Tensor, logits: Tensor, plan: TokenMask) ->
     patch = (config.tubelet_size, config.patch_size, config.patch_size)
     loss = ops.patch_loss(logits, frames, plan, patch, norm="videomae" if config.norm_pix_loss else "none")
     dtype = layers.share_dtype(logits, videos)
-    if torch.is_autocast_enabled(videos.device.type):  # which computes this error in float32
+    if _checks.autocast(videos.device.type) is not None:  # which computes this error in float32
         dtype = torch.promote_types(dtype, torch.float32)
     return loss.to(dtype)

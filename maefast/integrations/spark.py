@@ -28,7 +28,7 @@ from maefast.integrations._steps import Options, Step
 from maefast.nn.batch_norm import batch_norm_map, norm_arguments
 from maefast.nn.cell_functions import sync_batch_norm
 from maefast.nn.cells import Cells, UnknownSparseOp
-from maefast.ops import CellMask
+from maefast.ops import CellMask, _checks
 
 NAME = "keyu-tian/SparK"
 TOKENS = False  # no transformer: sizes that are worth it were measured for those
@@ -291,7 +291,7 @@ def _usual(model: nn.Module, images: Tensor) -> bool:
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images) or images.shape[1] != _channels(model):
         return False
     size = (model.fmap_h * model.downsample_raito, model.fmap_w * model.downsample_raito)
-    fits = images.dtype is _weight(model).dtype or torch.is_autocast_enabled(images.device.type)
+    fits = images.dtype is _weight(model).dtype or _checks.autocast(images.device.type) is not None
     return fits and tuple(images.shape[2:]) == size and not layers.watched(model.sparse_encoder, model.densify_norms)
 
 

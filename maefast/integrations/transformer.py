@@ -26,6 +26,7 @@ from maefast.integrations._layouts import LAYOUTS, Beit4, HuggingFace4, Swin, Sw
 from maefast.integrations._layouts_parts import NOWHERE, Positions, signature
 from maefast.integrations._sites import base_of
 from maefast.integrations._steps import given
+from maefast.ops import _checks
 
 
 class Pending(NamedTuple):
@@ -137,7 +138,7 @@ def _usual(layout: type, block: nn.Module, x: object) -> bool:
     weight = norm.weight
     if weight is None:
         return True
-    fits = x.dtype is weight.dtype or torch.is_autocast_enabled(x.device.type)
+    fits = x.dtype is weight.dtype or _checks.autocast(x.device.type) is not None
     return fits and x.device == weight.device
 
 

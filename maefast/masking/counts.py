@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -27,12 +28,15 @@ def keep_count(num_tokens: int, ratio: float, rule: str = "floor") -> int:
     if not isinstance(rule, str):
         raise TypeError(f"rule must be a str, got {type(rule).__name__}")
     if rule == "floor":
-        return int(num_tokens * (1 - ratio))
-    if rule == "round":
-        return round(num_tokens * (1 - ratio))
-    if rule == "complement":
-        return num_tokens - int(ratio * num_tokens)
-    raise ValueError(f"rule must be 'floor', 'round' or 'complement', got {rule!r}")
+        count = int(num_tokens * (1 - ratio))
+    elif rule == "round":
+        count = round(num_tokens * (1 - ratio))
+    elif rule == "complement":
+        count = num_tokens - int(ratio * num_tokens)
+    else:
+        raise ValueError(f"rule must be 'floor', 'round' or 'complement', got {rule!r}")
+    # A number to torch.compile too, which cannot hand what it makes of a symbolic ratio to an autograd.Function.
+    return operator.index(count)
 
 
 def keeps(num_tokens: int, ratio: float | Sequence[float] | None, keep, rule: str):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maefast.masking.counts import drawn, fixed, keep_count
+from maefast.masking.scales import scaled
 from maefast.ops import _checks
 from maefast.ops._mask_arguments import check_size, counts_of, integers
 from maefast.ops.mask import TokenMask
@@ -64,7 +65,7 @@ def similar(
     lengths = _lengths(lengths, x.shape[1])
     if len(lengths) != x.shape[0]:
         raise ValueError(f"lengths has {len(lengths)} numbers for a batch of {x.shape[0]}")
-    x = x.detach().float()
+    x = scaled(x.detach(), 2)
     likeness = torch.nan_to_num(F.cosine_similarity(x[:, 1:], x[:, :-1], dim=2))
     scores = F.pad(likeness if order == "release" else -likeness, (1, 0), value=-2.0)
     return _within(scores, lengths, ratio, rule, "position", backend)

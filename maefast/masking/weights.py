@@ -44,11 +44,12 @@ def weighted(
     count = keeps(weights.shape[1], ratio, keep, rule)
     noise = drawn(noise, tuple(weights.shape), generator, weights.device)
     _checks.same_device(weights=weights, noise=noise)
-    weights, noise = weights.detach().float(), noise.detach().float()
+    weights, noise = weights.detach(), noise.detach().float()
     noise = noise.clamp(max=1 - 2**-24)  # float64 may have rounded to 1, whose wait is infinite, the rank of a zero
     _checks.holds(torch.isfinite(weights) & (weights >= 0), "weights must be finite and not negative")
-    # In logarithms, which stay below 200 for any float32, so that no small weight overflows to the rank of a zero.
-    waits = torch.log(-torch.log1p(-noise)) - torch.log(weights)
+    # In logarithms, which stay below 800 for any float64, so that no small weight overflows to the rank of a zero.
+    weights = weights if weights.dtype.itemsize > 2 else weights.float()
+    waits = torch.log(-torch.log1p(-noise)) - torch.log(weights).float()
     scores = torch.where(weights > 0, waits, 1000 * (1 + noise))
     return TokenMask.from_scores(scores, count, order=order, backend=backend)
 

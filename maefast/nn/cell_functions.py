@@ -12,15 +12,16 @@ from maefast import ops
 from maefast.nn.cell_elementwise import handles, of_sides
 from maefast.nn.cell_padding import PaddedCells, merged
 from maefast.nn.cells import HANDLERS, Cells, PendingNorm, UnknownSparseOp, pending, where
+from maefast.ops import _checks
 
 # --- convolutions, linear, norms ---------------------------------------------------------------------------
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """As autocast casts the arguments of a convolution."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype is torch.float64:
+    dtype = _checks.autocast(x.device.type)
+    if dtype is None or x.dtype is torch.float64:
         return [x, *others]
-    dtype = torch.get_autocast_dtype(x.device.type)
     return [t if t is None else t.to(dtype) for t in (x, *others)]
 
 

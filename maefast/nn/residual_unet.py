@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from maefast import ops
 from maefast.nn.cells import Cells
+from maefast.ops.sparse_conv import conv_maps
 
 
 class InstanceNorm(nn.InstanceNorm3d):
@@ -26,6 +27,16 @@ class InstanceNorm(nn.InstanceNorm3d):
         return rows.movedim(-1, 1)
 
 
+class Conv3d(nn.Conv3d):
+    """The same; in bfloat16 on a CPU also where the kernel is longer than the map (torch 2.13 leaves the gradient of
+    its weight unwritten there)."""
+
+    def forward(self, x: Tensor | Cells) -> Tensor | Cells:
+        if isinstance(x, Cells) or x.ndim != 5:
+            return super().forward(x)
+        return conv_maps(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
 class ConvBlock(nn.Module):
     """Convolution, instance norm and, with `act`, leaky ReLU."""
 
@@ -33,7 +44,7 @@ class ConvBlock(nn.Module):
         self, cin: int, cout: int, kernel: int = 3, stride: int = 1, bias: bool = True, act: bool = True
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(cin, cout, kernel, stride, kernel // 2, bias=bias)
+        self.conv = Conv3d(cin, cout, kernel, stride, kernel // 2, bias=bias)
         self.norm = InstanceNorm(cout, affine=True)
         self.act = nn.LeakyReLU() if act else nn.Identity()
 
@@ -118,7 +129,7 @@ class UNetDecoder(nn.Module):
         self.stages = nn.ModuleList(
             Stacked(ConvBlock(2 * skip, skip), *(ConvBlock(skip, skip) for _ in range(depth - 1))) for _, skip in down
         )
-        self.pred = nn.Conv3d(widths[0], out, 1)
+        self.pred = Conv3d(widths[0], out, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps fine to coarse -> [B, out, D, H, W]."""

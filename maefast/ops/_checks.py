@@ -31,6 +31,12 @@ def tensor(name: str, value: object, *, ndim: int | tuple[int, ...] | None = Non
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}")
 
 
+def autocast(kind: str) -> torch.dtype | None:
+    """The dtype of autocast on a kind of device; None where it is off, or where torch knows of none (meta)."""
+    known = kind == "cpu" or kind == "cuda" or torch.amp.is_autocast_available(kind)
+    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None
+
+
 def same_device(**tensors: Tensor | None) -> None:
     """All given tensors live on one device."""
     first_name = first = None

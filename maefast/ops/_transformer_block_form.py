@@ -91,7 +91,7 @@ def form_of(x, delta, flat, options, drop1, drop2, cu_seqlens, masked) -> Form |
             *[t if t is None else _KIND(t) for t in (x, delta, drop1, drop2, cu_seqlens, *flat)],
             *options,
             None if masked is None else _PLAN(masked),
-            _autocast(kind),
+            _checks.autocast(kind),
             _dispatch.forced(),
             torch.are_deterministic_algorithms_enabled() and _attention_table.repeatable(x, delta, *flat),
         )
@@ -136,7 +136,7 @@ def _checked(
 
     kind, stream = x.device.type, _checks.promote(x, delta)
     wide = torch.float64 if stream is torch.float64 else torch.float32
-    autocast = None if stream is torch.float64 else _autocast(kind)
+    autocast = None if stream is torch.float64 else _checks.autocast(kind)
     low = autocast or stream
     for name, t in zip(names, w):
         if autocast is None and t is not None and name[:3] in ("qkv", "pro", "fc1", "fc2") and t.dtype is not stream:
@@ -187,12 +187,6 @@ def _checked(
         branch=branch[0],
         shifts=w[16] is None and drop1 is None,
     )
-
-
-def _autocast(kind: str) -> torch.dtype | None:
-    """The dtype of autocast, where it is on."""
-    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
-    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None
 
 
 def _check_numbers(width, num_heads, eps, scale, approximate, keep) -> None:

@@ -72,8 +72,9 @@ def conv_transpose_cells(
         x, weight, bias, stride, padding, output_padding, groups, dilation
     )
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    autocast = _checks.autocast(x.device.type)
+    if autocast is not None and dtype is not torch.float64:
+        dtype = autocast
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
     for what, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype is not dtype:

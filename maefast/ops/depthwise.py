@@ -50,8 +50,9 @@ def depthwise_cells(
     if bias is not None:
         bias = _checks.vector("bias", bias, channels)
     _checks.same_device(x=x, weight=weight, bias=bias)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    autocast = _checks.autocast(x.device.type)
+    if autocast is not None and x.dtype is not torch.float64:
+        x = x.to(autocast)
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     if wide is torch.float32 and torch.float64 in (weight.dtype, weight.dtype if bias is None else bias.dtype):
         raise TypeError(f"weight and bias must not be float64 while x is {x.dtype}")

@@ -215,8 +215,9 @@ def patch_embed(
         prefix = _checks.table("prefix", prefix, prefix.shape[-2:-1], width)
 
     device = images.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    autocast = _checks.autocast(device)
+    if autocast is not None and weight.dtype is not torch.float64:
+        dtype = autocast
     elif images.dtype is weight.dtype:
         dtype = weight.dtype
     else:

@@ -74,7 +74,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if bias.ndim != 1 or bias.shape[0] != weight.shape[0]:
             raise ValueError(f"bias must be [{weight.shape[0]}] for this weight, got {tuple(bias.shape)}")
     _checks.same_device(x=x, weight=weight, bias=bias)
-    if not torch.is_autocast_enabled(x.device.type):
+    if _checks.autocast(x.device.type) is None:
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.dtype is not x.dtype:
                 raise TypeError(f"x is {x.dtype} but {name} is {tensor.dtype}: convert one, or use autocast")

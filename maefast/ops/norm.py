@@ -54,8 +54,8 @@ def add_norm(
             if delta.dtype is not stream and not (stream is torch.float32 and delta.dtype.itemsize == 2):
                 delta = delta.to(stream)
     if dtype is None:
-        autocast = stream is torch.float32 and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else stream
+        autocast = _checks.autocast(kind) if stream is torch.float32 else None
+        dtype = stream if autocast is None else autocast
     elif dtype is not stream and not (stream is torch.float32 and (dtype is torch.float16 or dtype is torch.bfloat16)):
         raise TypeError(f"dtype (of y) may be that of the stream, {stream}, or 16 bits beside float32; not {dtype}")
     wide = torch.float64 if stream is torch.float64 else torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,15 @@ def check_bias(
     return bias.to(wide).expand(groups, heads, max_q, max_k).contiguous()
 
 
+def _is(t: Tensor, shape: tuple) -> bool:
+    """Number by number, which torch.compile can guard; whether a list holds a shape it takes for known."""
+    return t.ndim == len(shape) and all(have == want for have, want in zip(t.shape, shape))
+
+
+def _text(shape: Sequence[int]) -> str:
+    return f"[{', '.join([f'{n}' for n in shape])}]"
+
+
 def check_rope(
     rope: Rope, dtype: torch.dtype, tokens: torch.Size, width: int, some: bool
 ) -> tuple[Tensor, Tensor, bool]:
@@ -110,9 +120,11 @@ def check_rope(
         _checks.tensor(name, t)
         if t.dtype not in (torch.float32, dtype):
             raise TypeError(f"{name} must be float32 or {dtype} as the queries, got {t.dtype}")
-        if tuple(t.shape) not in shapes or t.shape != rope.cos.shape:
-            want = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"rope.cos and rope.sin must both be {want}, got {list(rope.cos.shape)}, {list(t.shape)}")
+        if not any(_is(t, shape) for shape in shapes) or t.shape != rope.cos.shape:
+            want = " or ".join(map(_text, shapes))
+            raise ValueError(
+                f"rope.cos and rope.sin must both be {want}, got {_text(rope.cos.shape)}, {_text(t.shape)}"
+            )
         if t.requires_grad:
             raise ValueError(f"{name} requires grad, but attention has no gradient for it: detach it")
     cos, sin = (t.to(wide).reshape(-1, width).contiguous() for t in (rope.cos, rope.sin))

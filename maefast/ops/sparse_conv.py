@@ -30,6 +30,7 @@ from maefast.ops.cells import (
 from maefast.ops.depthwise import depthwise_cells
 from maefast.ops.implicit_conv import Implicit
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _raw_op = _registry.family("sparse_conv")
 
 # Bytes of gathered rows at a time. On a CPU, glibc gives larger blocks back to the system and pays for fresh pages.
@@ -76,14 +77,15 @@ def conv_cells(
     if route is not None:
         _checks.one_of("route", route, _conv_table.ROUTES)
     kind, dtype, depthwise = x.device.type, x.dtype, _is_depthwise(x, weight, window, groups)
-    if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    autocast = _checks.autocast(kind)
+    if autocast is not None and dtype is not torch.float64:
+        dtype = autocast
     call = _conv_table.Call(kind, dtype, tuple(x.shape[1:-1]), window, groups, x.shape[-1], weight.shape[0], depthwise)
     name, route = _conv_table.choose(call, backend, route)
     if route == "depthwise":
         out = depthwise_cells(x, plan, weight, bias, backend=backend)
         return out if window.stride == (1, 1) else out[:, :: window.stride[0], :: window.stride[1]].contiguous()
-    if dtype is not x.dtype or torch.is_autocast_enabled(kind):
+    if dtype is not x.dtype or autocast is not None:
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
     for what, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype is not dtype:
@@ -189,10 +191,21 @@ def library(x: Tensor) -> Callable:
     return F.conv2d if x.ndim == 4 else F.conv3d
 
 
+def conv_maps(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, padding: Sides, dilation: Sides, groups: int
+) -> Tensor:
+    """torch's convolution of dense maps [B, C, (D,) H, W], autocast included, around what a CPU's oneDNN gets wrong."""
+    dtype = _checks.autocast(x.device.type)
+    if dtype is not None and x.dtype is not torch.float64:
+        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    return _conv(x, weight, bias, Window(tuple(weight.shape[2:]), stride, padding, dilation), groups)
+
+
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
     stride, padding, dilation = window[1:]
     if reaches_over(x, x.shape[2:], weight, dilation):
-        outputs = [n // s for n, s in zip(x.shape[2:], stride)]
+        spans = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
+        outputs = [(n + 2 * p - span) // s + 1 for n, p, span, s in zip(x.shape[2:], padding, spans, stride)]
         weight, zeros, dilation = within(weight, x.shape[2:], outputs, stride, padding, dilation)
         x, padding = F.pad(x, zeros), (0,) * len(stride)
     if max(weight.shape[2:]) == 1 and max(stride) > 1:
@@ -322,7 +335,7 @@ def _framed_conv(x, neighbours, weight, bias, window: Window, groups: int, name:
     out = _library_conv(frames, weight, bias, window.stride, none, window.dilation, groups, wide).movedim(1, -1)
     if torch.compiler.is_compiling():  # torch 2.11 loses the gradient of a Function that returns a view
         return out.clone(memory_format=torch.contiguous_format)
-    return out.contiguous()
+    return _unsafe_view(out.contiguous(), out.shape)  # no view: it may be written into
 
 
 @_raw_op(
@@ -390,7 +403,7 @@ def _taps_conv(x, neighbours, weight, bias, window: Window, groups: int, name: s
         parts.append(product(taps, weight, bias, groups))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     sites = (n // s for n, s in zip(x.shape[1:-1], window.stride))
-    return out.view(x.shape[0], *sites, weight.shape[0])
+    return _unsafe_view(out, (x.shape[0], *sites, weight.shape[0]))
 
 
 def _some_cells(neighbours: Tensor, x: Tensor, window: Window) -> tuple[Tensor, ...]:

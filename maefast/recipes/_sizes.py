@@ -1,6 +1,8 @@
-"""Sizes of transformers, as arguments of recipes."""
+"""Arguments that recipes share: sizes of transformers, and ratios of masks."""
 
 from __future__ import annotations
+
+from maefast import masking
 
 ENCODERS = {
     name: dict(zip(("embed_dim", "depth", "num_heads"), sizes))
@@ -23,3 +25,9 @@ def both(width: int, depth: int, heads: int, decoder_width: int, decoder_depth: 
         "decoder_depth": decoder_depth,
         "decoder_num_heads": decoder_heads,
     }
+
+
+def check_visible(name: str, ratio: float, tokens: int, rule: str = "floor") -> None:
+    """Raise ValueError where a mask ratio leaves nothing to see of so many tokens, for losses that take its mean."""
+    if not masking.keep_count(tokens, ratio, rule):
+        raise ValueError(f"{name} {ratio} leaves 0 of {tokens} tokens visible")

@@ -29,7 +29,7 @@ from maefast.nn.patch_embed import pair, patch_grid, triple
 from maefast.nn.patches import Reconstruction, reconstruct
 from maefast.ops import _checks
 from maefast.recipe import Draw, Output, Picture, Progress, Recipe, Spec, View
-from maefast.recipes._sizes import ENCODERS
+from maefast.recipes._sizes import ENCODERS, check_visible
 
 
 class CrossVideoMAE(Recipe):
@@ -99,6 +99,8 @@ class CrossVideoMAE(Recipe):
         self.patches = triple("tubelet", tubelet), pair("patch_size", patch_size)
         self.grids = patch_grid((frames, *size), self.patches[0]), patch_grid(size, self.patches[1])
         self.ratios = _two("mask_ratio", mask_ratio), _two("frame_mask_ratio", frame_mask_ratio)
+        for name, grid, ratios in zip(("mask_ratio", "frame_mask_ratio"), self.grids, self.ratios):
+            check_visible(name, max(ratios), prod(grid))
         self.norm, self.shared, self.change = "mae" if norm_pix else "none", shared, (tuple(scale), colour)
         self.intra, self.cross, self.temperature = intra, cross, temperature
         for name, patch, grid, blocks, decoders in (

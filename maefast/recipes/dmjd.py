@@ -27,6 +27,7 @@ from maefast.nn.patch_embed import pair, patch_grid
 from maefast.ops._checks import one_of
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
 from maefast.recipes._images import ImageRecipe, feature_sheet
+from maefast.recipes._sizes import check_visible
 
 CELL, BINS = 8, 9
 SIDE = PATCH // CELL  # cells of a token each way
@@ -97,6 +98,7 @@ class DMJD(ImageRecipe):
         one_of("visible_loss", visible_loss, LOSSES)
         if not 0 < mask_ratio <= pred_ratio <= 1:
             raise ValueError(f"0 < mask_ratio <= pred_ratio <= 1 must hold, got {mask_ratio} and {pred_ratio}")
+        check_visible("mask_ratio", mask_ratio, self.blocks[0] * self.blocks[1])
         self.block, self.mask_ratio, self.theta, self.paired = block, mask_ratio, theta, paired
         self.extra = int(min(pred_ratio - mask_ratio, mask_ratio) * self.blocks[0] * self.blocks[1])
         self.losses = masked_loss, visible_loss

@@ -31,6 +31,7 @@ from maefast.ops import _checks
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
 from maefast.recipes._audiovisual import AudioVisualRecipe
 from maefast.recipes._images import mean_feature
+from maefast.recipes._sizes import check_visible
 
 
 class HiCMAE(AudioVisualRecipe):
@@ -126,6 +127,8 @@ class HiCMAE(AudioVisualRecipe):
             raise ValueError(f"taps must rise and name some of {depth} blocks, from 0, got {list(taps)}")
         if difference < 1 or frames % difference:
             raise ValueError(f"difference must divide the {frames} frames of a clip, got {difference}")
+        check_visible("mask_ratio", mask_ratio, prod(self.grid[1:]), "complement")
+        check_visible("sound_mask_ratio", sound_mask_ratio, prod(self.sound_grid), "complement")
         self.taps, self.groups = tuple(taps), (self.tubelet, frames, difference)
         self.contrast, self.temperature = contrast, temperature
         for name, patch, channels, tokens in (

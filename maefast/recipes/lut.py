@@ -28,7 +28,7 @@ from maefast.nn.teachers import Averaged, cosine_decay, teaching
 from maefast.ops import TokenMask
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
 from maefast.recipes._images import ImageRecipe, mean_colour
-from maefast.recipes._sizes import ENCODERS
+from maefast.recipes._sizes import ENCODERS, check_visible
 
 
 class LUT(ImageRecipe):
@@ -87,6 +87,7 @@ class LUT(ImageRecipe):
         super().__init__(3, size)
         self.patch, grid = patch, patch_grid(size, patch)
         self.patches, self.mask_ratio, self.weight, self.decay = grid[0] * grid[1], mask_ratio, weight, decay
+        check_visible("mask_ratio", mask_ratio, self.patches)
         self.norm = "mae" if norm_pix else "none"
         self.encoder = Encoder(
             PatchEmbed(self.patch, 3, embed_dim),
@@ -114,7 +115,7 @@ class LUT(ImageRecipe):
         plans = masking.disjoint(*noise.shape, self.mask_ratio, noise=noise)
         scores = torch.cat([plan.ids_restore.float() for plan in plans])
         with teaching():
-            means = _mean(self.teacher.encoder(both)).chunk(2)
+            means = _mean(self.teacher.encoder(both), self.teacher.projector).chunk(2)
             target = torch.cat([self.teacher.projector(mean) for mean in means])
         return View(both, (TokenMask.from_scores(scores, plans[0].keep), plans[0]), target)
 
@@ -125,7 +126,7 @@ class LUT(ImageRecipe):
         """From the latents of both views, [B, 1 + visible, D] each."""
         pred = self.decoder(latents[0], view.plan[1])
         # One view after the other, as published: each has batch statistics of its own.
-        q1, q2 = (self.predictor(self.projector(_mean(latent))) for latent in latents)
+        q1, q2 = (self.predictor(self.projector(_mean(latent, self.projector))) for latent in latents)
         return Output({"pixels": self._pixels(pred, view), "agreement": self._agreement(q1, q2, view)}, pred, view)
 
     def _pixels(self, pred: Tensor, view: View) -> Tensor:
@@ -163,9 +164,9 @@ class LUT(ImageRecipe):
         return pictures.Sheet(columns, names, f"{self.mask_ratio:.0%} of view 1 masked")
 
 
-def _mean(latents: Tensor) -> Tensor:
-    """[B, D] of the patches' [B, 1 + n, D], in float32 at least."""
-    return latents[:, 1:].to(torch.promote_types(latents.dtype, torch.float32)).mean(1)
+def _mean(latents: Tensor, of: nn.Sequential) -> Tensor:
+    """[B, D] of the patches' [B, 1 + n, D], taken in float32 at least, in the dtype of the head that reads it."""
+    return latents[:, 1:].to(torch.promote_types(latents.dtype, torch.float32)).mean(1).to(of[0].weight.dtype)
 
 
 def head(dim: int, hidden: int) -> nn.Sequential:

@@ -28,6 +28,7 @@ from maefast.ops._checks import one_of
 from maefast.ops.feature_loss import KINDS, NORMS
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
 from maefast.recipes._images import IMAGE_TEACHERS, ImageRecipe, feature_sheet, image_teacher, mean_colour, mean_feature
+from maefast.recipes._sizes import check_visible
 
 BACKBONES, MASKS = ("mcmae", "vit"), ("random", "attention", "salient")
 
@@ -112,6 +113,7 @@ class MRMAE(ImageRecipe):
             if not -made.depth <= teacher_at < made.depth:
                 raise ValueError(f"teacher_at must name one of {made.depth} blocks, got {teacher_at}")
         self.patch, self.grid, self.lead = patch, patch_grid(size, patch), int(backbone == "vit")
+        check_visible("mask_ratio", mask_ratio, self.grid[0] * self.grid[1])
         self.mask, self.mask_ratio, self.fused = mask, mask_ratio, tuple(fused)
         self.weight, self.mimic = weight, {"norm": mimic_norm, "loss": mimic_loss}
         self.norm = "mae" if norm_pix else "none"

@@ -24,7 +24,7 @@ from maefast.nn import Cells, sparsify
 from maefast.nn.init import TOKEN_STD
 from maefast.nn.patch_embed import cube, patch_grid
 from maefast.nn.patches import patchify, reconstruct
-from maefast.nn.residual_unet import InstanceNorm, ResidualEncoder, UNetDecoder
+from maefast.nn.residual_unet import Conv3d, InstanceNorm, ResidualEncoder, UNetDecoder
 from maefast.ops import CellMask
 from maefast.ops._checks import one_of
 from maefast.recipe import Draw, Output, Picture, Progress, Recipe, Spec, View
@@ -110,7 +110,7 @@ class SparK3D(Recipe):
             nn.init.trunc_normal_(token, std=TOKEN_STD, a=-TOKEN_STD, b=TOKEN_STD)
         self.densify_norms = nn.ModuleList(InstanceNorm(width) if full else nn.Identity() for width in widths)
         self.densify_projs = nn.ModuleList(
-            nn.Conv3d(width, width, 3, padding=1) if full and i else nn.Identity() for i, width in enumerate(widths)
+            Conv3d(width, width, 3, padding=1) if full and i else nn.Identity() for i, width in enumerate(widths)
         )
 
     def prepare(self, batch: VolumeBatch, draw: Draw, progress: Progress) -> View:

@@ -28,7 +28,7 @@ from maefast.nn.teachers import Frozen
 from maefast.ops import TokenMask, _checks
 from maefast.recipe import Draw, Output, Picture, Progress, Spec, View
 from maefast.recipes._clips import DEMO, ClipAutoencoder
-from maefast.recipes._sizes import both
+from maefast.recipes._sizes import both, check_visible
 
 MASKS = ("highest", "lowest", "random", "tube")
 
@@ -83,6 +83,7 @@ class TGM(ClipAutoencoder):
         **arguments: Any,
     ) -> None:
         super().__init__(mask_ratio=mask_ratio, **arguments)
+        check_visible("mask_ratio", mask_ratio, self.grid[1] * self.grid[2], "complement")
         _checks.one_of("masks", masks, MASKS)
         _checks.one_of("project", project, ("video", "both", "none"))
         _checks.positive("temperature", temperature)
@@ -131,7 +132,8 @@ class TGM(ClipAutoencoder):
     def _pair(self, latent: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """A vector for each clip, the mean of what the encoder sees of it, and one for its caption."""
         mean = latent.mean(1, dtype=torch.promote_types(latent.dtype, torch.float32))
-        return self.project(mean), self.project_text(text)
+        weight = getattr(self.project, "weight", mean)
+        return self.project(mean.to(weight.dtype)), self.project_text(text)
 
     def baseline(self, view: CaptionedView) -> Output:
         guess = super().baseline(view)

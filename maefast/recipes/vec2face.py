@@ -117,6 +117,8 @@ class Vec2Face(Recipe):
         count = self.grid[0] * self.grid[1]
         self.count, self.rows, self.adversary_from = count, rows, adversary_from
         self.dropped, self.hide = math.ceil(drop_ratio * count), (drop_ratio, hide_mean, hide_std)
+        if self.dropped == count:
+            raise ValueError(f"drop_ratio {drop_ratio} keeps 0 of {count} rows")
         self.calls = {"perceptual": perceptual, "identity": identity, "adversary": adversary}  # no parts of it
         self.latent_prior_proj_f = Linear(dim, embed_dim)
         self.feature_token = nn.Linear(1, count)

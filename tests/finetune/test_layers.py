@@ -68,6 +68,20 @@ def test_a_long_convnext():
     assert {name: layers[name] for name in expected} == expected
 
 
+def test_no_layer_learns_faster_than_the_head():
+    with torch.device("meta"):
+        layers, last = layers_of(ConvNeXt((3, 3, 36, 3), (8, 8, 8, 8), num_classes=3))
+    assert (max(layers.values()), last) == (13, 13)
+    assert [layers[f"stages.2.{block}.norm.bias"] for block in (26, 27, 35)] == [11, 12, 12]
+
+
+def test_only_a_long_third_stage_is_grouped():
+    with torch.device("meta"):
+        layers, last = layers_of(ConvNeXt((12, 1, 2, 1), (8, 8, 8, 8), num_classes=3))
+    assert last == 17
+    assert [layers[f"stages.0.{block}.norm.bias"] for block in (0, 11)] == [1, 12]
+
+
 def test_a_resnet():
     layers, last = layers_of(ResNet((1, 2, 1, 1), width=8, num_classes=3))
     assert last == 6

@@ -196,6 +196,25 @@ def test_ratios(ratio, pred):
     agree(want.mask, got.mask)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_ratios(dynamic):
+    """Of which torch.compile makes a symbol once they change."""
+    model, fast = pair()
+    torch.compiler.reset()
+    compiled = torch.compile(fast, dynamic=dynamic, backend="aot_eager")
+    for ratio in (0.75, 0.5, 0.25):
+        model.config.mask_ratio = fast.config.mask_ratio = ratio
+        want, got = both((model, compiled), images(), noise=torch.rand(3, 16))
+        agree(want.loss, got.loss)
+
+
+def test_on_meta():
+    model, fast = (m.to("meta").eval() for m in pair())
+    want, got = (m(images().to("meta")) for m in (model, fast))
+    for a, b in zip(want.to_tuple(), got.to_tuple(), strict=True):
+        assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
 # --- dtypes, loss, predictions ------------------------------------------------------------------------------
 
 

@@ -297,6 +297,17 @@ def test_compiles_whole(where, dynamic):
             torch.testing.assert_close(a, b)
 
 
+def test_compiles_with_tables_of_its_own():
+    def step(qkv):
+        angles = torch.arange(80.0).view(5, 16)
+        return ops.attention(qkv, rope=ops.Rope(angles.cos(), angles.sin(), True))
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="eager")
+    qkv = randn(2, 5, 3, 2, 16)
+    torch.testing.assert_close(compiled(qkv), step(qkv))
+
+
 # --- inside transformer_block -------------------------------------------------------------------------------------
 
 

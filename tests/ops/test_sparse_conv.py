@@ -240,6 +240,16 @@ def test_only_the_wanted_gradients():
                 torch.testing.assert_close(torch.autograd.grad(out.square().sum(), some[i])[0], want[i])
 
 
+@pytest.mark.parametrize("route", ["halo", "taps", "dense"])
+def test_outputs_may_be_written_into(route):
+    plan = ragged_plan()
+    x, weight, bias = (t.requires_grad_() for t in tensors(plan, (4, 4), WINDOWS["3x3"], 1, torch.float64))
+    want = torch.autograd.grad(ops.conv_cells(x, plan, weight, bias, 1, 1, route=route).relu().sum(), (x, weight, bias))
+    out = torch.relu_(ops.conv_cells(x, plan, weight, bias, 1, 1, route=route))
+    for a, b in zip(torch.autograd.grad(out.sum(), (x, weight, bias)), want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_layouts_that_are_not_contiguous():
     plan = ragged_plan()
     x, weight, bias = tensors(plan, (4, 4), WINDOWS["3x3"], 1, torch.float64)

@@ -116,6 +116,8 @@ class TestCrossVideoMAE(RecipeTests):
         for changes, match in (
             ({"mask_ratio": 1.0}, r"mask_ratio must lie in \(0, 1\)"),
             ({"frame_mask_ratio": [0.5, 0.5, 0.5]}, "frame_mask_ratio must lie in"),
+            ({"mask_ratio": 0.98}, "mask_ratio 0.98 leaves 0 of 12 tokens visible"),
+            ({"frame_mask_ratio": [0.5, 0.98]}, "frame_mask_ratio 0.98 leaves 0 of"),
             ({"temperature": 0}, "temperature must be positive"),
             ({"patch_size": 7}, "not a multiple of the patch size"),
         ):

@@ -57,6 +57,8 @@ class TestDMJD(RecipeTests):
         for wrong in ({"pred_ratio": 0.4}, {"mask_ratio": 0.0}, {"pred_ratio": 1.5}):
             with pytest.raises(ValueError, match="mask_ratio <= pred_ratio"):
                 self.make(**wrong)
+        with pytest.raises(ValueError, match=r"mask_ratio 0.99 leaves 0 of"):
+            self.make(mask_ratio=0.99, pred_ratio=1.0)
 
     def test_each_visible_token_learns_its_own_target(self):
         """Predictions that are the targets in place have no loss; paired as published they have."""

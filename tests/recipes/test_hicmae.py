@@ -137,6 +137,8 @@ class TestHiCMAE(RecipeTests):
             ({"taps": [2]}, "taps must rise"),
             ({"difference": 3}, "difference must divide the 4 frames of a clip, got 3"),
             ({"temperature": 0.0}, "temperature must be positive"),
+            ({"mask_ratio": 1.0}, "mask_ratio 1.0 leaves 0 of 6 tokens visible"),
+            ({"sound_mask_ratio": 1.0}, "sound_mask_ratio 1.0 leaves 0 of"),
             ({"mels": 10}, "not a multiple of the patch size"),
             ({"seconds": 1.0}, r"1.0 seconds are 98 frames, which must lie in \[1, 16\]"),
         ):

@@ -39,6 +39,14 @@ class TestLUT(RecipeTests):
         recipe = self.make().train()
         equal_to_reference(recipe, recipe.view(self.batch(recipe), seed=1), self.reference, 1e-8)
 
+    def test_a_module_in_bfloat16(self):
+        recipe = self.make().bfloat16().train()
+        assert recipe(self.batch(recipe)).loss.isfinite()
+
+    def test_something_must_be_seen(self):
+        with pytest.raises(ValueError, match=r"mask_ratio 0.98 leaves 0 of 16 tokens visible"):
+            self.make(mask_ratio=0.98)
+
     def test_views_share_no_patch(self):
         recipe = self.make(mask_ratio=0.5)
         both, first = recipe.view(self.batch(recipe), seed=1).plan

@@ -145,6 +145,7 @@ class TestMRMAE(RecipeTests):
             ({"patch_size": 8}, "patch_size must be 16 with the backbone mcmae"),
             ({"fused": [2]}, "fused must name some of 2 blocks"),
             ({"fused": [0, 0]}, "each once"),
+            ({"mask_ratio": 0.98}, "mask_ratio 0.98 leaves 0 of 16 tokens visible"),
         ],
     )
     def test_bad_arguments(self, changes, message):

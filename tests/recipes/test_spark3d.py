@@ -5,7 +5,7 @@ import torch
 
 from maefast import recipes
 from maefast.data.volumes import VolumeBatch
-from maefast.nn.residual_unet import ResidualEncoder
+from maefast.nn.residual_unet import Conv3d, ResidualEncoder
 from tests.recipes.common import RecipeTests, equal_to_reference
 
 
@@ -86,6 +86,40 @@ class TestSparK3D(RecipeTests):
         ):
             with pytest.raises(ValueError, match=reason):
                 self.make(**changes)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_bfloat16_on_maps_shorter_than_the_kernel(size):
+    """Where oneDNN leaves the weight gradient of a plain convolution unwritten (with bfloat16 by AVX-512)."""
+    torch.manual_seed(0)
+    conv, x = Conv3d(16, 16, 3, padding=1), torch.randn(2, 16, size, size, size)
+    grad, found = torch.randn_like(x), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = conv(x)
+        found.append(torch.autograd.grad(out, conv.weight, grad.to(out.dtype))[0])
+    assert (found[1] - found[0]).norm() < 0.01 * found[0].norm()
+
+
+def test_every_dense_convolution_is_of_that_kind():
+    dense = [m for m in TestSparK3D().make().modules() if isinstance(m, torch.nn.Conv3d)]
+    assert {type(m) for m in dense} == {Conv3d}
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_dense_convolutions_are_torchs(size, stride):
+    torch.manual_seed(0)
+    plain = torch.nn.Conv3d(3, 5, 3, stride, 1).double()
+    conv = Conv3d(3, 5, 3, stride, 1).double()
+    conv.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, size, size + 1, size, dtype=torch.float64, requires_grad=True)
+    results = []
+    for module in (plain, conv):
+        out = module(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])))
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_the_encoder_gives_every_stage():

@@ -132,6 +132,10 @@ class TestTGM(RecipeTests):
         assert recipe.baseline(view).terms["contrast"].item() == pytest.approx(0.5 * math.log(3))
         assert self.make(weight=0.0).baseline(view).terms.keys() == {"pixels"}
 
+    def test_a_module_in_bfloat16(self):
+        recipe = self.make().bfloat16()
+        assert recipe(self.batch(None)).loss.isfinite()
+
     def test_features_and_refusals(self):
         recipe, batch = self.make(), self.batch(None)
         assert recipe.encode(batch).shape == (3, 12, 16)
@@ -145,6 +149,8 @@ class TestTGM(RecipeTests):
             setattr(other, name, value)
             with pytest.raises(ValueError, match=reason):
                 recipe(other)
+        with pytest.raises(ValueError, match=r"mask_ratio 1.0 leaves 0 of 6 tokens visible"):
+            self.make(mask_ratio=1.0)
         with pytest.raises(TypeError, match="teacher must be a module, got str"):
             self.make(teacher="random")
         with pytest.raises(ValueError, match="an encoder as wide as the text, 8, got 16"):

@@ -119,6 +119,7 @@ class TestVec2Face(RecipeTests):
             ({"decoder_embed_dim": 8}, "8 must be 16 wide"),
             ({"rows": "some"}, "rows must be"),
             ({"drop_ratio": 1.0}, r"drop_ratio 1.0 must lie in \[0, 1\)"),
+            ({"drop_ratio": 0.98}, "drop_ratio 0.98 keeps 0 of"),
             ({"head_shortcut": "none"}, "shortcut must be"),
         ):
             with pytest.raises(ValueError, match=message):
