@@ -32,27 +32,6 @@ MAEFAST_INLINE vec_f32 all(float a) {
 #endif
 }
 
-MAEFAST_INLINE vec_f32 fma(vec_f32 a, vec_f32 b, vec_f32 c) {
-#if defined(__AVX512F__)
-  return (vec_f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-  return (vec_f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-// The larger; b where one of them is NaN.
-MAEFAST_INLINE vec_f32 larger(vec_f32 a, vec_f32 b) {
-#if defined(__AVX512F__)
-  return (vec_f32)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (vec_f32)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-
 // Whether a lane is true.
 MAEFAST_INLINE bool any(vec_i32 condition) {
 #if defined(__AVX512F__)
@@ -62,9 +41,6 @@ MAEFAST_INLINE bool any(vec_i32 condition) {
 #else
   return (condition[0] | condition[1] | condition[2] | condition[3]) != 0;
 #endif
-}
-MAEFAST_INLINE vec_f32 magnitude(vec_f32 x) {
-  return (vec_f32)((vec_i32)x & 0x7fffffff);
 }
 
 // 2^t for t <= 127, within 1.5 units in the last place; 0 below -126, as no subnormal is worth its time.

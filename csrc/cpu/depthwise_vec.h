@@ -5,26 +5,8 @@
 #include "cpu/depthwise_kernel.h"
 #include "cpu/vec.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace maefast::MAEFAST_ISA {
 namespace {
-
-MAEFAST_INLINE vec_f32 fma(vec_f32 a, vec_f32 b, vec_f32 c) {
-#if defined(__AVX512F__)
-  return (vec_f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-  return (vec_f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-MAEFAST_INLINE vec_f64 fma(vec_f64 a, vec_f64 b, vec_f64 c) {
-  return a * b + c;
-}
 
 template <int n>
 struct Int {

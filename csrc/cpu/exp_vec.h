@@ -3,42 +3,8 @@
 
 #include "cpu/vec.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace maefast::MAEFAST_ISA {
 namespace {
-
-MAEFAST_INLINE vec_f32 fma(vec_f32 a, vec_f32 b, vec_f32 c) {
-#if defined(__AVX512F__)
-  return (vec_f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (vec_f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-MAEFAST_INLINE vec_f32 select(vec_i32 condition, vec_f32 yes, vec_f32 no) {
-  return (vec_f32)(((vec_i32)yes & condition) | ((vec_i32)no & ~condition));
-}
-
-// The smaller and the larger of a and b; b where one is NaN.
-MAEFAST_INLINE vec_f32 smaller(vec_f32 a, vec_f32 b) {
-#if defined(__AVX512F__)
-  return (vec_f32)_mm512_maskz_min_ps(-1, (__m512)a, (__m512)b);
-#else
-  return select(a < b, a, b);
-#endif
-}
-MAEFAST_INLINE vec_f32 larger(vec_f32 a, vec_f32 b) {
-#if defined(__AVX512F__)
-  return (vec_f32)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);
-#else
-  return select(a > b, a, b);
-#endif
-}
 
 // e^x = mantissa * 2^whole.
 struct Exp {

@@ -17,9 +17,6 @@ constexpr double kInvSqrt2Pi = 0.39894228040143267794;
 constexpr double kSqrt2OverPi = 0.79788456080286535588;
 constexpr double kCubic = 0.044715;
 
-MAEFAST_INLINE vec_f32 magnitude(vec_f32 x) {
-  return (vec_f32)((vec_i32)x & 0x7fffffff);
-}
 // |x|, at most `end`; NaN stays.
 MAEFAST_INLINE vec_f32 magnitude(vec_f32 x, float end) {
   return smaller(splat(end), magnitude(x));

@@ -12,7 +12,7 @@
 
 #include "cpu/dtype.h"
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -112,6 +112,50 @@ MAEFAST_INLINE V load_raw(const void* p) {
 template <class A>
 MAEFAST_INLINE vec<A> splat(A a) {
   return vec<A>{} + a;
+}
+
+// ---- lane by lane
+
+// float rounds once where the instruction set has it; double, as it is written.
+MAEFAST_INLINE vec_f32 fma(vec_f32 a, vec_f32 b, vec_f32 c) {
+#if defined(__AVX512F__)
+  return (vec_f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vec_f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+MAEFAST_INLINE vec_f64 fma(vec_f64 a, vec_f64 b, vec_f64 c) {
+  return a * b + c;
+}
+
+MAEFAST_INLINE vec_f32 select(vec_i32 condition, vec_f32 yes, vec_f32 no) {
+  return (vec_f32)(((vec_i32)yes & condition) | ((vec_i32)no & ~condition));
+}
+
+// The smaller and the larger of a and b; b where one is NaN.
+MAEFAST_INLINE vec_f32 smaller(vec_f32 a, vec_f32 b) {
+#if defined(__AVX512F__)
+  return (vec_f32)_mm512_maskz_min_ps(-1, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vec_f32)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return select(a < b, a, b);
+#endif
+}
+MAEFAST_INLINE vec_f32 larger(vec_f32 a, vec_f32 b) {
+#if defined(__AVX512F__)
+  return (vec_f32)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vec_f32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+
+MAEFAST_INLINE vec_f32 magnitude(vec_f32 x) {
+  return (vec_f32)((vec_i32)x & 0x7fffffff);
 }
 
 // ---- 16-bit formats
