@@ -19,7 +19,7 @@ from maefast.data.clips import ClipBatch, Clips, CroppedClips, Videos, read_vide
 from maefast.data.collection import DEMO, Collection, Made
 from maefast.data.fbank import read_wave
 from maefast.data.spectrograms import SpectrogramBatch, Spectrograms
-from maefast.data.video_files import CODED, read_sound
+from maefast.data.video_files import CODED, CodedVideo, read_sound
 from maefast.nn.patches import Reconstruction
 from maefast.recipe import Batch, Picture
 
@@ -36,10 +36,12 @@ class AudioVisualBatch(Batch):
 
 
 class Sounding(NamedTuple):
-    """frames: uint8 [n, h, w, 3], or what gives slices of it; wave: float32 [S], over the same time."""
+    """frames: uint8 [n, h, w, 3], or what gives slices of it; wave: float32 [S], over the same time. starts: int
+    [n + 1], the sample that sounds as each frame appears, and as the last one ends; None: evenly spread."""
 
     frames: Any
     wave: np.ndarray
+    starts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ class AudioVisual:
     """A recipe wants `AudioVisualBatch`es of these `clips` and this `sound`.
 
     `--data` names what `Clips` reads. Sound is the .wav of the same name beside it ("a.wav" of "a.mp4", "a.npy" or the
-    folder "a"), or else the first sound track of a file of video; both begin together and, a .wav, end together. A
-    sample's sound begins with its first frame and lasts `sound.seconds`, but no longer than its frames.
+    folder "a"), whose frames are spread over it evenly; or else the first sound track of a file of video, by the times
+    of both: silence stands where it has begun too late or is over. A sample's sound begins with its first frame and
+    lasts `sound.seconds`, but no longer than its frames.
     """
 
     clips: Clips
@@ -96,8 +99,12 @@ class _Both:
 
     def _heard(self, raw: Sounding, span: slice) -> np.ndarray:
         """What is heard from the first frame until the one after the last would be shown."""
-        each = len(raw.wave) / len(raw.frames)
-        start, stop = int(span.start * each), int((span.stop - 1 + span.step) * each)
+        first, behind = span.start, span.stop - 1 + span.step
+        if raw.starts is None:
+            each = len(raw.wave) / len(raw.frames)
+            start, stop = int(first * each), int(behind * each)
+        else:
+            start, stop = raw.starts[first], raw.starts[min(behind, len(raw.frames))]
         return raw.wave[start : min(stop, start + self.sound.samples)]
 
     def collate(self, samples: Sequence[tuple[np.ndarray, np.ndarray]], key: np.ndarray) -> AudioVisualBatch:
@@ -122,7 +129,21 @@ def read_sounding(where: Where, rate: int) -> Sounding:
         return Sounding(frames, read_wave(beside, rate))
     if ending(where) not in CODED:
         raise ValueError("no .wav of the same name is beside it")
-    return Sounding(frames, read_sound(where, rate))
+    return _together(frames, *read_sound(where, rate), rate)
+
+
+def _together(frames: CodedVideo, wave: np.ndarray, begins: float, rate: int) -> Sounding:
+    """What is heard while the frames are shown."""
+    shown = frames.shown - frames.shown[0]
+    if not shown[-1]:  # a single frame, shown as long as it sounds
+        return Sounding(frames, wave)
+    starts = np.round(shown * rate).astype(np.int64)
+    heard, at = np.zeros(starts[-1], np.float32), round((begins - frames.shown[0]) * rate)
+    part = wave[max(0, -at) : max(0, len(heard) - at)]
+    if not len(part):
+        raise ValueError("its sound and its pictures are not of the same time")
+    heard[max(0, at) :][: len(part)] = part
+    return Sounding(frames, heard, starts)
 
 
 def heard_ball(frames: int, size: tuple[int, int], samples: int, rate: int, index: int) -> Sounding:

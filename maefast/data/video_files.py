@@ -14,17 +14,19 @@ from maefast.data.blob import Blob, Where, opened
 from maefast.errors import TrainError, need
 
 CODED = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts")
+_INTRA = 1  # a picture that needs no others, of FFmpeg's types
 _KEPT = 4096  # tables of times that a process keeps: those of the files that it met last
 _tables: OrderedDict[tuple[str, int | None], _Table] = OrderedDict()
 
 
 @dataclass(frozen=True)
 class _Table:
-    """times: int64, of each frame in the order in which it is shown. keys: those of frames that need no others. height,
-    width: upright. turns: by 90 degrees against the clock, that make it so."""
+    """times: int64, of each frame in the order in which it is shown. keys: those of frames that need no others. unit:
+    seconds of 1. height, width: upright. turns: by 90 degrees against the clock, that make it so."""
 
     times: np.ndarray
     keys: np.ndarray
+    unit: float
     height: int
     width: int
     turns: int
@@ -54,6 +56,14 @@ class CodedVideo:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def shown(self) -> np.ndarray:
+        """float64 [frames + 1], seconds: when each frame is shown, and when the last one ends, if it is shown as long
+        as the others are on average."""
+        times = self._table.times * self._table.unit
+        step = (times[-1] - times[0]) / max(1, len(times) - 1)
+        return np.append(times, times[-1] + step)
+
     def __getitem__(self, index: slice) -> np.ndarray:
         numbers = range(len(self))[index]
         if not len(numbers):
@@ -81,30 +91,35 @@ class CodedVideo:
         stream, last = _stream(container), max(wanted)
         if start is not None:
             container.seek(start, stream=stream, backward=True)
-        for frame in container.decode(stream):
+        for number, frame in enumerate(container.decode(stream)):
+            if start is not None and not number and not (frame.key_frame and int(frame.pict_type) == _INTRA):
+                return  # called a key frame, as where a picture is renewed stripe by stripe, it needs those before it
             if frame.pts in wanted:
                 found[wanted[frame.pts]] = _upright(frame, self._table.turns)
             if len(found) == len(wanted) or (frame.pts is not None and frame.pts > last):
                 return
 
 
-def read_sound(where: Where, rate: int) -> np.ndarray:
-    """The sound of a video, float32 [S] in [-1, 1] at `rate` samples a second, its channels mixed into one; all of the
-    first track. ValueError: there is none, or it cannot be decoded."""
+def read_sound(where: Where, rate: int) -> tuple[np.ndarray, float]:
+    """The sound of a video, float32 [S] in [-1, 1] at `rate` samples a second, the mean of its channels; all of the
+    first track. And when it begins, in the seconds of `CodedVideo.shown`. ValueError: there is none, or it cannot be
+    decoded."""
     with _container(where) as container:
         if not container.streams.audio:
             raise ValueError("no sound in it")
         try:
             import av
 
-            mix = av.AudioResampler(format="flt", layout="mono", rate=rate)
-            pieces = [piece for frame in container.decode(audio=0) for piece in mix.resample(frame)]
-            pieces += mix.resample(None)
+            resampler, begins, pieces = av.AudioResampler(format="fltp", rate=rate), None, []
+            for frame in container.decode(audio=0):
+                begins = frame.time if begins is None else begins
+                pieces += resampler.resample(frame)
+            pieces += resampler.resample(None)
         except Exception as error:
             raise _complaint(error) from error
     if not pieces:
         raise ValueError("no sound in it")
-    return np.concatenate([piece.to_ndarray()[0] for piece in pieces])
+    return np.concatenate([piece.to_ndarray().mean(0) for piece in pieces]), begins or 0.0
 
 
 def _container(where: Where) -> Any:
@@ -126,8 +141,10 @@ def _stream(container: Any) -> Any:
     return stream
 
 
-def _read_times(container: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The times of all frames, and of those that need no others; no packet is decoded."""
+def _read_times(container: Any) -> tuple[np.ndarray, np.ndarray, float]:
+    """The times of all frames, of those that need no others, and their unit; no packet is decoded."""
+    if container.format.name == "mpeg" and _stream(container).codec.name == "hevc":
+        raise ValueError("H.265 in an MPEG programme stream, where frames that need others are marked as key frames")
     try:
         packets = [packet for packet in container.demux(_stream(container)) if packet.size and not packet.is_discard]
         times, keys = [packet.pts for packet in packets], [packet.pts for packet in packets if packet.is_keyframe]
@@ -139,10 +156,11 @@ def _read_times(container: Any) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("no frames in it")
     if None in times or len(set(times)) < len(times):
         raise ValueError("its frames have no times of their own, so that none can be found by its number")
-    return np.array(sorted(times), np.int64), np.array(sorted(keys), np.int64)
+    unit = float(_stream(container).time_base)
+    return np.array(sorted(times), np.int64), np.array(sorted(keys), np.int64), unit
 
 
-def _read_table(container: Any, times: np.ndarray, keys: np.ndarray) -> _Table:
+def _read_table(container: Any, times: np.ndarray, keys: np.ndarray, unit: float) -> _Table:
     try:
         frame = next(container.decode(_stream(container)))
     except StopIteration as error:
@@ -151,7 +169,7 @@ def _read_table(container: Any, times: np.ndarray, keys: np.ndarray) -> _Table:
         raise _complaint(error) from error
     turns = round(getattr(frame, "rotation", 0) / 90) % 4
     height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-    return _Table(times, keys, height, width, turns)
+    return _Table(times, keys, unit, height, width, turns)
 
 
 def _upright(frame: Any, turns: int) -> np.ndarray:

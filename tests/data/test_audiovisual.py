@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from maefast.data.clips import Clips
 from maefast.data.collection import DEMO
 from maefast.data.fbank import Fbank
 from maefast.data.spectrograms import Spectrograms
+from maefast.data.video_files import read_sound
 from maefast.errors import BadFile
 
 OPTIONS = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "seed": 0, "skip_bad": False}
@@ -80,7 +82,8 @@ def test_sound_within_a_video(tmp_path):
     path, rate = tmp_path / "a.mkv", 8000
     tone = (0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)).astype(np.float32)
     with av.open(str(path), "w") as container:
-        pictures, sound = container.add_stream("mpeg4", rate=10), container.add_stream("pcm_s16le", rate=rate)
+        pictures = container.add_stream("mpeg4", rate=10)
+        sound = container.add_stream("pcm_s16le", rate=rate, layout="mono")
         pictures.width = pictures.height = 16
         pictures.pix_fmt = "yuv420p"
         for number in range(10):
@@ -107,6 +110,63 @@ def test_sound_within_a_video(tmp_path):
             container.mux(packet)
     with pytest.raises(ValueError, match="no sound in it"):
         read_sounding(path, rate)
+
+
+def record(path, rate, wave, layout="mono", codec="pcm_s16le", begins=0.0, times=None):
+    """A video of 100 grey frames, 25 a second or shown at `times` (in 100ths), with a sound of these samples [C, S]."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        pictures, sound = container.add_stream("mpeg4", rate=100), container.add_stream(codec, rate=rate, layout=layout)
+        pictures.width = pictures.height = 16
+        pictures.pix_fmt, pictures.time_base = "yuv420p", Fraction(1, 100)
+        for number in range(100):
+            frame = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 2 * number, np.uint8), format="rgb24")
+            frame.pts = 4 * number if times is None else times[number]
+            container.mux(pictures.encode(frame))
+        packed = (np.ascontiguousarray(wave.T).reshape(1, -1) * 32767).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(packed, "s16", layout)
+        frame.rate, frame.time_base, frame.pts = rate, Fraction(1, rate), round(begins * rate)
+        for packet in (*pictures.encode(), *sound.encode(frame), *sound.encode()):
+            container.mux(packet)
+
+
+@pytest.mark.parametrize(("layout", "channels"), [("mono", 1), ("stereo", 2), ("5.1", 6)])
+def test_channels_are_averaged(tmp_path, layout, channels):
+    tone = 0.8 * np.sin(2 * np.pi * 440 * np.arange(32000) / 8000)
+    record(tmp_path / "a.mkv", 8000, np.tile(tone, (channels, 1)), layout)
+    wave, begins = read_sound(tmp_path / "a.mkv", 8000)
+    assert begins == 0
+    np.testing.assert_allclose(wave, tone, atol=1e-3)
+
+
+@pytest.mark.parametrize(("seconds", "begins"), [(4, 0.0), (2, 0.0), (8, 0.0), (3, 0.5)])
+def test_a_track_is_laid_beside_the_pictures_by_its_times(tmp_path, seconds, begins):
+    """A click after one second, at frame 25, however long the track is and when it begins."""
+    wave = np.zeros((1, seconds * 8000))
+    wave[0, round((1 - begins) * 8000)] = 0.5
+    record(tmp_path / "a.mkv", 8000, wave, begins=begins)
+    found = read_sounding(tmp_path / "a.mkv", 8000)
+    assert len(found.wave) == found.starts[-1] == 32000
+    assert found.wave.argmax() == found.starts[25] == 8000
+
+
+def test_a_track_of_frames_at_uneven_times(tmp_path):
+    times = [number if number < 50 else 50 + 5 * (number - 50) for number in range(100)]
+    wave = np.zeros((1, 4 * 8000))
+    wave[0, 8000] = 0.5
+    record(tmp_path / "a.mkv", 8000, wave, times=times)
+    found = read_sounding(tmp_path / "a.mkv", 8000)
+    assert found.starts[[0, 50, 60]].tolist() == [0, 4000, 8000]
+    kind = opened(DEMO, stride=1, seconds=0.2).kind
+    heard = kind._heard(found, slice(60, 64, 1))
+    assert len(heard) == 400  # of the 1600 samples that are shown
+    assert heard.argmax() == 0
+
+
+def test_a_track_of_another_time_is_refused(tmp_path):
+    record(tmp_path / "a.mkv", 8000, np.ones((1, 800)), begins=6.0)
+    with pytest.raises(ValueError, match="not of the same time"):
+        read_sounding(tmp_path / "a.mkv", 8000)
 
 
 def test_a_higher_ball_sounds_higher():

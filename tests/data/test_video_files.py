@@ -21,6 +21,9 @@ OPTIONS = {"crop_scale": (0.5, 1.0), "crop_ratio": (0.75, 4 / 3), "flip": 0.5, "
 CODECS = [
     (".mp4", "mpeg4", {}), (".mp4", "libx264", {"bf": "3", "g": "12"}), (".webm", "libvpx-vp9", {"g": "10"}),
     (".mkv", "libx264", {"bf": "2", "g": "250"}), (".avi", "mjpeg", {}), (".ts", "libx264", {"g": "8"}),
+    # Packets that are marked as key frames and need others: pictures that are renewed stripe by stripe, open groups.
+    (".mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=8:bframes=0:scenecut=0"}),
+    (".ts", "mpeg4", {"g": "8", "bf": "2"}), (".mkv", "libx264", {"x264-params": "open-gop=1:keyint=8:bframes=2"}),
 ]  # fmt: skip
 
 
