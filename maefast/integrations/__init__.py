@@ -108,8 +108,7 @@ def accelerate(
     Raises:
         TypeError: no nn.Module. ValueError: unknown `pred`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check(model)
     options = Options(pred=pred, repair_positions=bool(repair_positions))
     restore(model)
     found = Report(type(model).__name__)
@@ -279,14 +278,21 @@ def _conclude(model: nn.Module, found: Report, errors: list[float], unchecked: s
         found.checks.append(f"not compared with the model's own code, because {reason}")
 
 
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def report(model: nn.Module) -> Report:
     """What `accelerate` replaced in `model`, what it did not, and why, and what has run since; print it.
 
     Calls under `torch.compile` are not counted.
 
     Raises:
+        TypeError: model is no `torch.nn.Module`.
         ValueError: the model was never accelerated (or was restored).
     """
+    _check(model)
     for module in model.modules():
         if _REPORT in vars(module):
             return vars(module)[_REPORT].now(module)
@@ -296,6 +302,7 @@ def report(model: nn.Module) -> Report:
 def restore(model: nn.Module) -> nn.Module:
     """Undo `accelerate`: every module of `model` gets its own class and methods back. Returns the same object; a
     model that was not accelerated is left as it is."""
+    _check(model)
     for module in model.modules():
         _swap.unswap(module)
         module.__dict__.pop(_REPORT, None)

@@ -112,11 +112,16 @@ def swap(
     before = dict(vars(kind).get(METHODS, ()))
     base = kind.__dict__.get(BASE, kind)
     _drop_leftovers(module, methods)
-    module.__class__ = _accelerated(base, tuple(sorted({**before, **methods}.items())))
+    _become(module, _accelerated(base, tuple(sorted({**before, **methods}.items()))))
     kept = {**module.__dict__.get(SETTINGS, {}), **settings}
     kept[GUARDS] = {**kept.get(GUARDS, {}), **(guards or {})}
     kept[RUNS] = {**kept.get(RUNS, {}), **{name: Runs() for name in methods}}
     module.__dict__[SETTINGS] = kept
+
+
+def _become(module: nn.Module, kind: type) -> None:
+    """Past a `__setattr__` of the class's own, which may refuse."""
+    object.__setattr__(module, "__class__", kind)
 
 
 def unswap(module: nn.Module, names: tuple[str, ...] | None = None) -> bool:
@@ -133,7 +138,7 @@ def unswap(module: nn.Module, names: tuple[str, ...] | None = None) -> bool:
         new = type(kind)(
             kind.__name__, bases, {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
         )
-    module.__class__ = new
+    _become(module, new)
     settings = dict(module.__dict__.get(SETTINGS, {}))  # a shallow copy of the module has the same one
     for kind in (GUARDS, RUNS):
         settings[kind] = {n: v for n, v in settings.get(kind, {}).items() if n in dict(left)}

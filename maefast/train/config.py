@@ -266,11 +266,16 @@ def load_config(path: str | Path) -> dict[str, Any]:
 
 
 def _loader(yaml: Any) -> type:
-    """PyYAML's safe loader, but with 1e-3 a number, as in YAML 1.2 and JSON: YAML 1.1 takes it for text."""
+    """PyYAML's safe loader with words as in YAML 1.2 and JSON: 1e-3 is a number, and no and off are no booleans."""
 
     class Loader(yaml.SafeLoader):
         pass
 
+    Loader.yaml_implicit_resolvers = {
+        start: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool"]
+        for start, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
     number = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     return Loader

@@ -17,6 +17,7 @@ from .config import PretrainConfig
 def build_model(config: PretrainConfig, create: Callable[..., nn.Module] | None = None) -> nn.Module:
     """The model a configuration asks for, freshly initialised from torch's global generator."""
     arguments = dict(config.model_args)
+    _check_once(config, arguments)
     if config.img_size is not None:
         arguments["img_size"] = config.img_size
     if config.channels is not None and arguments.setdefault("in_chans", config.channels) != config.channels:
@@ -44,6 +45,28 @@ def build_model(config: PretrainConfig, create: Callable[..., nn.Module] | None 
             raise ConfigError(f"the model {config.model!r} has no --recompute: only the mae_* models have it")
         model.recompute = True
     return model
+
+
+def _check_once(config: PretrainConfig, arguments: dict[str, Any]) -> None:
+    """Raise where an option and an argument of the model say different things, or the argument is no answer."""
+    if not isinstance(arguments.get("norm_pix_loss", True), bool):
+        raise ConfigError(f"norm_pix_loss must be true or false, not {arguments['norm_pix_loss']!r}")
+    for flag, name, value in (
+        ("--img-size", "img_size", config.img_size),
+        ("--patch-size", "patch_size", config.patch_size),
+        ("--norm-pix" if config.norm_pix else "--no-norm-pix", "norm_pix_loss", config.norm_pix),
+    ):
+        other = arguments.get(name)
+        if value is not None and other is not None and _sides(value) != _sides(other):
+            said = "" if isinstance(value, bool) else f" {value}"
+            raise ConfigError(f"{flag}{said}, and {name} is {other}: leave one out")
+
+
+def _sides(value: Any) -> Any:
+    """A size and a pair of it are the same."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value, value]
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 ALWAYS_NORMAL = "SparK's targets are always normalised cell by cell"

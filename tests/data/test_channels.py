@@ -252,6 +252,13 @@ def test_models_take_any_number_of_channels(tmp_path, model):
         recipe(ChannelBatch(torch.randn(2, 5, 64, 64), torch.tensor([[True] * 5, [True] * 4 + [False]])))
     with pytest.raises(ConfigError, match="--channels 5, and in_chans is 4"):
         build_recipe(options(**{**given, "model_args": {**given["model_args"], "in_chans": 4}}))
+    for changes, arguments, message in (
+        ({"img_size": 32}, {"img_size": 64}, "--img-size 32, and img_size is 64: leave one out"),
+        ({"norm_pix": False}, {"norm_pix_loss": True}, "--no-norm-pix, and norm_pix_loss is True: leave one out"),
+        ({}, {"norm_pix_loss": "no"}, "norm_pix_loss must be true or false, not 'no'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_recipe(options(**{**given, **changes, "model_args": {**given.get("model_args", {}), **arguments}}))
 
 
 def test_a_run_goes_on_bit_for_bit_with_its_scale(tmp_path, monkeypatch):

@@ -48,8 +48,9 @@ def test_an_unknown_model_is_left_alone():
 
 
 def test_no_module():
-    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
-        maefast.accelerate(lambda x: x)
+    for function in (maefast.accelerate, maefast.report, maefast.restore):
+        with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+            function(lambda x: x)
 
 
 def test_unknown_option():

@@ -47,6 +47,24 @@ def test_gradients_that_stop_on_the_way(methods):
     assert next(iter(methods)) in {note.method for note in maefast.report(fast).kept}
 
 
+def frozen(self, name, value):
+    if name == "__class__":
+        raise AttributeError(f"{name} cannot be set any more")
+    nn.Module.__setattr__(self, name, value)
+
+
+def test_a_class_whose_attributes_cannot_be_set():
+    model, fast = pair(fork(__setattr__=frozen))
+    assert "forward_encoder" in str(maefast.report(fast))
+    outs = []
+    for net in (model, fast):
+        torch.manual_seed(1)
+        outs.append(net(images(torch.float64))[0])
+    assert torch.allclose(*outs, atol=1e-12)
+    maefast.restore(fast)
+    assert type(fast) is type(model)
+
+
 def weighted(self, imgs, weight=1.0, mask_ratio=0.75):
     loss, pred, mask = ROOT.forward(self, imgs, mask_ratio)
     return loss * weight, pred, mask

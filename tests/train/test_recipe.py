@@ -122,6 +122,12 @@ def test_what_is_left_and_said(tmp_path, capsys):
     assert float(rows(tmp_path)[-1]["loss"]) < float(rows(tmp_path)[0]["loss"])
 
 
+def test_words_of_a_configuration_are_those_of_yaml_1_2(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("amp: no\ngraph: on\nflip: 1e-1\nnorm_pix: false\nsteps: 1e2\n")
+    assert load_config(path) == {"amp": "no", "graph": "on", "flip": 0.1, "norm_pix": False, "steps": 100}
+
+
 def test_what_changed_is_told(tmp_path, capsys):
     train(tmp_path, steps=3)
     capsys.readouterr()
