@@ -217,15 +217,13 @@ def profile(
     given = {name: value for name, value in ctx.params.items() if _was_given(ctx, name) and name not in own}
 
     def run() -> None:
-        from .errors import ConfigError
         from .train.profiling import profile_run
 
-        if json is not None and not json.absolute().parent.is_dir():
-            raise ConfigError(f"--json {json}: there is no such folder")
+        _must_be_file("--json", json)
         report = profile_run(_configured(given), steps, trace, typer.echo)
+        report.show(heading=False)  # which was said at the start
         if json is not None:
             json.write_text(report.json() + "\n")
-        report.show(heading=False)  # which was said at the start
 
     _run(run)
 
@@ -273,10 +271,8 @@ def accelerate_check(
 
     def run() -> int:
         from .check import accelerate_check as check
-        from .errors import ConfigError
 
-        if json is not None and not json.absolute().parent.is_dir():
-            raise ConfigError(f"--json {json}: there is no such folder")
+        _must_be_file("--json", json)
         found = check(
             factory,
             input or (),
@@ -288,9 +284,9 @@ def accelerate_check(
             seconds=seconds,
             say=typer.echo,
         )
+        found.show()
         if json is not None:
             json.write_text(found.json() + "\n")
-        found.show()
         return found.status
 
     raise typer.Exit(_run(run))
@@ -315,6 +311,9 @@ def _configured(given: dict[str, Any]) -> Any:
         options["model_args"] = {**options.get("model_args", {}), **parse_model_args(pairs)}
     if isinstance(options.get("img_size"), str):
         options["img_size"] = parse_size(options["img_size"])
+    for name in ("init_ema", "init_exact"):
+        if options.get(name) and not options.get("init_from"):
+            raise ConfigError(f"--{name.replace('_', '-')} goes with --init-from")
     return PretrainConfig(**options)
 
 
@@ -631,6 +630,16 @@ def _shapes(img_size: str | None, heads: str | None) -> dict[str, Any]:
         "img_size": parse_size(img_size) if img_size else None,
         "heads": parse_heads(heads) if heads else None,
     }
+
+
+def _must_be_file(option: str, path: Path | None) -> None:
+    """Before the work whose results are to be written there."""
+    from .errors import ConfigError
+
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no such folder")
+    if path is not None and path.is_dir():
+        raise ConfigError(f"{option} {path} is a folder; give the name of a file")
 
 
 def _leave_group() -> None:

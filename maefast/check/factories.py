@@ -18,6 +18,8 @@ from torch import nn
 
 from maefast.errors import ConfigError
 
+RAISED = (Exception, SystemExit)  # the exit status of a user's code must not become that of the check
+
 _NOT_OWN = (Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1])
 
 
@@ -40,7 +42,7 @@ def load(spec: str) -> Callable[[], Any]:
             there = ", ".join(itertools.islice(public, 12))
             says = f"; there are: {there}" if there else ""
             raise ConfigError(f"{spec}: {getattr(found, '__name__', module)} has no {part!r}{says}") from error
-        except Exception as error:  # of a module that imports its parts when they are asked for
+        except RAISED as error:  # of a module that imports its parts when they are asked for
             raise ConfigError(f"{spec} raised {described(error)}") from error
     if isinstance(found, nn.Module):
         raise ConfigError(f"{spec} is one model, and two are compared: name a function that makes it")
@@ -55,7 +57,7 @@ def call(function: Callable[[], Any], spec: str) -> Any:
     """What the function makes. ConfigError: it raised something."""
     try:
         return function()
-    except Exception as error:
+    except RAISED as error:
         raise ConfigError(f"{spec} raised {described(error)}") from error
 
 
@@ -64,7 +66,7 @@ def model(function: Callable[[], Any], spec: str) -> nn.Module:
     made = call(function, spec)
     if not isinstance(made, nn.Module):
         raise ConfigError(f"{spec} gives a {type(made).__name__}, not a torch.nn.Module")
-    if any(p.is_meta for p in made.parameters()):
+    if any(t.is_meta for t in itertools.chain(made.parameters(), made.buffers())):
         raise ConfigError(f"{spec} gives a model on the meta device, without weights: nothing can be run")
     return made
 
@@ -79,13 +81,13 @@ def required(function: Callable) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind not in either]
 
 
-def described(error: Exception) -> str:
+def described(error: BaseException) -> str:
     """An error in one line, with the place in the user's own code that it came from."""
     text = next(iter(str(error).splitlines()), "")
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if _own(frame.filename)]
     where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {text}{where}"
+    return f"{type(error).__name__}{text and f': {text}'}{where}"
 
 
 def _own(file: str) -> bool:
@@ -111,7 +113,7 @@ def _imported(module: str) -> ModuleType:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
             raise ConfigError(f"there is no module {module!r}, here or among those that are installed") from error
         raise ConfigError(f"importing {module} raised {described(error)}") from error
-    except Exception as error:
+    except RAISED as error:
         raise ConfigError(f"importing {module} raised {described(error)}") from error
     if path is not None and (found.__file__ is None or not path.samefile(found.__file__)):
         raise ConfigError(f"{module} has the name of another module, {found.__file__ or name}: give it another")

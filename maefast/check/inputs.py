@@ -16,14 +16,14 @@ from torch.utils._pytree import tree_map_only
 from maefast.errors import ConfigError
 from maefast.integrations._verify import example
 
-from .factories import call, described, required
+from .factories import RAISED, call, described, required
 
 _SIZES = ("image_size", "img_size", "input_size", "crop_size")
 _FRAMES = ("num_frames", "frames_per_clip")
 _CHANNELS = ("num_channels", "in_chans")
 _VIDEOS = ("pixel_values", "pixel_values_videos")  # Hugging Face's names, whose videos have frames before channels
 _MASKS = ("mask", "bool_masked_pos")
-_SHAPE = re.compile(r"(?:([A-Za-z_]\w*)=)?(\d+(?:x\d+)*)")
+_SHAPE = re.compile(r"(?:([A-Za-z_]\w*)=)?(\d{1,18}(?:x\d{1,18})*)")  # of numbers that torch can hold
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def fits(given: Given, model: nn.Module) -> Any:
     """What the model makes of its input. ConfigError: it refuses it."""
     try:
         return given(model)
-    except Exception as error:
+    except RAISED as error:
         raise ConfigError(f"given {given.text}, the model raised {described(error)}: {_ask(model)}") from error
 
 
@@ -86,13 +86,25 @@ def _ask(model: nn.Module) -> str:
 def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
     """Of `forward`, by name, without *args and **kwargs."""
     either = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name: p for name, p in inspect.signature(model.forward).parameters.items() if p.kind not in either}
+    found = inspect.signature(_wrapped(model).forward).parameters
+    return {name: p for name, p in found.items() if p.kind not in either}
+
+
+def _wrapped(model: nn.Module) -> nn.Module:
+    """Inside torch.compile and data parallelism, whose own `forward` names no argument."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
 
 
 def _named(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str:
     """Names and shapes. ConfigError: arguments that are too many, missing or unknown."""
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        bound = inspect.signature(_wrapped(model).forward).bind(*args, **kwargs).arguments
     except TypeError as error:
         raise ConfigError(f"{type(model).__name__}.forward: {error}: {_ask(model)}") from error
     return ", ".join(f"{name} {_shape(value)}" for name, value in bound.items())
@@ -127,6 +139,8 @@ def _of_shapes(model: nn.Module, shapes: Sequence[str]) -> tuple[tuple, dict[str
         shape = [int(number) for number in match[2].split("x")] if match else [0]
         if 0 in shape:
             raise ConfigError(f"--input wants a shape such as 8x3x224x224 or pixel_values=8x3x224x224, not {text!r}")
+        if match[1] in kwargs:
+            raise ConfigError(f"--input gives {match[1]} twice")
         if match[1]:
             kwargs[match[1]] = _random(model, *shape)
         else:
@@ -136,7 +150,10 @@ def _of_shapes(model: nn.Module, shapes: Sequence[str]) -> tuple[tuple, dict[str
 
 def _random(model: nn.Module, *shape: int) -> Tensor:
     parameter = example(model)
-    return torch.randn(shape, dtype=torch.float32 if parameter is None else parameter.dtype)
+    try:
+        return torch.randn(shape, dtype=torch.float32 if parameter is None else parameter.dtype)
+    except RuntimeError as error:  # no memory, or more values than can be counted
+        raise ConfigError(f"an input of {'x'.join(map(str, shape))} cannot be made: it is too large") from error
 
 
 # --- a guess ------------------------------------------------------------------------------------------------
@@ -144,6 +161,7 @@ def _random(model: nn.Module, *shape: int) -> Tensor:
 
 def _guessed(model: nn.Module, batch_size: int | None) -> tuple[tuple, dict[str, Any]]:
     """Images, or videos, of the size that the model says itself; with a mask where `forward` wants one."""
+    model = _wrapped(model)
     names = list(_parameters(model))
     name = next((n for n in _VIDEOS if n in names), names[0] if names else "")
     others = [n for n in required(model.forward) if n != name]
@@ -151,7 +169,8 @@ def _guessed(model: nn.Module, batch_size: int | None) -> tuple[tuple, dict[str,
     conv = _image_convolution(model)
     size = _first(model, _SIZES)
     if unknown or not name or (conv is None and size is None):
-        why = f"forward wants {', '.join(unknown)} too" if unknown else "it names no size and has no convolution"
+        why = "its forward names no argument" if not name else "it names no size and has no convolution"
+        why = f"forward wants {', '.join(unknown)} too" if unknown else why
         raise ConfigError(f"what {type(model).__name__} is given cannot be guessed, as {why}: {_ask(model)}")
     video = isinstance(conv, nn.Conv3d)
     channels = _first(model, _CHANNELS, lambda v: v if isinstance(v, int) else None) if conv is None else None
@@ -165,8 +184,8 @@ def _guessed(model: nn.Module, batch_size: int | None) -> tuple[tuple, dict[str,
     count = batch_size or (2 if video else 8)
     frames_first = video and name in _VIDEOS
     shape = (count, size[0], channels, *size[1:]) if frames_first else (count, channels, *size)
+    images = _random(model, *shape)  # first: it says where that is too much
     masks = {other: _mask(count, [a // b for a, b in zip(size, patch)]) for other in others}
-    images = _random(model, *shape)
     return ((images,), masks) if name == names[0] else ((), {name: images, **masks})
 
 

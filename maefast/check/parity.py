@@ -124,6 +124,9 @@ def compare(own: nn.Module, fast: nn.Module, run: Run, device: str, narrow: bool
     Args:
         run: calls a model. narrow: under autocast to bfloat16. training: with gradients: those of its loss where it
             returns one, and those of all that it returns.
+
+    Raises:
+        ConfigError: the model's own results are not finite. NaN equals anything that is NaN too, so they show nothing.
     """
     found: list[Difference] = []
     for what, score in _scores(own, run, device, narrow, training):
@@ -131,6 +134,9 @@ def compare(own: nn.Module, fast: nn.Module, run: Run, device: str, narrow: bool
             want = _result(own, run, score, device, narrow)
             got = _result(fast, run, score, device, narrow)
             exact = _result(own, run, score, device, False) if narrow else None
+        _must_be_finite(want, what)
+        if exact is not None:
+            _must_be_finite(exact, what)
         if not found:
             found.append(_outputs(want, got, exact))
             found.append(_draws(want, got))
@@ -170,6 +176,22 @@ def _result(model: nn.Module, run: Run, score: Score | None, device: str, narrow
     return Result([t.detach() for t in tensors(output)], gradients, state)
 
 
+def _must_be_finite(result: Result, what: str) -> None:
+    """Of outputs a part may be infinite, as scores of what is masked are."""
+    wrong = [
+        f"outputs (output {number})"
+        for number, tensor in enumerate(result.outputs)
+        if tensor.numel() and (tensor.isnan().any() or not tensor.isfinite().any())
+    ]
+    gradients = ((name, g) for name, g in result.gradients.items() if g is not None)
+    wrong += [f"gradients of {what} ({name})" for name, gradient in gradients if not gradient.isfinite().all()]
+    if wrong:
+        raise ConfigError(
+            f"as it is, the model's {wrong[0]} are NaN or infinite, so nothing can be compared: give it another input "
+            "(--input, --batch)"
+        )
+
+
 def _draws(want: Result, got: Result) -> Difference:
     if want.drawn == got.drawn:
         return Difference("random numbers", 0.0, "", 0.0)
@@ -199,7 +221,7 @@ def _gradients(what: str, want: Result, got: Result, exact: Result | None) -> Di
         if (a is None) != (got.gradients.get(name) is None):
             return Difference(what, float("inf"), f"{name} has one in only one of the two", 0.0)
     right = want if exact is None else exact
-    largest = max((_finite(g).norm().item() for g in right.gradients.values() if g is not None), default=0.0)
+    largest = max((g.double().norm().item() for g in right.gradients.values() if g is not None), default=0.0)
     least = SMALL[exact is not None] * largest
     off = _distances(right, got, least)
     dtype = next((g.dtype for g in want.gradients.values() if g is not None), torch.float32)
@@ -216,15 +238,10 @@ def _distances(right: Result, other: Result, least: float) -> dict[str, float]:
 
 
 def _distance(right: Tensor, other: Tensor, least: float) -> float:
-    if not torch.equal(right.isfinite(), other.isfinite()):
+    if not other.isfinite().all():
         return float("inf")
-    right, other = _finite(right), _finite(other)
+    right, other = right.double(), other.double()
     return (right - other).norm().item() / max(right.norm().item(), least, 1e-30)
-
-
-def _finite(gradient: Tensor) -> Tensor:
-    """Without what is infinite or not a number, which must be so in both."""
-    return torch.nan_to_num(gradient.double(), 0.0, 0.0, 0.0)
 
 
 def _worst(what: str, off: dict[str, tuple[float, float]]) -> Difference:

@@ -4,6 +4,7 @@
     layers       learning rates that fall towards the input; the papers' values
     mix          mixup and CutMix
     data         training samples with their classes
+    began        what a run must have still when it goes on
     recipe       all of that as a `maefast.recipe.Recipe`, which the loop of pre-training trains
     judge        accuracy on samples that are held back, on the way and at the end
 

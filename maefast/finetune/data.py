@@ -16,6 +16,8 @@ from maefast.data.source import Source, failure
 from maefast.errors import BadFile, TrainError, Unreachable
 from maefast.recipe import Batch
 
+from .began import BEGAN, Began
+
 RECORD = "classes"  # of what a checkpoint keeps
 
 
@@ -36,11 +38,14 @@ class LabelledSource(Dataset):
     Args:
         source: whose samples are augmented as its options say. which: int [n], of its samples. labels: int [n].
         skip_bad: in the place of one that cannot be read the next of `which` stands, with its own class.
+
+    Its `began` goes into checkpoints.
     """
 
     def __init__(self, source: Source, which: np.ndarray, labels: np.ndarray, skip_bad: bool = False) -> None:
         self.source, self.which, self.labels, self.skip_bad = source, which, labels, skip_bad
         self.name, self.unit, self.notes = source.name, source.unit, source.notes
+        self.began: Began | None = None
         self._inner: Any = None
 
     def __len__(self) -> int:
@@ -56,12 +61,16 @@ class LabelledSource(Dataset):
         self.source.resume(config, record)
 
     def record(self) -> dict[str, Any]:
-        lines = np.stack([self.which, self.labels]).astype(np.int64)
-        return {**self.source.record(), RECORD: hashlib.sha256(lines.tobytes()).hexdigest()[:16]}
+        began = {} if self.began is None else {BEGAN: self.began.record()}
+        return {**self.source.record(), RECORD: self._digest(), **began}
 
     def changes(self, record: Mapping[str, Any]) -> list[str]:
-        same = record.get(RECORD) == self.record()[RECORD]
+        same = record.get(RECORD) == self._digest()
         return [*self.source.changes(record), *([] if same else ["the samples that are learnt from, or their classes"])]
+
+    def _digest(self) -> str:
+        lines = np.stack([self.which, self.labels]).astype(np.int64)
+        return hashlib.sha256(lines.tobytes()).hexdigest()[:16]
 
     def samples(self) -> LabelledSource:
         self._inner = self.source.samples()

@@ -46,8 +46,8 @@ def profile(
         trace: a file for the last step as a Chrome trace (chrome://tracing, Perfetto).
 
     Raises:
-        TypeError, ValueError: no module, function or iterable, numbers out of range, data without a batch, no folder
-            for `trace`.
+        TypeError, ValueError: no module, function or iterable, a model on the meta device, numbers out of range, data
+            without a batch, no folder for `trace`, or a folder in its place.
     """
     if not callable(step):
         raise TypeError(f"step must be a function, got {type(step).__name__}")
@@ -74,6 +74,8 @@ def measure(
     """`profile`, for callers that know more of their data and options."""
     _check(steps, warmup, trace)
     tensors = (*model.parameters(), *model.buffers())
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError("the model lies on the meta device, without values: no step of it can be run")
     kind = "cuda" if any(tensor.is_cuda for tensor in tensors) else "cpu"
     with unchanged(model, optimizer):
         for _ in range(warmup):
@@ -91,6 +93,8 @@ def _check(steps: int, warmup: int, trace: str | Path | None) -> None:
             raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
     if trace is not None and not Path(trace).absolute().parent.is_dir():
         raise ValueError(f"there is no folder {Path(trace).absolute().parent} for the trace")
+    if trace is not None and Path(trace).is_dir():  # the profiler would put a file in its place
+        raise ValueError(f"{trace} is a folder; give the name of a file for the trace")
 
 
 def _marked(step: Callable[..., Any], batch: tuple, kind: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -54,8 +55,8 @@ def data_speed(config: PretrainConfig, seconds: float = 5.0, say: Callable[[str]
     Args:
         config: of the run. seconds: for each measurement, about.
     """
-    if seconds <= 0:
-        raise ConfigError(f"--seconds must be above 0, got {seconds}")
+    if not 0 < seconds < math.inf:  # nor NaN
+        raise ConfigError(f"--seconds must be above 0 and finite, got {seconds}")
     config = replace(config, cache_mb=0, steps=config.steps or 1)
     config.check()
     torch.manual_seed(config.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from .infer import check_vit, infer_arguments, sides_of, unusual_heads
 from .weights import Weights, open_weights, run_of
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
+_OTHER_SUFFIXES = (*_SUFFIXES, ".bin", ".ckpt", ".h5", ".onnx", ".pkl")  # a folder with such a name is a mistake
+# What may lie in a folder that Hugging Face's files are written to, beside what is hidden: theirs.
+_OF_HF = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*",
+          "README*", "LICENSE*")  # fmt: skip
 _HF_LAYOUTS = {"hf": "5", "hf4": "4", "hf-mae": "4"}  # major versions of transformers; 5 reads the names of 4 too
 
 
@@ -38,8 +43,8 @@ def export_file(
     """Convert the weights at `path` (see weights.open_weights) and write `output`. Returns lines to show.
 
     `output` is a .safetensors or .pth file; for Hugging Face's formats it may be a folder, which then gets
-    model.safetensors, config.json and preprocessor_config.json for `from_pretrained`. `name`, `img_size` and `heads`
-    tell what the file may not, see infer.infer_arguments.
+    model.safetensors, config.json and preprocessor_config.json for `from_pretrained`, and may hold no files of other
+    kinds. `name`, `img_size` and `heads` tell what the file may not, see infer.infer_arguments.
     """
     weights, output, lines = open_weights(path, ema), Path(output), []
     hf, whole = format in _HF_LAYOUTS, format == "hf-mae"
@@ -51,7 +56,9 @@ def export_file(
     if whole and not weights.has_decoder:
         raise ConfigError(f"--format hf-mae is for a whole model, and {weights.source} holds an encoder only: use hf")
     folder = hf and output.suffix not in _SUFFIXES
-    if not folder and output.suffix not in _SUFFIXES:
+    if folder:
+        _must_take_a_model(output)
+    elif output.suffix not in _SUFFIXES:
         raise ConfigError(f"{output}: give a file name that ends in .safetensors or .pth")
     target = output / checkpoint.MODEL if folder else output
     if (target.parent / checkpoint.STATE).is_file():
@@ -94,6 +101,16 @@ def export_file(
     if format != "mae" and not weights.has_decoder:
         lines.append("the source has no decoder, which this format does not need")
     return lines
+
+
+def _must_take_a_model(folder: Path) -> None:
+    """ConfigError: its name is that of a file, or it holds what a model's folder does not."""
+    if folder.suffix.lower() in _OTHER_SUFFIXES:
+        raise ConfigError(f"{folder}: give a folder, or a file name that ends in .safetensors or .pth")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    others = [n for n in names if n[0] != "." and not any(fnmatch(n, pattern) for pattern in _OF_HF)]
+    if others:
+        raise ConfigError(f"{folder} holds other things than a model ({others[0]}): give a new folder")
 
 
 def _converted(weights: Weights, format: str) -> tuple[dict[str, torch.Tensor], str | None]:

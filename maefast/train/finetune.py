@@ -12,12 +12,14 @@ from typing import Any
 from maefast.data.cache import write_whole
 from maefast.data.source import Source
 from maefast.errors import ConfigError
+from maefast.finetune.began import BEGAN, Began, digest_of_names, digest_of_weights
 from maefast.finetune.classifier import timm_state
 from maefast.finetune.data import LabelledSource
 from maefast.finetune.judge import Judge
 from maefast.finetune.layers import Published, published
 from maefast.finetune.recipe import Classify
 from maefast.models import FCMAE, MaskedAutoencoderViT, SparK
+from maefast.models.convert import encoder_state
 from maefast.probe.accuracy import Accuracy, majority
 from maefast.probe.data import Labelled, held_back, labelled
 from maefast.probe.samples import fixed
@@ -26,7 +28,9 @@ from maefast.recipes.masked_images import MaskedImages
 from . import checkpoint
 from .config import PretrainConfig
 from .loop import Run
+from .probe import drawn, overlap
 from .reopen import Opened, open_recipe
+from .resume import model_changes
 
 BETAS = (0.9, 0.999)
 # Options of a run that say how its images are read.
@@ -64,19 +68,23 @@ class Options:
     run: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name, good in (
-            ("val_labels", self.val_data is not None or self.val_labels is None),
-            ("val_share", 0 < self.val_share < 1),
-            ("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1),
-            ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1),
-            ("smoothing", self.smoothing is None or 0 <= self.smoothing < 1),
-            ("mixup", self.mixup is None or 0 <= self.mixup < float("inf")),
-            ("cutmix", self.cutmix is None or 0 <= self.cutmix < float("inf")),
-            ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1),
-            ("eval_every", self.eval_every is None or self.eval_every >= 1),
+        if self.val_labels is not None and self.val_data is None:
+            raise ConfigError("--val-labels needs --val-data, whose classes they are; those of --data are --labels")
+        if self.val_data is not None and self.val_share != type(self).val_share:
+            raise ConfigError("give --val-data or --val-share, not both")
+        for name, good, wanted in (
+            ("val_share", lambda value: 0 < value < 1, "above 0 and below 1"),
+            ("layer_decay", lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            ("drop_path", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+            ("smoothing", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+            ("mixup", lambda value: 0 <= value < float("inf"), "at least 0, and finite"),
+            ("cutmix", lambda value: 0 <= value < float("inf"), "at least 0, and finite"),
+            ("ema_decay", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+            ("eval_every", lambda value: value >= 1, "at least 1"),
         ):
-            if not good:
-                raise ConfigError(f"--{name.replace('_', '-')} cannot be {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not good(value):
+                raise ConfigError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
         known = {entry.name for entry in fields(PretrainConfig)}
         if unknown := set(self.run or {}) - known:
             raise ConfigError(f"run has no {', '.join(sorted(unknown))}")
@@ -98,6 +106,14 @@ class FineTuning(Run):
     def __init__(self, config: PretrainConfig, make: Callable[[], Classify], held: Labelled) -> None:
         self._held = held
         super().__init__(config, lambda name, **arguments: make())
+
+    def _resume(self, path: Path) -> None:
+        state = checkpoint.read_state(path)
+        if not model_changes(state.model_config, self.model_config):  # else there is a better word for what is wrong
+            self.source.began, notes = self.source.began.going_on(state.extra.get(BEGAN))
+            for line in notes:
+                self._say(line)
+        super()._resume(path)
 
     def _watch(self) -> Judge:
         config = self.config
@@ -148,10 +164,21 @@ def finetune(
     usual = published(model)
     chosen = {key: getattr(usual if getattr(options, key) is None else options, key) for key in _CHOSEN}
     config = _config(opened, data, output, options, usual, chosen | {"labels": options.labels})
-    config.check()
+    try:
+        config.check()
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--output-dir ", "--output ")) from error
     source, held, classes, notes = _data(opened, config, options)
     for line in notes:
         say(line)
+    source.began = Began(
+        checkpoint=str(path),
+        ema=ema,
+        step=opened.step,
+        weights=digest_of_weights(encoder_state(model.state_dict())),
+        split=_split(config, options),
+        held=digest_of_names(held.samples.names[index] for index in held.which),
+    )
     config = replace(config, probe_every=options.eval_every or max(1, len(source) // _per_step(config)))
     recipe: list[Classify] = []
 
@@ -169,8 +196,10 @@ def finetune(
             judge(recipe[0], result.step, run.device)
     finally:
         run.close()
+    began = source.began
     document = {
-        "checkpoint": str(path),
+        "checkpoint": began.checkpoint if began else str(path),  # where the run is older than `began`: as given
+        "checkpoint_step": began.step if began else None,
         "model": recipe[0].config["encoder"],
         "data": data,
         "labels": options.labels,
@@ -256,9 +285,18 @@ def _data(
         spec, given = options.val_labels or options.labels, "--val-labels" if options.val_labels else "--labels"
         other = _open(opened, config, options.val_data, "--val-data")
         held = labelled(fixed(other), spec, given, every.classes)
+        notes += overlap(every, config.data, held, options.val_data, "--val-data")
         notes += [f"--val-data {options.val_data}: {note}" for note in (*other.notes, *held.notes)]
     train = LabelledSource(source, every.which[learn], every.labels[learn], config.skip_bad)
     return train, held, list(every.classes), notes
+
+
+def _split(config: PretrainConfig, options: Options) -> str:
+    """The options that say what is learnt from and what is held back."""
+    told = f"--data {config.data} --labels {options.labels}"
+    if options.val_data is None:
+        return f"{told} --val-share {options.val_share:g} --seed {config.seed}"
+    return f"{told} --val-data {options.val_data}" + (f" --val-labels {options.val_labels}" * bool(options.val_labels))
 
 
 def _open(opened: Opened, config: PretrainConfig, name: str, option: str) -> Source:
@@ -277,7 +315,7 @@ def _write(output: Path, recipe: Classify, document: dict[str, Any]) -> None:
 
 def table(document: dict[str, Any], found: dict[str, Accuracy]) -> list[str]:
     """What stands in a finetune.json, for people."""
-    held = document["val_data"] or f"{document['val_share']:.0%} of each class, seed {document['seed']}"
+    held = document["val_data"] or drawn(document)
     common = document["most_frequent_class"]
     lines = [
         f"{len(document['classes'])} classes; learnt from {document['learnt_from']}, {document['held_back']} held back "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,17 +64,20 @@ class Options:
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        for name, good in (
-            ("pool", self.pool in (*POOLS, ATTENTIVE)),
-            ("k", self.k >= 1),
-            ("batch_size", self.batch_size >= 1),
-            ("workers", self.workers >= 0),
-            ("test_share", 0 < self.test_share < 1),
-            ("seed", 0 <= self.seed < 2**63),
-            ("test_labels", self.test is not None or self.test_labels is None),
+        if self.test_labels is not None and self.test is None:
+            raise ConfigError("--test-labels needs --test, whose classes they are; those of --data are --labels")
+        if self.test is not None and self.test_share != type(self).test_share:
+            raise ConfigError("give --test or --test-share, not both")
+        for name, good, wanted in (
+            ("pool", self.pool in (*POOLS, ATTENTIVE), " or ".join((*POOLS, ATTENTIVE))),
+            ("k", self.k >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("workers", self.workers >= 0, "at least 0"),
+            ("test_share", 0 < self.test_share < 1, "above 0 and below 1"),
+            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
         ):
             if not good:
-                raise ConfigError(f"--{name.replace('_', '-')} cannot be {getattr(self, name)}")
+                raise ConfigError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(self, name)}")
 
     @property
     def of_data(self) -> dict[str, Any]:
@@ -95,6 +99,8 @@ class Probe:
             if options.test_labels is not None:
                 given = "--test-labels"
             self.parts.append(self._labelled(options.test, spec, "--test", given, self.parts[0].classes))
+            for line in overlap(self.parts[0], data, self.parts[1], options.test, "--test"):
+                self.say(line)
         self.classes, self.unit = self.parts[0].classes, self.parts[0].samples.unit
         opened.recipe.to(self.device)
         found = [self._kept(part) for part in self.parts]
@@ -277,7 +283,7 @@ def probe(
 
 def table(document: dict[str, Any]) -> list[str]:
     """What stands in a probe.json, for people."""
-    held = document["test"] or f"{document['test_share']:.0%} of each class, seed {document['seed']}"
+    held = document["test"] or drawn(document)
     count, unit = len(document["classes"]), document["unit"]
     near = f"k-NN, k={document['knn']['k']}"
     lines = [
@@ -293,6 +299,25 @@ def table(document: dict[str, Any]) -> list[str]:
         lines.append(f"  {name:24}{near:26}{linear:26}{more}{how}")
     lines.append(f"  {'most frequent class':24}{_accuracy(document['most_frequent_class'])}")
     return lines
+
+
+def drawn(document: dict[str, Any]) -> str:
+    """Of a probe.json or finetune.json: the share that is held back. In small classes it is not the one asked for."""
+    held = document["held_back"]
+    return f"{held / (document['learnt_from'] + held):.1%} of all, by class, seed {document['seed']}"
+
+
+def overlap(learnt: Labelled, data: str, held: Labelled, other: str, option: str) -> list[str]:
+    """A warning if samples of `data` are held back as well, as those of `other`, which was given as `option`."""
+
+    def places(part: Labelled, root: str) -> list[str]:
+        root = os.path.realpath(os.path.expanduser(root))
+        return [os.path.join(root, part.samples.names[index]) for index in part.which]
+
+    known, asked = set(places(learnt, data)), places(held, other)
+    both = sum(place in known for place in asked)
+    why = "are in --data too, so the accuracy counts what was learnt"
+    return [f"warning: {option} {other}: {both} of {len(asked)} {why}"] if both else []
 
 
 def _accuracy(entry: dict[str, Any]) -> Accuracy:

@@ -35,6 +35,8 @@ def profile_run(
     """
     if trace is not None and not trace.absolute().parent.is_dir():
         raise ConfigError(f"--trace {trace}: there is no such folder")
+    if trace is not None and trace.is_dir():
+        raise ConfigError(f"--trace {trace} is a folder; give the name of a file")
     if steps < 1:
         raise ConfigError(f"--steps must be at least 1, not {steps}")
     kept = not config.data

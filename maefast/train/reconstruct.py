@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from maefast.recipes.masked_images import image_shape
 from . import checkpoint
 from .image_models import check_mask, mask_ratio_of
 from .infer import make_model
-from .weights import open_weights, run_of
+from .weights import Weights, open_weights, run_of
 
 SETS = (*TARS, *TABLES, *LISTS)
 
@@ -57,7 +58,10 @@ def reconstruct_files(
     from maefast.data.images import pictures
 
     pictures.picture_format(output)  # before anything is computed
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed must lie in 0 … 2**63-1, not {seed}")
     weights = open_weights(path, ema)
+    _say_what_is_known(weights, name, norm_pix)
     model = make_model(weights, name, norm_pix, img_size, heads)
     mask_ratio = mask_ratio_of(model, mask_ratio)
     check_mask(model, mask_ratio)
@@ -68,6 +72,9 @@ def reconstruct_files(
     numbers = run is not None and run.config.get("channels") is not None  # of `--channels`
     chosen = _Chosen(images, count, column, numbers)
     names, places = chosen.names, chosen.places
+    for place in places:
+        if isinstance(place, (str, Path)) and _same_file(place, output):
+            raise ConfigError(f"--output {output} is one of the images: give another name")
     if not numbers:
         decoder = _decoder(run, channels, chosen, value_range, max_pixels)
         try:
@@ -92,6 +99,20 @@ def reconstruct_files(
     pictures.save_picture(columns, names, output, pictures.note(model, raw))
 
 
+def _say_what_is_known(weights: Weights, name: str | None, norm_pix: bool | None) -> None:
+    """Of arguments that are for files which do not tell, where this one does."""
+    config = weights.config or {}
+    if name is not None and config.get("name", name) != name:
+        print(f"--model {name} is not looked at: {weights.source} says itself what it holds")
+    if norm_pix is not None and config.get("norm_pix_loss", norm_pix) != norm_pix:
+        with_or_without = "without" if norm_pix else "with"
+        print(f"{weights.source} was trained {with_or_without} --norm-pix: the picture will look wrong")
+
+
+def _same_file(one: str | Path, other: Path) -> bool:
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
 class _Chosen:
     """The images that arguments mean, as far as `settle` looks at `maefast.data.records.Records`."""
 
@@ -100,6 +121,8 @@ class _Chosen:
 
     def __init__(self, given: Sequence[str | Path], count: int, column: str | None, numbers: bool) -> None:
         endings = (*ARRAYS, *EXTENSIONS) if numbers else EXTENSIONS
+        if column is not None and not any(map(_is_set, given)):
+            raise ConfigError(f"--column {column} is for tables and tars, and none is given")
         options = SimpleNamespace(column=column, skip_bad=False)
         self.places: list[Where] = []
         self.names: list[str] = []

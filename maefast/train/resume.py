@@ -35,14 +35,14 @@ def _choose(resume: str, folder: Path) -> tuple[Path | None, list[str]]:
         path, notes = checkpoint.latest(folder)
         if path is None and checkpoint.listing(folder):
             reasons = "; ".join([f"no checkpoint in {folder} is usable", *notes])
-            raise CheckpointError(f"{reasons}. Another --output-dir starts anew")
+            raise CheckpointError(f"{reasons}. Another output folder (-o) starts anew")
         return path, notes
     if resume == "none":
         path, notes = checkpoint.latest(folder)
         if path is not None:
             raise ConfigError(
                 f"--resume none, but {folder.parent} holds a run at {path.name}: "
-                "choose another --output-dir, remove that one, or --resume auto"
+                "choose another folder (-o), remove that one, or --resume auto"
             )
         return None, notes
     return resolve(Path(resume))
@@ -62,6 +62,11 @@ def resolve(path: Path) -> tuple[Path, list[str]]:
     raise CheckpointError(f"no checkpoint found at {path}")
 
 
+def model_changes(then: dict, now: dict) -> list[str]:
+    """What is not the same of two models."""
+    return [f"{k}: {then.get(k)} -> {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
+
+
 def compare(
     state: checkpoint.State, config: PretrainConfig, model: dict, source: Source, total: int, world: int = 1
 ) -> list[str]:
@@ -69,11 +74,9 @@ def compare(
 
     `world`: processes now.
     """
-    changed = [f"{k}: {state.model_config.get(k)} -> {model.get(k)}" for k in {**state.model_config, **model}
-               if state.model_config.get(k) != model.get(k)]  # fmt: skip
-    if changed:
+    if changed := model_changes(state.model_config, model):
         raise CheckpointError(
-            f"the checkpoint holds another model ({', '.join(changed)}): give the same options, or another --output-dir"
+            f"the checkpoint holds another model ({', '.join(changed)}): give the same options, or another folder (-o)"
         )
     if state.step > total:
         raise ConfigError(f"the checkpoint has {state.step} steps done, and the run is to have only {total}")

@@ -199,6 +199,8 @@ def test_another_result_in_bfloat16(users, always, monkeypatch):
         ("Text", {}, "returns a str without a floating tensor"),
         ("same", {}, "gives the same model twice"),
         ("linear", {}, "cannot be guessed"),
+        ("Leaves", {}, "the model raised SystemExit: 0"),
+        ("mae", {"batch": "a_users_models:not_numbers"}, r"the model's outputs .output 0. are NaN or infinite"),
         ("mae", {"shapes": ["2x3x16x16"], "batch_size": None}, "the model raised AssertionError"),
         ("mae", {"dtype": "float16"}, "choose a dtype from float32, bfloat16"),
         ("mae", {"device": "tpu"}, "a device from auto, cpu, cuda"),
@@ -260,6 +262,9 @@ def test_the_command_where_the_two_differ(users, tmp_path, always, monkeypatch):
     [
         (("nowhere:build",), "there is no module 'nowhere'"),
         (("a_users_models:raises",), "raised ValueError: no such checkpoint"),
+        (("a_users_models:leaves",), "raised SystemExit"),
+        (("a_users_models:mae", "--input", "99999999999x3x32x32"), "an input of 99999999999x3x32x32 cannot be made"),
+        (("a_users_models:mae", "--json", "."), "--json . is a folder; give the name of a file"),
         (("a_users_models:mae", "--json", "nowhere/found.json"), "--json nowhere/found.json: there is no such folder"),
         (("a_users_models:mae", "--batch", "a_users_models:nothing"), "has no 'nothing'"),
     ],
@@ -270,6 +275,14 @@ def test_errors_are_one_message(users, arguments, says):
     assert result.output.startswith("error: ")
     assert says in result.output
     assert "Traceback" not in result.output
+
+
+def test_the_table_is_shown_before_a_file_fails(users, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_must_be_file", lambda *given: None)
+    result = command(f"{users}:plain", "--input", "1x3x8x8", "--eval", "--json", tmp_path)
+    assert result.exit_code == 1
+    assert "Nothing would be replaced" in result.output
+    assert f"error: {tmp_path}: Is a directory" in result.output
 
 
 def test_wrong_usage():

@@ -47,12 +47,14 @@ def test_a_class(users):
         ("a_users_models:wants", "wants arguments (size, depth)"),
         ("broken.py:build", "raised ModuleNotFoundError: No module named 'not_installed' (broken.py, line 2)"),
         ("wrong.py:build", "importing wrong.py raised RuntimeError: no (wrong.py, line 1)"),
+        ("leaves.py:build", "importing leaves.py raised SystemExit: 0 (leaves.py, line 1)"),
         ("below/torch.py:build", "below/torch.py has the name of another module, "),
     ],
 )  # fmt: skip
 def test_wrong_names(users, tmp_path, spec, says):
     (tmp_path / "broken.py").write_text("import os\nimport not_installed\n")
     (tmp_path / "wrong.py").write_text("raise RuntimeError('no')")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "torch.py").write_text("build = 3")
     with pytest.raises(ConfigError) as error:
@@ -65,8 +67,10 @@ def test_wrong_names(users, tmp_path, spec, says):
     ("name", "says"),
     [
         ("raises", "raises raised ValueError: no such checkpoint (a_users_models.py, line "),
+        ("leaves", "leaves raised SystemExit (a_users_models.py, line "),
         ("number", "number gives a int, not a torch.nn.Module"),
         ("meta", "on the meta device, without weights"),
+        ("half_meta", "on the meta device, without weights"),
     ],
 )
 def test_no_model(users, name, says):

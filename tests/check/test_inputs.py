@@ -83,6 +83,32 @@ def test_no_guess(model):
         given(model, (), None, "", None)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        functools.partial(torch.compile, backend="eager"),
+        nn.DataParallel,
+        lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+    ],
+)
+def test_wrappers_are_looked_through(wrap):
+    """Their own forward takes *args."""
+    model = wrap(mae())
+    assert given(model, (), None, "", 2).text == "imgs [2, 3, 32, 32]; a guess from the model"
+    assert given(model, ["imgs=1x3x32x32"], None, "", None).text == "imgs [1, 3, 32, 32]; random"
+    with pytest.raises(ConfigError, match="missing a required argument: 'imgs'"):
+        given(model, ["image=2x3x32x32"], None, "", None)
+
+
+def test_a_forward_without_names():
+    class Anything(nn.Conv2d):
+        def forward(self, *args):
+            return super().forward(*args)
+
+    with pytest.raises(ConfigError, match="cannot be guessed, as its forward names no argument"):
+        given(Anything(3, 4, 3), (), None, "", None)
+
+
 def test_shapes():
     model = mae().double()
     found = given(model, ["2x3x32x32"], None, "", None)
@@ -113,6 +139,11 @@ def test_batches(output, says):
         (["2x3x32x32"], None, 4, "--batch-size goes with an input that is guessed"),
         (["2,3,32,32"], None, None, "--input wants a shape such as"),
         (["2x0x32x32"], None, None, "--input wants a shape such as"),
+        (["9999999999999999999x3x32x32"], None, None, "--input wants a shape such as"),
+        (["99999999999x3x32x32"], None, None, "an input of 99999999999x3x32x32 cannot be made: it is too large"),
+        (["999999999999999999x999999999999999999"], None, None, "cannot be made: it is too large"),
+        ((), None, 99999999999, "an input of 99999999999x3x32x32 cannot be made: it is too large"),
+        (["imgs=2x3x32x32", "imgs=3x3x32x32"], None, None, "--input gives imgs twice"),
         (["image=2x3x32x32"], None, None, "missing a required argument: 'imgs'"),
         (["2x3x32x32", "2", "2"], None, None, "too many positional arguments"),
         ((), lambda: 3, None, "b gives a int, not a tensor"),

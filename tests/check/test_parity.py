@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from maefast.check import parity
+from maefast.errors import ConfigError
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -65,8 +66,29 @@ def test_not_a_number():
         fast.last.bias[0] = float("nan")
     assert not compare(own, fast)[0].equal
     with torch.no_grad():
-        own.last.bias[0] = float("nan")
-    assert all(d.equal for d in compare(own, fast))  # in the same places
+        own.last.bias[0] = float("nan")  # in the same places: nothing is tested
+    with pytest.raises(ConfigError, match=r"the model's outputs .output 0. are NaN or infinite"):
+        compare(own, fast)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_gradients_that_are_not_finite(narrow):
+    own, fast = pair()
+    for model in (own, fast):
+        model.first.bias.register_hook(lambda g: g / 0)
+    with pytest.raises(ConfigError, match=r"the model's gradients of the loss .first.bias. are NaN or infinite"):
+        compare(own, fast, narrow)
+    fast.first.bias._backward_hooks.clear()
+    own.first.bias._backward_hooks.clear()
+    fast.first.bias.register_hook(lambda g: g / 0)
+    assert [d.equal for d in compare(own, fast, narrow)] == [True, True, False, False]
+
+
+def test_scores_of_what_is_masked_may_be_infinite():
+    own, fast = pair()
+    for model in (own, fast):
+        model.register_forward_hook(lambda m, given, out: {**out, "y": out["y"].masked_fill(X[:, :4] > 0, -torch.inf)})
+    assert all(d.equal for d in compare(own, fast, training=False))
 
 
 def test_shapes_and_dtypes():

@@ -2,6 +2,7 @@
 
 TEXT = '''
 import random
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,14 @@ class Averages(MaskedAutoencoderViT):
         return loss * self.calls, pred, mask
 
 
+class Leaves(MaskedAutoencoderViT):
+    def __init__(self):
+        super().__init__(**SIZES)
+
+    def forward(self, imgs):
+        raise SystemExit(0)
+
+
 def frozen():
     return mae().requires_grad_(False)
 
@@ -99,8 +108,22 @@ def raises():
     raise ValueError("no such checkpoint")
 
 
+def leaves():
+    sys.exit()
+
+
 def number():
     return 3
+
+
+def half_meta():
+    model = mae()
+    model.register_buffer("table", torch.zeros(3, device="meta"))
+    return model
+
+
+def not_numbers():
+    return torch.full((2, 3, 32, 32), float("nan"))
 
 
 def images():

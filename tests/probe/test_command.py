@@ -82,6 +82,27 @@ def test_other_classes_and_a_set_of_its_own_to_hold_back(trained, tmp_path):
         probe(out, str(photos), tmp_path / "c", Options(test=str(tmp_path / "held")), say=str)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_the_share_that_is_held_back_is_the_true_one(trained, tmp_path, share):
+    photos, out = trained
+    lines = []
+    document = probe(out, str(photos), tmp_path, Options(test_share=share), say=lines.append)
+    held = 3 if share < 0.5 else 12
+    assert document["held_back"] == held
+    assert any(f"{held} held back ({held / 15:.1%} of all, by class, seed 0)" in line for line in lines)
+
+
+def test_samples_that_are_held_back_and_learnt_from_are_told(trained, tmp_path):
+    photos, out = trained
+    shutil.copytree(photos, tmp_path / "other")
+    for test, warned in ((photos, True), (photos / ".", True), (tmp_path / "other", False)):
+        lines = []
+        probe(out, str(photos), tmp_path / "probe", Options(test=str(test)), say=lines.append)
+        told = [line for line in lines if line.startswith("warning: ")]
+        assert len(told) == warned
+        assert all(line.startswith(f"warning: --test {test}: 15 of 15 are in --data too") for line in told)
+
+
 def test_an_exported_encoder_gives_the_same(trained, tmp_path):
     photos, out = trained
     export_file(out, tmp_path / "encoder.safetensors", "timm")
@@ -202,9 +223,10 @@ def test_images_are_read_as_the_run_read_them(tmp_path):
         (["RUN", "--data", "PHOTOS", "--test", "/nowhere"], "--test /nowhere: no such folder"),
         (["RUN", "--data", "PHOTOS", "--labels", "/nowhere.csv"], "--labels /nowhere.csv: No such file"),
         (["RUN", "--data", "PHOTOS/group0"], "lie in no folders of classes"),
-        (["RUN", "--data", "PHOTOS", "--test-share", 1], "--test-share cannot be 1"),
-        (["RUN", "--data", "PHOTOS", "--k", 0], "--k cannot be 0"),
-        (["RUN", "--data", "PHOTOS", "--test-labels", "x.csv"], "--test-labels cannot be x.csv"),
+        (["RUN", "--data", "PHOTOS", "--test-share", 1], "--test-share must be above 0 and below 1, not 1"),
+        (["RUN", "--data", "PHOTOS", "--k", 0], "--k must be at least 1, not 0"),
+        (["RUN", "--data", "PHOTOS", "--test-labels", "x.csv"], "--test-labels needs --test"),
+        (["RUN", "--data", "PHOTOS", "--test", "PHOTOS", "--test-share", 0.5], "give --test or --test-share, not both"),
     ],
 )
 def test_errors(trained, arguments, message, tmp_path):
@@ -240,5 +262,5 @@ def test_what_holds_no_weights(tmp_path):
 
 def test_options_are_checked():
     assert PretrainConfig().probe_every == 0
-    with pytest.raises(ConfigError, match="--pool cannot be max"):
+    with pytest.raises(ConfigError, match="--pool must be mean or cls or both or attentive, not max"):
         Options(pool="max")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,12 +58,24 @@ def test_a_recipe_without_data(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_table_is_shown_before_a_file_fails(tmp_path, monkeypatch):
+    report = SimpleNamespace(show=lambda heading: print("the table"), json=lambda: "{}")
+    monkeypatch.setattr("maefast.train.profiling.profile_run", lambda *given: report)
+    monkeypatch.setattr(cli, "_must_be_file", lambda *given: None)
+    result = run("--json", tmp_path)
+    assert result.exit_code == 1
+    assert "the table" in result.output
+    assert f"error: {tmp_path}: Is a directory" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--steps", "0"], "--steps must be at least 1, not 0"),
         (["--trace", "nowhere/step.json"], "--trace nowhere/step.json: there is no such folder"),
         (["--json", "nowhere/step.json"], "--json nowhere/step.json: there is no such folder"),
+        (["--trace", "."], "--trace . is a folder; give the name of a file"),
+        (["--json", "."], "--json . is a folder; give the name of a file"),
         (["--data", "nowhere"], "nowhere"),
         (["--recipe", "nothing"], "unknown recipe 'nothing'"),
     ],

@@ -313,6 +313,13 @@ def test_bad_input(tmp_path):
         profile(step, model, warmup=True)
     with pytest.raises(ValueError, match="no folder"):
         profile(step, model, trace=tmp_path / "none" / "step.json")
+    for folder in (tmp_path / "empty", tmp_path):  # which the profiler would replace, or fail at without a word
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match="is a folder; give the name of a file"):
+            profile(step, model, trace=folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    with pytest.raises(ValueError, match="lies on the meta device, without values"):
+        profile(step, nn.Linear(1, 1, device="meta"))
     with pytest.raises(ValueError, match="data has no batch"):
         profile(lambda batch: None, model, data=[])
     with pytest.raises(TypeError, match="data must be iterable"):

@@ -39,7 +39,8 @@ def test_a_source_is_measured(photos, tmp_path, monkeypatch):
 
 
 def test_bad_options(photos, tmp_path):
-    with pytest.raises(ConfigError, match="--seconds must be above 0"):
-        data_speed(tiny_config(photos, tmp_path), 0)
+    for seconds in (0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="--seconds must be above 0 and finite"):
+            data_speed(tiny_config(photos, tmp_path), seconds)
     with pytest.raises(ConfigError, match="no such folder"):
         data_speed(tiny_config("nowhere", tmp_path), 1)

@@ -278,6 +278,50 @@ def test_reconstruct_files_is_repeatable_and_follows_the_seed(run, photos, tmp_p
         reconstruct_files(run, files, tmp_path / "d.png", mask_ratio=0.999)
 
 
+def test_reconstruct_does_not_overwrite_an_image(run, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    file = write_images(tmp_path / "images")[0]
+    before = file.read_bytes()
+    monkeypatch.chdir(file.parent)
+    for given in (file, file.name, tmp_path / "link" / file.relative_to(tmp_path / "images"), tmp_path / "images"):
+        with pytest.raises(ConfigError, match="is one of the images: give another name"):
+            reconstruct_files(run, [str(given)], file, count=100)
+    assert file.read_bytes() == before
+
+
+def test_reconstruct_says_what_is_not_looked_at(run, photos, tmp_path, capsys):
+    files = sorted(photos.rglob("*.png"))[:1]
+    with pytest.raises(ConfigError, match="--column x is for tables and tars, and none is given"):
+        reconstruct_files(run, files, tmp_path / "a.png", column="x")
+    reconstruct_files(run, files, tmp_path / "a.png", name="mae", norm_pix=False)
+    assert capsys.readouterr().out == ""
+    reconstruct_files(run, files, tmp_path / "a.png", name="mae_large", norm_pix=True)
+    one, two = capsys.readouterr().out.splitlines()
+    assert one.startswith("--model mae_large is not looked at: ")
+    assert two.endswith("was trained without --norm-pix: the picture will look wrong")
+
+
+def test_a_folder_of_other_things_gets_no_model(run, tmp_path):
+    folder = write_images(tmp_path / "images")[0].parent
+    before = sorted(folder.iterdir())
+    with pytest.raises(ConfigError, match="holds other things than a model"):
+        export_file(run, folder, "hf")
+    assert sorted(folder.iterdir()) == before
+    for name in ("e.bin", "e.PTH", "e.ckpt"):
+        with pytest.raises(ConfigError, match="give a folder, or a file name that ends in"):
+            export_file(run, tmp_path / name, "hf")
+        assert not (tmp_path / name).exists()
+
+
+def test_a_folder_of_a_model_may_be_written_again(run, tmp_path):
+    (tmp_path / "vit").mkdir()
+    for name in (".gitattributes", "README.md"):
+        (tmp_path / "vit" / name).touch()
+    for format in ("hf", "hf-mae"):
+        export_file(run, tmp_path / "vit", format)
+    assert open_weights(tmp_path / "vit").has_decoder
+
+
 def test_reconstruct_takes_what_data_may_be(run, tmp_path, monkeypatch):
     """Of each folder, list, tar or table some images, the same ones wherever they lie."""
     monkeypatch.setenv("MAEFAST_CACHE", str(tmp_path / "cache"))

@@ -168,10 +168,13 @@ def test_what_stands_in_for_an_unreadable_image_has_its_own_class(trained, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layer_decay": 1.5}, "--layer-decay cannot be 1.5"),
-        ({"drop_path": 1.0}, "--drop-path cannot be 1.0"),
-        ({"mixup": -1.0}, "--mixup cannot be -1.0"),
-        ({"val_labels": "folders"}, "--val-labels cannot be folders"),
+        ({"layer_decay": 1.5}, "--layer-decay must be above 0 and at most 1, not 1.5"),
+        ({"drop_path": 1.0}, "--drop-path must be at least 0 and below 1, not 1.0"),
+        ({"mixup": -1.0}, "--mixup must be at least 0, and finite, not -1.0"),
+        ({"val_labels": "folders"}, "--val-labels needs --val-data"),
+        ({"val_data": "x", "val_share": 0.5}, "give --val-data or --val-share, not both"),
+        ({"val_share": float("nan")}, "--val-share must be above 0 and below 1, not nan"),
+        ({"eval_every": 0}, "--eval-every must be at least 1, not 0"),
         ({"epochs": 3.0}, "give --steps or --epochs, not both"),
         ({"depth": 3}, "run has no depth"),
     ],
@@ -179,6 +182,90 @@ def test_what_stands_in_for_an_unreadable_image_has_its_own_class(trained, tmp_p
 def test_bad_options(changes, message):
     with pytest.raises(ConfigError, match=message):
         options(**changes)
+
+
+@pytest.fixture(scope="module")
+def begun(trained, tmp_path_factory):
+    """A fine-tuning of four steps."""
+    photos, start, _ = trained
+    out = tmp_path_factory.mktemp("begun") / "out"
+    finetune(start, str(photos), out, options(steps=4), say=str)
+    return out
+
+
+def _copy(folder, target):
+    shutil.copytree(folder, target)
+    return target
+
+
+@pytest.mark.parametrize("changes", [{"seed": 3}, {"val_share": 0.5}, {"val_data": "PHOTOS"}])
+def test_a_run_does_not_go_on_with_other_samples_held_back(trained, begun, tmp_path, changes):
+    """The accuracy would count samples that it learnt from."""
+    photos, start, _ = trained
+    out = _copy(begun, tmp_path / "out")
+    before = {name: (out / name).read_bytes() for name in ("finetune.json", "accuracy.csv")}
+    changes = {key: str(photos) if value == "PHOTOS" else value for key, value in changes.items()}
+    for steps in (4, 6):
+        with pytest.raises(ConfigError, match=r"began with .* --val-share 0\.2 --seed 0: give these again, or") as told:
+            finetune(start, str(photos), out, options(steps=steps, **changes), say=str)
+        assert "\n" not in str(told.value)
+    assert before == {name: (out / name).read_bytes() for name in before}
+    assert finetune(start, str(photos), out, options(), say=str)["steps"] == 6  # with those of the start it does
+
+
+def test_a_run_does_not_go_on_with_changed_data(trained, begun, tmp_path):
+    photos, start, _ = trained
+    out, data = _copy(begun, tmp_path / "out"), _copy(photos, tmp_path / "photos")
+    assert finetune(start, str(data), out, options(steps=5), say=str)["steps"] == 5  # moved, and the same
+    for index in range(9):
+        shutil.copy(next(data.rglob("*.png")), data / "group1" / f"more{index}.png")
+    with pytest.raises(ConfigError, match=r"photos --labels folders .*: the data have changed since"):
+        finetune(start, str(data), out, options(), say=str)
+
+
+def test_a_run_goes_on_with_the_encoder_that_it_began_from(trained, begun, tmp_path, capsys):
+    photos, start, _ = trained
+    out, moved = _copy(begun, tmp_path / "out"), _copy(start, tmp_path / "moved")
+    document = finetune(moved, str(photos), out, options(steps=5), say=str)
+    assert (document["checkpoint"], document["checkpoint_step"]) == (str(moved), 2)
+    pretrain(tiny_config(photos, moved, steps=3, model_args={**TINY, "depth": 2}))
+    document = finetune(moved, str(photos), out, options(), say=str)  # its pre-training went on
+    assert "moved has other weights than when this run began from it; they are not used" in capsys.readouterr().out
+    assert (document["checkpoint"], document["checkpoint_step"], document["steps"]) == (str(moved), 2, 6)
+    other = moved / "checkpoints" / "step-00000003"
+    with pytest.raises(ConfigError, match=r"began from .*moved \(step 2\), whose encoder is another than that of "):
+        finetune(other, str(photos), out, options(steps=7), say=str)
+
+
+def test_a_run_that_is_older_than_such_checks_goes_on(trained, begun, tmp_path):
+    photos, start, _ = trained
+    out = _copy(begun, tmp_path / "out")
+    for path in (out / "checkpoints").glob("*/state.json"):
+        state = json.loads(path.read_text())
+        del state["extra"]["began"]
+        path.write_text(json.dumps(state))
+    document = finetune(start, str(photos), out, options(seed=3), say=str)
+    assert (document["checkpoint"], document["checkpoint_step"]) == (str(start), None)
+    state = json.loads((out / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert "began" not in state["extra"]  # what it began with is not known
+
+
+def test_what_is_said_of_the_samples(trained, tmp_path):
+    photos, start, _ = trained
+    lines = []
+    finetune(start, str(photos), tmp_path / "a", options(steps=1, val_share=0.01), say=lines.append)
+    assert any("3 held back (20.0% of all, by class, seed 0)" in line for line in lines)
+    finetune(start, str(photos), tmp_path / "b", options(steps=1, val_data=str(photos)), say=lines.append)
+    assert sum(line.startswith(f"warning: --val-data {photos}: 15 of 15 are in --data too") for line in lines) == 1
+
+
+def test_messages_have_the_option_of_this_command(trained, begun, tmp_path):
+    photos, start, _ = trained
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--output .*file: .* is not a folder"):
+        finetune(start, str(photos), tmp_path / "file", options(), say=str)
+    with pytest.raises(ConfigError, match=r"choose another folder \(-o\)"):
+        finetune(start, str(photos), begun, options(resume="none"), say=str)
 
 
 def test_bad_input(trained, tmp_path):
