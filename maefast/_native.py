@@ -6,7 +6,8 @@ Triton) serve instead. Only MAEFAST_REQUIRE_NATIVE=1 turns that warning into an 
 
 Environment: MAEFAST_DISABLE_NATIVE=1 loads nothing (no warning: it was asked for); MAEFAST_NATIVE_DIR names
 another directory with the libraries; MAEFAST_CPU_ISA (plain, avx2, avx512, avx512bf16, amx) lowers the CPU instruction
-set; MAEFAST_HUGE_PAGES=off has large results of CPU kernels on pages of the usual size.
+set; MAEFAST_HUGE_PAGES=on or off has large results of CPU kernels on huge pages, or on pages of the usual size (without
+it: on huge pages, unless this is a virtual machine that gives free pages back to its host).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@
 
 namespace maefast::cpu {
 
-// maefast::empty, with huge pages where the system gives them (memory.cpp; MAEFAST_HUGE_PAGES=off: without).
+// maefast::empty, with huge pages where the system gives them fast (memory.cpp; MAEFAST_HUGE_PAGES=on, off).
 Tensor empty(const int64_t* sizes, int64_t count, ScalarType dtype, const Tensor& like);
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {

@@ -1,7 +1,10 @@
 #include <cstdlib>
+#include <fstream>
+#include <string>
 #include <string_view>
 
 #ifdef __linux__
+#include <dirent.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -17,9 +20,28 @@ namespace {
 // every time. Smaller tensors ask too: malloc's heap shrinks and grows within a training step.
 constexpr int64_t kLeast = int64_t{4} << 20;
 
+// Whether this is a virtual machine that tells its host which memory is free, which takes it back: a huge page
+// that was free for a second or two is then fetched anew in 512 pieces, which takes three times as long as the
+// small pages do that are at hand (docs/experiments.md).
+bool gives_back_free_pages() {
+  const char* folder = "/sys/bus/virtio/drivers/virtio_balloon";
+  DIR* devices = opendir(folder);
+  if (devices == nullptr) return false;
+  bool found = false;
+  while (const dirent* entry = readdir(devices)) {
+    std::ifstream file(std::string(folder) + "/" + entry->d_name + "/features");
+    std::string bits;  // one character each, the lowest first
+    constexpr size_t kReporting = 5;
+    if (std::getline(file, bits) && bits.size() > kReporting) found |= bits[kReporting] == '1';
+  }
+  closedir(devices);
+  return found;
+}
+
 bool wanted() {
   const char* asked = std::getenv("MAEFAST_HUGE_PAGES");
-  return asked == nullptr || std::string_view(asked) != "off";
+  const std::string_view answer = asked == nullptr ? "" : asked;
+  return answer == "on" || (answer != "off" && !gives_back_free_pages());
 }
 
 // No page outside of the tensor is touched, so it takes no more memory. A system that has no huge pages says
