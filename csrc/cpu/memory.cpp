@@ -20,9 +20,9 @@ namespace {
 // every time. Smaller tensors ask too: malloc's heap shrinks and grows within a training step.
 constexpr int64_t kLeast = int64_t{4} << 20;
 
-// Whether this is a virtual machine that tells its host which memory is free, which takes it back: a huge page
-// that was free for a second or two is then fetched anew in 512 pieces, which takes three times as long as the
-// small pages do that are at hand (docs/experiments.md).
+// Whether this is a virtual machine that tells its host which memory is free, which takes it back: a huge
+// page that was free for a second or two is then fetched anew in 512 pieces, which takes four times as long
+// as the small pages do that are at hand (docs/experiments.md).
 bool gives_back_free_pages() {
   const char* folder = "/sys/bus/virtio/drivers/virtio_balloon";
   DIR* devices = opendir(folder);
