@@ -217,9 +217,10 @@ def profile(
     given = {name: value for name, value in ctx.params.items() if _was_given(ctx, name) and name not in own}
 
     def run() -> None:
+        from .train.parse import must_be_file
         from .train.profiling import profile_run
 
-        _must_be_file("--json", json)
+        must_be_file("--json", json)
         report = profile_run(_configured(given), steps, trace, typer.echo)
         report.show(heading=False)  # which was said at the start
         if json is not None:
@@ -271,8 +272,9 @@ def accelerate_check(
 
     def run() -> int:
         from .check import accelerate_check as check
+        from .train.parse import must_be_file
 
-        _must_be_file("--json", json)
+        must_be_file("--json", json)
         found = check(
             factory,
             input or (),
@@ -630,16 +632,6 @@ def _shapes(img_size: str | None, heads: str | None) -> dict[str, Any]:
         "img_size": parse_size(img_size) if img_size else None,
         "heads": parse_heads(heads) if heads else None,
     }
-
-
-def _must_be_file(option: str, path: Path | None) -> None:
-    """Before the work whose results are to be written there."""
-    from .errors import ConfigError
-
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ConfigError(f"{option} {path}: there is no such folder")
-    if path is not None and path.is_dir():
-        raise ConfigError(f"{option} {path} is a folder; give the name of a file")
 
 
 def _leave_group() -> None:

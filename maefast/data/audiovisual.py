@@ -134,11 +134,12 @@ def read_sounding(where: Where, rate: int) -> Sounding:
 
 def _together(frames: CodedVideo, wave: np.ndarray, begins: float, rate: int) -> Sounding:
     """What is heard while the frames are shown."""
-    shown = frames.shown - frames.shown[0]
+    times = frames.shown
+    shown = times - times[0]
     if not shown[-1]:  # a single frame, shown as long as it sounds
         return Sounding(frames, wave)
     starts = np.round(shown * rate).astype(np.int64)
-    heard, at = np.zeros(starts[-1], np.float32), round((begins - frames.shown[0]) * rate)
+    heard, at = np.zeros(starts[-1], np.float32), round((begins - times[0]) * rate)
     part = wave[max(0, -at) : max(0, len(heard) - at)]
     if not len(part):
         raise ValueError("its sound and its pictures are not of the same time")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maefast.masking.counts import drawn, keeps
-from maefast.masking.scales import scaled
+from maefast.masking.scales import scaled, wide
 from maefast.ops import _checks
 from maefast.ops._mask_arguments import check_map, check_size
 from maefast.ops.mask import TokenMask
@@ -39,8 +39,7 @@ def near(
     noise = drawn(noise, (batch,), generator, centres.device)
     _checks.same_device(centres=centres, noise=noise)
     chosen = (noise.detach().float() * groups).long().clamp(0, groups - 1)
-    centres = centres.detach()
-    centres = centres if centres.dtype.itemsize > 2 else centres.float()
+    centres = wide(centres.detach())
     first = centres.gather(1, chosen[:, None, None].expand(batch, 1, 3))
     away = scaled(centres - first, (1, 2)).square().sum(2)
     # The chosen group itself goes first even where others share its place.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maefast.masking.counts import drawn, keeps
+from maefast.masking.scales import wide
 from maefast.ops import _checks
 from maefast.ops._mask_arguments import check_map, check_size
 from maefast.ops.mask import TokenMask
@@ -44,11 +45,10 @@ def weighted(
     count = keeps(weights.shape[1], ratio, keep, rule)
     noise = drawn(noise, tuple(weights.shape), generator, weights.device)
     _checks.same_device(weights=weights, noise=noise)
-    weights, noise = weights.detach(), noise.detach().float()
+    weights, noise = wide(weights.detach()), noise.detach().float()
     noise = noise.clamp(max=1 - 2**-24)  # float64 may have rounded to 1, whose wait is infinite, the rank of a zero
     _checks.holds(torch.isfinite(weights) & (weights >= 0), "weights must be finite and not negative")
     # In logarithms, which stay below 800 for any float64, so that no small weight overflows to the rank of a zero.
-    weights = weights if weights.dtype.itemsize > 2 else weights.float()
     waits = torch.log(-torch.log1p(-noise)) - torch.log(weights).float()
     scores = torch.where(weights > 0, waits, 1000 * (1 + noise))
     return TokenMask.from_scores(scores, count, order=order, backend=backend)

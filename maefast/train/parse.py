@@ -1,9 +1,10 @@
-"""Options of the command line that are written as text: sizes, heads, numbers, arguments of a model."""
+"""Options of the command line that are written as text: sizes, heads, numbers, arguments of a model, files to write."""
 
 from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from maefast.errors import ConfigError
@@ -50,3 +51,11 @@ def parse_heads(text: str) -> list[int]:
     if len(numbers) > 2 or not all(number.isdigit() and int(number) for number in numbers):
         raise ConfigError(f"--heads wants ENCODER or ENCODER,DECODER, not {text!r}")
     return [int(number) for number in numbers]
+
+
+def must_be_file(option: str, path: Path | None) -> None:
+    """Before the work whose results are to be written there."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no such folder")
+    if path is not None and path.is_dir():
+        raise ConfigError(f"{option} {path} is a folder; give the name of a file")

@@ -20,6 +20,7 @@ from .build import build_recipe
 from .config import PretrainConfig
 from .data import Loader
 from .graph import problem
+from .parse import must_be_file
 from .trial import make_step, open_loader
 
 
@@ -33,10 +34,7 @@ def profile_run(
     Args:
         config: of the run. steps: how many are timed.
     """
-    if trace is not None and not trace.absolute().parent.is_dir():
-        raise ConfigError(f"--trace {trace}: there is no such folder")
-    if trace is not None and trace.is_dir():
-        raise ConfigError(f"--trace {trace} is a folder; give the name of a file")
+    must_be_file("--trace", trace)
     if steps < 1:
         raise ConfigError(f"--steps must be at least 1, not {steps}")
     kept = not config.data

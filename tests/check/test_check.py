@@ -278,7 +278,7 @@ def test_errors_are_one_message(users, arguments, says):
 
 
 def test_the_table_is_shown_before_a_file_fails(users, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_must_be_file", lambda *given: None)
+    monkeypatch.setattr("maefast.train.parse.must_be_file", lambda *given: None)
     result = command(f"{users}:plain", "--input", "1x3x8x8", "--eval", "--json", tmp_path)
     assert result.exit_code == 1
     assert "Nothing would be replaced" in result.output

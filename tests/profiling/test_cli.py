@@ -61,7 +61,7 @@ def test_a_recipe_without_data(tmp_path, monkeypatch):
 def test_the_table_is_shown_before_a_file_fails(tmp_path, monkeypatch):
     report = SimpleNamespace(show=lambda heading: print("the table"), json=lambda: "{}")
     monkeypatch.setattr("maefast.train.profiling.profile_run", lambda *given: report)
-    monkeypatch.setattr(cli, "_must_be_file", lambda *given: None)
+    monkeypatch.setattr("maefast.train.parse.must_be_file", lambda *given: None)
     result = run("--json", tmp_path)
     assert result.exit_code == 1
     assert "the table" in result.output
