@@ -63,19 +63,18 @@ def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return (t if t.dtype is dtype else t.to(dtype)).contiguous()
 
 
-def _lowered(weight: Tensor, low: torch.dtype) -> Tensor:
-    """The weight in `low`: the copy that its optimizer keeps, where there is one."""
-    if weight.dtype is low:
-        return weight.contiguous()
-    copy = shadow_of(weight, low)
-    return _to(weight, low) if copy is None else copy
+def _ready(weight: Tensor | None, low: torch.dtype) -> Tensor | None:
+    """The copy in `low` that its optimizer keeps, where there is one; else the weight as it is."""
+    copy = None if weight is None or weight.dtype is low else shadow_of(weight, low)
+    return weight if copy is None else copy
 
 
 def _joined(parts: tuple[Tensor | None, ...], width: int, dtype: torch.dtype) -> Tensor | None:
     """Three weights or biases side by side in `dtype`; one as it is. A bias that is missing among others is zero."""
     first, *others = parts
     if others[0] is None and others[1] is None and (first is None or first.shape[0] == 3 * width):
-        return None if first is None else _lowered(first, dtype)
+        return _to(_ready(first, dtype), dtype)
+    parts = tuple(_ready(t, dtype) for t in parts)
     if all(t is not None and t.dtype is dtype for t in parts):
         return torch.cat(parts)
     like = next(t for t in parts if t is not None)
@@ -88,10 +87,25 @@ def _joined(parts: tuple[Tensor | None, ...], width: int, dtype: torch.dtype) ->
 PRODUCTS = (2, 8, 12, 14)  # of the weights: qkv, proj, fc1, fc2
 
 
-def _lower(form: Form, w: tuple[Tensor | None, ...], casts: tuple[Tensor | None, ...] = (None,) * 4) -> list[Tensor]:
-    """The weights of the four products in the dtype that they run in; `casts`: those that are there already."""
-    found = [_lowered(w[at], form.low) if cast is None else cast for at, cast in zip(PRODUCTS[1:], casts[1:])]
-    return [_joined(w[2:5], form.width, form.low) if casts[0] is None else casts[0], *found]
+def _lower(form: Form, w: tuple[Tensor | None, ...], casts: tuple[Tensor | None, ...] = (None,) * 4) -> list:
+    """The weights of the four products in the dtype that they run in, qkv's side by side or (form.apart) a tuple of
+    three; `casts`: those that are there already."""
+    low = form.low
+    found = [_to(_ready(w[at], low), low) if cast is None else cast for at, cast in zip(PRODUCTS[1:], casts[1:])]
+    if form.apart:
+        return [tuple(t.contiguous() for t in w[2:5]), *found]
+    return [_joined(w[2:5], form.width, low) if casts[0] is None else casts[0], *found]
+
+
+def _cast(lowered: list, w: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Of `_lower`'s, what the backward is spared to cast again. Three that were put side by side are not kept."""
+    return [None if isinstance(t, tuple) or t.dtype is w[at].dtype else t for t, at in zip(lowered, PRODUCTS)]
+
+
+def _q_kv(form: Form, weight):
+    """The weights of the queries, and of keys and values, from those of qkv."""
+    at = 1 if form.apart else form.width
+    return weight[:at], weight[at:]
 
 
 # --- a branch's end: layer scale and stochastic depth -------------------------------------------------------
@@ -188,8 +202,9 @@ def _forward(form: Form, r0, delta, w, lowered, drop1, drop2, starts, places, ma
     bias = _joined(w[5:8], width, low)
     if form.some:
         q_bias, kv_bias = (None, None) if bias is None else bias.split([width, 2 * width])
-        q = form.q.forward(_take(form, y1, masked), qkv_weight[:width], q_bias).view(-1, *heads)
-        kv = form.kv.forward(y1, qkv_weight[width:], kv_bias).view(-1, 2, *heads)
+        q_weight, kv_weight = _q_kv(form, qkv_weight)
+        q = form.q.forward(_take(form, y1, masked), q_weight, q_bias).view(-1, *heads)
+        kv = form.kv.forward(y1, kv_weight, kv_bias).view(-1, 2, *heads)
     else:
         q, kv = form.qkv.forward(y1, qkv_weight, bias).view(-1, 3, *heads), None
     cu_q, cu_k, max_q, max_k = starts
@@ -260,7 +275,7 @@ def _gradients(
 ):
     """(grad of r0, grad of delta or None, of the bias or None, grads of the weights). needs: (x, delta's dtype or None,
     bias, each weight). One of the incoming gradients may be None."""
-    low, wide, width = form.low, form.wide, form.width
+    low, wide = form.low, form.wide
     need_x, delta_dtype, need_bias, need = needs
     qkv_weight, proj_weight, *_ = lowered
     grads: list[Tensor | None] = [None] * WEIGHTS
@@ -297,8 +312,9 @@ def _gradients(
 
     again = k.y1 is None and any(need[2:5])
     if form.some:
-        grad_y = form.kv.input_gradient(grad_kv, qkv_weight[width:])
-        grad_y = _add(form, grad_y, form.q.input_gradient(grad_q, qkv_weight[:width]), masked)
+        q_weight, kv_weight = _q_kv(form, qkv_weight)
+        grad_y = form.kv.input_gradient(grad_kv, kv_weight)
+        grad_y = _add(form, grad_y, form.q.input_gradient(grad_q, q_weight), masked)
         grad_r = _put(form, grad_r, masked)
     else:
         grad_y = form.qkv.input_gradient(grad_q, qkv_weight)
@@ -364,10 +380,8 @@ class TransformerBlock(torch.autograd.Function):
                 ctx.save_for_backward(*common, kept.r0)
                 graph = None
             else:
-                # Each weight is cast once a step. Three that were put side by side are not kept.
-                casts = [t if t.dtype is not w[at].dtype else None for t, at in zip(lowered, PRODUCTS)]
                 more = () if graph is None else graph.taken()
-                ctx.save_for_backward(*common, *kept._replace(r1=r1), *casts, *more)
+                ctx.save_for_backward(*common, *kept._replace(r1=r1), *_cast(lowered, w), *more)
             ctx.form, ctx.graph, ctx.masked, ctx.longest = form, graph, masked, (max_q, max_k)
             ctx.interleaved = interleaved
             ctx.shape, ctx.delta_dtype = x.shape, None if delta is None else delta.dtype

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maefast.ops import _attention_table, _checks, _dispatch, _registry
 from maefast.ops.embed import check_plan
-from maefast.ops.linear import Products, products
+from maefast.ops.linear import Products, apart, products
 from maefast.ops.mask import TokenMask
 
 KEEP = ("lean", "all", "nothing")
@@ -31,7 +31,7 @@ class Form:
 
     def __init__(
         self, *, x, stream, low, wide, branch, heads, hidden, eps, scale, tanh, shifts, count, masked, prefix, keep,
-        sequences, backends,
+        sequences, backends, three,
     ) -> None:  # fmt: skip
         self.batch, self.width = sequences or len(x), x.shape[-1]
         self.length = x.shape[1] if x.ndim == 3 else None
@@ -58,7 +58,12 @@ class Form:
 
         rows, d = x.numel() // self.width, self.width
         wanted = masked.total_masked if masked is not None else len(x) * count if count is not None else rows
+        # The products of q, k and v; `apart`: of three weights as they are, not side by side.
+        parts = apart(x.device.type, low, d, 3 * d) if three else None
+        self.apart = parts is not None
         self.qkv, self.q, self.kv = layer(rows, d, 3 * d), layer(wanted, d, d), layer(rows, d, 2 * d)
+        if self.apart:
+            self.qkv = self.q = self.kv = parts
         self.proj, self.fc1, self.fc2 = layer(wanted, d, d), layer(wanted, d, hidden), layer(wanted, hidden, d)
 
         # Of what the attention branch adds to the stream; the bias of proj is added with the residual where it can be.
@@ -184,6 +189,7 @@ def _checked(
         keep=keep,
         sequences=cu.shape[0] - 1 if packed else None,
         backends=backends,
+        three=all(t is not None and t.dtype is low for t in w[2:5]),
         branch=branch[0],
         shifts=w[16] is None and drop1 is None,
     )

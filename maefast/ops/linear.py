@@ -26,6 +26,7 @@ _raw_op = _registry.family("linear", triton=False)  # a GPU has no use for it
 LIBRARIES = ("torch", "onednn")
 MARGIN = 1.25  # oneDNN must win by this much: a near tie must not be decided by noise
 MIN_WORK = 2**20  # multiply-adds below which the overhead of a call decides, and torch's is lower
+MIN_APART = 2**18  # values of weights below which a copy of them costs less than more calls
 
 _choice: tuple[str, str] | None = None
 
@@ -185,7 +186,9 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Products(NamedTuple):
-    """The products of a linear layer on one library, without autograd and without looking at their arguments."""
+    """The products of a linear layer on one library, without autograd and without looking at their arguments.
+
+    Of several layers with the same input: rows of their weights one after another, or a tuple of them (`apart`)."""
 
     forward: Callable[..., Tensor]  # (x [R, K], weight [N, K], bias [N] or None) -> [R, N]
     input_gradient: Callable[[Tensor, Tensor], Tensor]  # (grad [R, N], weight) -> [R, K]
@@ -197,6 +200,14 @@ def products(device: str, dtype: torch.dtype, rows: int, inputs: int, outputs: i
     """Of the library that serves a layer of this size in `linear`."""
     large = device == "cpu" and dtype is torch.float32 and rows * inputs * outputs >= MIN_WORK
     return _ONEDNN if large and linear_library()[0] == "onednn" else _TORCH
+
+
+def apart(device: str, dtype: torch.dtype, inputs: int, outputs: int) -> Products | None:
+    """Of layers whose weights are not copied side by side, or None where the copy pays: a GPU fills better with one
+    product, and oneDNN writes to no slice."""
+    if device != "cpu" or dtype.itemsize < 4 or inputs * outputs < MIN_APART:
+        return None
+    return None if dtype is torch.float32 and linear_library()[0] == "onednn" else _APART
 
 
 def _onednn_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
@@ -224,7 +235,28 @@ def _torch_weight_gradient(
     return torch.mm(grad.t(), x).to(dtype), total
 
 
+def _forward_apart(x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+    sizes = [weight.shape[0] for weight in weights]
+    out = x.new_empty(x.shape[0], sum(sizes))
+    biases = (None,) * len(sizes) if bias is None else bias.split(sizes)
+    for part, weight, shift in zip(out.split(sizes, 1), weights, biases):
+        if shift is None:
+            torch.mm(x, weight.t(), out=part)
+        else:
+            torch.addmm(shift, x, weight.t(), out=part)
+    return out
+
+
+def _input_gradient_apart(grad: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+    (part, *parts), (weight, *others) = grad.split([weight.shape[0] for weight in weights], 1), weights
+    total = torch.mm(part, weight)
+    for part, weight in zip(parts, others):
+        total.addmm_(part, weight)
+    return total
+
+
 _TORCH = Products(F.linear, torch.mm, _torch_weight_gradient)
+_APART = Products(_forward_apart, _input_gradient_apart, _torch_weight_gradient)
 _ONEDNN = Products(_product, _onednn_input_gradient, _onednn_weight_gradient)
 
 

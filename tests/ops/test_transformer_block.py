@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import maefast
 from maefast import masking, ops
-from maefast.ops import BlockWeights, _dispatch, transformer_block
+from maefast.ops import BlockWeights, _dispatch, _transformer_block_form, transformer_block
 from maefast.ops._transformer_block_form import NAMES
 
 from .common import TOLERANCE, backends, property_test, relative_error
@@ -89,7 +90,7 @@ FORMS = ["all", "tail", "masked", "packed"]
 
 
 @st.composite
-def calls(draw):
+def calls(draw, three=None):
     """(weights, x, delta, heads, options): every form, odd sizes, each optional part there or not."""
     form = draw(st.sampled_from(FORMS))
     heads, head_dim = draw(st.sampled_from([(1, 16), (2, 16), (3, 32), (2, 24)]))
@@ -98,7 +99,7 @@ def calls(draw):
     weights = make_weights(
         width,
         draw(st.integers(1, 100)),
-        three=draw(st.booleans()),
+        three=draw(st.booleans()) if three is None else three,
         scales=draw(st.booleans()),
         seed=seed,
         without=draw(st.lists(st.sampled_from(biases), unique=True)),
@@ -153,6 +154,27 @@ def test_through_a_library_in_float64(data):
     got = step(weights, x, delta, heads, "cpu", torch.float64, keep=keep, **options)
     want = step(weights, x, delta, heads, "cpu", torch.float64, backend="reference", **options)
     check(got, want, TOLERANCE[torch.float64])
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """Three weights are used as they are, however small, on a CPU of either library."""
+    linear = importlib.import_module("maefast.ops.linear")
+    monkeypatch.setattr(linear, "MIN_APART", 0)
+    monkeypatch.setattr(linear, "_choice", ("torch", "a test"))
+    monkeypatch.setattr(_transformer_block_form, "_FORMS", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(data=st.data())
+@property_test
+def test_three_weights_as_they_are(apart, dtype, data):
+    weights, x, delta, heads, options = data.draw(calls(three=True))
+    keep = data.draw(st.sampled_from(KEEP))
+    got = step(weights, x, delta, heads, "cpu", dtype, keep=keep, **options)
+    want = step(weights, x, delta, heads, "cpu", torch.float64, backend="reference", **options)
+    check(got, want, 3 * TOLERANCE[dtype])
+    assert all(form is None or form.apart for form in _transformer_block_form._FORMS.values())
 
 
 def cases():
