@@ -15,6 +15,7 @@ from tests.ops.cpu.common import needs_cpu_ops, randn, raw
 
 pytestmark = needs_cpu_ops
 ROOT = Path(__file__).parents[3]
+FILES = ("test_attention.py", "test_attention_large_scores.py", "test_attention_positions.py")
 LENGTHS = [50, 0, 7, 300, 1, 64]
 
 
@@ -30,7 +31,7 @@ def test_instruction_set(isa):
     order = _native.ISAS.index
     if order(isa) >= order(_native.C.current_isa()):
         pytest.skip(f"this CPU has no {isa}, or this process runs on it")
-    files = [str(Path(__file__).parents[1] / name) for name in ("test_attention.py", "test_attention_positions.py")]
+    files = [str(Path(__file__).parents[1] / name) for name in FILES]
     check = f"from maefast import _native; assert _native.C.current_isa() == {isa!r}; import pytest, sys; "
     run = [
         sys.executable,
