@@ -313,9 +313,6 @@ def _configured(given: dict[str, Any]) -> Any:
         options["model_args"] = {**options.get("model_args", {}), **parse_model_args(pairs)}
     if isinstance(options.get("img_size"), str):
         options["img_size"] = parse_size(options["img_size"])
-    for name in ("init_ema", "init_exact"):
-        if options.get(name) and not options.get("init_from"):
-            raise ConfigError(f"--{name.replace('_', '-')} goes with --init-from")
     return PretrainConfig(**options)
 
 

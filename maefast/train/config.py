@@ -135,6 +135,8 @@ class PretrainConfig:
             self.size is None or self.recipe is not None,
             "--size goes with --recipe; a --model has its size in its name",
         )
+        for name in ("init_ema", "init_exact"):
+            must(self.init_from is not None or not getattr(self, name), f"{_flag(name)} goes with --init-from")
         must(
             not self.stream or self.steps is not None,
             "--stream does not know how many samples there are: --steps, in place of --epochs, says how long a run is",

@@ -48,9 +48,11 @@ def infer_arguments(
         for key, given in zip(("num_heads", "decoder_num_heads"), heads or ()):
             if arguments.get(key, given) != given:
                 raise ConfigError(f"--heads {given}: {weights.source} says {arguments[key]}")
+        _must_be(weights, arguments, name)
         return arguments
     if weights.family != "mae":
         arguments = _convnet_arguments(weights)
+        _must_be(weights, arguments, name)
         if img_size is not None:
             _must_agree(weights, arguments.setdefault("img_size", sides_of(img_size)), img_size)
         return arguments
@@ -72,6 +74,20 @@ def infer_arguments(
     if weights.has_decoder:
         arguments["decoder_num_heads"] = decoder_heads
     return arguments
+
+
+def _must_be(weights: Weights, arguments: dict[str, Any], name: str | None) -> None:
+    """ConfigError where the file is of another network than the model `name`, by what tells them apart beside sizes."""
+    if name is None:
+        return
+    with torch.device("meta"):
+        config = create_model(name, {}).config
+    if weights.family != name.partition("_")[0]:
+        raise ConfigError(f"--model {name}: {weights.source} is of the kind {weights.family}")
+    for key in ("num_heads", "decoder_num_heads", "encoder", "depths", "widths"):
+        found, wanted = arguments.get(key), config.get(key)
+        if found != wanted:
+            raise ConfigError(f"--model {name}: {weights.source} is of a model with {key} {found}, not {wanted}")
 
 
 def _tensor(weights: Weights, name: str, ndim: int) -> Tensor:

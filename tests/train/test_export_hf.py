@@ -244,6 +244,10 @@ def test_our_own_files_say_it_all(model, tmp_path):
     assert "layer_norm_eps=1e-05 and num_attention_heads=6" in lines[1]
     with pytest.raises(ConfigError, match=r"--heads 3: .* says 6"):
         infer_arguments(open_weights(tmp_path / "a.pth"), heads=[3, 3])
+    with pytest.raises(ConfigError, match=r"--model mae_tiny: .* is of a model with num_heads 6, not 3"):
+        infer_arguments(open_weights(tmp_path / "a.pth"), "mae_tiny")
+    with pytest.raises(ConfigError, match=r"--model spark_resnet50: .* is of the kind mae"):
+        infer_arguments(open_weights(tmp_path / "a.pth"), "spark_resnet50")
     for text in ("[1]", '"x"', "3", "{"):
         save_file(model.state_dict(), tmp_path / "odd.safetensors", {"maefast": text})
         with pytest.raises(CheckpointError, match=r"describes no model|cannot be read"):
