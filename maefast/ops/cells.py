@@ -92,7 +92,7 @@ class CellMask:
         """int32 [T, (2 radius + 1)^2], or ^3 of volumes: packed index of the cells around each active one, row by row
         (the middle one is itself); -1 where that cell is masked, -2 where it lies outside the grid. Made once, then
         kept."""
-        if radius not in self._tables:
+        if not _serves(self._tables.get(radius)):
             self._tables[radius] = self._neighbours(radius)
         return self._tables[radius]
 
@@ -114,7 +114,7 @@ class CellMask:
         """The plan of a level of `grid` sites that is coarser than the cells, all of them visible. Made once and kept,
         so that maps which became dense by different ways go together."""
         grid = tuple(grid)
-        if grid not in self._coarse:
+        if grid not in self._coarse or not _serves(self._coarse[grid].cells):
             self._coarse[grid] = CellMask.all_visible(self.batch, grid, self.device)
         return self._coarse[grid]
 
@@ -158,6 +158,13 @@ class CellMask:
         """A plan that masks nothing: the network is then the dense one."""
         grid = _checks.grid("grid", grid, solid=True)
         return CellMask(TokenMask.all_visible(batch, math.prod(grid), device), grid)
+
+
+def _serves(kept: Tensor | None) -> bool:
+    """Whether a table is there and of use: one that was made in inference mode is none to what trains."""
+    if kept is None or torch.compiler.is_compiling():
+        return kept is not None
+    return not kept.is_inference() or torch.is_inference_mode_enabled()
 
 
 def times(sizes: Sequence[int]) -> str:

@@ -231,6 +231,8 @@ def patch_embed(
         rows = _autograd.apply(_PatchRows, volume, plan.visible, plan.slot, patch, dtype, name)
     product = linear_reference if backend == "reference" else linear
     y = product(rows, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
+    if torch.float64 in (None if t is None else t.dtype for t in (pos, prefix)):
+        name = _dispatch.choose("patch_rows", device, torch.float64, backend)
     return _place(y, plan, pos, prefix, name)
 
 

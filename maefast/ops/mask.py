@@ -246,8 +246,9 @@ class TokenMask:
             "indices: a position is repeated",
         )
         # Ranks as scores: the visible ones in the order given, then the rest, tied and so by position.
-        rank = torch.cat([torch.arange(count, device=device, dtype=torch.float32) for count in counts])
-        scores = torch.full((len(rows) * num_tokens,), float(num_tokens), device=device)
+        dtype = _dtype_of_ranks(num_tokens)
+        rank = torch.cat([torch.arange(count, device=device, dtype=dtype) for count in counts])
+        scores = torch.full((len(rows) * num_tokens,), num_tokens, device=device, dtype=dtype)
         scores = scores.index_copy(0, flat, rank).view(len(rows), num_tokens)
         return token_mask(scores, one_or_all(counts), order="score", **kwargs)
 
@@ -261,7 +262,12 @@ class TokenMask:
         ranks = torch.arange(ids_restore.shape[1], device=ids_restore.device)
         ordered = ids_restore.sort(1).values
         _checks.holds(ordered == ranks, "ids_restore: a row is not a permutation of 0..N-1")
-        return token_mask(ids_restore.float(), keep, order="score", **kwargs)
+        return token_mask(ids_restore.to(_dtype_of_ranks(len(ranks))), keep, order="score", **kwargs)
+
+
+def _dtype_of_ranks(num_tokens: int) -> torch.dtype:
+    """That holds every rank exactly."""
+    return torch.float32 if num_tokens <= 2**24 else torch.float64
 
 
 def _uniform(what: str, count: int | None) -> int:

@@ -315,7 +315,9 @@ class _Halo(torch.autograd.Function):
             grad_x = _framed_conv(grad, neighbours, turned(weight, groups), None, window, groups, name)
         if fold or need_weight:
             frames = _registry.raw("halo_cells", name)(x, neighbours, window.halo()).movedim(-1, 1)
-            wide = torch.float32 if library_fails(x, window.dilation, groups) else x.dtype
+            # The library sums a float16 weight gradient of a CPU image by image, and these are many small images.
+            small = need_weight and x.device.type == "cpu" and x.dtype is torch.float16
+            wide = torch.float32 if small or library_fails(x, window.dilation, groups) else x.dtype
             inputs = (t.to(wide) for t in (grad.movedim(-1, 1), frames, weight))
             none = (0,) * len(window.kernel)
             args = None, window.stride, none, window.dilation, False, none, groups, (fold, need_weight, False)
@@ -383,14 +385,18 @@ class _Taps(torch.autograd.Function):
             grad_x = _registry.raw("gather_taps_backward", name)(taps, neighbours, x.shape[1:], *window)
         if need_weight:
             tables = _some_cells(neighbours, x, window)
+            # Many parts are not summed in 16 bits, which would lose the small ones.
+            wide = torch.promote_types(x.dtype, torch.float32) if len(tables) > 1 else x.dtype
             for rows, table in zip(grad.split([t.shape[0] for t in tables]), tables):
                 taps = _registry.raw("gather_taps", name)(x, table, *window)
-                sums = weight_gradient(rows.flatten(0, -2), taps, weight, groups, need_bias)
+                part = weight_gradient(rows.flatten(0, -2), taps, weight, groups, need_bias)
+                part = [None if t is None else t.to(wide) for t in part]
                 if grad_weight is None:
-                    grad_weight, grad_bias = sums
+                    grad_weight, grad_bias = part
                 else:
-                    grad_weight += sums[0]
-                    grad_bias = grad_bias + sums[1] if need_bias else None
+                    grad_weight += part[0]
+                    grad_bias = grad_bias + part[1] if need_bias else None
+            grad_weight, grad_bias = (None if t is None else t.to(x.dtype) for t in (grad_weight, grad_bias))
         elif need_bias:
             grad_bias = grad.flatten(0, -2).sum(0)
         return grad_x, None, grad_weight, grad_bias, None, None, None

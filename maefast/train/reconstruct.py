@@ -61,7 +61,7 @@ def reconstruct_files(
     if not 0 <= seed < 2**63:
         raise ConfigError(f"--seed must lie in 0 … 2**63-1, not {seed}")
     weights = open_weights(path, ema)
-    _say_what_is_known(weights, name, norm_pix)
+    _say_how_it_was_trained(weights, norm_pix)
     model = make_model(weights, name, norm_pix, img_size, heads)
     mask_ratio = mask_ratio_of(model, mask_ratio)
     check_mask(model, mask_ratio)
@@ -99,11 +99,8 @@ def reconstruct_files(
     pictures.save_picture(columns, names, output, pictures.note(model, raw))
 
 
-def _say_what_is_known(weights: Weights, name: str | None, norm_pix: bool | None) -> None:
-    """Of arguments that are for files which do not tell, where this one does."""
+def _say_how_it_was_trained(weights: Weights, norm_pix: bool | None) -> None:
     config = weights.config or {}
-    if name is not None and config.get("name", name) != name:
-        print(f"--model {name} is not looked at: {weights.source} says itself what it holds")
     if norm_pix is not None and config.get("norm_pix_loss", norm_pix) != norm_pix:
         with_or_without = "without" if norm_pix else "with"
         print(f"{weights.source} was trained {with_or_without} --norm-pix: the picture will look wrong")

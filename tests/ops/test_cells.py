@@ -156,6 +156,25 @@ def test_neighbours_by_hand():
         plan.neighbours(-1)
 
 
+def test_tables_made_in_inference_mode_are_made_again():
+    """The gradient of what reads them keeps them, which an inference tensor does not allow."""
+    plan, x = ragged(), torch.randn(ragged().total, 4, 4, 8)
+    weight = torch.randn(8, 8, 3, 3, requires_grad=True)
+    with torch.inference_mode():
+        first = ops.conv_cells(x, plan, weight, padding=1)
+        table, coarse = plan.neighbours(), plan.coarser((2, 2))
+        assert plan.neighbours() is table
+        assert plan.coarser((2, 2)) is coarse
+    out = ops.conv_cells(x, plan, weight, padding=1)
+    out.sum().backward()
+    assert torch.equal(out, first)
+    assert torch.equal(plan.neighbours(), table)
+    assert not plan.neighbours().is_inference()
+    assert not plan.coarser((2, 2)).cells.is_inference()
+    with torch.inference_mode():
+        assert not plan.neighbours().is_inference()
+
+
 def test_cell_mask():
     masked = torch.rand(2, 3, 4) < 0.5
     plan = CellMask.from_bool(masked)

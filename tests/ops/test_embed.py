@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maefast import masking, ops
-from maefast.ops import _registry
+from maefast.ops import _dispatch, _registry
 
 from .common import assert_close, backends, compare, dtypes_of, plans, property_test
 
@@ -156,6 +156,22 @@ def test_autocast_keeps_positions_in_float32(where):
     assert_close(out, ops.gather_tokens(eager.float(), plan), torch.bfloat16)
     out.sum().backward()
     assert weight.grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize("where", EMBED)
+@pytest.mark.parametrize("name", ["pos", "prefix"])
+def test_tables_in_float64(where, name, monkeypatch):
+    """As a NumPy table of positions gives them: the result is wide, and no kernel is chosen that does not serve it."""
+    _, device = where
+    choose, asked = _dispatch.choose, []
+    monkeypatch.setattr(_dispatch, "choose", lambda *args: asked.append(args[2]) or choose(*args))
+    images, weight = torch.randn(2, 3, 8, 8, device=device), torch.randn(16, 3, 4, 4, device=device)
+    table = torch.randn(4 if name == "pos" else 1, 16, dtype=torch.float64, device=device)
+    out = ops.patch_embed(images, weight, **{name: table})
+    assert asked[-1] is torch.float64
+    want = ops.patch_embed(images.double(), weight.double(), **{name: table}, backend="reference")
+    assert out.dtype is torch.float64
+    assert_close(out, want, torch.float32)
 
 
 @pytest.mark.parametrize("where", EMBED)

@@ -112,6 +112,12 @@ def test_round_trips(plan):
     assert torch.equal(restored.masked, plan.masked)
 
 
+def test_ranks_beyond_the_digits_of_float32():
+    tokens, keep = 2**24 + 64, 2**24 + 3
+    ids = torch.arange(tokens).flip(0)[None]
+    assert torch.equal(TokenMask.from_ids_restore(ids, keep).ids_restore, ids)
+
+
 def test_all_visible():
     plan = TokenMask.all_visible(3, 5)
     check_invariants(plan)

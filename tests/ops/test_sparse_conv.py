@@ -227,6 +227,32 @@ def test_rows_of_taps_in_parts(monkeypatch):
             check(plan, values, (*window[1:], groups), torch.float64, route="taps")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_many_parts_sum_well(monkeypatch, dtype, groups):
+    """Gradients with a mean, which a running sum in 16 bits would stop to see."""
+    plan = CellMask.from_bool(torch.zeros(512, 2, 2, dtype=torch.bool))
+    values = tensors(plan, (2, 2), WINDOWS["3x3"], groups, dtype, channels=8, out=8)
+    values[0] += 1
+    grads = []
+    for size in (1, 2**30):
+        monkeypatch.setattr(sparse_conv, "CHUNK", {"cpu": size})
+        leaves = [v.clone().requires_grad_() for v in values]
+        ops.conv_cells(leaves[0], plan, *leaves[1:], 1, 1, groups=groups, route="taps").float().sum().backward()
+        grads.append([t.grad for t in leaves[1:]])
+    for many, one in zip(*grads):
+        assert many.dtype is dtype
+        assert_close(many, one.double(), dtype)
+
+
+@pytest.mark.parametrize("batch", [4, 64])
+def test_float16_frames_sum_well(batch):
+    """oneDNN adds the weight gradients of images one by one in float16, and frames are many small images."""
+    plan = CellMask.from_bool(torch.zeros(batch, 3, 3, dtype=torch.bool))
+    values = tensors(plan, (8, 8), WINDOWS["3x3"], 1, torch.float16, channels=8, out=8)
+    check(plan, values, WINDOWS["3x3"][1:], torch.float16, route="halo")
+
+
 def test_only_the_wanted_gradients():
     plan = ragged_plan()
     for route in ("halo", "taps"):

@@ -295,10 +295,11 @@ def test_reconstruct_says_what_is_not_looked_at(run, photos, tmp_path, capsys):
         reconstruct_files(run, files, tmp_path / "a.png", column="x")
     reconstruct_files(run, files, tmp_path / "a.png", name="mae", norm_pix=False)
     assert capsys.readouterr().out == ""
-    reconstruct_files(run, files, tmp_path / "a.png", name="mae_large", norm_pix=True)
-    one, two = capsys.readouterr().out.splitlines()
-    assert one.startswith("--model mae_large is not looked at: ")
-    assert two.endswith("was trained without --norm-pix: the picture will look wrong")
+    with pytest.raises(ConfigError, match=r"--model mae_large: .* is of a model with num_heads"):
+        reconstruct_files(run, files, tmp_path / "a.png", name="mae_large")
+    reconstruct_files(run, files, tmp_path / "a.png", norm_pix=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("was trained without --norm-pix: the picture will look wrong")
 
 
 def test_a_folder_of_other_things_gets_no_model(run, tmp_path):
