@@ -179,7 +179,9 @@ class Guards:
             if kind.forward is not forward:
                 return f"torch's {kind.__name__}.forward was replaced"
         for site in self.sites:
-            if reason := _failing(site, site.object if site.path else module):
+            # Whoever reached the replaced method itself went through what the object has around it.
+            around = () if site.path else self.methods
+            if reason := _failing(site, site.object if site.path else module, around):
                 return reason
             if self.hooks and site.path and any(getattr(site.object, kind, None) for kind in HOOKS):
                 return f"{site.path} has a hook"
@@ -231,14 +233,15 @@ def _check(getter: Callable, names: dict[str, Any]) -> tuple[Callable, Any]:
     return getter(*keys), tuple(names[key] for key in keys)
 
 
-def _failing(site: Site, thing: object) -> str | None:
+def _failing(site: Site, thing: object, around: tuple[str, ...]) -> str | None:
+    """`around`: methods that the object may have something of its own around."""
     if site.kind not in type(thing).__mro__:
         return f"{site.path or 'the module'} is of another class now: {type(thing).__name__}"
     if parametrised(thing) and not site.parametrised and is_of_the_model(site.kind):  # torch's layers are called then
         return f"{site.path or 'the module'} is parametrised"
     own = vars(thing)
     for name, value in site.functions.items():
-        if name in own and not bound(thing, own[name], value):
+        if name in own and name not in around and not bound(thing, own[name], value):
             if isinstance(value, PLAIN):
                 return f"{site.name(name)} has changed from {_short(value)} to {_short(own[name])}"
             return f"{site.name(name)} was replaced on the object"

@@ -106,7 +106,7 @@ def recorded(module: nn.Module) -> bool:
     transformers 4 records with a forward of the object's own, for the time of a call. The hooks of transformers 5 stay
     for good after the first request, and collect only while a model says so.
     """
-    if _swap.own(module, "forward"):
+    if _swap.around(module, "forward"):
         return True
     return any(not _idle(hook) for name in HOOKS for hook in getattr(module, name).values())
 

@@ -30,6 +30,7 @@ Methods = tuple[tuple[str, Callable], ...]  # ((name, fast function), ...), sort
 _classes: dict[tuple[type, Methods], type] = {}
 _plain = False
 BASE, METHODS, SETTINGS = "_maefast_base", "_maefast_methods", "_maefast_settings"
+OURS = "_maefast_method"  # on every method that we put into a class
 GUARDS, RUNS = "guards", "runs"  # settings: name of the method -> Guards, Runs
 SIZE = "size"  # setting: `_worth.Size`, for methods that are left alone where they are given little
 UNUSUAL = "of another size, dtype, device or argument than maefast serves, or of an adapted part"
@@ -69,17 +70,36 @@ def definer(kind: type, name: str) -> type | None:
 
 
 def own(module: nn.Module, name: str) -> bool:
-    """Whether the object has a method of its own. Its class's, bound, is none: transformers 4 leaves such behind."""
+    """Whether the object has a method of its own that does not lead to ours. What Accelerate's `prepare` puts around a
+    forward that is replaced already does."""
+    return around(module, name) and not _leads_to_ours(vars(module)[name])
+
+
+def around(module: nn.Module, name: str) -> bool:
+    """Whether the object has a method of its own, which may call that of its class."""
+    return name in vars(module) and not _left_behind(module, name)
+
+
+def _left_behind(module: nn.Module, name: str) -> bool:
+    """Whether the object has the method of its class, bound: transformers 4 leaves such."""
     value = vars(module).get(name)
-    return name in vars(module) and not (
-        isinstance(value, MethodType) and value.__self__ is module and value.__func__ is getattr(type(module), name)
-    )
+    return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is getattr(type(module), name)
+
+
+def _leads_to_ours(value: object) -> bool:
+    while value is not None and not hasattr(value, OURS):
+        value = getattr(value, "__func__", None) or getattr(value, "__wrapped__", None)
+    return value is not None
+
+
+def its_own(name: str) -> str:
+    return f"this object has its own {name} (call accelerate before it is put there, as by Accelerate's prepare)"
 
 
 def overridden(module: nn.Module, name: str, root: type) -> str | None:
     """Why method `name` is not the one of `root` and the classes under it: who overrides it, or None."""
     if own(module, name):
-        return f"this object has its own {name}"
+        return its_own(name)
     owner = definer(type(module), name)
     if owner is None:
         return f"there is no {name}"
@@ -89,7 +109,7 @@ def overridden(module: nn.Module, name: str, root: type) -> str | None:
 def overriding(module: nn.Module, name: str) -> str | None:
     """Who overrides a method that a class under it has too, or None: for families without a fixed list of methods."""
     if own(module, name):
-        return f"this object has its own {name}"
+        return its_own(name)
     found = {}  # function -> class; HF's layers repeat the same function, wrapped once more, in every subclass
     for kind in type(module).__mro__:
         if kind is not nn.Module and name in vars(kind) and METHODS not in vars(kind):
@@ -151,7 +171,7 @@ def unswap(module: nn.Module, names: tuple[str, ...] | None = None) -> bool:
 def _drop_leftovers(module: nn.Module, names: Iterable[str]) -> None:
     """Methods of the class that stand, bound, in the object too would outlive the class."""
     for name in names:
-        if name in vars(module) and not own(module, name):
+        if _left_behind(module, name):
             del vars(module)[name]
 
 
@@ -182,6 +202,8 @@ def runs_fast(module: nn.Module, name: str, x: object = None) -> bool:
     """Whether the method is replaced, worth it for its first argument x, and its guards hold now."""
     if name not in methods(module):
         return False
+    if around(module, name):
+        return False  # something around it wants to see its arguments and what it returns
     return _allowed(module, module.__dict__.get(SETTINGS), name, x, count=False)
 
 
@@ -253,6 +275,7 @@ def _method(base: type, name: str, fast: Callable) -> Callable:
             settings[RUNS][name].fast += 1
         return fast(self, *args, **kwargs)
 
+    setattr(method, OURS, True)
     return method
 
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from maefast.integrations import _explain, _worth
 from maefast.integrations._guards import HOOKS, same
 from maefast.integrations._steps import GIVEN
-from maefast.integrations._swap import plain
+from maefast.integrations._swap import around, methods, own, plain
 
 # Relative error (Frobenius) of outputs and gradients that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -123,6 +123,7 @@ def compare(
     with (
         whole(module, fresh, thawed),
         _no_global_hooks(),
+        _nothing_around(module),
         _no_checkpoints(module),
         _worth.always(),
         _same_state(module) as state,
@@ -180,6 +181,20 @@ def _no_global_hooks() -> Iterator[None]:
     finally:
         for name, hooks in kept:
             getattr(torch_module, name).update(hooks)
+
+
+@contextmanager
+def _nothing_around(module: nn.Module) -> Iterator[None]:
+    """Without what calls replaced methods from the object, as Accelerate's autocast, which rounds what is compared."""
+    kept = [(part, name) for part in module.modules() for name in methods(part)]
+    kept = [(part, name, vars(part)[name]) for part, name in kept if around(part, name) and not own(part, name)]
+    try:
+        for part, name, _ in kept:
+            del vars(part)[name]
+        yield
+    finally:
+        for part, name, value in kept:
+            vars(part)[name] = value
 
 
 @contextmanager

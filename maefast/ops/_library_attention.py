@@ -60,7 +60,7 @@ class LibraryAttention:
             grads = torch.autograd.grad(out, parts, grad.view(self._shape), retain_graph=True)
         finally:
             self._now = None
-        grads = [t.flatten(0, 1) if self._dense else t for t in grads]
+        grads = [t.reshape(-1, *t.shape[2:]) if self._dense else t for t in grads]
         return grads[0], grads[1] if len(grads) > 1 else None
 
 

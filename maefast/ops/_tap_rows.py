@@ -38,6 +38,8 @@ def weight_gradient(rows, taps, weight, groups: int, need_bias: bool) -> tuple[T
         grad_weight = linear(columns, taps.t())
     else:
         grad_weight, grad_bias = linear(rows.t(), taps.t()), rows.sum(0) if need_bias else None
+    if math.prod(kernel) == 1:  # in the weight's own order, as DDP wants it
+        return grad_weight.reshape(weight.shape), grad_bias
     return grad_weight.reshape(out, *kernel, per_group).movedim(-1, 1), grad_bias
 
 

@@ -77,8 +77,8 @@ def infer_arguments(
 
 
 def _must_be(weights: Weights, arguments: dict[str, Any], name: str | None) -> None:
-    """ConfigError where the file is of another network than the model `name`, by what tells them apart beside sizes. The
-    name of a family, as "mae", says nothing else."""
+    """ConfigError where the file is of another network than the model `name`, by what tells them apart beside sizes.
+    The name of a family, as "mae", says nothing else."""
     if name in (None, weights.family, (weights.config or {}).get("name")):
         return
     with torch.device("meta"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -225,6 +226,50 @@ def test_checkpoint_wrapper(kind, when, nodes):
 
 
 # --- trainers -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerator():
+    state = pytest.importorskip("accelerate").state
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield pytest.importorskip("accelerate").Accelerator(cpu=True, mixed_precision="bf16")
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_prepared(family, when, accelerator):
+    """Accelerate, and with it HF Trainer, puts autocast around the forward of the object: ours runs inside of it."""
+    model, fast = family.pair() if when == "before" else (family.build(), family.build())
+    model, fast = accelerator.prepare_model(model), accelerator.prepare_model(fast)
+    if when == "after":
+        fast = family.accelerate(fast)
+        assert "its own forward (call accelerate before it is put there" in str(maefast.report(fast))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for again in range(2):
+            want, got = family.loss(family.call(model)), family.loss(family.call(fast))
+            accelerator.backward(want)
+            accelerator.backward(got)
+            torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-2)
+            assert gradient_error(fast, model) < 0.05
+            lines = [line.split() for line in str(maefast.report(fast)).splitlines()]
+            assert (["forward", "ran", "fast"] in [line[:3] for line in lines]) is (when == "before")
+            if not again:
+                maefast.accelerate(fast)  # again: what is around it stays
+    fast = accelerator.unwrap_model(maefast.restore(fast), keep_fp32_wrapper=False)
+    assert torch.equal(*(family.loss(family.call(net)) for net in (accelerator.unwrap_model(model, False), fast)))
+
+
+def test_what_is_around_a_block(family):
+    """A wrapper on one block sees tensors, and its change shows; one around a method that ours passes over runs."""
+    model, fast = family.pair(torch.float64)
+    for net in (model, fast):
+        blocks = net.blocks if hasattr(net, "blocks") else net.vit.layers
+        forward = blocks[1].forward
+        blocks[1].forward = functools.wraps(forward)(lambda *args, forward=forward, **kw: forward(*args, **kw) * 2)
+    loss_of(family, model).backward()
+    loss_of(family, fast).backward()
+    assert gradient_error(fast, model) < 1e-9
 
 
 @pytest.mark.parametrize("precision", ["64-true", "32-true", "bf16-mixed", "bf16-true"])

@@ -245,6 +245,14 @@ def test_many_parts_sum_well(monkeypatch, dtype, groups):
         assert_close(many, one.double(), dtype)
 
 
+def test_gradients_of_1x1_lie_as_their_weights():
+    """DDP's buckets want that."""
+    plan = CellMask.from_bool(torch.zeros(2, 2, 2, dtype=torch.bool))
+    values = [v.requires_grad_() for v in tensors(plan, (2, 2), WINDOWS["1x1"], 1, torch.float32)]
+    ops.conv_cells(values[0], plan, *values[1:], route="taps").sum().backward()
+    assert values[1].grad.stride() == values[1].stride()
+
+
 @pytest.mark.parametrize("batch", [4, 64])
 def test_float16_frames_sum_well(batch):
     """oneDNN adds the weight gradients of images one by one in float16, and frames are many small images."""

@@ -321,6 +321,20 @@ def test_backward_inside_autocast():
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["all", "packed"])
+def test_batched_gradients(form, dtype):
+    """`is_grads_batched`, through our attention and through a library."""
+    options = dict(cases())[form]
+    weights, (x, delta) = to(make_weights(), "cpu", dtype), (t.to(dtype) for t in inputs(form))
+    out = sum(transformer_block(x, delta, weights, 2, **options))
+    many = torch.randn(3, *out.shape, dtype=dtype)
+    found = torch.autograd.grad(out, leaves(weights), many, is_grads_batched=True, retain_graph=True)
+    for at, one in enumerate(many):
+        for got, want in zip(found, torch.autograd.grad(out, leaves(weights), one, retain_graph=True)):
+            torch.testing.assert_close(got[at], want)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(("form", "options"), [case for case in cases() if case[0] in ("all", "tail", "packed")])
 def test_compiles_whole(form, options, dynamic):
