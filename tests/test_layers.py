@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path("maefast")
@@ -54,3 +56,12 @@ def test_nothing_imports_what_stands_above_it():
         for path in files:
             above = imported(ast.parse(path.read_text())) - below(package) - {"kernels"}
             assert not above, f"{path} imports {', '.join(sorted(above))} from above"
+
+
+def test_imports_stay_light():
+    """Dynamo alone takes longer to import than torch does."""
+    code = "import sys, warnings, torch, maefast, maefast.cli, maefast.optim, maefast.models, maefast.nn\n"
+    code += "warnings.simplefilter('ignore')\nmaefast.accelerate(torch.nn.Linear(2, 2))\n"
+    code += "print(sorted(name for name in ('torch._dynamo', 'triton', 'transformers') if name in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

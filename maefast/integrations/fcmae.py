@@ -227,7 +227,7 @@ def _drop(path: nn.Module, y: Tensor, plan: CellMask) -> Tensor:
     return (Cells(y, plan) * factor[:, None, None, None]).rows
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # without importing it, see `maefast.optim`
 def _draw(path: nn.Module, rate: float, batch: int) -> list[float]:
     uniform = _source(path)
     return [float(uniform(0, 1) > rate) for _ in range(batch)]
