@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,13 @@ def open_weights(path: str | Path, ema: bool = False) -> Weights:
         names = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"}
         missing = ", ".join(sorted(names - set(content.tensors)))
         vit = f" (for a ViT, {missing} missing)" if names & set(content.tensors) else ""
-        raise CheckpointError(f"{path} holds no masked autoencoder. In it: {describe(content.tensors)}{vit}\n{TRIED}")
+        found = f"{path} holds no masked autoencoder. In it: {describe(content.tensors)}{vit}"
+        if any(re.search(r"(^|\.)(head|fc)\.(fc\.)?weight$", name) for name in content.tensors):
+            raise CheckpointError(
+                f"{found}\nIt looks like a classifier, as `maefast finetune` writes one for timm. Give the pre-trained "
+                "weights that it began from"
+            )
+        raise CheckpointError(f"{found}\n{TRIED}")
     place = f"{content.place} (averaged)".strip() if content.averaged else content.place
     return Weights(content.tensors, content.config, path, place)
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from maefast import cli
 from maefast.data.runs import complete_rows
-from maefast.errors import BadFile, ConfigError, TrainError
+from maefast.errors import BadFile, CheckpointError, ConfigError, TrainError
 from maefast.finetune.classifier import classifier_of, timm_state
 from maefast.train import loop, pretrain
 from maefast.train.config import PretrainConfig
@@ -100,6 +100,9 @@ def test_the_weights_are_those_that_were_judged(trained, tmp_path):
     network.load_state_dict(saved)
     state = load_file(tmp_path / "checkpoints" / "step-00000006" / "model.safetensors")
     assert all(torch.equal(state[f"model.{name}"], value) for name, value in saved.items())
+    for left in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(CheckpointError, match="a classifier, as `maefast finetune` writes one"):
+            open_recipe(left)
 
 
 def test_an_exported_encoder_gives_the_same(trained, tmp_path):
