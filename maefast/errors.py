@@ -47,11 +47,11 @@ class CheckpointError(TrainError):
 class NonFiniteLoss(TrainError):
     """The loss became NaN or infinite at `step`; `checkpoint` is the last good one (None if none was written)."""
 
-    def __init__(self, step: int, value: float, checkpoint: Path | None, what: str = "loss"):
+    def __init__(self, step: int, value: float, checkpoint: Path | None, what: str = "loss", rate: str = "--blr"):
         last = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written yet"
         super().__init__(
             f"the {what} is {value} at step {step}; training stopped and nothing was saved after it: {last}. "
-            "Usual cures: a lower --blr, --clip 1.0, a longer --warmup, --amp bf16 in place of fp16."
+            f"Usual cures: a lower {rate}, --clip 1.0, a longer --warmup, --amp bf16 in place of fp16."
         )
         self.step = step
         self.checkpoint = checkpoint

@@ -185,7 +185,13 @@ class Recipe(nn.Module):
 
     def forward(self, given: View | Batch) -> Output:
         """`compute` of a view, or of a batch that is prepared here first."""
-        return self.compute(self.view(given) if isinstance(given, Batch) else given)
+        if isinstance(given, Batch):
+            given = self.view(given)
+        elif not isinstance(given, View):
+            if check := getattr(getattr(self, "wants", None), "check", None):
+                check(given)  # which says by its name what batch is wanted
+            raise TypeError(f"a Batch or a View is wanted, got {type(given).__name__}")
+        return self.compute(given)
 
     @torch.no_grad()
     def prepared(self, batch: Batch, draw: Draw, progress: Progress) -> View:

@@ -51,6 +51,15 @@ def test_ratio_of_each_sample():
     assert (plan.max_visible, plan.max_masked) == (20, 20)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ratios_may_be_a_tensor(dtype):
+    ratios = [0.6, 0.75, 0.9]  # int(20 * (1 - 0.6)) is 8, and 7 with what float32 has for 0.6
+    plan = masking.random(3, 20, torch.tensor(ratios, dtype=dtype, requires_grad=True))
+    assert torch.equal(plan.cu_visible, masking.random(3, 20, ratios).cu_visible)
+    with pytest.raises(ValueError, match=r"finite number in \[0, 1\], got 1\.5"):
+        masking.random(2, 20, torch.tensor([0.5, 1.5]))
+
+
 @given(seed=st.integers(0, 10**6), frames=st.integers(1, 5), tokens=st.integers(1, 30), ratio=st.floats(0, 1))
 @property_test
 def test_tubes_are_whole(seed, frames, tokens, ratio):

@@ -184,7 +184,7 @@ def sheet(
     seen: Reconstruction | None, heard: Reconstruction | None, names: Sequence[str], caption: str, frames: int = 2
 ) -> Picture:
     """Some frames of each clip [B, 3, T, H, W] in [0, 1], and its spectrogram [B, 1, S, mels] below them, time to the
-    right and low frequencies at the bottom, in greys from the least to the greatest value. What is hidden is black."""
+    right and low frequencies at the bottom, in greys from the least to the greatest value. What is hidden is grey."""
     from maefast.data.images.pictures import Sheet, to_pixels
 
     parts, labels = [], []
@@ -208,7 +208,9 @@ def sheet(
 
 
 def _columns(shown: Reconstruction) -> list[Tensor]:
-    """Original, masked, hidden parts alone, and pasted; black where nothing is."""
-    black = torch.zeros_like(shown.original)
-    masked, hidden = shown.original.where(~shown.mask, black), shown.reconstruction.where(shown.mask, black)
+    """Original, masked, hidden parts alone, and pasted; grey where nothing is."""
+    from maefast.data.images.pictures import HIDDEN
+
+    masked = shown.original.masked_fill(shown.mask, HIDDEN)
+    hidden = shown.reconstruction.masked_fill(~shown.mask, HIDDEN)
     return [shown.original, masked, hidden, shown.pasted]

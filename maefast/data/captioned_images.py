@@ -108,13 +108,14 @@ class CaptionedImages:
 
     # --- what is read
 
-    def read(self, where: Where, max_pixels: int = 0) -> Captioned:
+    def read(self, where: Where, max_pixels: int | None = None) -> Captioned:
         """An image and the caption beside it. ValueError, OSError: there is none, or it is something else."""
-        from maefast.data.images.pixels import Decoder, to_array
+        from maefast.data.images.pixels import MAX_PIXELS, Decoder, to_array
 
         if not isinstance(where, Path):
             raise ValueError("captions lie beside images in a folder; lists, tars and tables are not read")
-        image = to_array(Decoder(3, max_pixels=max_pixels)(where), 3).transpose(1, 2, 0)
+        decoder = Decoder(3, max_pixels=MAX_PIXELS if max_pixels is None else max_pixels)
+        image = to_array(decoder(where), 3).transpose(1, 2, 0)
         beside = where.with_suffix(".txt" if self.tokenizer else ".npy")
         if not beside.is_file():
             raise ValueError(f"no caption {beside.name} beside it")

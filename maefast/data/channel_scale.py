@@ -10,7 +10,8 @@ import numpy as np
 
 from maefast import seeds
 from maefast.data.images.options import parse_value_range
-from maefast.errors import SKIP_BAD, BadFile, ConfigError
+from maefast.data.source import advice
+from maefast.errors import BadFile, ConfigError, Unreachable
 
 if TYPE_CHECKING:
     from maefast.data.collection import Entries
@@ -128,9 +129,19 @@ def _sample(entries: Entries, count: int, skip_bad: bool) -> list[np.ndarray]:
             if not skip_bad:
                 break
     if first is not None and (not skip_bad or not values):
-        advice = SKIP_BAD if not skip_bad else "none of a sample of the images can be read"
-        raise type(first)(first.path, first.reason, advice) from first
+        tip = "none of a sample of the images can be read"
+        if not skip_bad:
+            tip = advice(len(entries), "image", lambda index: _readable(entries, index))
+        raise type(first)(first.path, first.reason, tip) from first
     return values
+
+
+def _readable(entries: Entries, index: int) -> bool:
+    try:
+        entries[index]
+    except BadFile as error:
+        return isinstance(error, Unreachable)
+    return True
 
 
 def _given(name: str, values: Sequence[float] | None, count: int) -> np.ndarray | None:

@@ -191,13 +191,13 @@ def shown_frames(length: int, frames: int = 3) -> list[int]:
 
 
 def sheet(shown: Reconstruction, names: Sequence[str], caption: str, frames: int = 3) -> Picture:
-    """Some frames of each clip [B, 3, T, H, W] in [0, 1], a row each."""
-    from maefast.data.images.pictures import Sheet, to_pixels
+    """Some frames of each clip [B, 3, T, H, W] in [0, 1], a row each; what a column does not show is grey."""
+    from maefast.data.images.pictures import HIDDEN, Sheet, to_pixels
 
     picked = shown_frames(shown.original.shape[2], frames)
-    hidden = shown.reconstruction.where(shown.mask, torch.full_like(shown.reconstruction, 0.0))
+    masked, hidden = shown.original.masked_fill(shown.mask, HIDDEN), shown.pasted.masked_fill(~shown.mask, HIDDEN)
     columns = [
         to_pixels(column[:, :, picked].transpose(1, 2).flatten(0, 1))
-        for column in (shown.original, shown.masked, hidden, shown.pasted)
+        for column in (shown.original, masked, hidden, shown.pasted)
     ]
     return Sheet(columns, [f"{name}, frame {frame}" for name in names for frame in picked], caption)

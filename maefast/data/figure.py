@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from maefast.data.runs import SOFTWARE
 from maefast.errors import need
+
+from .written import write_named
 
 
 def new_figure(title: str, **how: Any) -> Any:
@@ -35,10 +36,8 @@ class FigurePicture:
 
     def save(self, path: Path, title: str) -> None:
         figure = self._figure(title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", metadata={"Software": SOFTWARE})
-        os.replace(temporary, path)
+        how = {"format": path.suffix.lstrip(".") or "png", "metadata": {"Software": SOFTWARE}}
+        write_named(path, lambda temporary: figure.savefig(temporary, **how))
 
     def pixels(self) -> Tensor:
         figure = self._figure("")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 from maefast.errors import SKIP_BAD, BadFile, TrainError, Unreachable
 from maefast.recipe import Batch
+
+_TRIED = 12  # samples, before --skip-bad is advised
 
 
 class Samples(Protocol):
@@ -68,6 +72,22 @@ def failure(bad: list[tuple[str, str]], samples: Samples, skip_bad: bool, error:
         return Unreachable(path, reason, "the same command goes on from here")
     path, reason = bad[0]
     if skip_bad:
-        unit = samples.unit
-        return TrainError(f"none of the {len(samples)} {unit}s can be read; the first: {path}: {reason}")
-    return error(path, reason, SKIP_BAD)
+        if len(samples) == 1:
+            return TrainError(f"the only {samples.unit} cannot be read: {path}: {reason}")
+        return TrainError(f"none of the {len(samples)} {samples.unit}s can be read; the first: {path}: {reason}")
+    return error(path, reason, advice(len(samples), samples.unit, lambda index: _readable(samples, index)))
+
+
+def advice(total: int, unit: str, readable: Callable[[int], bool]) -> str:
+    """What to do where a sample cannot be read: skip such files, unless they are all like it."""
+    tried = np.linspace(0, total, min(total, _TRIED), endpoint=False).astype(int).tolist()
+    if any(readable(index) for index in tried):
+        return SKIP_BAD
+    if len(tried) < total:
+        return f"none of {len(tried)} {unit}s that were tried can be read, so --skip-bad would leave few or none"
+    return f"it is the only {unit}" if total == 1 else f"none of the {total} {unit}s can be read: look at --data"
+
+
+def _readable(samples: Samples, index: int) -> bool:
+    made, _, bad, *_ = samples[(0, 0, index)]
+    return made is not None or bad[-1][1].startswith(Unreachable.START)  # which is no fault of the sample

@@ -130,13 +130,14 @@ def read_recording(path: Where, rate: int, mels: int) -> np.ndarray:
 
 def sheet(shown: Reconstruction, names: Sequence[str], caption: str) -> Picture:
     """Spectrograms [B, 1, T, mels], time to the right and low frequencies at the bottom, in greys from the least to the
-    greatest value of each original. What is hidden is black."""
-    from maefast.data.images.pictures import Sheet
+    greatest value of each original. What is hidden is one grey."""
+    from maefast.data.images.pictures import HIDDEN, Sheet
 
     low, high = torch.aminmax(shown.original.flatten(1), dim=1)
     low, span = (t.view(-1, 1, 1, 1) for t in (low, (high - low).clamp_min(1e-6)))
-    masked = shown.original.where(~shown.mask, low)
-    rebuilt = shown.reconstruction.where(shown.mask, low)
+    grey = low + HIDDEN * span
+    masked = shown.original.where(~shown.mask, grey)
+    rebuilt = shown.reconstruction.where(shown.mask, grey)
     columns = [
         (255 * (column - low) / span).round().clamp(0, 255).to(torch.uint8).transpose(2, 3).flip(2).cpu().contiguous()
         for column in (shown.original, masked, rebuilt, shown.pasted)

@@ -77,13 +77,14 @@ class Vectors:
             want = f"uint8 [B, 3, {self.size[0]}, {self.size[1]}]"
             raise ValueError(f"images must be {want}, got {batch.images.dtype} {tuple(batch.images.shape)}")
 
-    def read(self, where: Where, max_pixels: int = 0) -> Coded:
+    def read(self, where: Where, max_pixels: int | None = None) -> Coded:
         """An image and the vector beside it. ValueError, OSError: there is none, or it is something else."""
-        from maefast.data.images.pixels import Decoder, to_array
+        from maefast.data.images.pixels import MAX_PIXELS, Decoder, to_array
 
         if not isinstance(where, Path):
             raise ValueError("vectors lie beside images in a folder; lists, tars and tables are not read")
-        image = to_array(Decoder(3, max_pixels=max_pixels)(where), 3).transpose(1, 2, 0)
+        decoder = Decoder(3, max_pixels=MAX_PIXELS if max_pixels is None else max_pixels)
+        image = to_array(decoder(where), 3).transpose(1, 2, 0)
         beside = where.with_suffix(".npy")
         if not beside.is_file():
             raise ValueError(f"no vector {beside.name} beside it")

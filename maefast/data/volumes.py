@@ -204,8 +204,9 @@ def ellipsoids(
 
 def sheet(shown: Reconstruction, names: Sequence[str], caption: str, slices: int = 2) -> Picture:
     """Some slices along the first axis of each volume [B, C, D, H, W], a row each, of the first channel, from its
-    darkest to its brightest half percent; what is masked is black there, and what is not, in its prediction."""
-    from maefast.data.images.pictures import Sheet, to_pixels
+    darkest to its brightest half percent; what is masked is grey there (empty voxels are black), and what is not, in
+    its prediction."""
+    from maefast.data.images.pictures import HIDDEN, Sheet, to_pixels
 
     depth = shown.original.shape[2]
     picked = [(2 * i + 1) * depth // (2 * slices) for i in range(slices)]
@@ -214,6 +215,6 @@ def sheet(shown: Reconstruction, names: Sequence[str], caption: str, slices: int
     least = rows.shape[1] // 200
     low, high = (rows[:, place, None, None, None] for place in (least, -1 - least))
     original, pasted = ((part.float() - low) / (high - low).clamp_min(1e-6) for part in (original, pasted))
-    columns = original, original.masked_fill(mask, 0.0), pasted.masked_fill(~mask, 0.0), pasted
+    columns = original, original.masked_fill(mask, HIDDEN), pasted.masked_fill(~mask, HIDDEN), pasted
     columns = [to_pixels(column.flatten(0, 1)[:, None]) for column in columns]
     return Sheet(columns, [f"{name}, slice {place}" for name in names for place in picked], caption)

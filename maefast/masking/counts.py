@@ -39,11 +39,24 @@ def keep_count(num_tokens: int, ratio: float, rule: str = "floor") -> int:
     return operator.index(count)
 
 
-def keeps(num_tokens: int, ratio: float | Sequence[float] | None, keep, rule: str):
+def listed(ratio):
+    """A tensor [B] of ratios as a list; whatever else is given as it is, so that numbers and lists wait for no device.
+    Digits are those of float32 at most: 0.6 means 0.6, not the 0.60000002 that float32 has for it, which hides one
+    token more."""
+    if not (isinstance(ratio, Tensor) and ratio.ndim == 1):
+        return ratio
+    fixed("mask ratio", ratio)
+    if ratio.dtype is torch.float64:
+        return ratio.tolist()
+    return [float(str(value)) for value in ratio.detach().float().cpu().numpy()]
+
+
+def keeps(num_tokens: int, ratio: float | Sequence[float] | Tensor | None, keep, rule: str):
     """Exactly one of `ratio` and `keep`; a ratio may be given for each sample."""
     if (ratio is None) == (keep is None):
         raise ValueError("give exactly one of `ratio` and `keep`")
     if keep is None:
+        ratio = listed(ratio)
         each = isinstance(ratio, (list, tuple))
         keep = [keep_count(num_tokens, r, rule) for r in ratio] if each else keep_count(num_tokens, ratio, rule)
     fixed("keep", keep)

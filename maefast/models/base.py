@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maefast import masking
+from maefast.masking.counts import listed
 from maefast.nn import patches
 from maefast.nn.patches import Reconstruction
 from maefast.ops import TokenMask
@@ -44,7 +45,7 @@ class MaskedAutoencoder(nn.Module):
     def plan(
         self,
         images: Tensor,
-        mask_ratio: float | Sequence[float] = 0.75,
+        mask_ratio: float | Sequence[float] | Tensor = 0.75,
         noise: Tensor | None = None,
         mask: TokenMask | Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -55,6 +56,7 @@ class MaskedAutoencoder(nn.Module):
         if mask is None:
             if noise is not None:
                 self._check_map("noise", noise, images)
+            mask_ratio = listed(mask_ratio)
             each = isinstance(mask_ratio, (list, tuple))
             if each and len(mask_ratio) != batch:
                 raise ValueError(f"mask_ratio has {len(mask_ratio)} values for a batch of {batch}")

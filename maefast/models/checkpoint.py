@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maefast.models import hf_config
 from maefast.models.convert import hf_to_mae, is_hf
 from maefast.models.convnames import FCMAE, is_sparse, is_timm_convnext, sparse_to_fcmae, timm_to_convnext
-from maefast.models.files import CONFIG, config_beside, describe, open_file, refused_class
+from maefast.models.files import CONFIG, config_beside, describe, open_file, refusal
 from maefast.models.fit import fit_to_model
 from maefast.models.unwrap import Ambiguous, find_state, only_state
 from maefast.ops._checks import one_of
@@ -54,12 +54,9 @@ def read_content(
     try:
         content, metadata, file = open_file(path)
     except Exception as error:
-        if refused := refused_class(error):
-            raise type(error)(
-                f"{path} holds an object of {refused}, which is not loaded, since it could run code.\n"
-                "If you trust the file: torch.serialization.add_safe_globals in Python, or save its state_dict() alone"
-            ) from error
-        raise
+        if (words := refusal(path, error)) is None:
+            raise
+        raise type(error)(words) from None
     try:
         found = find_state(content, ema, names, unused) or only_state(content, ema)
     except Ambiguous as error:
@@ -147,8 +144,11 @@ def load_checkpoint(
     """
     one_of("part", part, ("all", "encoder"))
     content = read_content(path, ema, model.state_dict())
-    state, lines = fit_to_model(content.tensors, model, part, config=content.config, exact=exact)
-    model.load_state_dict(state, strict=True)
+    try:
+        state, lines = fit_to_model(content.tensors, model, part, config=content.config, exact=exact)
+        model.load_state_dict(state, strict=True)
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"{path} does not fit the model: {error}") from error
     for line in lines:
         say(f"{path}: {line}")
     return model

@@ -11,18 +11,21 @@ import collections
 import datetime
 import json
 import pathlib
+import pickle
+import pickletools
 import re
 import types
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from maefast.data.runs import STATE, weights_of
+from maefast.data.runs import STATE, latest, weights_of
 from maefast.models import shards
 
 # What a folder may hold its weights in, in the order in which transformers looks for them.
@@ -68,6 +71,8 @@ def find_file(path: Path) -> Path:
         for folder in (weights_of(path), path):
             if shards.is_sharded(folder) and (folder.parent / STATE).is_file():
                 return folder
+        if newest := latest(path / "checkpoints")[0]:
+            raise FileNotFoundError(f"{path} is a run, not a checkpoint of one: the newest is {newest}")
         more = ""
         if (path / ".metadata").is_file():
             more = (
@@ -113,8 +118,9 @@ def _read(path: Path) -> tuple[Any, dict[str, str]]:
             return load_file(path), file.metadata() or {}
     if not head.startswith((b"PK", b"\x80")):
         raise ValueError(f"{path} is neither a safetensors file nor one of torch.save; it begins with {head[:16]!r}")
-    with torch.serialization.safe_globals(_safe()), open(path, "rb") as file:  # by its name torch would look too
-        return torch.load(file, map_location="cpu", weights_only=True), {}
+    with torch.serialization.safe_globals(_safe()), open(path, "rb") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # an error says more if it cannot be read
+        return torch.load(file, map_location="cpu", weights_only=True), {}  # by its name torch would look too
 
 
 def config_beside(path: Path) -> dict[str, Any] | None:
@@ -135,6 +141,62 @@ def refused_class(error: BaseException) -> str | None:
     """The class that torch would not load, from its message."""
     found = re.search(r"Unsupported \w+: GLOBAL (\S+)", str(error))
     return found[1] if found else None
+
+
+def refusal(path: Path, error: BaseException) -> str | None:
+    """What to tell where torch would not read `path`, in the place of its own words, which advise to run what is in it;
+    None: the error is another one."""
+    if not isinstance(error, pickle.UnpicklingError) and "Invalid magic number" not in str(error):
+        return None
+    plain = _plain_pickle(path)
+    if plain is not None:
+        what = f" with an object of {', '.join(plain[:3])}" if plain else ""
+        return (
+            f"{path} is a plain pickle{what}, which is not loaded, since it could run code.\n"
+            "Save the weights alone: torch.save(model.state_dict(), path) where the model is at hand"
+        )
+    if refused := refused_class(error):
+        return (
+            f"{path} holds an object of {refused}, which is not loaded, since it could run code.\n"
+            "If you trust the file: torch.serialization.add_safe_globals in Python, or save its state_dict() alone"
+        )
+    found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return f"{path} cannot be read with weights_only=True: {found[1] if found else 'its pickle is broken'}"
+
+
+def _plain_pickle(path: Path) -> list[str] | None:
+    """The classes and functions that a pickle of Python names, those of tensors and arrays last; None: the file is of
+    torch.save, or broken."""
+    try:
+        with open(path.expanduser(), "rb") as file:
+            if file.read(2) == b"PK":
+                return None
+            file.seek(0)
+            found = _imports(file)
+            if file.read(1):
+                return None  # torch.save's has several, one behind another
+    except (ValueError, OSError):
+        return None
+    return sorted(found, key=lambda name: name.startswith(("torch.", "numpy.", "collections.", "_codecs.")))
+
+
+def _imports(file: BinaryIO) -> dict[str, None]:
+    """What a pickle would import, in order, by its opcodes: nothing of it runs."""
+    found: dict[str, None] = {}
+    strings: list[Any] = []
+    memo: list[Any] = []  # of protocol 4, which writes a name once and then its number
+    for code, argument, _ in pickletools.genops(file):
+        if code.name == "GLOBAL":
+            found[argument.replace(" ", ".")] = None
+        elif code.name == "STACK_GLOBAL":
+            found[".".join(map(str, strings[-2:]))] = None
+        elif code.name == "MEMOIZE":
+            memo.append(strings[-1] if strings else None)
+        elif code.name in ("BINGET", "LONG_BINGET"):
+            strings.append(memo[argument] if argument < len(memo) else None)
+        elif isinstance(argument, str):
+            strings.append(argument)
+    return found
 
 
 def describe(content: Any) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from maefast.recipe import Batch, Recipe
 
 from .features import lead_tokens, undisturbed
 
-_SHOWN = 20  # classes with a colour of their own
+_SHOWN = 20  # classes with a colour of their own: ten strong ones, or, of more classes, these and pale ones
 _POINTS, _NEIGHBOURS = 4000, 2000  # at most, evenly spread
 
 
@@ -42,14 +45,23 @@ class Scatter(FigurePicture):
             axes.scatter(*flat[rest].T, s=6, color="#cccccc", label=f"{len(self.classes) - len(common)} other classes")
         from matplotlib import colormaps
 
+        colours = colormaps["tab10" if len(common) <= 10 else "tab20"]
         for place, label in enumerate(sorted(common)):
-            axes.scatter(*flat[labels == label].T, s=9, color=colormaps["tab20"](place), label=self.classes[label])
+            axes.scatter(*flat[labels == label].T, s=9, color=colours(place), label=self.classes[label])
         for axis, name in zip((axes.xaxis, axes.yaxis), names):
             axis.set_label_text(name)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, frameon=False)
         return figure
+
+    def save(self, path: Path, title: str) -> None:
+        with _any_script():
+            super().save(path, title)
+
+    def pixels(self) -> Tensor:
+        with _any_script():
+            return super().pixels()
 
     def _flat(self) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
         """(the samples that are drawn, int [m]; their places, [m, 2]; names of the axes)."""
@@ -79,6 +91,14 @@ class Neighbours(Scatter):
         start = "pca" if rows.shape[1] > 1 else "random"
         made = TSNE(perplexity=perplexity, init=start, random_state=self.seed % 2**32).fit_transform(rows)
         return chosen, made, ("", "")
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """Names of classes may be in a script that matplotlib's font lacks: it draws boxes, and no user can mend that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def _spread(count: int, most: int) -> np.ndarray:

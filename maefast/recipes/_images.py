@@ -99,6 +99,7 @@ def mae_teacher(
     return made
 
 
+_WARNED: dict = {}  # what `warnings` keeps, to say it once
 IMAGE_TEACHERS = (
     "a teacher: teacher=NAME (--model-arg), a CLIP or DINO of transformers such as openai/clip-vit-base-patch16, a"
     " module in Python, or teacher=random"
@@ -129,7 +130,11 @@ def image_teacher(
 
 
 def warn_of_random_weights() -> None:
-    warnings.warn("the teacher has RANDOM weights: it teaches nothing and serves demos and tests alone", stacklevel=4)
+    """Once and in one line: a teacher is made somewhere below `create`, and no line of code there tells anything."""
+    warnings.warn_explicit(
+        "the teacher has RANDOM weights: it teaches nothing and serves demos and tests alone",
+        UserWarning, "maefast.recipes", 0, registry=_WARNED,
+    )  # fmt: skip
 
 
 def same_grid(teacher: nn.Module, student: nn.Module) -> None:

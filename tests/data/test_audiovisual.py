@@ -10,13 +10,14 @@ import pytest
 import torch
 from scipy.io import wavfile
 
-from maefast.data.audiovisual import AudioVisual, AudioVisualBatch, Sounding, heard_ball, read_sounding
+from maefast.data.audiovisual import AudioVisual, AudioVisualBatch, Sounding, heard_ball, read_sounding, sheet
 from maefast.data.clips import Clips
 from maefast.data.collection import DEMO
 from maefast.data.fbank import Fbank
 from maefast.data.spectrograms import Spectrograms
 from maefast.data.video_files import read_sound
 from maefast.errors import BadFile
+from maefast.nn.patches import Reconstruction
 
 OPTIONS = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "seed": 0, "skip_bad": False}
 BANK = Fbank(rate=2000, mels=6)  # frames of 50 samples, every 20
@@ -183,6 +184,15 @@ def test_a_higher_ball_sounds_higher():
         loudest = np.abs(np.fft.rfft(pieces, axis=1)).argmax(1)
         if np.ptp(rows) > 6:
             assert np.corrcoef(rows, np.log(loudest))[0, 1] < -0.8
+
+
+def test_pictures_tell_hidden_from_silent():
+    sound, mask = torch.zeros(1, 1, 4, 6), torch.zeros(1, 1, 4, 6, dtype=torch.bool)
+    sound[..., -1], mask[:, :, :2] = 1, True  # the rest is silent
+    masked, hidden = sheet(None, Reconstruction(sound, sound, sound, sound, mask), ["a"], "").columns[1:3]
+    assert bool((masked[..., :2] == 128).all())
+    assert bool((hidden[..., 2:] == 128).all())
+    assert not masked[:, :, 1:, 2:].any()
 
 
 def test_bad_batches():

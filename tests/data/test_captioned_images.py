@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -12,14 +10,13 @@ from PIL import Image
 from maefast.data import shapes
 from maefast.data.captioned_images import CaptionedImages
 from maefast.errors import BadFile, ConfigError
+from maefast.train import PretrainConfig
 
 WANTS = {"size": (8, 8), "length": 6, "vocabulary": 12}
 
 
 def options(data, **changes):
-    given = {"data": str(data), "output_dir": "", "seed": 0, "skip_bad": False, "crop_scale": (1.0, 1.0),
-             "crop_ratio": (1.0, 1.0), "flip": 0.5, "max_pixels": 0, "column": None}  # fmt: skip
-    return SimpleNamespace(**{**given, **changes})
+    return PretrainConfig(data=str(data), crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), **changes)
 
 
 @pytest.fixture
@@ -41,6 +38,8 @@ def test_ids_are_given(folder):
     assert batch.words.tolist() == [[-1, 0, 1, -1, -2, -2], [-1, 0, 0, 1, -1, -2], [-1, 0, 1, 2, 3, -1]]
     assert batch.ids[2].tolist() == [0, 1, 2, 3, 4, 8]  # cut, the last one kept
     assert torch.equal(torch.from_numpy(source[0, 0, 1][0].ids), batch.ids[1, :5])
+    with pytest.raises(BadFile, match="160 pixels are more than 100"):
+        CaptionedImages(**WANTS).open(options(folder, max_pixels=100)).examples(1)
 
 
 @pytest.mark.parametrize(

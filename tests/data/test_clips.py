@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from maefast.data.clips import ClipBatch, Clips, moving_photograph, read_video, resized
+from maefast.data.clips import ClipBatch, Clips, moving_photograph, read_video, resized, sheet
 from maefast.data.images.files import shipped_photographs
 from maefast.errors import ConfigError
+from maefast.nn.patches import Reconstruction
 
 OPTIONS = {"crop_scale": (0.5, 1.0), "crop_ratio": (0.75, 4 / 3), "flip": 0.5, "seed": 0, "skip_bad": False}
 
@@ -69,6 +70,17 @@ def test_photographs_move():
     assert np.array_equal(clip, moving_photograph(path, 6, (24, 24), 1))
     assert not np.array_equal(clip[0], clip[-1])
     assert not np.array_equal(clip, moving_photograph(path, 6, (24, 24), 2))
+
+
+def test_pictures_show_what_is_hidden_in_one_grey():
+    clips, mask = torch.zeros(1, 3, 2, 4, 4), torch.zeros(1, 3, 2, 4, 4, dtype=torch.bool)
+    mask[..., :2] = True
+    shown = sheet(Reconstruction(clips, clips.masked_fill(mask, 0.3), clips + 0.9, clips, mask), ["a"], "", 2)
+    masked, hidden = shown.columns[1:3]
+    assert bool((masked[..., :2] == 128).all())
+    assert bool((hidden[..., 2:] == 128).all())
+    assert not masked[..., 2:].any()
+    assert not hidden[..., :2].any()
 
 
 def test_refusals():

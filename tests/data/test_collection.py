@@ -67,6 +67,21 @@ def test_bad_samples_stop_or_are_skipped():
         none.examples(1)
 
 
+def test_skipping_is_advised_only_where_something_is_left():
+    bad = [("n1", "it is negative")]
+    for values, message in (
+        ([1.0, -1.0], "--skip-bad counts and skips such files"),
+        ([-1.0], "it is the only number"),
+        ([-1.0] * 3, "none of the 3 numbers can be read: look at --data"),
+        ([-1.0] * 40, "none of 12 numbers that were tried can be read, so --skip-bad would leave few or none"),
+    ):
+        assert str(collection(values).failure(bad)) == f"cannot read n1: it is negative ({message})"
+    with pytest.raises(BadFile, match="none of the 2 numbers"):
+        collection([-1.0, -1.0]).examples(1)
+    with pytest.raises(TrainError, match="the only number cannot be read: n0: it is negative"):
+        collection([-1.0], skip_bad=True).examples(1)
+
+
 def test_examples_and_what_changed():
     source = collection([1.0, 2.0, 3.0])
     batch, names = source.examples(2)

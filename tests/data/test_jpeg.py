@@ -39,6 +39,7 @@ def test_pixels_are_pillows(tmp_path, photo, form, channels):
         found = Decoder(channels).open(path)
         assert isinstance(found, jpeg.Jpeg)
         want = Decoder(channels).whole(path).pixels
+        assert found.decode().flags.writeable  # else torch warns of it
         assert (found.width, found.height) == (201, 150)
         assert np.array_equal(found.decode(), want)
         assert np.array_equal(found.cut((3, 4, 100, 90), (50, 50)).pixels, want[4:90, 3:100])

@@ -14,8 +14,9 @@ from scipy.io import wavfile
 from maefast.data import songs
 from maefast.data.collection import DEMO
 from maefast.data.fbank import WINDOWS, Fbank, read_wave
-from maefast.data.spectrograms import SpectrogramBatch, Spectrograms, read_recording
+from maefast.data.spectrograms import SpectrogramBatch, Spectrograms, read_recording, sheet
 from maefast.errors import BadFile, ConfigError
+from maefast.nn.patches import Reconstruction
 from maefast.train import PretrainConfig
 
 SMALL = Fbank(rate=2000, mels=6, length=25.0, shift=10.0)  # frames of 50 samples in 64, every 20
@@ -216,3 +217,12 @@ def test_what_cannot_be_read_is_named(tmp_path):
         replace(WANTS, padding="zero")
     with pytest.raises(TypeError, match="a SpectrogramBatch is wanted"):
         WANTS.check(torch.zeros(1, 1, 32, 8))
+
+
+def test_pictures_tell_hidden_from_silent():
+    sound, mask = torch.full((1, 1, 4, 6), -2.0), torch.zeros(1, 1, 4, 6, dtype=torch.bool)
+    sound[..., -1], mask[:, :, :2] = 2, True  # the rest is silent
+    masked, hidden = sheet(Reconstruction(sound, sound, sound, sound, mask), ["a"], "").columns[1:3]
+    assert bool((masked[..., :2] == 128).all())
+    assert bool((hidden[..., 2:] == 128).all())
+    assert not masked[:, :, 1:, 2:].any()

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from maefast.data.vectors import Vectors
 from maefast.errors import BadFile
+from maefast.train import PretrainConfig
 
 
-def options(data):
-    return SimpleNamespace(
-        data=str(data), output_dir="", seed=0, skip_bad=False, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.5,
-        max_pixels=0, column=None,
-    )  # fmt: skip
+def options(data, **changes):
+    return PretrainConfig(data=str(data), crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), **changes)
 
 
 def test_files(tmp_path):
@@ -30,6 +26,8 @@ def test_files(tmp_path):
     assert batch.vectors[:, 0].tolist() == [0, 0.5]
     assert batch.images.flatten(1)[:, 0].tolist() == [0, 40]
     assert (source[0, 0, 1][0].image == batch.images[1].numpy()).all()
+    with pytest.raises(BadFile, match="160 pixels are more than 100"):
+        Vectors(4, (8, 8)).open(options(tmp_path, max_pixels=100)).examples(1)
     np.save(tmp_path / "0.npy", np.ones(3))
     with pytest.raises(BadFile, match="4 finite numbers"):
         source.examples(1)

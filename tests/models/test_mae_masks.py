@@ -42,6 +42,7 @@ def test_equal_ratios_as_a_list_are_the_plain_case():
     images, noise = inputs(model)
     want = model(images, 0.5, noise)
     got = model(images, [0.5, 0.5, 0.5], noise)
+    assert torch.equal(got[0], model(images, torch.tensor([0.5, 0.5, 0.5]), noise)[0])
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import pathlib
 import pickle
+import traceback
 
 import numpy as np
 import pytest
@@ -304,6 +305,36 @@ def test_what_could_run_code_is_refused_by_name(model, tmp_path):
     torch.save(model, tmp_path / "whole.pth")
     with pytest.raises(pickle.UnpicklingError, match="save its state_dict"):
         read_state_dict(tmp_path / "whole.pth")
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_plain_pickle_is_refused_by_the_name_of_its_class(model, tmp_path, recwarn, protocol):
+    """And without torch's advice, which is to run it."""
+    (tmp_path / "weights.pkl").write_bytes(pickle.dumps({"w": torch.zeros(2), "a": Strange()}, protocol=protocol))
+    with pytest.raises(pickle.UnpicklingError, match=r"test_reading\.Strange") as caught:
+        read_state_dict(tmp_path / "weights.pkl")
+    told = "".join(traceback.format_exception(caught.value))
+    assert str(tmp_path / "weights.pkl") in told
+    assert "state_dict()" in told
+    assert "likely succeed" not in told
+    assert not recwarn.list
+
+
+def test_a_plain_pickle_of_numbers(tmp_path):
+    (tmp_path / "weights.pkl").write_bytes(pickle.dumps({"w": [1.0]}, protocol=2))
+    with pytest.raises(RuntimeError, match=r"weights\.pkl is a plain pickle, which is not loaded"):
+        read_state_dict(tmp_path / "weights.pkl")
+
+
+def test_a_run_names_its_newest_checkpoint(model, tmp_path):
+    for step in (5, 10):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        save_file(model.state_dict(), folder / "model.safetensors")
+        (folder / "state.json").write_text(json.dumps({"format": 1, "files": {}}))
+    with pytest.raises(FileNotFoundError, match=r"is a run, .* the newest is \S+step-00000010"):
+        load_checkpoint(model, tmp_path)
+    load_checkpoint(model, folder)
 
 
 def test_the_message_says_what_was_found_and_tried(tmp_path):

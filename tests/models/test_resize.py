@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,6 +142,13 @@ def test_integers_are_no_weights(tmp_path):
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"is torch\.int8 in the file"):
         load(small(torch.float32), tmp_path / "weights.pth")
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    source = small(torch.float32, num_heads=2)
+    torch.save({"model": source.state_dict(), "maefast": json.dumps(source.config)}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth does not fit the model: num_heads is 2 in the file and 4"):
+        load_checkpoint(small(torch.float32, num_heads=4), tmp_path / "weights.pth")
 
 
 def test_an_encoder_alone_compares_its_heads():

@@ -25,6 +25,22 @@ def test_classes(tmp_path, classes, width):
         assert drawn_by_us(image)  # so it is never taken for data
 
 
+@pytest.mark.parametrize(("classes", "table"), [(10, "tab10"), (11, "tab20")])
+def test_few_classes_have_strong_colours(classes, table):
+    from matplotlib import colormaps
+
+    figure = Scatter(torch.randn(22, 3), np.arange(22) % classes, [str(i) for i in range(classes)])._figure("")
+    drawn = [tuple(part.get_facecolor()[0]) for part in figure.axes[0].collections]
+    assert drawn == [colormaps[table](place) for place in range(classes)]
+
+
+def test_names_of_any_script(tmp_path, recwarn):
+    scatter = Scatter(torch.randn(6, 3), np.arange(6) % 2, ["\u732b", "\u72d7"])
+    scatter.save(tmp_path / "classes.png", "a title")
+    scatter.pixels()
+    assert not recwarn.list
+
+
 def test_components():
     generator = torch.Generator().manual_seed(0)
     axes = torch.linalg.qr(torch.randn(5, 5, generator=generator).double())[0]

@@ -118,6 +118,8 @@ class RecipeTests:
         recipe = self.make()
         with pytest.raises(TypeError, match="wanted"):
             recipe(Batch())
+        with pytest.raises(TypeError, match=r"\wBatch is wanted, got Tensor"):
+            recipe(torch.zeros(2, 3))
 
     # --- a run
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -117,8 +119,10 @@ class TestDMAE(RecipeTests):
             self.make(teacher=3)
         with pytest.raises(ValueError, match=r"teacher has a grid of \(8, 8\) patches, the student one of \(4, 4\)"):
             self.make(teacher=models.create("mae", img_size=64, patch_size=8, **TEACHER))
-        with pytest.warns(UserWarning, match="the teacher has RANDOM weights"):
+        with pytest.warns(UserWarning, match="the teacher has RANDOM weights") as caught:
             recipe = self.make()
+        (told,) = caught
+        assert len(warnings.formatwarning(told.message, told.category, told.filename, told.lineno).splitlines()) == 1
         with pytest.raises(ValueError, match=r"images must be uint8 or uint16 \[B, 3, 32, 32\]"):
             recipe(ImageBatch(torch.zeros(2, 3, 32, 24, dtype=torch.uint8)))
 

@@ -358,3 +358,13 @@ def test_centre_crop_keeps_proportions():
     assert (to_array(centre_crop(Image.fromarray(image), (8, 8)), 3) == 255).all()
     assert centre_crop(Image.fromarray(image), (8, 16)).size == (16, 8)
     assert centre_crop(Image.fromarray(image[:2, :2]), (8, 8)).size == (8, 8)
+
+
+@pytest.mark.parametrize(("mode", "channels", "bits"), [("F", 1, 16), ("L", 1, 8), ("L", 3, 8), ("RGB", 3, 8)])
+def test_pixels_may_be_written_to(mode, channels, bits):
+    """Else torch warns of each image."""
+    image = Image.new(mode, (5, 4), 3.0 if mode == "F" else 3 if mode == "L" else (3, 3, 3))
+    pixels = to_array(image, channels, bits)
+    assert pixels.flags.writeable
+    assert pixels.flags.c_contiguous
+    assert pixels.shape == (channels, 4, 5)

@@ -63,8 +63,10 @@ def find_images(
         return found
     root = Path(data).expanduser()
     if not root.exists():
+        pattern = any(mark in str(data) for mark in "*?[")
+        more = "; patterns are for tars and tables: give files of images as a folder or a list" if pattern else ""
         raise ConfigError(
-            f"--data {data}: no such folder or file (give a folder, a list or tars of images, or 'skimage')"
+            f"--data {data}: no such folder or file (give a folder, a list or tars of images, or 'skimage'){more}"
         )
     if not root.is_dir():
         raise ConfigError(

@@ -82,7 +82,7 @@ class Jpeg:
         if self.channels == 1 and not self.grey:
             from PIL import Image
 
-            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+            pixels = np.array(Image.fromarray(pixels).convert("L"))[..., None]
         return upright(pixels, self.orientation)
 
 

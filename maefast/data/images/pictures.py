@@ -6,7 +6,6 @@ what a masked autoencoder predicts there is noise.
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +20,16 @@ from maefast import seeds
 from maefast.data.blob import Where
 from maefast.data.records import Records
 from maefast.data.runs import SOFTWARE
-from maefast.errors import SKIP_BAD, BadImage, ConfigError
+from maefast.data.source import advice
+from maefast.data.written import write_named
+from maefast.errors import BadImage, ConfigError, Unreachable
 from maefast.nn.patches import Reconstruction
 
 from .batch import normalise, normaliser
 from .pixels import Decoder, centre_crop, to_array
 
 COLUMNS = ("original", "masked", "reconstruction", "pasted")
+HIDDEN = 0.5  # grey, of what a column does not show; what is black or silent in the data stays told from it
 _GAP, _HEAD, _LINE, _CELL = 6, 26, 16, 160
 _TRIES = 20  # to find another example near one that cannot be read
 
@@ -89,15 +91,27 @@ def pick(images: Records, count: int, decoder: Decoder, *, skip_bad: bool = True
                 decoder(images.path(index))
             except BadImage as error:
                 if not skip_bad:
-                    raise BadImage(error.path, error.reason, SKIP_BAD) from error
+                    tip = advice(len(images), "image", lambda index: _readable(images, index, decoder))
+                    raise BadImage(error.path, error.reason, tip) from error
                 failed[index] = error
                 continue
             picked.append(index)
             break
     if not picked:
         first = failed[min(failed)]
-        raise BadImage(first.path, f"{first.reason}; nor can any of the {len(images)} images be read")
+        others = f"; nor can any of the {len(images)} images be read" if len(images) > 1 else "; there is no other"
+        raise BadImage(first.path, first.reason + others)
     return sorted(picked)
+
+
+def _readable(images: Records, index: int, decoder: Decoder) -> bool:
+    try:
+        decoder(images.path(index))
+    except BadImage:
+        return False
+    except Unreachable:
+        pass
+    return True
 
 
 def reconstruct(model, examples: Examples, mask_ratio: float, device, raw: bool = False) -> list[torch.Tensor]:
@@ -201,8 +215,6 @@ def save_picture(
             )
     for r, name in enumerate(names):
         draw.text((_GAP, top + r * (height + _GAP + caption) + height + 2), name, fill=(90, 90, 90), font=small)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     tag, exif = PngInfo(), Image.Exif()
     tag.add_text("Software", SOFTWARE)
     exif[ExifTags.Base.Software] = SOFTWARE
@@ -212,5 +224,4 @@ def save_picture(
         "WEBP": {"exif": exif},
         "TIFF": {"tiffinfo": {ExifTags.Base.Software: SOFTWARE}},
     }
-    sheet.save(temporary, format=format, **more[format])
-    os.replace(temporary, path)
+    write_named(path, lambda temporary: sheet.save(temporary, format=format, **more[format]))

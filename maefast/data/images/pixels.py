@@ -331,4 +331,4 @@ def to_array(image: Image.Image, channels: int, bits: int = 8) -> np.ndarray:
             pixels = pixels.astype(np.uint16) * 257
     grey = pixels.ndim == 2
     pixels = np.broadcast_to(pixels[None], (channels, *pixels.shape)) if grey else pixels.transpose(2, 0, 1)
-    return np.ascontiguousarray(pixels)
+    return np.array(pixels, order="C")  # a copy, which torch may write to: those of Pillow are read-only
