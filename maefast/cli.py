@@ -32,7 +32,7 @@ from .cli_arguments import (
     Source,
     ValueRange,
 )
-from .train.options import HELP, fine, option
+from .train.options import HELP, STREAM, fine, option
 
 app = typer.Typer(
     name="maefast",
@@ -150,7 +150,7 @@ def data_speed(
     img_size: Annotated[str | None, option("img_size")] = None,
     patch_size: Annotated[int | None, option("patch_size")] = None,
     column: Annotated[str | None, option("column")] = None,
-    stream: Annotated[bool, option("stream")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help=STREAM)] = False,
     shuffle: Annotated[int, option("shuffle")] = 1000,
     channels: Annotated[int | None, option("channels")] = None,
     batch_size: Annotated[int, option("batch_size")] = 64,
@@ -192,7 +192,7 @@ def profile(
     mask_ratio: Annotated[float | None, option("mask_ratio")] = None,
     recompute: Annotated[bool, option("recompute")] = False,
     column: Annotated[str | None, option("column")] = None,
-    stream: Annotated[bool, option("stream")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help=STREAM)] = False,
     channels: Annotated[int | None, option("channels")] = None,
     batch_size: Annotated[int, option("batch_size")] = 64,
     clip: Annotated[float | None, option("clip")] = None,
@@ -652,10 +652,15 @@ def _run(command: Any) -> Any:
         return command()
     except TrainError as error:
         text = str(error)
-    except OSError as error:  # of a file or folder that was named: no space, no permission, not a folder
-        if error.filename is None:
+    except OSError as error:  # no space, no permission, not a folder; mostly of a file or folder that was named
+        if error.errno is None:
             raise
-        text = f"{error.filename}: {error.strerror}"
+        named = "" if error.filename is None else f"{error.filename}: "
+        text = f"{named}{error.strerror or error}"
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # by its name: safetensors may not be installed
+            raise
+        text = str(error)
     typer.secho(f"error: {text}", err=True, fg=typer.colors.RED)
     raise typer.Exit(1)
 

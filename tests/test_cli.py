@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -15,6 +16,7 @@ for package in ("typer", "accelerate", "PIL", "matplotlib", "safetensors", "yaml
     pytest.importorskip(package, reason="the command line's tests need maefast[train]")
 
 from PIL import Image
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 import maefast
@@ -150,6 +152,7 @@ def test_help_names_every_family():
     [
         (["pretrain"], "--data is missing"),
         (["pretrain", "--data", "/nowhere"], "no such folder"),
+        (["pretrain", "--data", f"{__file__[:-4]}*.py"], "patterns are for tars and tables"),
         (["pretrain", "--data", "x", "--steps", 3, "--epochs", 2], "give --steps or --epochs, not both"),
         (["pretrain", "--data", "x", "--lr", 3, "--blr", 2], "give --lr or --blr, not both"),
         (["pretrain", "--data", "x", "--init-ema"], "--init-ema goes with --init-from"),
@@ -157,6 +160,26 @@ def test_help_names_every_family():
         (["pretrain", "--data", "x", "--img-size", "big"], "--img-size wants"),
         (["pretrain", "--data", "x", "--model-arg", "depth"], "NAME=VALUE"),
         (["pretrain", "--config", "/nowhere.yaml"], "No such file"),
+        (
+            ["pretrain", "--data", "skimage", "--model-arg", "dept=3"],
+            "takes no dept; its arguments (--model-arg NAM",
+        ),
+        (
+            ["pretrain", "--recipe", "dmae", "--data", "skimage", "--model-arg", "teacher=nothere.pth"],
+            "teacher 'nothere.pth': there is no such file",
+        ),
+        (
+            ["pretrain", "--recipe", "mr_mae", "--data", "skimage", "--model-arg", "teacher=nothere.safetensors"],
+            "teacher 'nothere.safetensors': there is no such file",  # and no network is asked
+        ),
+        (
+            ["pretrain", "--recipe", "maskalign", "--data", "skimage", "--model-arg", "teacher=./nowhere"],
+            "teacher './nowhere' cannot be read: ",
+        ),
+        (
+            ["pretrain", "--recipe", "q_former_ae", "--data", "skimage", "--model-arg", "backbone=nowhere"],
+            "backbone 'nowhere' cannot be read: ",
+        ),
         (["pretrain", "--data", "skimage", "--model", "spark_resnet50", "--no-norm-pix"], "always normalised"),
         (["pretrain", "--data", "skimage", "--model", "spark_resnet50", "--patch-size", 16], "has no --patch-size"),
         (["reconstruct", "/nowhere", "a.png"], "no such checkpoint"),
@@ -183,6 +206,58 @@ def test_files_that_cannot_be_written(trained, tmp_path):
     result = run("export", trained[1], tmp_path / "file" / "a.safetensors", "--format", "timm")
     assert result.exit_code == 1
     assert result.output.startswith(f"error: {tmp_path / 'file'}")
+
+
+@contextmanager
+def full_disk(room: int):
+    """No file grows beyond so many bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "folder"])
+def test_a_full_disk_for_export(trained, tmp_path, name):
+    with full_disk(1000):
+        result = run("export", trained[1], tmp_path / name, "--format", "hf" if name == "folder" else "timm")
+    written = tmp_path / name / "model.safetensors" if name == "folder" else tmp_path / name
+    assert (result.exit_code, result.output) == (1, f"error: {written}: File too large\n")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_full_disk_for_pictures_and_configurations(trained, tmp_path):
+    photos, out = trained
+    with full_disk(1000):
+        result = run("reconstruct", out, photos, "-o", tmp_path / "picture.png")
+    assert (result.exit_code, result.output) == (1, f"error: {tmp_path / 'picture.png'}: File too large\n")
+    with full_disk(100):
+        result = run("pretrain", "--data", photos, *SMALL, "--steps", 3, "-o", tmp_path)
+    assert result.exit_code == 1
+    assert result.output.endswith(f"error: {tmp_path / 'config.yaml'}: File too large\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
+def test_errors_that_name_no_file(error, capsys):
+    def command():
+        raise error
+
+    with pytest.raises(cli.typer.Exit):
+        cli._run(command)
+    assert capsys.readouterr().err.strip() == f"error: {error.strerror if isinstance(error, OSError) else error}"
+
+
+def test_what_help_says_of_steps_and_resuming():
+    text = {name: " ".join(run(name, "--help").output.replace("│", " ").split()) for name in
+            ("pretrain", "profile", "data-speed")}  # fmt: skip
+    assert "needs --steps" in text["pretrain"]
+    assert "needs --steps" not in text["profile"] + text["data-speed"]
+    assert "without an index" in text["profile"]
+    assert "refused where OUTPUT holds one" in text["pretrain"]
 
 
 def test_an_unreadable_image_for_reconstruct(trained, tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ def attentive_probe(
     epochs: int = EPOCHS,
     steps: int = STEPS,
     device: torch.device | str = "cpu",
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Attentive:
     """`AttentivePool` trained by AdamW for `epochs`, but at least `steps`: batches of 256, 1e-3 at the peak, a tenth of
     the steps to get there, then half a cosine. Of `decays` the one is taken that is best on a fifth of the training
@@ -70,15 +72,20 @@ def attentive_probe(
 
     Args:
         read: rows -> float32 [b, T, D]. train, test: int [n] and [m], rows. labels: int [n], of `train`.
+        progress: called with (steps that are done, steps of all trainings).
     """
     inner, held = split(labels, _HELD, seed)
     decays, grid = sorted(decays, reverse=True), []
+    chosen = len(held) > 0 and len(np.unique(labels[inner])) > 1
+    last = _length(len(train), epochs, steps)[1]
+    total, counted = last + (len(decays) * _length(len(inner), epochs, steps)[1] if chosen else 0), count(1)
 
     def judged(rows: np.ndarray, classes: np.ndarray, asked: np.ndarray, decay: float) -> np.ndarray:
-        model = _trained(read, rows, classes, int(labels.max()) + 1, decay, seed, epochs, steps, device)
+        step = lambda: progress(next(counted), total)  # noqa: E731
+        model = _trained(read, rows, classes, int(labels.max()) + 1, decay, seed, epochs, steps, device, step)
         return _answers(model, read, asked, device)
 
-    if len(held) and len(np.unique(labels[inner])) > 1:
+    if chosen:
         for decay in decays:
             found = judged(train[inner], labels[inner], train[held], decay)
             grid.append((decay, accuracy(found, labels[held]).value))
@@ -89,7 +96,13 @@ def attentive_probe(
     return Attentive(judged(train, labels, test, best), best, grid)
 
 
-def _trained(read, rows, labels, classes, decay, seed, epochs, steps, device) -> AttentivePool:
+def _length(samples: int, epochs: int, steps: int) -> tuple[int, int]:
+    """(batches of an epoch, steps of a training); no batch has one sample alone, which has no batch statistics."""
+    each = max(1, samples // _BATCH)
+    return each, max(epochs, -(-steps // each)) * each
+
+
+def _trained(read, rows, labels, classes, decay, seed, epochs, steps, device, stepped) -> AttentivePool:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AttentivePool(read(rows[:1]).shape[2], classes)
@@ -98,10 +111,9 @@ def _trained(read, rows, labels, classes, decay, seed, epochs, steps, device) ->
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=_RATE)
-    each = max(1, len(rows) // _BATCH)  # batches of an epoch; none of one sample, which has no batch statistics
-    epochs = max(epochs, -(-steps // each))
-    total, rng, step = epochs * each, np.random.default_rng(seed), 0
-    for _ in range(epochs):
+    each, total = _length(len(rows), epochs, steps)
+    rng, step = np.random.default_rng(seed), 0
+    for _ in range(total // each):
         for part in np.array_split(rng.permutation(len(rows)), each):
             rate = min((step + 1) / (_WARM * total), 0.5 * (1 + math.cos(math.pi * step / total)))
             for group in optimizer.param_groups:
@@ -112,6 +124,7 @@ def _trained(read, rows, labels, classes, decay, seed, epochs, steps, device) ->
             loss.backward()
             optimizer.step()
             step += 1
+            stepped()
     return model.eval()
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from maefast.data.cache import write_whole
+from maefast.data.written import write_named
 from maefast.errors import ConfigError
 from maefast.recipe import Batch, Recipe
 
@@ -37,9 +37,10 @@ def kept_tokens(
     loaded: Iterable[tuple[Batch | None, list[int], list]],
     count: int,
     device: torch.device | str,
+    began: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
     """float32 [n, T, D], mapped from a file in `folder`, where the next call finds them: of the n = `count` samples
-    that can be read, see `features.extract` and `features.kept`."""
+    that can be read, see `features.extract` and `features.kept`. `began` is called where they are not found."""
     path, lead = folder / f"tokens-{key_of(identity)}.npy", lead_tokens(recipe)
 
     def write(place: Path) -> None:
@@ -56,6 +57,7 @@ def kept_tokens(
         rows.flush()
 
     if not path.is_file():
+        began()
         with undisturbed(recipe):
-            write_whole(path, write)
+            write_named(path, write)
     return np.load(path, mmap_mode="r")

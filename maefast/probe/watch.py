@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from maefast.data.cache import write_whole
 from maefast.data.runs import complete_rows
+from maefast.data.written import naming, write_named
 from maefast.errors import ConfigError
 from maefast.recipe import Recipe
 
@@ -66,7 +66,7 @@ class Watch:
             say(f"--probe-data: {line}")
         self.rows = [row for row in read_rows(path) if int(row["step"]) <= done] if path.exists() else []
         self.last: tuple[int, Accuracy] | None = None
-        write_whole(path, self._write)
+        write_named(path, self._write)
 
     def _write(self, path: Path) -> None:
         with open(path, "w", newline="") as file:
@@ -85,7 +85,7 @@ class Watch:
         answer = accuracy(found, data.labels[test])
         row = (step, answer.value, *answer.interval, answer.count, time.perf_counter() - began)
         self.rows.append(dict(zip(COLUMNS, map(repr, row))))
-        with open(self._path, "a", newline="") as file:
+        with naming(self._path), open(self._path, "a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
             file.flush()
             os.fsync(file.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,8 @@ from .weights import load_pretrained
 
 # Options of the run that are arguments of a recipe, where it has them.
 _ARGUMENTS = ("img_size", "patch_size", "mask_ratio", "norm_pix", "channels")
+_OF_WEIGHTS = ("teacher", "backbone", "metric")  # arguments of recipes that name weights
+_FILES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt")
 # Options that only some data read.
 _OF_DATA = (
     "crop_scale", "crop_ratio", "flip", "value_range", "mean", "std", "pixel_bits", "max_pixels", "gpu_decode",
@@ -70,10 +73,28 @@ def build_unchecked(config: PretrainConfig) -> Recipe:
                     f"are {', '.join(known)}"
                 )
             arguments[option] = value
-    recipe = _said(lambda: recipes.create(name, config.size, **arguments))
+    recipe = _said(lambda: _with_weights(name, config.size, arguments))
     if config.recompute:
         raise ConfigError(f"the recipe {name!r} has no --recompute: only the mae_* models have it")
     return recipe
+
+
+def _with_weights(name: str, size: str | None, arguments: dict[str, Any]) -> Recipe:
+    """`recipes.create`, which reads the weights that arguments name. ConfigError: they cannot be read."""
+    given = {key: value for key, value in arguments.items() if isinstance(value, str)}
+    for key, value in given.items():
+        if value.endswith(_FILES) and not Path(value).expanduser().exists():  # and no name for a hub to look up
+            raise ConfigError(f"{key} {value!r}: there is no such file (--model-arg {key}=FILE)")
+    try:
+        return recipes.create(name, size, **arguments)
+    except (OSError, ImportError) as error:  # of transformers too, which asks the network for a name
+        reason = next(filter(None, str(error).splitlines()), type(error).__name__)
+        asked = [key for key in _OF_WEIGHTS if given.get(key, "random") != "random"]
+        named = [key for key in asked if given[key] in reason] or asked
+        if not named:
+            raise
+        which = " or ".join(f"{key} {given[key]!r}" for key in named)
+        raise ConfigError(f"{which} cannot be read: {reason} (give a file or folder that is there)") from error
 
 
 def _checked(config: PretrainConfig, recipe: Recipe) -> Recipe:

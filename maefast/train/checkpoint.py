@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,7 +205,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the model: {error}") from error
+        reason = textwrap.shorten(str(error), 300, placeholder=" …")  # torch names each tensor
+        raise CheckpointError(f"{path} does not fit the model: {reason}") from error
     tensors = _read(path, OPTIMIZER_SHARDS, OPTIMIZER, owners, lambda key: key.split(".", 1)[1])
     slots: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -234,17 +236,25 @@ def _read(
             return torch.empty(shape, dtype=dtype)
         return torch.empty_like(owner.detach(), dtype=dtype)
 
-    if (path / folder).is_dir():
-        try:
+    try:
+        if (path / folder).is_dir():
             return shards.read(path / folder, empty)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
-    tensors = load_weights(path / file)
+        tensors = load_weights(path / file)
+    except (ValueError, CheckpointError) as error:
+        raise CheckpointError(f"{error}. {_without(path)}") from error
     for name, tensor in tensors.items():
         owner = owners.get(owner_of(name))
         if owner is not None and owner.shape == tensor.shape:
             tensors[name] = like(tensor, owner)
     return tensors
+
+
+def _without(path: Path) -> str:
+    """What to do about a checkpoint that is whole by its sizes and cannot be read."""
+    step = next((step for step, found in listing(path.parent) if found.name == path.name), 0)
+    older = [found for before, found in listing(path.parent) if before < step and complaint(found) is None]
+    then = f"the run then goes on from {older[-1].name}" if older else "there is no older one: the run then starts anew"
+    return f"Remove the folder {path}; {then}"
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

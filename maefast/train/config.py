@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maefast.data.images.options import parse_value_range
+from maefast.data.written import write_named
 from maefast.errors import ConfigError, need
 
 from .parse import parse_numbers
@@ -113,8 +114,8 @@ class PretrainConfig:
         if isinstance(self.img_size, (tuple, list)):
             self.img_size = self.img_size[0] if len(self.img_size) == 1 else list(self.img_size)
 
-    def check(self) -> None:
-        """Raise ConfigError for the first option that makes no sense."""
+    def check(self, *, writes: bool = True) -> None:
+        """Raise ConfigError for the first option that makes no sense. `writes`: something into `output_dir`."""
 
         def must(good: bool, text: str) -> None:
             if not good:
@@ -173,8 +174,8 @@ class PretrainConfig:
             self.init_from is None or self.resume in ("auto", "none"),
             "give --init-from or --resume PATH, not both: a checkpoint of a run brings its own weights",
         )
-        if problem := _unusable_folder(Path(self.output_dir)):
-            raise ConfigError(f"--output-dir {self.output_dir}: {problem}")
+        if writes:
+            must_take_files("--output-dir", Path(self.output_dir))
         must(self.amp in ("no", "bf16", "fp16"), f"--amp must be no, bf16 or fp16, not {self.amp!r}")
         must(self.optim_state in ("fp32", "bf16"), f"--optim-state must be fp32 or bf16, not {self.optim_state!r}")
         must(self.pixel_bits in (8, 16), f"--pixel-bits must be 8 or 16, not {self.pixel_bits}")
@@ -229,16 +230,19 @@ class PretrainConfig:
         import yaml
 
         comment = "".join(f"# {name}: {json.dumps(value)}\n" for name, value in more.items())
-        path.write_text(comment + yaml.safe_dump(self.to_dict(), sort_keys=False))
+        text = comment + yaml.safe_dump(self.to_dict(), sort_keys=False)
+        write_named(path, lambda temporary: temporary.write_text(text))
 
 
-def _unusable_folder(path: Path) -> str | None:
-    """Why nothing can be written below `path`, which need not exist yet."""
+def must_take_files(option: str, folder: Path) -> None:
+    """ConfigError: nothing can be written below `folder`, which `option` names and which need not exist yet."""
+    path = folder
     while not path.exists() and path != path.parent:
         path = path.parent
     if not path.is_dir():
-        return f"{path} is not a folder"
-    return None if os.access(path, os.W_OK | os.X_OK) else f"{path} may not be written to"
+        raise ConfigError(f"{option} {folder}: {path} is not a folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option} {folder}: {path} may not be written to; give another folder")
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
@@ -308,5 +312,8 @@ HARMLESS = {
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines "name: old -> new" for every option whose change alters the loss sequence. (The data and the length of the
     run are compared by what they come to: the list of images and the number of steps.)"""
-    names = [f.name for f in fields(PretrainConfig) if f.name not in HARMLESS]
-    return [f"{name}: {old[name]} -> {new[name]}" for name in names if name in old and old[name] != new[name]]
+    names = [f.name for f in fields(PretrainConfig) if f.name not in HARMLESS | {"model_args"}]
+    lines = [f"{name}: {old[name]} -> {new[name]}" for name in names if name in old and old[name] != new[name]]
+    then, now = (options.get("model_args", {}) for options in (old, new))
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return lines + [f"{name}: {then.get(name)} -> {now.get(name)}" for name in names]

@@ -58,7 +58,7 @@ def data_speed(config: PretrainConfig, seconds: float = 5.0, say: Callable[[str]
     if not 0 < seconds < math.inf:  # nor NaN
         raise ConfigError(f"--seconds must be above 0 and finite, got {seconds}")
     config = replace(config, cache_mb=0, steps=config.steps or 1)
-    config.check()
+    config.check(writes=False)
     torch.manual_seed(config.seed)
     recipe = build_recipe(config)
     source = recipe.wants.open(config)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from maefast.data.images.batch import MEAN, STD
+from maefast.data.written import write_named
 from maefast.errors import ConfigError
 from maefast.models.convert import encoder_state, mae_to_hf
 from maefast.models.convnames import FCMAE, convnext_to_timm, fcmae_to_sparse
@@ -136,14 +136,23 @@ def _write_weights(
     target: Path, tensors: dict[str, torch.Tensor], inside: str | None, config: dict[str, Any] | None
 ) -> None:
     """With a description of the model, where the format has a place for one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}  # chunks share memory
     described = {"maefast": json.dumps(config)} if config else {}
     if target.suffix == ".safetensors":
-        _replace(target, lambda temporary: save_file(tensors, temporary, {"format": "pt", **described}))
+        write_named(target, lambda temporary: save_file(tensors, temporary, {"format": "pt", **described}))
     else:
         document = {inside: tensors, **described} if inside else tensors
-        _replace(target, lambda temporary: torch.save(document, temporary))
+        write_named(target, lambda temporary: _pickle(document, temporary))
+
+
+def _pickle(document: dict[str, Any], path: Path) -> None:
+    with open(path, "wb") as file:  # of a path torch would write the name into the file
+        try:
+            torch.save(document, file)
+        except RuntimeError as error:  # of torch, behind what went wrong
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def _hf_preprocessor(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -161,11 +170,5 @@ def _hf_preprocessor(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def _write_json(path: Path, document: dict[str, Any]) -> None:
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(document, indent=2) + "\n") and None)
+    write_named(path, lambda temporary: temporary.write_text(json.dumps(document, indent=2) + "\n"))

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from maefast.data.cache import write_whole
 from maefast.data.source import Source
+from maefast.data.written import write_named
 from maefast.errors import ConfigError
 from maefast.finetune.began import BEGAN, Began, digest_of_names, digest_of_weights
 from maefast.finetune.classifier import timm_state
@@ -27,7 +27,7 @@ from maefast.recipes.masked_images import MaskedImages
 
 from . import checkpoint
 from .config import PretrainConfig
-from .loop import Run
+from .loop import Result, Run
 from .probe import drawn, overlap
 from .reopen import Opened, open_recipe
 from .resume import model_changes
@@ -103,6 +103,8 @@ class Options:
 class FineTuning(Run):
     """The loop of pre-training on a `Classify`, which is judged on the way."""
 
+    folder_option = "--output"
+
     def __init__(self, config: PretrainConfig, make: Callable[[], Classify], held: Labelled) -> None:
         self._held = held
         super().__init__(config, lambda name, **arguments: make())
@@ -110,6 +112,7 @@ class FineTuning(Run):
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
         if not model_changes(state.model_config, self.model_config):  # else there is a better word for what is wrong
+            _same_average(state.config["model_args"], self.config.model_args)
             self.source.began, notes = self.source.began.going_on(state.extra.get(BEGAN))
             for line in notes:
                 self._say(line)
@@ -125,6 +128,16 @@ class FineTuning(Run):
             workers=config.workers,
             skip_bad=config.skip_bad,
             autocast=self.accelerator.autocast if config.amp != "no" else None,
+        )
+
+
+def _same_average(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """ConfigError: one of two runs averages its weights, and the other does not."""
+    before, given = (options.get("ema_decay", 0.0) for options in (then, now))
+    if bool(before) != bool(given):
+        raise ConfigError(
+            f"the run to go on with has --ema-decay {before:g}, and now it is {given:g}: an average cannot begin, or "
+            "end, on the way. Give that one again, or begin anew in another --output"
         )
 
 
@@ -180,52 +193,59 @@ def finetune(
         held=digest_of_names(held.samples.names[index] for index in held.which),
     )
     config = replace(config, probe_every=options.eval_every or max(1, len(source) // _per_step(config)))
-    recipe: list[Classify] = []
-
-    def make() -> Classify:
-        recipe.append(Classify(opened.recipe, classes, source, **chosen))
-        return recipe[0]
-
-    run = FineTuning(config, make, held)
+    run = FineTuning(config, lambda: Classify(opened.recipe, classes, source, **chosen), held)
     try:
         result = run.train()
         if not run.main or result.stopped:
             return None
         judge = run.show.watch
         if judge.at != result.step:  # a finished run, called again
-            judge(recipe[0], result.step, run.device)
+            judge(run.recipe, result.step, run.device)
+        document = _document(path, options, usual, run, result, chosen)
+        _write(output, run.recipe, document)
     finally:
         run.close()
-    began = source.began
-    document = {
-        "checkpoint": began.checkpoint if began else str(path),  # where the run is older than `began`: as given
-        "checkpoint_step": began.step if began else None,
-        "model": recipe[0].config["encoder"],
-        "data": data,
-        "labels": options.labels,
-        "val_data": options.val_data,
-        "val_share": options.val_share if options.val_data is None else None,
-        "seed": config.seed,
-        "classes": classes,
-        "learnt_from": len(source),
-        "held_back": len(held.which),
-        "steps": result.step,
-        "loss": result.loss,
-        "published": usual.source,
-        **chosen,
-        "epochs": None if run.config.steps else run.config.epochs,
-        "peak_lr": run.lr.peak,
-        **{key: getattr(run.config, key) for key in ("weight_decay", "warmup", "betas")},
-        "samples_per_step": run.step_samples,
-        "weights": list(judge.found)[-1],
-        **list(judge.found.values())[-1].to_dict(),
-        "of the model without average": judge.found["model"].to_dict() if len(judge.found) > 1 else None,
-        "most_frequent_class": majority(source.labels, held.labels).to_dict(),
-    }
-    _write(output, recipe[0], document)
     for line in table(document, judge.found):
         say(line)
     return document
+
+
+def _document(
+    path: str | Path,
+    options: Options,
+    usual: Published,
+    run: FineTuning,
+    result: Result,
+    chosen: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What stands in finetune.json: what was trained with, which a run that was finished before tells itself."""
+    began, judge, trained = run.source.began, run.show.watch, run.trained
+    found = list(judge.found.values())
+    return {
+        "checkpoint": began.checkpoint if began else str(path),  # where the run is older than `began`: as given
+        "checkpoint_step": began.step if began else None,
+        "model": run.recipe.config["encoder"],
+        "data": trained.data,
+        "labels": trained.model_args.get("labels", options.labels),
+        "val_data": options.val_data,
+        "val_share": options.val_share if options.val_data is None else None,
+        "seed": trained.seed,
+        "classes": run.recipe.classes,
+        "learnt_from": len(run.source),
+        "held_back": len(judge.held.which),
+        "steps": result.step,
+        "loss": result.loss,
+        "published": usual.source,
+        **{key: trained.model_args.get(key, value) for key, value in chosen.items()},
+        "epochs": None if trained.steps else trained.epochs,
+        "peak_lr": run.lr.peak,
+        **{key: getattr(trained, key) for key in ("weight_decay", "warmup", "betas")},
+        "samples_per_step": run.trained_samples,
+        "weights": list(judge.found)[-1],
+        **found[-1].to_dict(),
+        "of the model without average": judge.found["model"].to_dict() if len(found) > 1 else None,
+        "most_frequent_class": majority(run.source.labels, judge.held.labels).to_dict(),
+    }
 
 
 _CHOSEN = ("layer_decay", "drop_path", "smoothing", "mixup", "cutmix", "ema_decay")
@@ -309,8 +329,8 @@ def _write(output: Path, recipe: Classify, document: dict[str, Any]) -> None:
     network = list(recipe.networks().values())[-1]
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in timm_state(network).items()}
     described = {"format": "pt", "maefast_classes": json.dumps(document["classes"])}
-    write_whole(output / checkpoint.MODEL, lambda path: save_file(tensors, path, described))
-    write_whole(output / "finetune.json", lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
+    write_named(output / checkpoint.MODEL, lambda path: save_file(tensors, path, described))
+    write_named(output / "finetune.json", lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
 
 
 def table(document: dict[str, Any], found: dict[str, Accuracy]) -> list[str]:

@@ -37,6 +37,11 @@ def build_model(config: PretrainConfig, create: Callable[..., nn.Module] | None 
                 "encoder, 32 x 32 pixels; leave the option out"
             )
         arguments["patch_size"] = config.patch_size
+    if known is not None and (unknown := sorted(set(arguments) - set(known))):
+        raise ConfigError(
+            f"the model {config.model!r} takes no {', '.join(unknown)}; its arguments (--model-arg NAME=VALUE) are "
+            f"{', '.join(known)}"
+        )
     model = create_model(config.model, arguments, create)
     if not isinstance(model, Recipe):
         check_mask(model, mask_ratio_of(model, config.mask_ratio))

@@ -29,8 +29,9 @@ from .build import build_recipe, load_start
 from .config import PretrainConfig
 from .data import Loader, Positions
 from .graph import GraphSteps, Step, mean, parts
+from .lock import FolderLock
 from .metrics import MetricsFile, Row, open_tensorboard, read_rows, save_loss_curve
-from .resume import choose_checkpoint, compare
+from .resume import choose_checkpoint, compare, trained_with
 from .sharding import whole
 from .show import Show
 from .signals import StopSignal
@@ -87,6 +88,8 @@ def pretrain(config: PretrainConfig, *, create_model: Callable[..., nn.Module] |
 
 
 class Run:
+    folder_option = "--output-dir"  # which names its folder
+
     def __init__(self, config: PretrainConfig, create_model: Callable[..., nn.Module] | None):
         self.out = Path(config.output_dir)
         self.accelerator = make_accelerator(config)
@@ -103,6 +106,8 @@ class Run:
         self.streams = Streams(self.source, config, rank, self.world) if config.stream else None
         # What was left to the recipe and the data is written down as what it came to.
         self.config = replace(config, **self.recipe.settled, **self.source.settled)
+        self._lock: FolderLock | None = None
+        self._before: checkpoint.State | None = None  # of a finished run, called again: what it was trained with
         self.step_samples = config.batch_size * config.accum * self.world
         self.total = config.steps or max(1, -(-int(config.epochs * len(self.source)) // self.step_samples))
         self.folder = self.out / "checkpoints"
@@ -119,6 +124,7 @@ class Run:
 
     def _prepare(self) -> None:
         config = self.config
+        self._take_folder()
         path, notes = choose_checkpoint(self.accelerator, config.resume, self.out)
         if path is None and config.init_from:
             load_start(self.recipe, config, self._say)
@@ -138,11 +144,13 @@ class Run:
         if path is not None:
             self._resume(path)
             config = self.config
-        peak = config.lr if config.lr is not None else schedule.peak_lr(config.blr, self.step_samples)
-        warmup = schedule.warmup_steps(config.warmup, self.total)
-        if config.min_lr > peak:
-            raise ConfigError(f"--min-lr {config.min_lr} is above the peak learning rate {peak:.3g}")
-        self.lr = schedule.Schedule(peak, self.total, warmup, config.min_lr)
+        self.trained, total, self.trained_samples = trained_with(self._before, config, self.total, self.step_samples)
+        trained = self.trained
+        peak = trained.lr if trained.lr is not None else schedule.peak_lr(trained.blr, self.trained_samples)
+        warmup = schedule.warmup_steps(trained.warmup, total)
+        if trained.min_lr > peak:
+            raise ConfigError(f"--min-lr {trained.min_lr} is above the peak learning rate {peak:.3g}")
+        self.lr = schedule.Schedule(peak, total, warmup, trained.min_lr)
         self.loader = self._open_loader()
         examples = self.source.examples(config.picture_rows) if self.main and config.picture_rows else None
         self.graph.prepare(self.objective, self.optimizer)
@@ -151,15 +159,16 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             units = f"{self.source.unit}s"
             known = {"streams": self.streams.count} if self.streams else {units: len(self.source)}
-            facts = {"peak_lr": peak, **known, f"{units}_per_step": self.step_samples}
-            config.dump(self.out / "config.yaml", steps=self.total, warmup_steps=warmup, **facts)
+            facts = {"peak_lr": peak, **known, f"{units}_per_step": self.trained_samples}
+            trained.dump(self.out / "config.yaml", steps=total, warmup_steps=warmup, **facts)
             self.metrics = MetricsFile(self.out / "metrics.csv", self.done, self.source.unit)
             self._open_writers()
         self.progress = metrics.Progress(self.total, self.done, self.main, unit=self.source.unit)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        known = f"{len(self.source)} {self.source.unit}{'s' * (len(self.source) > 1)}" if not self.streams else None
         self._say(
             f"{config.title}: {trained / 1e6:.2f} M parameters; "
-            f"{self.streams or f'{len(self.source)} {self.source.unit}s'} of {self.source.name}; "
+            f"{self.streams or known} of {self.source.name}; "
             f"steps {self.done} to {self.total} of {self.step_samples} {self.source.unit}s; "
             f"peak lr {peak:.3g}; {self.world} x {self.device.type}, amp {config.amp}"
             f"{', as a CUDA graph' if self.graph.step else ''}; into {self.out}"
@@ -181,6 +190,17 @@ class Run:
                 self.show.watch = self._watch()
             if self._others.any(self.show.watch is not None and not self.show.watch.rows):
                 self.show.probe(self.done, self.device, first=True)  # where the run, or the watch, begins
+
+    def _take_folder(self) -> None:
+        """For this run alone, before anything in it is looked at. Whether another has it the main process finds out."""
+        refused = None
+        if self.main:
+            try:
+                self._lock = FolderLock(self.out, self.folder_option)
+            except ConfigError as error:
+                refused = str(error)
+        if refused := next(filter(None, self._others.all(refused)), None):
+            raise ConfigError(refused)
 
     def _watch(self) -> Watch:
         """What looks at the recipe every `probe_every` steps; on the main process."""
@@ -217,7 +237,7 @@ class Run:
         if config.wandb is not None:
             from .weights_and_biases import WandbWriter
 
-            self.writers.append(WandbWriter(config.wandb, self.out, self.done, config.to_dict(), self._say))
+            self.writers.append(WandbWriter(config.wandb, self.out, self.done, self.trained.to_dict(), self._say))
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
@@ -227,11 +247,14 @@ class Run:
         self.config = replace(self.config, **self.source.settled)
         for line in compare(state, self.config, self.model_config, self.source, self.total, self.world):
             self._say(line)
+        if self.config.init_from not in (None, state.config.get("init_from")):
+            self._say(f"--init-from {self.config.init_from} is not used: the run in {self.out} goes on")
         checkpoint.restore(path, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.done, self.position, self.last = state.step, state.position, path
         self._saved = state.step
+        self._before = state if self.done == self.total else None
         if self.main:
             for old in checkpoint.set_aside_newer(self.folder, state.step):
                 self._say(f"set aside a newer checkpoint as {old}")
@@ -246,7 +269,7 @@ class Run:
         self.objective.train()
         self._restart_clock()
         stopping = False
-        with StopSignal() as signal:
+        with StopSignal(tell=self.main) as signal:
             while self.done < self.total:
                 stopping = self._fetch(signal)
                 if stopping:
@@ -341,6 +364,10 @@ class Run:
             terms.append(parts(output.terms))
         return Step(total / config.accum, norm, mean(terms))
 
+    @property
+    def _rate_option(self) -> str:
+        return "--blr" if self.config.lr is None else "--lr"
+
     def _restart_clock(self) -> None:
         self._clock, self.loader.waited = time.perf_counter(), 0.0
 
@@ -368,7 +395,7 @@ class Run:
         if self.main:
             self._write([row for row in rows if broken is None or row.step <= broken.step])
         if broken is not None:
-            raise NonFiniteLoss(broken.step, broken.loss, self.last)
+            raise NonFiniteLoss(broken.step, broken.loss, self.last, rate=self._rate_option)
         self.loss = losses[-1][0]
         self.progress.update(self.done - self.progress.at, rows[-1])
 
@@ -387,7 +414,7 @@ class Run:
         buffers = (buffer for buffer in self.model.buffers() if buffer.is_floating_point())  # of batch norms
         norm = sharding.total_norm([*self.model.parameters(), *buffers])
         if not bool(norm.isfinite()):
-            raise NonFiniteLoss(self.done, float(norm), self.last, what="norm of the weights")
+            raise NonFiniteLoss(self.done, float(norm), self.last, what="norm of the weights", rate=self._rate_option)
         state, streams = None, self.streams.record(self._others) if self.streams is not None else {}
         if self.main:
             self.metrics.sync()
@@ -455,7 +482,11 @@ class Run:
             print(metrics.printable(text), flush=True)
 
     def close(self) -> None:
-        for part in (self.progress, self.metrics, *self.writers, self.loader):
-            if part is not None:
-                part.close()
-        self._others.close()
+        try:
+            for part in (self.progress, self.metrics, *self.writers, self.loader):
+                if part is not None:
+                    part.close()
+            self._others.close()
+        finally:
+            if self._lock is not None:  # last: now another run may have the folder
+                self._lock.close()

@@ -6,15 +6,13 @@ import csv
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TextIO
 
 from maefast.data.runs import SOFTWARE, complete_rows
-
-from .checkpoint import fsync
+from maefast.data.written import naming, write_named
 
 
 @dataclass
@@ -65,44 +63,35 @@ class MetricsFile:
         self._terms = list(dict.fromkeys([*known, *terms]))
         if self._file is not None:
             self._file.close()
-        temporary = self.path.with_suffix(".tmp")
-        with _naming(temporary), open(temporary, "w", newline="") as file:
+        write_named(self.path, lambda temporary: self._write_whole(temporary, kept))
+        self._file = open(self.path, "a", newline="")  # noqa: SIM115 (closed by close())
+        self._writer = csv.writer(self._file)
+
+    def _write_whole(self, path: Path, kept: list[dict[str, str]]) -> None:
+        with open(path, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(header(self._unit, self._terms))
             writer.writerows([row.get(name, "") for name in header(terms=self._terms)] for row in kept)
-        fsync(temporary)
-        os.replace(temporary, self.path)
-        self._file = open(self.path, "a", newline="")  # noqa: SIM115 (closed by close())
-        self._writer = csv.writer(self._file)
+            file.flush()
+            os.fsync(file.fileno())
 
     def write(self, rows: list[Row]) -> None:
         if new := [name for row in rows for name in row.terms if name not in self._terms]:
             self._rewrite(read_rows(self.path), new)
-        with _naming(self.path):
+        with naming(self.path):
             self._writer.writerows(
                 replace(row, terms={name: row.terms.get(name) for name in self._terms}).cells() for row in rows
             )
             self._file.flush()
 
     def sync(self) -> None:
-        with _naming(self.path):
+        with naming(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with _naming(self.path):
+        with naming(self.path):
             self._file.close()
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """What goes wrong with a file that is open, as on a full disk, does not say which one it is."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -178,6 +167,29 @@ class Progress:
         return f"{loss}  lr {row.lr:.2e}  {speed}  data wait {row.data_wait:.0%}"
 
 
+class Counter:
+    """Steps of work that is no run, on stderr: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, seconds: float = 20.0):
+        self.seconds, self._bar = seconds, None
+        self._printed = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=total, unit="step", dynamic_ncols=True)
+            self._bar.update(done - self._bar.n)
+        elif time.monotonic() - self._printed >= self.seconds:
+            self._printed = time.monotonic()
+            print(f"step {done}/{total}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 def save_loss_curve(metrics: Path, picture: Path) -> None:
     """Plot the loss of every step and its running mean, and the learning rate, into a PNG."""
     from maefast.errors import need
@@ -201,7 +213,9 @@ def save_loss_curve(metrics: Path, picture: Path) -> None:
         sums = [0.0]
         for loss in losses:
             sums.append(sums[-1] + loss)
-        mean = [(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width) for i in range(len(losses))]
+        # Centred, so that it lies in the curve where the loss falls fast, and not above it.
+        ends = [(max(0, i - width // 2), min(len(losses), i + width - width // 2)) for i in range(len(losses))]
+        mean = [(sums[stop] - sums[start]) / (stop - start) for start, stop in ends]
         axes.plot(steps, mean, color="#1f4e8c", linewidth=1.8, label=f"mean of {width} steps")
     low = min(losses)
     if low > 0 and max(losses) > 20 * low:
@@ -216,6 +230,5 @@ def save_loss_curve(metrics: Path, picture: Path) -> None:
     rate.set_ylabel("learning rate")
     handles = axes.get_lines() + rate.get_lines()
     axes.legend(handles, [line.get_label() for line in handles], loc="upper right")
-    temporary = picture.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120, metadata={"Software": SOFTWARE})
-    os.replace(temporary, picture)
+    how = {"format": "png", "dpi": 120, "metadata": {"Software": SOFTWARE}}
+    write_named(picture, lambda temporary: figure.savefig(temporary, **how))

@@ -75,7 +75,8 @@ HELP = {
     "Output and resuming": {
         "output_dir": "Where everything goes: checkpoints, metrics.csv, pictures, TensorBoard.",
         "config": "YAML or JSON of options (such as OUTPUT/config.yaml); options on the command line win.",
-        "resume": "auto: go on from the newest checkpoint in OUTPUT, if any; none: start anew; or a checkpoint.",
+        "resume": "auto: go on from the newest checkpoint in OUTPUT, if any; none: a new run, refused where OUTPUT "
+        "holds one; or a checkpoint.",
         "save_every": "Steps between checkpoints.",
         "keep": "How many checkpoints are kept.",
         "picture_every": "Steps between reconstruction pictures; 0: only at the end.",
@@ -93,6 +94,9 @@ HELP = {
         "probe_labels": "Their classes: folders, or a CSV file of names and classes.",
     },
 }
+
+# Of commands that train a few steps of their own, whatever --steps says.
+STREAM = HELP["Data"]["stream"].removesuffix("; needs --steps.") + "."
 
 # What stands for a default that is no value.
 _SHOWN = {

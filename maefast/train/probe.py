@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from maefast.data.images.source import ImageSource
 from maefast.data.source import Source
+from maefast.data.written import write_named
 from maefast.errors import ConfigError
 from maefast.probe import pictures
 from maefast.probe.accuracy import Accuracy, accuracy, majority
@@ -28,7 +30,8 @@ from maefast.probe.tokens import kept_tokens
 from maefast.probe.watch import Watch
 from maefast.recipe import Recipe
 
-from .config import PretrainConfig
+from .config import PretrainConfig, must_take_files
+from .metrics import Counter
 from .reopen import Opened, open_data, open_recipe
 
 ATTENTIVE = "attentive"
@@ -165,7 +168,8 @@ class Probe:
         more = [] if recipe is None else [f"random weights, seed {self.options.seed}"]
         folder, tokens = self.output / "features", []
         for part in self.parts:
-            how = recipe or self.opened.recipe, self._batches(part), len(part.which), self.device
+            began = partial(self.say, f"tokens of {len(part.which)} {self.unit}s ...")
+            how = recipe or self.opened.recipe, self._batches(part), len(part.which), self.device, began
             tokens.append(kept_tokens(folder, [*self._identity(part), *more], *how))
         starts = np.cumsum([0, *map(len, tokens)])
 
@@ -174,10 +178,14 @@ class Probe:
             found = [tokens[place][row - starts[place]] for place, row in zip(places, rows)]
             return torch.from_numpy(np.stack(found))
 
-        self.say(f"attentive probe of {' x '.join(map(str, tokens[0].shape[1:]))} numbers a {self.unit} ...")
-        found = attentive_probe(
-            read, self.learn, self.labels[self.learn], self.held, self.options.seed, device=self.device
-        )
+        self.say(f"attentive probe of {' x '.join(map(str, tokens[0].shape[1:]))} numbers per {self.unit} ...")
+        known, bar = self.labels[self.learn], Counter()
+        try:
+            found = attentive_probe(
+                read, self.learn, known, self.held, self.options.seed, device=self.device, progress=bar
+            )
+        finally:
+            bar.close()
         how = {"weight_decay": found.weight_decay, "grid": [list(entry) for entry in found.grid]}
         return {"attentive": {**accuracy(found.found, self.labels[self.held]).to_dict(), **how}}
 
@@ -242,6 +250,7 @@ def probe(
         TrainError: each says what to do.
     """
     options, output = options or Options(), Path(output)
+    must_take_files("--output", output)  # before minutes of work
     opened = open_recipe(path, name, img_size, heads, ema, say)
     if reason := no_features(opened.recipe):
         raise ConfigError(f"{path}: {reason}")
@@ -272,9 +281,9 @@ def probe(
         document["baselines"] = {"random weights": {**asked.judged(asked.of(fresh)), **asked.attentive(fresh)}}
         if (pixels := asked.of_pixels()) is not None:
             document["baselines"]["pixels"] = asked.judged(pixels)
-    output.mkdir(parents=True, exist_ok=True)
     written = ["probe.json", *asked.draw(str(path) if opened.step is None else f"{path}, step {opened.step}")]
-    (output / "probe.json").write_text(json.dumps(document, indent=1) + "\n")
+    text = json.dumps(document, indent=1) + "\n"
+    write_named(output / "probe.json", lambda place: place.write_text(text))
     for line in table(document):
         say(line)
     say(f"wrote {', '.join(str(output / file) for file in written)}")

@@ -40,7 +40,7 @@ def profile_run(
     kept = not config.data
     data = config.data or ("skimage" if config.recipe is None else "demo")
     config = replace(config, data=data, steps=config.steps or 1, workers=0 if kept else config.workers)
-    config.check()
+    config.check(writes=False)
     gpu = config.device != "cpu" and torch.cuda.is_available()
     say(machine.describe("cuda" if gpu else "cpu"))
     torch.manual_seed(config.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,18 @@ def model_changes(then: dict, now: dict) -> list[str]:
     return [f"{k}: {then.get(k)} -> {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
 
 
+def trained_with(
+    finished: checkpoint.State | None, config: PretrainConfig, total: int, samples: int
+) -> tuple[PretrainConfig, int, int]:
+    """(options, steps, samples of a step) that a run is trained with: those given, or, where it is `finished` and takes
+    no step with those, the ones that its checkpoint tells of."""
+    if finished is None:
+        return config, total, samples
+    known = {entry.name for entry in fields(PretrainConfig)} - {"output_dir", "resume"}  # where it lies now
+    then = replace(config, **{name: value for name, value in finished.config.items() if name in known})
+    return then, finished.extra["total"], then.batch_size * then.accum * finished.extra["processes"]
+
+
 def compare(
     state: checkpoint.State, config: PretrainConfig, model: dict, source: Source, total: int, world: int = 1
 ) -> list[str]:
@@ -90,6 +103,8 @@ def compare(
         lines.append(f"total steps: {state.extra['total']} -> {total} (the learning rate follows the new length)")
     if not lines:
         return []
+    if state.step == total:
+        return [f"the run is finished: no step is left, and what changed is not used ({'; '.join(lines)})"]
     return ["resuming with changed settings, so the losses will differ from those of the run as it began:"] + [
         f"  {line}" for line in lines
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 
@@ -13,10 +14,11 @@ class StopSignal:
     """Within the block, SIGTERM, SIGINT and SIGUSR1 only set `name`.
 
     A second SIGTERM or SIGINT acts as usual, for the impatient; SIGUSR1, by which schedulers announce the end of the
-    time, may come as often as it likes.
+    time, may come as often as it likes. tell: say at the first one what happens now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: bool = False) -> None:
+        self._teller = os.getpid() if tell else None  # not its loader's processes, which are forked with the handlers
         self.name: str | None = None
         self._old: dict[int, object] = {}
 
@@ -27,6 +29,8 @@ class StopSignal:
         return self
 
     def _handle(self, number: int, frame: object) -> None:
+        if self.name is None and self._teller == os.getpid():
+            _tell(number)
         self.name = signal.Signals(number).name
         if number != _ANNOUNCED:
             signal.signal(number, self._old.pop(number))
@@ -38,3 +42,13 @@ class StopSignal:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+
+
+def _tell(number: int) -> None:
+    """Past Python's buffers, in which the signal may have come."""
+    again = "; press again to stop at once without saving" if number == signal.SIGINT else ""
+    try:
+        start = "\n" if os.isatty(2) else ""  # below the bar of progress
+        os.write(2, f"{start}stopping after this step and saving{again}\n".encode())
+    except OSError:  # nobody listens any more
+        pass

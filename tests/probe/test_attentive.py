@@ -49,8 +49,12 @@ def test_it_finds_what_the_mean_hides():
     found = attentive_probe(read, rows[:800], labels[:800], rows[800:], **how)
     assert (found.found == labels[800:]).mean() > 0.9
     assert [decay for decay, _ in found.grid] == [0.1, 0.01]
-    state = torch.get_rng_state()
-    again = attentive_probe(read, rows[:800], labels[:800], rows[800:], **how)
+    state, told = torch.get_rng_state(), []
+    again = attentive_probe(
+        read, rows[:800], labels[:800], rows[800:], **how, progress=lambda *steps: told.append(steps)
+    )
+    assert [done for done, _ in told] == list(range(1, len(told) + 1))
+    assert {total for _, total in told} == {len(told)}
     assert np.array_equal(again.found, found.found)
     assert again.grid == found.grid
     assert torch.equal(torch.get_rng_state(), state)
@@ -74,6 +78,7 @@ def test_the_command(kind, tmp_path, monkeypatch):
     arguments += ["--pool", "attentive", *(["--baselines"] if kind == "vit" else [])]
     result = CliRunner().invoke(cli.app, [str(part) for part in arguments])
     assert result.exit_code == 0, result.output
+    assert " numbers per image ..." in result.output
     document = json.loads((tmp_path / "probe" / "probe.json").read_text())
     assert document["attentive"]["count"] == document["knn"]["count"] == 3
     assert (tmp_path / "probe" / "tsne.png").is_file()

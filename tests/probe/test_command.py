@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tarfile
 
@@ -237,6 +238,16 @@ def test_errors(trained, arguments, message, tmp_path):
     assert result.output.startswith("error: ")
     assert message in result.output
     assert not (tmp_path / "probe" / "probe.json").exists()
+
+
+def test_a_folder_that_takes_no_files_is_refused_at_once(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("maefast.train.probe.extract", None)  # no feature is computed
+    (tmp_path / "file").touch()
+    for output, message in ((tmp_path / "file", "is not a folder"), (tmp_path / "probe", "may not be written to")):
+        result = run(trained[1], "--data", trained[0], "-o", output)
+        assert (result.exit_code, message in result.output) == (1, True), result.output
+        assert result.output.startswith(f"error: --output {output}: ")
+        monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
 
 
 def test_unreadable_samples(trained, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from maefast.train import ConfigError
@@ -36,6 +38,17 @@ def test_a_source_is_measured(photos, tmp_path, monkeypatch):
     assert "10 images of" in lines[0]
     assert lines[-4].startswith("no worker: ")
     assert not list(tmp_path.iterdir())  # nothing is written
+
+
+def test_a_folder_that_nothing_is_written_to_need_not_be_one(photos, tmp_path, monkeypatch):
+    from maefast.train.profiling import profile_run
+
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    config = tiny_config(photos, tmp_path / "out", batch_size=4)
+    with pytest.raises(ConfigError, match="may not be written to"):
+        config.check()
+    assert data_speed(config, 0.05, str).taken > 0
+    profile_run(config, 1, say=str)
 
 
 def test_bad_options(photos, tmp_path):

@@ -91,6 +91,19 @@ def test_a_run_goes_on_where_it_was_stopped(trained, tmp_path, monkeypatch, kind
     assert [row[0] for row in complete_rows(tmp_path / "parts" / "accuracy.csv")[1]] == ["0", "3", "6"]
 
 
+def test_a_finished_run_tells_what_it_was_trained_with(trained, tmp_path, capsys):
+    photos, start, _ = trained
+    document = finetune(start, str(photos), tmp_path, options(), say=str)
+    config = (tmp_path / "config.yaml").read_text()
+    capsys.readouterr()
+    changed = options(mixup=0.1, layer_decay=0.3, lr=0.5, weight_decay=0.7, batch_size=2)
+    assert finetune(start, str(photos), tmp_path, changed, say=str) == document
+    assert json.loads((tmp_path / "finetune.json").read_text())["mixup"] == 0.8
+    assert (tmp_path / "config.yaml").read_text() == config
+    text = capsys.readouterr().out
+    assert all(part in text for part in ("no step is left", "lr: 0.001 -> 0.5", "mixup: 0.8 -> 0.1"))
+
+
 def test_the_weights_are_those_that_were_judged(trained, tmp_path):
     photos, start, _ = trained
     finetune(start, str(photos), tmp_path, options(ema_decay=0.0), say=str)
@@ -214,6 +227,13 @@ def test_a_run_does_not_go_on_with_other_samples_held_back(trained, begun, tmp_p
         assert "\n" not in str(told.value)
     assert before == {name: (out / name).read_bytes() for name in before}
     assert finetune(start, str(photos), out, options(), say=str)["steps"] == 6  # with those of the start it does
+
+
+def test_a_run_does_not_go_on_without_its_average(trained, begun, tmp_path):
+    photos, start, _ = trained
+    _copy(begun, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"has --ema-decay 0.9, and now it is 0: .* another --output"):
+        finetune(start, str(photos), tmp_path / "out", options(ema_decay=0.0), say=str)
 
 
 def test_a_run_does_not_go_on_with_changed_data(trained, begun, tmp_path):

@@ -227,6 +227,18 @@ def test_a_second_sigterm_acts_as_usual(folder, tmp_path):
     assert signal.getsignal(signal.SIGINT) is not None
 
 
+def test_what_the_first_signal_says(capfd):
+    from maefast.train.signals import StopSignal
+
+    for number, told in ((signal.SIGINT, "; press again to stop at once without saving"), (signal.SIGTERM, "")):
+        with StopSignal(tell=True):
+            os.kill(os.getpid(), number)
+        assert capfd.readouterr().err.strip() == f"stopping after this step and saving{told}"
+    with StopSignal():  # of a process beside the main one
+        os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == ""
+
+
 def test_an_output_folder_that_cannot_be_one_is_refused_at_once(folder, tmp_path):
     (tmp_path / "file").touch()
     for name in ("file", "file/below"):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from maefast.train import metrics, pretrain
-from maefast.train.metrics import HEADER, MetricsFile, Progress, Row, read_rows, save_loss_curve
+from maefast.train.metrics import HEADER, Counter, MetricsFile, Progress, Row, read_rows, save_loss_curve
 from tests.train.common import rows, tiny_config
 
 
@@ -134,6 +134,47 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
         with pytest.raises(OSError, match="No space left on device") as caught:
             call()
         assert caught.value.filename == str(tmp_path / "m.csv")
+
+
+def test_writers_of_one_folder_have_files_of_their_own(tmp_path, monkeypatch):
+    """And a file that could not be written leaves nothing."""
+    from matplotlib.figure import Figure
+
+    from maefast.data.figure import FigurePicture
+
+    class Drawing(FigurePicture):
+        def _figure(self, title):
+            return Figure()
+
+    def savefig(self, path, **_):
+        seen.append(path)
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    seen, metrics_of_a_run = [], MetricsFile(tmp_path / "m.csv", 0)
+    metrics_of_a_run.write([row(1)])
+    metrics_of_a_run.close()
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    calls = {
+        "curve.png": lambda path: save_loss_curve(tmp_path / "m.csv", path),
+        "a.png": lambda path: Drawing().save(path, ""),
+    }
+    for name, call in calls.items():
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            call(tmp_path / name)
+        assert caught.value.filename == str(tmp_path / name)
+        assert str(os.getpid()) in seen[-1].name
+    assert [path.name for path in tmp_path.iterdir()] == ["m.csv"]
+
+
+def test_the_count_of_steps_is_told_now_and_then(capsys):
+    count = Counter(seconds=0.0)
+    count(3, 9)
+    count.close()
+    assert capsys.readouterr().err == "step 3/9\n"
+    count = Counter(seconds=60.0)
+    count(3, 9)
+    assert capsys.readouterr().err == ""
 
 
 def test_gradient_norm_is_logged_when_clipping(photos, tmp_path):

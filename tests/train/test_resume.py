@@ -132,6 +132,47 @@ def test_finished_run_is_left_alone(photos, tmp_path, capsys):
     assert len(rows(tmp_path)) == 3
 
 
+def test_a_finished_run_keeps_what_it_was_trained_with(photos, tmp_path, capsys):
+    config = tiny_config(photos, tmp_path, steps=3)
+    pretrain(config)
+    before = (tmp_path / "config.yaml").read_text()
+    capsys.readouterr()
+    pretrain(replace(config, lr=0.5, seed=7, batch_size=2, keep=9, warmup=1.0))
+    text = capsys.readouterr().out
+    assert (tmp_path / "config.yaml").read_text() == before
+    told = [line for line in text.splitlines() if "the run is finished" in line]
+    assert len(told) == 1
+    assert all(part in told[0] for part in ("lr: 0.01 -> 0.5", "seed: 0 -> 7", "batch_size: 4 -> 2", "is not used"))
+    assert "resuming with changed" not in text
+    (tmp_path / "config.yaml").unlink()
+    pretrain(config)
+    assert (tmp_path / "config.yaml").read_text() == before
+    pretrain(replace(config, steps=4, lr=0.5))  # which is trained with
+    assert "lr: 0.5" in (tmp_path / "config.yaml").read_text()
+
+
+def test_weights_to_start_from_are_not_passed_over_silently(photos, tmp_path, capsys):
+    config = tiny_config(photos, tmp_path / "b", steps=2)
+    start = str(pretrain(replace(config, output_dir=str(tmp_path / "a"))).checkpoint)
+    pretrain(replace(config, init_from=start))
+    capsys.readouterr()
+    pretrain(replace(config, init_from=start, steps=3))
+    assert "is not used" not in capsys.readouterr().out
+    pretrain(replace(config, init_from="other.pth", steps=4))
+    assert f"--init-from other.pth is not used: the run in {tmp_path / 'b'} goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_checkpoint_that_is_broken_inside(photos, tmp_path, keep):
+    config = tiny_config(photos, tmp_path, steps=4, save_every=2, keep=keep)
+    path = pretrain(config).checkpoint
+    with open(path / checkpoint.MODEL, "r+b") as file:
+        file.write(b"\xff" * 8)
+    then = "goes on from step-00000002" if keep == 2 else "there is no older one"
+    with pytest.raises(CheckpointError, match=f"cannot be read.*Remove the folder {path}; .*{then}"):
+        pretrain(replace(config, steps=6))
+
+
 def test_resume_none_does_not_overwrite_a_run(photos, tmp_path):
     pretrain(tiny_config(photos, tmp_path, steps=3))
     with pytest.raises(ConfigError, match="holds a run at step-00000003"):
