@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
@@ -72,7 +72,7 @@ def definer(kind: type, name: str) -> type | None:
 def own(module: nn.Module, name: str) -> bool:
     """Whether the object has a method of its own that does not lead to ours. What Accelerate's `prepare` puts around a
     forward that is replaced already does."""
-    return around(module, name) and not _leads_to_ours(vars(module)[name])
+    return around(module, name) and not any(hasattr(value, OURS) for value in _chain(vars(module)[name]))
 
 
 def around(module: nn.Module, name: str) -> bool:
@@ -86,20 +86,24 @@ def _left_behind(module: nn.Module, name: str) -> bool:
     return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is getattr(type(module), name)
 
 
-def _leads_to_ours(value: object) -> bool:
-    while value is not None and not hasattr(value, OURS):
+def _chain(value: object) -> Iterator[object]:
+    """A method and what it says that it wraps."""
+    while value is not None:
+        yield value
         value = getattr(value, "__func__", None) or getattr(value, "__wrapped__", None)
-    return value is not None
 
 
-def its_own(name: str) -> str:
-    return f"this object has its own {name} (call accelerate before it is put there, as by Accelerate's prepare)"
+def _its_own(module: nn.Module, name: str) -> str:
+    text = f"this object has its own {name}"
+    if any(value is getattr(type(module), name, text) for value in _chain(vars(module)[name])):
+        text += ", around that of its class: call maefast.accelerate before it is put there (by Accelerate, say)"
+    return text
 
 
 def overridden(module: nn.Module, name: str, root: type) -> str | None:
     """Why method `name` is not the one of `root` and the classes under it: who overrides it, or None."""
     if own(module, name):
-        return its_own(name)
+        return _its_own(module, name)
     owner = definer(type(module), name)
     if owner is None:
         return f"there is no {name}"
@@ -109,7 +113,7 @@ def overridden(module: nn.Module, name: str, root: type) -> str | None:
 def overriding(module: nn.Module, name: str) -> str | None:
     """Who overrides a method that a class under it has too, or None: for families without a fixed list of methods."""
     if own(module, name):
-        return its_own(name)
+        return _its_own(module, name)
     found = {}  # function -> class; HF's layers repeat the same function, wrapped once more, in every subclass
     for kind in type(module).__mro__:
         if kind is not nn.Module and name in vars(kind) and METHODS not in vars(kind):
