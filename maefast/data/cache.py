@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -13,15 +12,3 @@ def cache_path(kind: str, key: str, ending: str) -> Path:
     given, home = os.environ.get("MAEFAST_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(given) if given else Path(home).expanduser() / "maefast"
     return folder / kind / (hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32] + ending)
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make the file beside its place and move it there: no other process sees a part of it. OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -11,7 +11,7 @@ import numpy as np
 from maefast import seeds
 from maefast.data.images.options import parse_value_range
 from maefast.data.source import advice
-from maefast.errors import BadFile, ConfigError, Unreachable
+from maefast.errors import BadFile, ConfigError
 
 if TYPE_CHECKING:
     from maefast.data.collection import Entries
@@ -131,17 +131,9 @@ def _sample(entries: Entries, count: int, skip_bad: bool) -> list[np.ndarray]:
     if first is not None and (not skip_bad or not values):
         tip = "none of a sample of the images can be read"
         if not skip_bad:
-            tip = advice(len(entries), "image", lambda index: _readable(entries, index))
+            tip = advice(len(entries), "image", entries.__getitem__)
         raise type(first)(first.path, first.reason, tip) from first
     return values
-
-
-def _readable(entries: Entries, index: int) -> bool:
-    try:
-        entries[index]
-    except BadFile as error:
-        return isinstance(error, Unreachable)
-    return True
 
 
 def _given(name: str, values: Sequence[float] | None, count: int) -> np.ndarray | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from maefast.data.runs import SOFTWARE
 from maefast.errors import need
 
-from .written import write_named
+from .written import write_whole
 
 
 def new_figure(title: str, **how: Any) -> Any:
@@ -37,7 +37,7 @@ class FigurePicture:
     def save(self, path: Path, title: str) -> None:
         figure = self._figure(title)
         how = {"format": path.suffix.lstrip(".") or "png", "metadata": {"Software": SOFTWARE}}
-        write_named(path, lambda temporary: figure.savefig(temporary, **how))
+        write_whole(path, lambda temporary: figure.savefig(temporary, **how))
 
     def pixels(self) -> Tensor:
         figure = self._figure("")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,19 +76,29 @@ def failure(bad: list[tuple[str, str]], samples: Samples, skip_bad: bool, error:
         if len(samples) == 1:
             return TrainError(f"the only {samples.unit} cannot be read: {path}: {reason}")
         return TrainError(f"none of the {len(samples)} {samples.unit}s can be read; the first: {path}: {reason}")
-    return error(path, reason, advice(len(samples), samples.unit, lambda index: _readable(samples, index)))
+    return error(path, reason, advice(len(samples), samples.unit, partial(_read, samples)))
 
 
-def advice(total: int, unit: str, readable: Callable[[int], bool]) -> str:
-    """What to do where a sample cannot be read: skip such files, unless they are all like it."""
+def advice(total: int, unit: str, read: Callable[[int], object]) -> str:
+    """What to do where a sample cannot be read: skip such files, unless they are all like it. `read` raises BadFile."""
     tried = np.linspace(0, total, min(total, _TRIED), endpoint=False).astype(int).tolist()
-    if any(readable(index) for index in tried):
+    if any(_readable(read, index) for index in tried):
         return SKIP_BAD
     if len(tried) < total:
         return f"none of {len(tried)} {unit}s that were tried can be read, so --skip-bad would leave few or none"
     return f"it is the only {unit}" if total == 1 else f"none of the {total} {unit}s can be read: look at --data"
 
 
-def _readable(samples: Samples, index: int) -> bool:
+def _readable(read: Callable[[int], object], index: int) -> bool:
+    try:
+        read(index)
+    except BadFile as error:
+        return isinstance(error, Unreachable)  # which is no fault of the sample
+    return True
+
+
+def _read(samples: Samples, index: int) -> None:
     made, _, bad, *_ = samples[(0, 0, index)]
-    return made is not None or bad[-1][1].startswith(Unreachable.START)  # which is no fault of the sample
+    if made is None:
+        path, reason = bad[-1]
+        raise (Unreachable if reason.startswith(Unreachable.START) else BadFile)(path, reason)

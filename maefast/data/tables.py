@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from maefast.data.blob import Blob
-from maefast.data.cache import cache_path, write_whole
+from maefast.data.cache import cache_path
 from maefast.data.lists import named_by, pick_column
 from maefast.data.records import Paths, is_url
 from maefast.data.table_values import (
@@ -27,6 +27,7 @@ from maefast.data.table_values import (
     reason_of,
 )
 from maefast.data.tar_index import file_identity
+from maefast.data.written import write_whole
 from maefast.errors import ConfigError, need
 
 _ROWS = 64  # written at once where a Parquet file is made readable by rows

@@ -14,8 +14,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from maefast.data import remote
-from maefast.data.cache import cache_path, write_whole
+from maefast.data.cache import cache_path
 from maefast.data.records import Names, is_url
+from maefast.data.written import write_whole
 
 _VERSION = 1
 _BLOCK = tarfile.BLOCKSIZE

@@ -1,4 +1,4 @@
-"""Writing the files of results: as a whole, and so that what goes wrong names the file."""
+"""Writing files: as a whole, and so that what goes wrong names the file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from .cache import write_whole
 
 
 @contextmanager
@@ -29,7 +27,15 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
 
 
-def write_named(path: Path, write: Callable[[Path], object]) -> None:
-    """`write_whole`, whose errors name `path`. OSError."""
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make the file beside its place and move it there: no other process sees a part of it. OSError, which
+    names `path` or what of it cannot be had."""
     with naming(path):
-        write_whole(path, write)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from maefast.data.runs import complete_rows
-from maefast.data.written import write_named
+from maefast.data.written import write_whole
 from maefast.errors import TrainError
 from maefast.probe.accuracy import Accuracy, accuracy
 from maefast.probe.data import Labelled
@@ -55,7 +55,7 @@ class Judge:
         self.rows = []
         if path.exists():
             self.rows = [cells for cells in complete_rows(path)[1] if int(cells[0]) <= done]
-        write_named(path, self._write)
+        write_whole(path, self._write)
 
     def _write(self, path: Path) -> None:
         with open(path, "w", newline="") as file:
@@ -77,7 +77,7 @@ class Judge:
         seconds = time.perf_counter() - began
         self.rows = [row for row in self.rows if int(row[0]) < step]
         self.rows.append([*map(repr, (step, best.value, *best.interval, best.count, seconds)), plain])
-        write_named(self._path, self._write)
+        write_whole(self._path, self._write)
         return best
 
     def _batches(self):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maefast.data.written import write_named
+from maefast.data.written import write_whole
 from maefast.errors import ConfigError
 from maefast.recipe import Batch, Recipe
 from maefast.recipes.masked_images import MaskedImages
@@ -168,5 +168,5 @@ def kept(folder: Path, identity: Sequence[str], compute: Callable[[], Features])
     tensors = {"mean": made.mean, "index": torch.tensor(made.index)}
     if made.first is not None:
         tensors["first"] = made.first.contiguous()
-    write_named(path, lambda place: save_file(tensors, place, {"bad": json.dumps(made.bad)}))
+    write_whole(path, lambda place: save_file(tensors, place, {"bad": json.dumps(made.bad)}))
     return made, False

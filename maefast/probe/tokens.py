@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maefast.data.written import write_named
+from maefast.data.written import write_whole
 from maefast.errors import ConfigError
 from maefast.recipe import Batch, Recipe
 
@@ -59,5 +59,5 @@ def kept_tokens(
     if not path.is_file():
         began()
         with undisturbed(recipe):
-            write_named(path, write)
+            write_whole(path, write)
     return np.load(path, mmap_mode="r")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from maefast.data.runs import complete_rows
-from maefast.data.written import naming, write_named
+from maefast.data.written import naming, write_whole
 from maefast.errors import ConfigError
 from maefast.recipe import Recipe
 
@@ -66,7 +66,7 @@ class Watch:
             say(f"--probe-data: {line}")
         self.rows = [row for row in read_rows(path) if int(row["step"]) <= done] if path.exists() else []
         self.last: tuple[int, Accuracy] | None = None
-        write_named(path, self._write)
+        write_whole(path, self._write)
 
     def _write(self, path: Path) -> None:
         with open(path, "w", newline="") as file:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maefast.data.images.options import parse_value_range
-from maefast.data.written import write_named
+from maefast.data.written import write_whole
 from maefast.errors import ConfigError, need
 
 from .parse import parse_numbers
@@ -231,7 +231,7 @@ class PretrainConfig:
 
         comment = "".join(f"# {name}: {json.dumps(value)}\n" for name, value in more.items())
         text = comment + yaml.safe_dump(self.to_dict(), sort_keys=False)
-        write_named(path, lambda temporary: temporary.write_text(text))
+        write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def must_take_files(option: str, folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from maefast.data.images.batch import MEAN, STD
-from maefast.data.written import write_named
+from maefast.data.written import write_whole
 from maefast.errors import ConfigError
 from maefast.models.convert import encoder_state, mae_to_hf
 from maefast.models.convnames import FCMAE, convnext_to_timm, fcmae_to_sparse
@@ -139,10 +139,10 @@ def _write_weights(
     tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}  # chunks share memory
     described = {"maefast": json.dumps(config)} if config else {}
     if target.suffix == ".safetensors":
-        write_named(target, lambda temporary: save_file(tensors, temporary, {"format": "pt", **described}))
+        write_whole(target, lambda temporary: save_file(tensors, temporary, {"format": "pt", **described}))
     else:
         document = {inside: tensors, **described} if inside else tensors
-        write_named(target, lambda temporary: _pickle(document, temporary))
+        write_whole(target, lambda temporary: _pickle(document, temporary))
 
 
 def _pickle(document: dict[str, Any], path: Path) -> None:
@@ -171,4 +171,4 @@ def _hf_preprocessor(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
-    write_named(path, lambda temporary: temporary.write_text(json.dumps(document, indent=2) + "\n"))
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(document, indent=2) + "\n"))

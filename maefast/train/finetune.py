@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maefast.data.source import Source
-from maefast.data.written import write_named
+from maefast.data.written import write_whole
 from maefast.errors import ConfigError
 from maefast.finetune.began import BEGAN, Began, digest_of_names, digest_of_weights
 from maefast.finetune.classifier import timm_state
@@ -329,8 +329,8 @@ def _write(output: Path, recipe: Classify, document: dict[str, Any]) -> None:
     network = list(recipe.networks().values())[-1]
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in timm_state(network).items()}
     described = {"format": "pt", "maefast_classes": json.dumps(document["classes"])}
-    write_named(output / checkpoint.MODEL, lambda path: save_file(tensors, path, described))
-    write_named(output / "finetune.json", lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
+    write_whole(output / checkpoint.MODEL, lambda path: save_file(tensors, path, described))
+    write_whole(output / "finetune.json", lambda path: path.write_text(json.dumps(document, indent=1) + "\n"))
 
 
 def table(document: dict[str, Any], found: dict[str, Accuracy]) -> list[str]:

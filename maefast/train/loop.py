@@ -145,12 +145,12 @@ class Run:
             self._resume(path)
             config = self.config
         self.trained, total, self.trained_samples = trained_with(self._before, config, self.total, self.step_samples)
-        trained = self.trained
-        peak = trained.lr if trained.lr is not None else schedule.peak_lr(trained.blr, self.trained_samples)
-        warmup = schedule.warmup_steps(trained.warmup, total)
-        if trained.min_lr > peak:
-            raise ConfigError(f"--min-lr {trained.min_lr} is above the peak learning rate {peak:.3g}")
-        self.lr = schedule.Schedule(peak, total, warmup, trained.min_lr)
+        given = self.trained
+        peak = given.lr if given.lr is not None else schedule.peak_lr(given.blr, self.trained_samples)
+        warmup = schedule.warmup_steps(given.warmup, total)
+        if given.min_lr > peak:
+            raise ConfigError(f"--min-lr {given.min_lr} is above the peak learning rate {peak:.3g}")
+        self.lr = schedule.Schedule(peak, total, warmup, given.min_lr)
         self.loader = self._open_loader()
         examples = self.source.examples(config.picture_rows) if self.main and config.picture_rows else None
         self.graph.prepare(self.objective, self.optimizer)
@@ -160,15 +160,15 @@ class Run:
             units = f"{self.source.unit}s"
             known = {"streams": self.streams.count} if self.streams else {units: len(self.source)}
             facts = {"peak_lr": peak, **known, f"{units}_per_step": self.trained_samples}
-            trained.dump(self.out / "config.yaml", steps=total, warmup_steps=warmup, **facts)
+            given.dump(self.out / "config.yaml", steps=total, warmup_steps=warmup, **facts)
             self.metrics = MetricsFile(self.out / "metrics.csv", self.done, self.source.unit)
             self._open_writers()
         self.progress = metrics.Progress(self.total, self.done, self.main, unit=self.source.unit)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        known = f"{len(self.source)} {self.source.unit}{'s' * (len(self.source) > 1)}" if not self.streams else None
+        samples = self.streams or f"{len(self.source)} {self.source.unit}{'s' * (len(self.source) > 1)}"
         self._say(
             f"{config.title}: {trained / 1e6:.2f} M parameters; "
-            f"{self.streams or known} of {self.source.name}; "
+            f"{samples} of {self.source.name}; "
             f"steps {self.done} to {self.total} of {self.step_samples} {self.source.unit}s; "
             f"peak lr {peak:.3g}; {self.world} x {self.device.type}, amp {config.amp}"
             f"{', as a CUDA graph' if self.graph.step else ''}; into {self.out}"

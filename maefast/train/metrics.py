@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from maefast.data.runs import SOFTWARE, complete_rows
-from maefast.data.written import naming, write_named
+from maefast.data.written import naming, write_whole
 
 
 @dataclass
@@ -63,7 +63,7 @@ class MetricsFile:
         self._terms = list(dict.fromkeys([*known, *terms]))
         if self._file is not None:
             self._file.close()
-        write_named(self.path, lambda temporary: self._write_whole(temporary, kept))
+        write_whole(self.path, lambda temporary: self._write_whole(temporary, kept))
         self._file = open(self.path, "a", newline="")  # noqa: SIM115 (closed by close())
         self._writer = csv.writer(self._file)
 
@@ -231,4 +231,4 @@ def save_loss_curve(metrics: Path, picture: Path) -> None:
     handles = axes.get_lines() + rate.get_lines()
     axes.legend(handles, [line.get_label() for line in handles], loc="upper right")
     how = {"format": "png", "dpi": 120, "metadata": {"Software": SOFTWARE}}
-    write_named(picture, lambda temporary: figure.savefig(temporary, **how))
+    write_whole(picture, lambda temporary: figure.savefig(temporary, **how))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maefast.data.images.source import ImageSource
 from maefast.data.source import Source
-from maefast.data.written import write_named
+from maefast.data.written import write_whole
 from maefast.errors import ConfigError
 from maefast.probe import pictures
 from maefast.probe.accuracy import Accuracy, accuracy, majority
@@ -283,7 +283,7 @@ def probe(
             document["baselines"]["pixels"] = asked.judged(pixels)
     written = ["probe.json", *asked.draw(str(path) if opened.step is None else f"{path}, step {opened.step}")]
     text = json.dumps(document, indent=1) + "\n"
-    write_named(output / "probe.json", lambda place: place.write_text(text))
+    write_whole(output / "probe.json", lambda place: place.write_text(text))
     for line in table(document):
         say(line)
     say(f"wrote {', '.join(str(output / file) for file in written)}")

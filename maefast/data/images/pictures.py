@@ -21,8 +21,8 @@ from maefast.data.blob import Where
 from maefast.data.records import Records
 from maefast.data.runs import SOFTWARE
 from maefast.data.source import advice
-from maefast.data.written import write_named
-from maefast.errors import BadImage, ConfigError, Unreachable
+from maefast.data.written import write_whole
+from maefast.errors import BadImage, ConfigError
 from maefast.nn.patches import Reconstruction
 
 from .batch import normalise, normaliser
@@ -91,7 +91,7 @@ def pick(images: Records, count: int, decoder: Decoder, *, skip_bad: bool = True
                 decoder(images.path(index))
             except BadImage as error:
                 if not skip_bad:
-                    tip = advice(len(images), "image", lambda index: _readable(images, index, decoder))
+                    tip = advice(len(images), "image", lambda index: decoder(images.path(index)))
                     raise BadImage(error.path, error.reason, tip) from error
                 failed[index] = error
                 continue
@@ -102,16 +102,6 @@ def pick(images: Records, count: int, decoder: Decoder, *, skip_bad: bool = True
         others = f"; nor can any of the {len(images)} images be read" if len(images) > 1 else "; there is no other"
         raise BadImage(first.path, first.reason + others)
     return sorted(picked)
-
-
-def _readable(images: Records, index: int, decoder: Decoder) -> bool:
-    try:
-        decoder(images.path(index))
-    except BadImage:
-        return False
-    except Unreachable:
-        pass
-    return True
 
 
 def reconstruct(model, examples: Examples, mask_ratio: float, device, raw: bool = False) -> list[torch.Tensor]:
@@ -224,4 +214,4 @@ def save_picture(
         "WEBP": {"exif": exif},
         "TIFF": {"tiffinfo": {ExifTags.Base.Software: SOFTWARE}},
     }
-    write_named(path, lambda temporary: sheet.save(temporary, format=format, **more[format]))
+    write_whole(path, lambda temporary: sheet.save(temporary, format=format, **more[format]))
