@@ -63,11 +63,11 @@ class MetricsFile:
         self._terms = list(dict.fromkeys([*known, *terms]))
         if self._file is not None:
             self._file.close()
-        write_whole(self.path, lambda temporary: self._write_whole(temporary, kept))
+        write_whole(self.path, lambda temporary: self._write_kept(temporary, kept))
         self._file = open(self.path, "a", newline="")  # noqa: SIM115 (closed by close())
         self._writer = csv.writer(self._file)
 
-    def _write_whole(self, path: Path, kept: list[dict[str, str]]) -> None:
+    def _write_kept(self, path: Path, kept: list[dict[str, str]]) -> None:
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(header(self._unit, self._terms))
