@@ -97,6 +97,41 @@ def test_large_results_ask_for_huge_pages():
     assert python(PAGES.format(rows=20000)).stdout.split()[0] == str(not gives_back)
 
 
+ZEROS = """
+import torch, maefast
+from maefast.ops import _registry
+g = torch.Generator().manual_seed(0)
+plan = maefast.ops.token_mask(torch.rand(8, 1568, generator=g), keep=100)
+rows = torch.randn(8 * 102, 768, generator=g)
+run = _registry.raw("gather_tokens_backward", "cpu")
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+found, shares = [], []
+for _ in range(6):
+    dirty = torch.full(({dirty} << 18,), float("nan"))  # MiB; may be the start of what comes next
+    del dirty
+    before = resident()
+    found.append(run(rows, plan.slot, plan.cu_visible, 2, True, False))
+    shares.append((resident() - before) / found[-1].nbytes)
+x = torch.zeros(8, 1570, 768, requires_grad=True)
+out = maefast.ops.gather_tokens(x, plan, prefix=2, backend="reference")
+expected, = torch.autograd.grad(out.flatten(0, 1), x, rows)
+print(max(shares), all(torch.equal(t, expected) for t in found))
+"""
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}  # glibc gives nothing back to the system
+
+
+@native
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("dirty", "options"), [(0, {}), (10, {}), (10, KEPT), (200, KEPT)])
+def test_zeros_that_nobody_touched(dirty, options):
+    """A large gradient of few rows: its zeros come from the system, unless the memory was in use, or its start was."""
+    share, equal = python(ZEROS.format(dirty=dirty), **options).stdout.split()
+    assert equal == "True"
+    if not options:
+        assert float(share) < 0.4
+
+
 @native
 @pytest.mark.parametrize("isa", _native.ISAS)
 def test_every_instruction_set_computes_the_same(isa, reference):

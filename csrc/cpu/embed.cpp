@@ -1,5 +1,6 @@
 #include "cpu/embed_kernel.h"
 #include "cpu/host.h"
+#include "cpu/memory.h"
 #include "cpu/ops.h"
 
 namespace maefast::cpu {
@@ -16,6 +17,7 @@ Tensor gather_tokens(const Tensor& x, const Tensor& index, const Tensor& cu, int
   args.packed = index.numel();
   args.keep_prefix = keep_prefix;
   args.masked = false;
+  args.zeroed = false;
   args.failed = &failed;
   args.src = static_cast<const char*>(data(x, "x"));
   args.index = plan_data(index, "index");
@@ -47,7 +49,8 @@ Tensor gather_tokens_backward(const Tensor& grad, const Tensor& slot, const Tens
   args.src = static_cast<const char*>(data(grad, "grad"));
   args.index = plan_data(slot, "slot");
   args.cu = cu_data(cu, args.packed, args.tokens);
-  Tensor out = empty({batch, prefix + args.tokens, grad.size(1)}, grad.scalar_type(), grad);
+  Tensor out = empty_or_zeros({batch, prefix + args.tokens, grad.size(1)}, grad.scalar_type(), grad,
+                              grad.size(0), &args.zeroed);
   args.row_bytes = grad.size(1) * static_cast<int64_t>(grad.element_size());
   args.dst = static_cast<char*>(out.mutable_data_ptr());
   const auto kernel = embed_kernels_chosen().scatter_rows;

@@ -57,7 +57,7 @@ void scatter_rows(const GatherArgs& a, int64_t begin, int64_t end) {
       fail(a.failed);
       row = -1;
     }
-    put_row(a.dst + r * a.row_bytes, a.src, row, a.row_bytes);
+    if (row >= 0 || !a.zeroed) put_row(a.dst + r * a.row_bytes, a.src, row, a.row_bytes);
     if (++p == length) {
       p = 0;
       ++b;

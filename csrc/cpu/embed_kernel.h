@@ -26,6 +26,7 @@ struct GatherArgs {
   int64_t packed;  // T
   bool keep_prefix;
   bool masked;  // backward: rows are those of the masked list
+  bool zeroed;  // dst is zero already
 };
 
 struct PatchRowsArgs {

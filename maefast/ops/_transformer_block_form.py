@@ -61,9 +61,10 @@ class Form:
         # The products of q, k and v; `apart`: of three weights as they are, not side by side.
         parts = apart(x.device.type, low, d, 3 * d) if three else None
         self.apart = parts is not None
-        self.qkv, self.q, self.kv = layer(rows, d, 3 * d), layer(wanted, d, d), layer(rows, d, 2 * d)
         if self.apart:
             self.qkv = self.q = self.kv = parts
+        else:
+            self.qkv, self.q, self.kv = layer(rows, d, 3 * d), layer(wanted, d, d), layer(rows, d, 2 * d)
         self.proj, self.fc1, self.fc2 = layer(wanted, d, d), layer(wanted, d, hidden), layer(wanted, hidden, d)
 
         # Of what the attention branch adds to the stream; the bias of proj is added with the residual where it can be.

@@ -231,12 +231,10 @@ def patch_embed(
         rows = _autograd.apply(_PatchRows, volume, plan.visible, plan.slot, patch, dtype, name)
     product = linear_reference if backend == "reference" else linear
     y = product(rows, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
-    if torch.float64 in (None if t is None else t.dtype for t in (pos, prefix)):
-        name = _dispatch.choose("patch_rows", device, torch.float64, backend)
-    return _place(y, plan, pos, prefix, name)
+    return _place(y, plan, pos, prefix, backend)
 
 
-def _place(y: Tensor, plan: TokenMask, pos: Tensor | None, prefix: Tensor | None, name: str) -> Tensor:
+def _place(y: Tensor, plan: TokenMask, pos: Tensor | None, prefix: Tensor | None, backend: str | None) -> Tensor:
     """Add positions and put the prefix tokens in front: [B, P + keep, D] or packed."""
     count = 0 if prefix is None else prefix.shape[0]
     if pos is None and count == 0:
@@ -246,6 +244,7 @@ def _place(y: Tensor, plan: TokenMask, pos: Tensor | None, prefix: Tensor | None
     prefix = None if prefix is None else prefix.to(dtype)
     if y.dtype is not dtype and (dtype is torch.float64 or y.dtype is torch.float32):
         y = y.to(dtype)
+    name = _dispatch.choose("patch_rows", y.device.type, dtype, backend)
     if name == "reference":
         rows = place_tokens_reference(y, plan.visible, plan.cu_visible, plan.num_tokens, pos, prefix)
     else:
