@@ -118,6 +118,8 @@ out = maefast.ops.gather_tokens(x, plan, prefix=2, backend="reference")
 expected, = torch.autograd.grad(out.flatten(0, 1), x, rows)
 print(max(shares), all(torch.equal(t, expected) for t in found))
 """
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+SMALL_PAGES = os.sysconf("SC_PAGESIZE") == 4096 and not (THP.exists() and "[always]" in THP.read_text())
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}  # glibc gives nothing back to the system
 
 
@@ -128,7 +130,7 @@ def test_zeros_that_nobody_touched(dirty, options):
     """A large gradient of few rows: its zeros come from the system, unless the memory was in use, or its start was."""
     share, equal = python(ZEROS.format(dirty=dirty), **options).stdout.split()
     assert equal == "True"
-    if not options:
+    if not options and SMALL_PAGES:  # larger ones have a row each
         assert float(share) < 0.4
 
 
