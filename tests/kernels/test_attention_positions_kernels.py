@@ -83,8 +83,11 @@ class Case:
         low = [(n, g) for n, g, t in zip(names, found, there) if t is not None]
         assert all(g.numel() == 0 for g, t in zip(found, there) if t is None)
         floor = 0.01 * float(torch.cat([g.flatten() for g in want if g is not None]).norm())
+        # A score's gradient is P (dP - rowsum(dO * O)): in 16 bits it is as exact as the rounding of O leaves that sum,
+        # also where the difference happens to be small. (q's and k's are sums of many, on which this does not tell.)
+        rounded = 0.0 if self.q.dtype is torch.float32 else float((out[0].detach() * self.grad).norm())
         for (name, a), b in zip(low, want):
-            assert_close(a, b, f"grad {name}", self.q.dtype, floor)
+            assert_close(a, b, f"grad {name}", self.q.dtype, max(floor, rounded) if name == "bias" else floor)
         if self.bias is not None:
             assert not found[3].cpu()[self.bias <= NEVER[1]].any()
 
