@@ -71,9 +71,9 @@ class Case:
         assert_close(got[0], out[0], "out")
         seen = out[1] != -INF
         assert torch.equal(got[1].cpu() != -INF, seen)
-        # What was rotated is rounded to the dtype of q, and so are the scores.
-        dtype = None if cos is None else self.q.dtype
-        assert_close(got[1].cpu()[seen], out[1][seen], "lse", dtype, floor=float(seen.sum()) ** 0.5)
+        # What was rotated is rounded to the dtype of q: its sines are of any size, scores of size 2 are ordinary.
+        dtype, size = (None, 1.0) if cos is None else (self.q.dtype, 3.0)
+        assert_close(got[1].cpu()[seen], out[1][seen], "lse", dtype, floor=size * float(seen.sum()) ** 0.5)
         for name, a, b in zip(("entropy", "mass"), got[2:], out[2:] if self.stats else ()):
             assert_close(a, b, name, dtype, floor=1.0)
         grads = [to(g) for g in (self.grad, *self.grads)]
@@ -82,12 +82,12 @@ class Case:
         names, there = ("q", "kv", "key_bias", "bias"), [q, kv, key_bias, bias]
         low = [(n, g) for n, g, t in zip(names, found, there) if t is not None]
         assert all(g.numel() == 0 for g, t in zip(found, there) if t is None)
-        floor = 0.01 * float(torch.cat([g.flatten() for g in want if g is not None]).norm())
-        # A score's gradient is P (dP - rowsum(dO * O)): in 16 bits it is as exact as the rounding of O leaves that sum,
-        # also where the difference happens to be small. (q's and k's are sums of many, on which this does not tell.)
-        rounded = 0.0 if self.q.dtype is torch.float32 else float((out[0].detach() * self.grad).norm())
+        # A score's gradient is P (dP - rowsum(dO * O)): as exact as the terms of that sum, also where few keys are
+        # visible and the difference is small by chance. BOUND is 2 roundings in 16 bits, 80 in float32.
+        terms = (0.1 if self.q.dtype is torch.float32 else 0.3) * float((out[0].detach() * self.grad).norm())
+        floor = max(0.01 * float(torch.cat([g.flatten() for g in want if g is not None]).norm()), terms)
         for (name, a), b in zip(low, want):
-            assert_close(a, b, f"grad {name}", self.q.dtype, max(floor, rounded) if name == "bias" else floor)
+            assert_close(a, b, f"grad {name}", self.q.dtype, floor)
         if self.bias is not None:
             assert not found[3].cpu()[self.bias <= NEVER[1]].any()
 
