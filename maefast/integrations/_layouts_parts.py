@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from maefast import ops
 from maefast.integrations import _layers as layers
 from maefast.integrations import _worth
 from maefast.integrations._sites import base_of
+from maefast.ops._joint_linear import joint_linear
 
 DROPS = "dropout inside the attention is on"
 
@@ -213,11 +213,12 @@ def attention_of_three(
     biases: list[Tensor | None] | None = None,
     positions: Positions = NOWHERE,
 ) -> Tensor:
-    """The same from separate projections: one product with their weights side by side."""
-    weight = torch.cat([part.weight for part in parts])
-    biases = [part.bias for part in parts] if biases is None else biases
-    bias = None
-    if any(b is not None for b in biases):
-        zeros = [part.weight.new_zeros(len(part.weight)) if b is None else b for part, b in zip(parts, biases)]
-        bias = torch.cat(zeros)
-    return attention(y, weight, bias, heads, scale, count, positions)
+    """The same from separate projections of queries, keys and values."""
+    weights = tuple(part.weight for part in parts)
+    biases = tuple(part.bias for part in parts) if biases is None else tuple(biases)
+    if count is None:
+        qkv = joint_linear(y, weights, biases).unflatten(-1, (3, heads, -1))
+        return ops.attention(qkv, scale=scale, **positions.tables()).flatten(-2)
+    q = ops.linear(y[:, -count:], weights[0], biases[0]).unflatten(-1, (heads, -1))
+    kv = joint_linear(y, weights[1:], biases[1:]).unflatten(-1, (2, heads, -1))
+    return ops.attention(q, kv, scale=scale).flatten(-2)
