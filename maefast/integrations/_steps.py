@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,14 +11,24 @@ from torch import Tensor, nn
 
 from maefast.integrations._guards import Guards
 
-GIVEN: list[Tensor] = []  # what probes have handed to the code that is compared now
+_inputs: list[Tensor] = []
 
 
 def given(t: Tensor) -> Tensor:
     """An input of a probe, whose gradient is compared too."""
     t = t.detach().requires_grad_(t.is_floating_point())
-    GIVEN.append(t)
+    _inputs.append(t)
     return t
+
+
+@contextmanager
+def inputs() -> Iterator[list[Tensor]]:
+    """What probes are `given` inside. Behind it nothing is kept: it would stay in memory with the model."""
+    _inputs.clear()
+    try:
+        yield _inputs
+    finally:
+        _inputs.clear()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from maefast.integrations import _explain, _worth
 from maefast.integrations._guards import HOOKS, same
-from maefast.integrations._steps import GIVEN
+from maefast.integrations._steps import inputs
 from maefast.integrations._swap import around, methods, own, plain
 
 # Relative error (Frobenius) of outputs and gradients that rounding explains.
@@ -137,7 +137,15 @@ def compare(
 
 def returned(module: nn.Module, call: Callable[[], Any]) -> Any:
     """What `call` gives with the module's own code, on random weights; None where that raises."""
-    with whole(module, {}), _no_global_hooks(), _no_checkpoints(module), _same_state(module), plain(), torch.no_grad():
+    with (
+        whole(module, {}),
+        _no_global_hooks(),
+        _no_checkpoints(module),
+        _same_state(module),
+        plain(),
+        torch.no_grad(),
+        inputs(),
+    ):
         try:
             return call()
         except Exception:  # the comparison will say
@@ -148,10 +156,9 @@ def _attempt(own: bool, module: nn.Module, call: Callable[[], Any], state: _Stat
     """(outputs, gradients, random state, what was written); gradients of `every` parameter, or of small ones."""
     device = example(module).device
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False), _full_float32():
-            GIVEN.clear()
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False), _full_float32(), inputs() as given:
             leaves = tree_leaves(call())
-            return leaves, _gradients(module, leaves, every), _drawn(device), state.written()
+            return leaves, _gradients(module, given, leaves, every), _drawn(device), state.written()
     except Exception as error:
         mismatch = Mismatch(_explain.raised(own, error))
         mismatch.detail = traceback.format_exc()
@@ -211,17 +218,17 @@ def _full_float32() -> Iterator[None]:
             flag.allow_tf32 = value
 
 
-def _gradients(module: nn.Module, leaves: list, every: bool) -> dict[str, Tensor | None]:
+def _gradients(module: nn.Module, given: list[Tensor], leaves: list, every: bool) -> dict[str, Tensor | None]:
     scored = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     wanted = {n: p for n, p in module.named_parameters() if p.requires_grad and (every or p.numel() <= SMALL)}
-    if not scored or not (wanted or GIVEN):
+    if not scored or not (wanted or given):
         return {}
     generator = torch.Generator().manual_seed(1)
     total = 0.0
     for t in scored:
         weight = torch.randn(t.shape, generator=generator).to(t.device)
         total = total + (t.to(torch.promote_types(t.dtype, torch.float32)) * weight).sum()
-    wanted |= {f"input {i}": t for i, t in enumerate(GIVEN) if t.requires_grad}
+    wanted |= {f"input {i}": t for i, t in enumerate(given) if t.requires_grad}
     found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
     return {name: None if g is None else _projected(g) for name, g in zip(wanted, found)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
 import warnings
@@ -326,6 +327,19 @@ class DropIn:
             for a, b in zip(seen[half:], seen[:half]):
                 assert (a.dtype, a.shape) == (b.dtype, b.shape), name
                 assert relative(a, b) < 10 * self.single, name
+
+    def test_no_activations_stay(self):
+        """Neither of the comparison nor of a step."""
+
+        def living() -> dict[int, Tensor]:
+            gc.collect()
+            return {id(t): t for t in gc.get_objects() if type(t) is Tensor and t.requires_grad and t.ndim}
+
+        model, before = self.build(), living()
+        fast = self.accelerate(model)
+        assert not living().keys() - before.keys()
+        self.loss(self.call(fast)).backward()
+        assert not living().keys() - before.keys()
 
     def test_unverified(self):
         fast = maefast.accelerate(self.build(), **self.options, verify=False)
