@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import logging
 import multiprocessing
 import os
 import warnings
@@ -232,6 +234,55 @@ def mixed_precision(make: Callable, order: str) -> None:
     assert losses[1].isfinite().all()
 
 
+def deepspeed_zero(make: Callable, stage: int, order: str | None) -> None:
+    """DeepSpeed's engine steps; `leaf`: blocks are what ZeRO-3 gathers the parameters of at once. Without an `order`
+    the model is as it was: then it is DeepSpeed and this test that are compared."""
+    import deepspeed
+    from deepspeed.utils import logger, set_z3_leaf_modules
+
+    logger.setLevel(logging.ERROR)
+    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(WORLD), LOCAL_SIZE=str(WORLD))
+    deepspeed.init_distributed("gloo")
+    reference = make(torch.float32)
+    start = copy.deepcopy(reference.state_dict())
+    want = alone(reference, torch.float32)
+
+    model = make(torch.float32)
+    if order in ("before", "leaf"):
+        maefast.accelerate(model)
+    if order in ("leaf", "leaf after"):
+        set_z3_leaf_modules(model, list({type(block) for block in blocks_of(reference)}))
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_clipping": 0.0,  # 1.0 unless it is named
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if order in ("after", "leaf after"):
+        maefast.accelerate(engine.module)
+    got = []
+    with mock.patch.object(ops, "transformer_block", wraps=ops.transformer_block) as kernel:
+        for step in range(STEPS):
+            loss = loss_of(engine, step, dist.get_rank(), torch.float32)
+            engine.backward(loss)
+            engine.step()
+            got.append(mean(loss.detach()))
+    fused = order is not None and (stage < 3 or order.startswith("leaf"))
+    assert kernel.call_count == fused * STEPS * len(blocks_of(reference))
+    assert torch.allclose(torch.tensor(got), torch.tensor(want), rtol=1e-5), (got, want)
+
+    trained = dict(engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(trained.values()), enabled=stage == 3):
+        for name, value in reference.named_parameters():
+            if value.requires_grad:
+                wanted = value.detach() - start[name]
+                off = trained[name].detach() - start[name] - wanted
+                assert off.norm().item() <= TOLERANCE[torch.float32] * max(wanted.norm().item(), 1e-4), name
+    engine.destroy()
+
+
 def process(rank: int, store: str, cases: list[tuple]) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
@@ -306,4 +357,16 @@ def test_fsdp1(tmp_path):
         (compare, mae, fsdp1_parts, "before"),
         (compare, mae, fsdp1_parts, "after"),
         (compare, vit_mae, fsdp1_parts, "before"),
+    )
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="could not import 'deepspeed'")
+def test_deepspeed(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run(
+        tmp_path,
+        *[(deepspeed_zero, make, stage, "before") for make in (mae, vit_mae) for stage in (1, 2, 3)],
+        *[(deepspeed_zero, mae, 3, order) for order in (None, "after", "leaf", "leaf after")],
+        *[(deepspeed_zero, vit_mae, 3, order) for order in (None, "after", "leaf", "leaf after")],
+        (deepspeed_zero, mae, 2, "after"),
     )
