@@ -33,6 +33,7 @@ def measure(
     rounds: int | None = None,
     steps: int | None = None,
     budget: float | None = None,
+    processes: int = 1,
 ) -> dict:
     """Run a comparison; returns the document of `maefast.bench.results`.
 
@@ -41,7 +42,7 @@ def measure(
         checkouts: folders that hold the family's public code; without any, the installed package or our own description
             of the structure is timed.
         channels_last: memory layout of model and images; None: what suits the family.
-        rounds, steps, budget: as in `maefast.bench.step.measure`.
+        rounds, steps, budget, processes: as in `maefast.bench.step.measure`.
 
     Raises:
         maefast.bench.step.Disagreement: losses or gradients differ by more than the dtype's rounding explains.
@@ -76,7 +77,7 @@ def measure(
     request = {"source": "dropin_models", "config": config, "batch": batch, "dtype": dtype, "device": device}
     limits = machine.measure(device, (getattr(torch, dtype),))
     counted = None if chosen.convnet else limits
-    records = step.race(names, request, base, "as_is", rounds, steps, budget, len(PEERS), limits=counted)
+    records = step.race(names, request, base, "as_is", rounds, steps, budget, len(PEERS), None, counted, processes)
     settings = {
         "machine": limits,
         "steps_a_round": steps,
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
             rounds=args.rounds,
             steps=args.steps,
             budget=args.budget,
+            processes=args.processes,
         )
 
     return step.finish("maefast bench dropin", args, run, show, f"dropin-{args.family}-{args.dtype}")

@@ -152,7 +152,9 @@ def peers_table(doc: dict, names: dict[str, str]) -> str:
                 names[r["peer"]],
             ]
         )
-    text = f"Medians of {timed[0]['rounds']} rounds of {doc['settings']['steps_a_round']} steps.\n\n"
+    processes = timed[0].get("processes", 1)
+    spread = f", in {processes} processes of each, one after the other" if processes > 1 else ""
+    text = f"Medians of {timed[0]['rounds']} rounds of {doc['settings']['steps_a_round']} steps{spread}.\n\n"
     heads = [
         f"time vs {ours}",
         f"memory vs {ours}",

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -109,6 +110,7 @@ def measure(
     rounds: int | None = None,
     steps: int | None = None,
     budget: float | None = None,
+    processes: int = 1,
     progress: Callable[[list[dict]], None] | None = None,
 ) -> dict:
     """Run a comparison; returns the document of `maefast.bench.results`.
@@ -117,6 +119,8 @@ def measure(
         peers: of `PEERS`; maefast is always among them. None takes those of the preset.
         rounds: timed rounds; None takes as many as fit `budget` seconds (3 to 15).
         steps: timed steps of a round.
+        processes: of each peer, one after the other, over which rounds and budget are spread (rounds rounded up). Where
+            a process has its memory moves its times by some per cent for as long as it lives.
         progress: is given the records so far after three rounds, so that a run that is cut off leaves something.
 
     Raises:
@@ -149,7 +153,7 @@ def measure(
     limits = machine.measure(device, (getattr(torch, dtype),))
     # A dense network times a mask computes more than is needed, so a convnet's peer says nothing of that.
     counted = None if chosen.get("peers") else limits
-    records = race(names, request, base, "plain", rounds, steps, budget, progress=progress, limits=counted)
+    records = race(names, request, base, "plain", rounds, steps, budget, 1, progress, counted, processes)
     settings = {
         "machine": limits,
         "steps_a_round": steps,
@@ -160,6 +164,17 @@ def measure(
         "optimizer": "AdamW, fused" if request["part"] == "step" else None,
     }
     return results.document("step", environment.describe(device), settings, names, records)
+
+
+class _Run(NamedTuple):
+    """What one process of each peer gave."""
+
+    first: dict[str, dict]  # answers to `build`
+    failed: dict[str, str]
+    samples: dict[str, list[float]]
+    losses: dict[str, float]
+    memory: dict[str, dict]
+    flops: float | None
 
 
 def race(
@@ -173,6 +188,7 @@ def race(
     required: int = 1,
     progress: Callable[[list[dict]], None] | None = None,
     limits: dict | None = None,
+    processes: int = 1,
 ) -> list[dict]:
     """Build the named peers, each in its process, compare them, time them in turn; one record a peer.
 
@@ -180,10 +196,38 @@ def race(
         names: the first is what ratios are about. The first `required` must run; one of the others that cannot be
             built has an "error" in its record.
         request: for the workers' `build`. base: goes into every record. reference: the peer whose losses are right.
-        rounds, steps, budget, progress: see `measure`.
+        rounds, steps, budget, progress, processes: see `measure`.
         limits: what `machine.measure` found: records then say the FLOPs that the reference's step has, as what is
             needed, and the share of the limit that each peer reached.
     """
+    if processes < 1:
+        raise ValueError(f"processes is {processes}; at least one is needed")
+    rounds = rounds and -(-rounds // processes)
+    shuffle = random.Random(0).shuffle
+    runs: list[_Run] = []
+    for _ in range(processes):
+        early = progress and (lambda run: progress(_records(names, request["batch"], base, [*runs, run])))
+        runs.append(_race(names, request, reference, rounds, steps, budget / processes, required, shuffle, early))
+    done = _records(names, request["batch"], base, runs)
+    if limits is not None and runs[0].flops is not None:
+        for record in done:
+            if "error" not in record:
+                record |= machine.share(limits, request["dtype"], runs[0].flops, record["step_s"])
+    return done
+
+
+def _race(
+    names: list[str],
+    request: dict,
+    reference: str,
+    rounds: int | None,
+    steps: int,
+    budget: float,
+    required: int,
+    shuffle: Callable[[list], None],
+    progress: Callable[[_Run], None] | None,
+) -> _Run:
+    """In one process of each peer."""
     dtype = request["dtype"]
     workers = {name: Peer(name) for name in names}
     try:
@@ -192,35 +236,29 @@ def race(
         _agree(first, dtype, reference, None if judge is None else lambda: judge.ask(do="exact"))
         _warm_up(workers, dtype, reference)
 
-        def records(samples: dict[str, list[float]], losses: dict[str, float]) -> list[dict]:
+        def run(samples: dict[str, list[float]], losses: dict[str, float]) -> _Run:
             memory = {name: worker.ask(do="memory") for name, worker in workers.items()}
-            return _records(names, request["batch"], base, first, failed, samples, losses, memory)
+            return _Run(first, failed, samples, losses, memory, None)
 
-        early = None if progress is None else lambda *found: progress(records(*found))
-        done = records(*_time(workers, rounds, steps, budget, early))
-        if limits is not None and reference in workers:
-            flops = workers[reference].ask(do="flops")["flops"]
-            for record in done:
-                if "error" not in record:
-                    record |= machine.share(limits, dtype, flops, record["step_s"])
-        return done
+        early = progress and (lambda *found: progress(run(*found)))
+        done = run(*_time(workers, rounds, steps, budget, shuffle, early))
+        return done._replace(flops=workers[reference].ask(do="flops")["flops"] if reference in workers else None)
     finally:
         for worker in workers.values():
             worker.close()
 
 
-def _records(
-    names: list[str],
-    batch: int,
-    base: dict,
-    first: dict[str, dict],
-    failed: dict[str, str],
-    samples: dict[str, list[float]],
-    losses: dict[str, float],
-    memory: dict[str, dict],
-) -> list[dict]:
-    """One record a peer; the first name's peer is what ratios are about."""
-    ours = names[0]
+def _records(names: list[str], batch: int, base: dict, runs: list[_Run]) -> list[dict]:
+    """One record a peer; the first name's peer is what ratios are about. Rounds are those of all runs, one after the
+    other, bytes the median of the runs."""
+    ours, first = names[0], runs[0].first
+    failed = {name: error for run in runs for name, error in run.failed.items()}
+    timed = [name for name in names if name not in failed]
+    samples = {name: [s for run in runs for s in run.samples[name]] for name in timed}
+    memory = {
+        name: {key: statistics.median_low(run.memory[name][key] for run in runs) for key in runs[0].memory[name]}
+        for name in timed
+    }
     records = []
     for name in names:
         record = {**base, "peer": name}
@@ -244,6 +282,7 @@ def _records(
                 "low_s": low,
                 "high_s": high,
                 "rounds": len(samples[name]),
+                "processes": len(runs),
                 "samples_s": samples[name],
                 "images_per_s": batch / median,
                 **memory[name],
@@ -255,7 +294,7 @@ def _records(
                 ),
                 "first_loss": first[name]["loss"],
                 "grad_norm": first[name]["grad_norm"],
-                "last_loss": losses[name],
+                "last_loss": runs[-1].losses[name],
                 "parameters": first[name]["parameters"],
                 **notes,
             }
@@ -327,6 +366,7 @@ def _time(
     rounds: int | None,
     steps: int,
     budget: float,
+    shuffle: Callable[[list], None],
     early: Callable[[dict[str, list[float]], dict[str, float]], None] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     # The first round tells how long the others will take.
@@ -339,7 +379,7 @@ def _time(
         budget = float("inf")
     samples: dict[str, list[float]] = {name: [] for name in workers}
     losses: dict[str, float] = {}
-    order, shuffle = list(workers), random.Random(0).shuffle
+    order = list(workers)
     start = time.monotonic()
     for done in range(rounds):
         if done >= 3 and time.monotonic() - start > budget:  # the machine became busier than it was
@@ -434,6 +474,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, help="timed steps a round")
     parser.add_argument("--budget", type=float, help="seconds for the timed rounds, where --rounds is not given")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="of each peer, one after the other, over which the rounds are spread: where a process has its memory "
+        "moves its times by some per cent",
+    )
     results.add_arguments(parser)
 
 
@@ -464,6 +511,7 @@ def main(argv: list[str] | None = None) -> int:
     peers = tuple(name for peer in asked for name in (CUDA_PEERS if peer == "cuda" else (peer,)))
     peers = (*peers, "plain_compiled") if args.compile else peers
     given = {"peers": peers, "rounds": args.rounds, "steps": args.steps, "budget": args.budget}
+    given["processes"] = args.processes
 
     def run() -> dict:
         return measure(args.preset, args.batch, args.dtype, args.device, **given)

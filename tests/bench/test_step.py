@@ -32,6 +32,53 @@ def test_measure(tmp_path, capsys):
     assert "plain eager model" in out
 
 
+class Given:
+    """In place of a worker: each process of a peer has times and memory of its own."""
+
+    def __init__(self, size: float):
+        self.size, self.seconds = size, iter((size, size, 2.0 * size))  # the first of them is not counted
+        self.warm = False
+
+    def send(self, **request) -> None:
+        pass
+
+    def receive(self) -> dict:
+        return {"loss": 1.0, "grad_norm": 1.0, "parameters": 3}
+
+    def ask(self, do: str, **request) -> dict:
+        if do == "run" and not self.warm:
+            self.warm = True
+            return {"loss": 0.5}
+        return {
+            "run": lambda: {"loss": 0.5, "seconds": [next(self.seconds)]},
+            "memory": lambda: {"peak_bytes": self.size},
+            "flops": lambda: {"flops": 1.0},
+        }[do]()
+
+    def close(self) -> None:
+        pass
+
+
+def test_rounds_are_spread_over_processes(monkeypatch):
+    """Times of all of them, each round against the same round of the other; the median of the bytes."""
+    sizes, made = {"maefast": iter((1, 2, 4)), "plain": iter((3, 10, 4))}, []
+    monkeypatch.setattr(step, "Peer", lambda name: made.append(name) or Given(next(sizes[name])))
+    request, base = {"batch": 2, "dtype": "float32"}, {"preset": "toy"}
+    seen: list[int] = []
+    ours, plain = step.race(
+        ["maefast", "plain"], request, base, "plain", 5, 1, 1.0, progress=lambda r: seen.append(len(r)), processes=3
+    )
+    assert made == ["maefast", "plain"] * 3
+    assert ours["samples_s"] == [1, 2, 2, 4, 4, 8]  # two rounds each: five are rounded up
+    assert plain["samples_s"] == [3, 6, 10, 20, 4, 8]
+    assert (ours["rounds"], ours["processes"]) == (6, 3)
+    assert plain["ratio"] == 3.0  # of 3, 3, 5, 5, 1 and 1
+    assert (ours["peak_bytes"], plain["peak_bytes"], plain["memory_ratio"]) == (2, 4, 2.0)
+    assert seen == []  # nobody had three rounds
+    with pytest.raises(ValueError, match="processes is 0"):
+        step.race(["maefast"], request, base, "plain", 1, 1, 1.0, processes=0)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("peer", ["maefast", "plain", "hf"])
 def test_peers_compute_the_same(peer, dtype):
